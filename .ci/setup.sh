@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# Prepare this checkout: system packages, then .venv, then the pinned requirements. `make setup` calls it.
+#
+#   - Nothing to do is the common case and takes a fraction of a second: the stamp in .venv says what it was made from.
+#   - .venv is made anew when it is broken, half made, moved, or made by another Python or on another system (FFCV is
+#     compiled against the system's OpenCV). When only the requirements have changed, it is brought up to date.
+#   - PYTHON=python3.12 chooses the interpreter; without it the newest of 3.13, 3.12 and 3.11 that fits is taken.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv
+stamp=$venv/setup-stamp # written last, so a .venv without it is half made
+
+# build-essential: FFCV at install, DeepSpeed's CPU operators at run time. libtbb12: numba's threads. git: provenance.
+required=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 python3-venv python3-dev git ca-certificates)
+# The 70,000 images of the demo. Not in every archive: `launch data write` downloads them where they are missing.
+optional=(dataset-fashion-mnist)
+
+say() { printf '[setup] %s\n' "$*"; }
+die() {
+  printf '[setup] error: %s\n' "$1" >&2
+  printf '[setup]        %s\n' "${@:2}" >&2
+  exit 1
+}
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+# Prints those of the named Debian packages that are not installed.
+not_installed() {
+  local installed package
+  installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true)
+  for package in "$@"; do
+    grep -qx "installed $package" <<<"$installed" || echo "$package"
+  done
+}
+
+# Prints what the build looks for and will not find, on any system.
+not_found() {
+  command -v g++ >/dev/null || echo "g++"
+  command -v git >/dev/null || echo "git"
+  command -v pkg-config >/dev/null || echo "pkg-config"
+  pkg-config --exists opencv4 2>/dev/null || echo "OpenCV with headers (opencv4.pc)"
+  pkg-config --exists libturbojpeg 2>/dev/null || echo "TurboJPEG with headers (libturbojpeg.pc)"
+  [[ $(/sbin/ldconfig -p) == *libtbb.so.12* ]] || echo "oneTBB (libtbb.so.12)"
+}
+
+# What a .venv depends on, in two lines: the place that the Python $1 would make it in, and what goes into it.
+place() {
+  local version
+  version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])') &&
+    (. /etc/os-release && echo "python $version on $ID ${VERSION_ID:-rolling} in $PWD")
+}
+contents() { cat requirements.txt constraints.txt .ci/setup.sh | sha256sum | cut -d' ' -f1; }
+
+same_place() { [[ -f $stamp && $(head -n 1 $stamp) == "$(place "${PYTHON:-$venv/bin/python}" 2>/dev/null)" ]]; }
+up_to_date() {
+  same_place && [[ $(tail -n 1 $stamp) == "$(contents)" && -z $(not_found) ]] && $venv/bin/python -c '' 2>/dev/null
+}
+
+# --- system packages -------------------------------------------------------------------------------------------------
+
+as_root() {
+  if [[ $(id -u) == 0 ]]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo "$@"
+  else
+    say "neither root nor sudo: cannot run $*" >&2
+    return 1
+  fi
+}
+
+apt() { # A fresh machine may be installing its own updates: wait for that, but not for ever.
+  say "apt-get $*"
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 "$@" >/dev/null
+}
+
+system_packages() {
+  local missing=() extra=()
+  if command -v apt-get >/dev/null; then
+    mapfile -t missing < <(not_installed "${required[@]}")
+    mapfile -t extra < <(not_installed "${optional[@]}")
+    if ((${#missing[@]} + ${#extra[@]})); then
+      apt update || say "the package lists could not be renewed; going on with those that are here"
+    fi
+    if ((${#missing[@]})); then
+      apt install --no-install-recommends "${missing[@]}" || say "apt-get failed; going on if the rest is here"
+    fi
+    if ((${#extra[@]})); then
+      apt install --no-install-recommends "${extra[@]}" || say "going on without: its data is downloaded when needed"
+    fi
+  fi
+  mapfile -t missing < <(not_found)
+  ((${#missing[@]} == 0)) || die "not found: $(printf '%s, ' "${missing[@]}" | sed 's/, $//')" \
+    "Install it, then run make again:" \
+    "  Debian, Ubuntu   apt-get install --no-install-recommends ${required[*]}" \
+    "  Fedora           dnf install gcc-c++ make pkgconf-pkg-config opencv-devel turbojpeg-devel tbb python3-devel git" \
+    "  elsewhere        g++, git, pkg-config, OpenCV 4 and TurboJPEG with headers, oneTBB, Python 3.11 to 3.13 with headers"
+}
+
+# --- Python ----------------------------------------------------------------------------------------------------------
+
+# Prints why the interpreter $1 cannot carry the project; nothing when it can.
+misfit() {
+  "$1" - 2>/dev/null <<'PYTHON' || echo "does not run"
+import importlib.util, os, sys, sysconfig
+
+version = "%d.%d" % sys.version_info[:2]
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    print("is Python " + version)
+elif importlib.util.find_spec("ensurepip") is None:
+    print("cannot make a virtual environment (Debian, Ubuntu: apt-get install python%s-venv)" % version)
+elif not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+    print("has no headers (Debian, Ubuntu: apt-get install python%s-dev)" % version)
+PYTHON
+}
+
+choose_python() { # sets $python
+  local reason reasons=() candidates=(python3.13 python3.12 python3.11 python3)
+  if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+  for python in "${candidates[@]}"; do
+    if command -v "$python" >/dev/null; then reason=$(misfit "$python"); else reason="not found"; fi
+    [[ -n $reason ]] || return 0
+    reasons+=("  $python: $reason")
+  done
+  die "no Python 3.11, 3.12 or 3.13 that fits:" "${reasons[@]}" \
+    "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv python3.11-dev)," \
+    "or name one that is elsewhere: make setup PYTHON=/path/to/python3.12"
+}
+
+# --- .venv -----------------------------------------------------------------------------------------------------------
+
+make_venv() {
+  if ! same_place; then
+    choose_python
+    say "making .venv with $python ($("$python" --version))"
+    rm -rf $venv
+    "$python" -m venv $venv
+  fi
+  rm -f $stamp # until everything below has succeeded
+  export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+  export DS_BUILD_OPS=0 # DeepSpeed compiles what it needs at run time; never CUDA operators while it is installed
+  say "installing requirements.txt (into a fresh .venv: about 3 GB to download, several minutes)"
+  $venv/bin/python -m pip install -q "$(grep -o '^pip==[^ ]*' requirements.txt)"
+  $venv/bin/python -m pip install --progress-bar off -r requirements.txt -c constraints.txt \
+    --build-constraint constraints.txt | sed -u '/^Requirement already satisfied/d'
+  $venv/bin/python -m pip check
+  say "importing what was built here"
+  $venv/bin/python -c 'import torch, torchvision, ffcv, deepspeed, ray' >/dev/null
+  { place $venv/bin/python && contents; } >$stamp
+}
+
+if up_to_date; then exit 0; fi
+# One at a time: a second `make` in this checkout waits for the first, then finds nothing to do.
+exec 9>>.ci/setup.sh
+flock -w 1800 9 || die "another make setup has been at work here for 30 minutes"
+if up_to_date; then exit 0; fi
+system_packages
+make_venv
+say "done: .venv/bin/python ($($venv/bin/python --version))"

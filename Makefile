@@ -1,0 +1,49 @@
+# Everything starts here; `make` alone says how. The set-up itself is .ci/setup.sh.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+PY := .venv/bin/python
+
+help:
+	@echo 'Small neural networks that withstand adversarial examples.'
+	@echo
+	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the picture'
+	@echo '  make test    every test'
+	@echo '  make lint    ruff (lint and format) and basedpyright (types)'
+	@echo '  make bench   measurements, printed as ratios'
+	@echo '  make setup   system packages (apt, as root or with sudo) and .venv, without doing anything with them'
+	@echo '  make clean   remove .venv and caches; runs/ and data/ stay'
+	@echo
+	@echo 'Each of them does the set-up first: some 10 minutes once, no time after that. It uses the newest of Python 3.13,'
+	@echo '3.12 and 3.11 that is installed; `make setup PYTHON=python3.12` chooses another.'
+	@echo
+	@echo 'After that:'
+	@echo '  .venv/bin/python -m launch --help                                       all commands'
+	@echo '  .venv/bin/python -m launch run recipes/fashion_mnist.yaml seed=1        one recipe, one value changed'
+	@echo '  .venv/bin/python -m pytest tests/unit                                   some of the tests'
+
+setup:
+	@.ci/setup.sh
+
+# A second call finds the data written and the run finished, and only draws the report again; a run that was
+# interrupted continues.
+demo: setup
+	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
+	$(PY) -m launch run recipes/fashion_mnist.yaml --name demo
+	$(PY) -m launch report runs/demo
+	@echo 'The picture:' && ls runs/demo/report/*.png
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m basedpyright
+
+bench: setup
+	@set -e; for script in tests/bench/[!_]*.py; do echo "== $$script"; PYTHONPATH=. $(PY) "$$script"; done
+
+clean:
+	rm -rf .venv .ruff_cache .hypothesis .pytest_cache
+	find . -name __pycache__ -not -path './data/*' -not -path './runs/*' -prune -exec rm -rf {} +
+	@echo 'Kept, because they are yours: data/ and runs/.'

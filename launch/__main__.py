@@ -1,0 +1,107 @@
+"""The command line: `python -m launch --help`.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data. Errors of the second kind are one message without traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from launch import data, evaluate, run_folder
+from launch.local import run_here
+from pipeline.phases import stages_of
+from pipeline.recipe import dump_recipe, load_recipe
+
+DESCRIPTION = """\
+Small neural networks that withstand adversarial examples: pretrain robustly, prune by scores that the robust objective
+learns (HYDRA), finetune, evaluate, report.
+
+  python -m launch data write fashion_mnist --out data/fashion_mnist
+  python -m launch run recipes/fashion_mnist.yaml phases.pretrain.epochs=2 --name quick
+  python -m launch resume quick
+  python -m launch report quick
+"""
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        print(dump_recipe(recipe), end="")
+        print("# stages, in order:")
+        for stage in stages_of(recipe):
+            o = stage.optimisation
+            start = f"from {stage.starts_from}" if stage.starts_from else "from scratch"
+            print(f"#   {stage.name:<22} {o.epochs:>3} epochs  lr {o.lr:<7g} trains {stage.trains}, {start}")
+        return 0
+    folder = run_folder.open_or_create(recipe, arguments.name)
+    return run_here(folder)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    return run_here(run_folder.find(arguments.run))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pipeline.report import report  # matplotlib is loaded only here
+
+    folders = [run_folder.find(name) for name in arguments.runs]
+    print(report(folders))
+    print(f"pictures and CSV: {folders[0] / 'report'}/")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="start a recipe, or go on with it; a finished run is left as it is")
+    run.add_argument("recipe", type=Path, help="YAML file, for example recipes/fashion_mnist.yaml")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="for example phases.prune.epochs=3 seed=1")
+    run.add_argument("--name", help="folder under runs/ (default: the recipe's name)")
+    run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its stages, run nothing")
+    run.set_defaults(handler=_run)
+
+    resume = commands.add_parser("resume", help="go on with a run from its newest checkpoint")
+    resume.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
+    resume.set_defaults(handler=_resume)
+
+    report = commands.add_parser("report", help="table, pictures and CSV of one or several runs (seeds)")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="name under runs/, or the folder")
+    report.set_defaults(handler=_report)
+
+    evaluate.add_parser(commands)
+    data.add_parser(commands)
+    return parser
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    arguments = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return arguments.handler(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; checkpoints are kept: python -m launch resume RUN goes on", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Shows a run's progress, reading nothing but its run directory: bars on a terminal, plain lines in a log.
+
+It follows a run of this process as well as one of another. Files may be missing, torn or cut (a resumed stage drops the
+metric rows beyond its checkpoint) at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from pipeline.files import read_json
+
+Row = dict[str, Any]
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+
+def follow(
+    run_folder: Path,
+    stage_names: list[str],
+    stop: threading.Event,
+    stream: TextIO,
+    *,
+    interval_s: float = 1.0,
+    line_every_s: float = 5.0,
+) -> None:
+    """Show the stages of a run until `stop` is set, and then once more, so that the last results are seen.
+
+    Looks every `interval_s` seconds; without a terminal a training stage prints at most one line per `line_every_s`.
+    """
+    stages = [_Stage(name, run_folder / name) for name in stage_names]
+    show = _Bars(stream) if stream.isatty() else _Lines(stream, line_every_s)
+    for stage in stages:
+        if (stage.folder / "result.json").exists():
+            stage.finished = True
+            stage.evaluated = (stage.folder / "evaluate" / "pgd.json").exists()
+            show.say(f"{stage.name}  already finished")
+        stage.tail.read()  # what was written before is not news
+    stopping = False
+    try:
+        while True:
+            for stage in stages:
+                _look(stage, show)
+            if stopping:
+                return
+            stopping = stop.wait(interval_s)
+    finally:
+        show.close()
+
+
+@dataclass
+class _Tail:
+    """The rows appended to a metrics file since the last look; begins anew when the file was cut or replaced."""
+
+    path: Path
+    _inode: int = -1
+    _offset: int = 0
+
+    def read(self) -> tuple[list[Row], bool]:
+        """(new whole rows, whether the file began anew)."""
+        try:
+            stream = self.path.open("rb")
+        except FileNotFoundError:
+            return [], False
+        with stream:
+            status = os.fstat(stream.fileno())
+            anew = self._inode != -1 and (status.st_ino != self._inode or status.st_size < self._offset)
+            if anew:
+                self._offset = 0
+            self._inode = status.st_ino
+            stream.seek(self._offset)
+            whole, newline, _ = stream.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [row for line in whole.splitlines() if (row := _parse(line)) is not None], anew
+
+
+@dataclass
+class _Stage:
+    name: str
+    folder: Path
+    finished: bool = False
+    evaluated: bool = False
+    plan: Row | None = None
+    """stage.json, once it is there."""
+    tail: _Tail = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tail = _Tail(self.folder / "metrics.jsonl")
+
+
+class _Lines:
+    """One plain line per event, for logs."""
+
+    def __init__(self, stream: TextIO, every_s: float) -> None:
+        self.stream = stream
+        self.every_s = every_s
+        self._printed_at: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+    def train(self, name: str, row: Row, plan: Row) -> None:
+        now = time.monotonic()
+        if now - self._printed_at.get(name, float("-inf")) >= self.every_s:
+            self._printed_at[name] = now
+            step, total = row["step"], plan["total_steps"]
+            self.say(f"{name}  step {step}/{total} ({100 * step // total} %)  {'  '.join(_facts(row, plan))}")
+
+    def evaluate(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._printed_at.get(name, float("-inf")) >= self.every_s:
+            self._printed_at[name] = now
+            self.say(f"{name}  attacking the test set: {done:,}/{total:,} images")
+
+    def end(self, name: str) -> None:
+        self._printed_at.pop(name, None)
+
+    def close(self) -> None:
+        self.stream.flush()
+
+
+class _Bars:
+    """One bar per active stage, results above them, for terminals."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self._bars: dict[str, tqdm[Any]] = {}
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=self.stream)
+
+    def train(self, name: str, row: Row, plan: Row) -> None:
+        self._move(name, name, row["step"], plan["total_steps"], ", ".join(_facts(row, plan)))
+
+    def evaluate(self, name: str, done: int, total: int) -> None:
+        self._move(name, f"{name} under attack", done, total, "")
+
+    def end(self, name: str) -> None:
+        bar = self._bars.pop(name, None)
+        if bar is not None:
+            bar.close()
+
+    def close(self) -> None:
+        for name in list(self._bars):
+            self.end(name)
+
+    def _move(self, name: str, label: str, done: int, total: int, facts: str) -> None:
+        bar = self._bars.get(name)
+        if bar is None:
+            bar = tqdm(total=total, file=self.stream, leave=False, dynamic_ncols=True, bar_format=BAR)
+            self._bars[name] = bar
+        bar.total, bar.n = total, done  # set, not added to: a resumed stage goes back
+        bar.set_description_str(label, refresh=False)
+        bar.set_postfix_str(facts, refresh=False)
+        bar.refresh()
+
+
+def _look(stage: _Stage, show: _Lines | _Bars) -> None:
+    """Show what has changed in one stage since the last look."""
+    if not stage.finished:
+        _look_at_training(stage, show)
+    elif not stage.evaluated:
+        evaluation = _read_if_whole(stage.folder / "evaluate" / "pgd.json")
+        progress = _read_if_whole(stage.folder / "evaluate" / "progress.json")
+        if evaluation is not None:
+            stage.evaluated = True
+            show.end(stage.name)
+            show.say(f"{stage.name}  {_verdict(evaluation)}")
+        elif progress is not None:
+            show.evaluate(stage.name, progress["done"], progress["total"])
+
+
+def _look_at_training(stage: _Stage, show: _Lines | _Bars) -> None:
+    if stage.plan is None:
+        stage.plan = _read_if_whole(stage.folder / "stage.json")
+        if stage.plan is None:
+            return
+        steps, batch = stage.plan["total_steps"], stage.plan["batch_per_step"]
+        show.say(f"{stage.name}  {steps:,} steps of {batch:,} images")
+    result = _read_if_whole(stage.folder / "result.json")  # before the rows, so that none of them is missed
+    rows, anew = stage.tail.read()
+    if anew:
+        show.say(f"{stage.name}  resumed, at step {rows[-1]['step'] if rows else 0}")
+    else:
+        for row in rows:
+            if row["kind"] == "validation":
+                show.say(f"{stage.name}  step {row['step']}  held-out images: {_accuracies(row)}")
+    train = [row for row in rows if row["kind"] == "train"]
+    if train:
+        show.train(stage.name, train[-1], stage.plan)
+    if result is not None:
+        stage.finished = True
+        show.end(stage.name)
+        show.say(f"{stage.name}  finished after {result['steps']:,} steps")
+        _look(stage, show)
+
+
+def _facts(row: Row, plan: Row) -> list[str]:
+    """Loss, robust accuracy, speed and the time that the steps left take at this speed."""
+    facts = [f"loss {row['loss']:.3g}"]
+    accuracy = row["robust_accuracy"]
+    if accuracy is not None:
+        facts.append(f"robust {100 * accuracy:.1f} %")
+    speed = row["timing"]["images_per_s"]
+    facts.append(f"{speed:,.0f} images/s")
+    if speed > 0:
+        left = (plan["total_steps"] - row["step"]) * plan["batch_per_step"] / speed
+        facts.append(f"{timedelta(seconds=round(left))} left")
+    return facts
+
+
+def _accuracies(row: Row) -> str:
+    named = (("clean", row["clean_accuracy"]), ("robust", row["robust_accuracy"]))
+    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in named if value is not None)
+
+
+def _verdict(evaluation: Row) -> str:
+    parts = []
+    for kind in ("clean", "robust"):
+        accuracy = evaluation[f"{kind}_accuracy"]
+        low, high = 100 * accuracy["low"], 100 * accuracy["high"]
+        parts.append(f"{kind} {100 * accuracy['value']:.2f} % [{low:.2f}, {high:.2f}]")
+    return f"{', '.join(parts)} on {evaluation['images']:,} test images"
+
+
+def _parse(line: bytes) -> Row | None:
+    """A metrics row; None for a damaged line, which the next resume removes."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "kind" in row and "step" in row else None
+
+
+def _read_if_whole(path: Path) -> Row | None:
+    """The file's value; None if it is not there (yet), or not to be read at this moment."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None

@@ -1,0 +1,90 @@
+"""`python -m launch evaluate`: attack a finished network again, with another strength or on fewer images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from launch import run_folder
+from launch.local import check_data
+from pipeline.recipe import load_recipe
+
+EXAMPLE = """\
+  python -m launch evaluate runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 5 --images 1000
+  python -m launch evaluate demo --images all          (every finished network of the run)
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="clean and PGD accuracy of finished networks, printed as JSON",
+        description=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target", metavar="RUN|FILE", help="a run, or a model.safetensors inside one")
+    parser.add_argument("--attack", default="pgd", choices=["pgd"], help="the attack (default: pgd)")
+    parser.add_argument("--images", default="all", help="how many test images, in file order, or all (default)")
+    parser.add_argument("--steps", type=int, help="attack steps (default: the recipe's)")
+    parser.add_argument("--restarts", type=int, help="random restarts (default: the recipe's)")
+    parser.add_argument("--step-size", type=Fraction, help="for example 1/255 (default: the recipe's)")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _run_of(path: Path) -> Path:
+    for folder in path.resolve().parents:
+        if (folder / "recipe.yaml").exists():
+            return folder
+    raise ValueError(f"{path} is not inside a run: no recipe.yaml above it names its threat model and data")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    target = Path(arguments.target)
+    if target.suffix == ".safetensors":
+        if not target.is_file():
+            raise ValueError(f"{target} does not exist")
+        folder, files = _run_of(target), [target]
+    else:
+        folder = run_folder.find(arguments.target)
+        files = sorted(folder.glob("**/model.safetensors"))
+        files = [f for f in files if not f.parent.name.startswith("step-") and f.parent.name != "prune"]
+        if not files:
+            raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
+    check_data(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+
+    import numpy as np
+    import torch
+
+    from pipeline.data.loader import Loader
+    from pipeline.data.order import evaluation_crops
+    from pipeline.evaluate.pgd import Attack, evaluate, summarise
+    from pipeline.export import load_model
+    from pipeline.group import Group, pick_device
+
+    attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
+    given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
+    attack = replace(attack, **{k: float(v) if k == "step_size" else v for k, v in given.items() if v is not None})
+    if min(attack.steps, attack.restarts, attack.step_size) <= 0:
+        raise ValueError("--steps, --restarts and --step-size must be positive")
+    device = pick_device(recipe.workers.device)
+    with Loader(Path(recipe.data.test_file), image_size=recipe.data.image_size, threads=recipe.workers.threads) as loader:
+        torch.set_num_threads(recipe.workers.threads)
+        count = loader.num_samples
+        if arguments.images != "all":
+            if not arguments.images.isdigit() or not 0 < int(arguments.images) <= count:
+                raise ValueError(f"--images {arguments.images}: expected all or a number from 1 to {count}")
+            count = int(arguments.images)
+        data = recipe.data
+        crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
+        for path in files:
+            network = load_model(path).to(device)
+            verdicts = evaluate(
+                network, loader, np.arange(count), lambda ids: crops[ids], attack, recipe.evaluation.chunk, Group(0, 1, device)
+            )
+            print(json.dumps({"file": str(path), **{k: str(v) for k, v in given.items() if v}, **summarise(verdicts)}))
+    return 0

@@ -1,0 +1,86 @@
+"""Run directories: made once from a recipe, found again by name; all that a restart reads is in them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import atomic_write_json, atomic_write_text
+from pipeline.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+
+RUNS = Path("runs")
+VERSIONS_OF = ("torch", "torchvision", "ray", "deepspeed", "ffcv", "numpy", "numba", "wandb", "safetensors")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = [k for k in (before | after) if before.get(k) != after.get(k)]
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys]
+
+
+def _commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _provenance(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "recipe_sha256": recipe_hash(recipe),
+        "versions": {name: metadata.version(name) for name in VERSIONS_OF},
+    }
+
+
+def open_or_create(recipe: Recipe, name: str | None) -> Path:
+    """The run directory of a recipe: a new one, or the existing one of the same recipe, which then goes on.
+
+    Workers, checkpoint cadence and tracking may differ from before. Errors: ValueError naming what else differs.
+    """
+    folder = RUNS / (name or recipe.name)
+    path = folder / "recipe.yaml"
+    if path.exists():
+        old = load_recipe(path)
+        if recipe_hash(old) != recipe_hash(recipe):
+            changes = "; ".join(_differences(old, recipe))
+            raise ValueError(f"{folder} was begun with another recipe ({changes}); choose a new --name")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is no run (it has no recipe.yaml); choose another --name")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "provenance.json").exists():
+        atomic_write_json(folder / "provenance.json", _provenance(recipe))
+    atomic_write_text(path, dump_recipe(recipe))
+    return folder
+
+
+def find(reference: str) -> Path:
+    """'runs/demo' or 'demo' -> the run directory. Errors: ValueError listing the runs there are."""
+    for folder in (Path(reference), RUNS / reference):
+        if (folder / "recipe.yaml").exists():
+            return folder
+    known = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
+    raise ValueError(f"{reference}: no such run; runs here: {', '.join(known) or 'none'} (in {RUNS}/)")

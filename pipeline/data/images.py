@@ -1,0 +1,142 @@
+"""From an image file, of whatever kind, to RGB pixels; and the strict check of a stored JPEG.
+
+The pixels are those of `PIL.Image.open(file).convert("RGB")`, which is what torchvision's ImageFolder feeds, so a
+network trained elsewhere sees the same images here. That settles what would otherwise be questions:
+
+- The file's content decides what it is, never its name (ImageNet has a PNG that is called .JPEG).
+- EXIF orientation is ignored, as the ImageNet literature does; turning images would change known accuracies.
+- Alpha is dropped, not composited: the colour stored under transparent pixels shows.
+- Grey is replicated into three channels, bit-exact. CMYK goes through Pillow's conversion without a colour profile.
+- One exception: grey of 16 bits keeps its upper 8, where Pillow would clip everything above 255 to white.
+- A JPEG that ends early is broken, although most viewers show its upper part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+KINDS = {
+    "RGB": "rgb",
+    "1": "grey",
+    "L": "grey",
+    "CMYK": "cmyk",
+    "P": "palette",
+    "RGBA": "alpha",
+    "RGBa": "alpha",
+    "LA": "alpha",
+    "La": "alpha",
+    "PA": "alpha",
+    "RGBX": "other",
+    "YCbCr": "other",
+    "LAB": "other",
+    "HSV": "other",
+}
+"""Pillow's modes that `convert("RGB")` maps without loss of range, and what the manifest counts them as."""
+
+TURBOJPEG_RGB = 0
+
+
+class BrokenImage(ValueError):
+    """An image that cannot be decoded; the message is the reason."""
+
+
+def decode_rgb(data: bytes) -> tuple[NDArray[np.uint8], str]:
+    """Decode a whole image file: bytes -> (pixels uint8 [height, width, 3], kind).
+
+    kind is 'rgb' if nothing had to be converted, else 'grey', 'cmyk', 'palette', 'alpha', '16-bit' or 'other'.
+    Errors: BrokenImage.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return _to_rgb(image)
+    except (BrokenImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BrokenImage("not an image of any known format") from None
+    except Exception as error:
+        # Pillow's forty decoders raise whatever they meet in a damaged file (SyntaxError and struct.error among them);
+        # each of these means that this file cannot be decoded. io.BytesIO rules out errors of the disk.
+        raise BrokenImage(f"{type(error).__name__}: {error}") from None
+
+
+def _to_rgb(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
+    if image.mode in KINDS:
+        return np.asarray(image.convert("RGB")), KINDS[image.mode]
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise BrokenImage("32-bit integer pixels have no known white level")
+        grey = (values >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2), "16-bit"
+    raise BrokenImage(f"pixels of mode {image.mode} have no known white level")
+
+
+def fitted_size(height: int, width: int, limit: int) -> tuple[int, int]:
+    """Height and width after the longer side is brought down to `limit`; smaller images keep theirs.
+
+    Sides are rounded down as FFCV does, but never to zero: an image of 1 x 2000 stays one pixel high.
+    """
+    longer = max(height, width)
+    if longer <= limit:
+        return height, width
+    return max(1, height * limit // longer), max(1, width * limit // longer)
+
+
+def fit_longer_side(pixels: NDArray[np.uint8], limit: int) -> NDArray[np.uint8]:
+    """Shrink an image [height, width, 3] to `fitted_size` by area interpolation."""
+    height, width = fitted_size(pixels.shape[0], pixels.shape[1], limit)
+    if (height, width) == pixels.shape[:2]:
+        return pixels
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def read_image(path: Path) -> tuple[NDArray[np.uint8], str]:
+    """`decode_rgb` of a file. Errors: OSError if it cannot be read, BrokenImage if it cannot be decoded."""
+    return decode_rgb(path.read_bytes())
+
+
+@functools.cache
+def _turbojpeg() -> ctypes.CDLL:
+    """The library FFCV decodes with. Pillow will not do here: it takes what libjpeg only warns about."""
+    library = ctypes.CDLL("libturbojpeg.so.0")
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjDestroy.argtypes = [ctypes.c_void_p]
+    library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+    library.tjGetErrorStr2.restype = ctypes.c_char_p
+    size = ctypes.POINTER(ctypes.c_int)
+    library.tjDecompressHeader3.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, size, size, size, size]
+    library.tjDecompress2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p] + 5 * [
+        ctypes.c_int
+    ]
+    return library
+
+
+def jpeg_fault(data: NDArray[np.uint8], height: int, width: int) -> str | None:
+    """Why stored bytes are not a flawless JPEG of this size, or None if they are. Warnings count as faults.
+
+    The C code runs without the GIL, so threads check in parallel.
+    """
+    library = _turbojpeg()
+    handle = library.tjInitDecompress()
+    try:
+        found_width, found_height, subsampling, colours = (ctypes.c_int() for _ in range(4))
+        source = data.ctypes.data
+        if library.tjDecompressHeader3(handle, source, data.size, found_width, found_height, subsampling, colours):
+            return library.tjGetErrorStr2(handle).decode()
+        if (found_height.value, found_width.value) != (height, width):
+            return f"a JPEG of {found_height.value} x {found_width.value} where {height} x {width} is recorded"
+        pixels = np.empty((height, width, 3), np.uint8)
+        if library.tjDecompress2(handle, source, data.size, pixels.ctypes.data, width, 0, height, TURBOJPEG_RGB, 0):
+            return library.tjGetErrorStr2(handle).decode()
+        return None
+    finally:
+        library.tjDestroy(handle)

@@ -1,0 +1,242 @@
+"""What an FFCV file must look like, and the manifest that says what is in it.
+
+`open_checked` is the door for everyone who reads such a file: it takes a fraction of a second and refuses files that
+are unfinished, cut, foreign or altered in their index. Damage inside the stored images is found by
+`pipeline.data.verify`, which reads everything. numpy only: no torch, no ffcv.
+
+An FFCV file of version 2 is a header of 24 bytes, one descriptor of 1,041 bytes per field, one row of metadata per
+sample, pages of image bytes, and the allocation table, 24 bytes per stored image, as the last thing that is written.
+Here the two fields are always `image` (RGBImageField) and `label` (IntField), so there is one allocation per sample.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from pipeline.files import read_json
+
+FORMAT_VERSION = 2
+HASH_PAGE_BYTES = 8 << 20
+MANIFEST_SUFFIX = ".manifest.json"
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
+SAMPLE = np.dtype(
+    {
+        "names": ["mode", "width", "height", "data_ptr", "label"],
+        "formats": ["u1", "<u2", "<u2", "<u8", "<i8"],
+        "offsets": [0, 1, 3, 5, 16],
+        "itemsize": 24,
+    }
+)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELDS = [(2, b"image"), (1, b"label")]
+METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+MODE_JPEG, MODE_RAW = 0, 1
+
+REWRITE = "write it again with `python -m launch data write ... --force`"
+
+
+class DataError(ValueError):
+    """A data set or an FFCV file that cannot be used; the message names the file and the fix."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the header of a whole FFCV file says, in bytes and samples."""
+
+    num_samples: int
+    page_size: int
+    alloc_table_ptr: int
+    file_size: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where every sample lies: arrays of shape [num_samples], by sample id."""
+
+    samples: NDArray[np.void]
+    """dtype SAMPLE: mode (0 JPEG, 1 raw), width, height, data_ptr, label."""
+    sizes: NDArray[np.uint64]
+    """Bytes stored at data_ptr."""
+
+
+class Skipped(BaseModel):
+    """A source image that was left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: str
+    reason: str
+
+
+class Manifest(BaseModel):
+    """What is in an FFCV file, where it came from, and hashes to tell whether it is still that."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dataset: str
+    split: str
+    source: str
+    source_sha256: str
+    """Over the names and sizes of the source files: tells whether a file is up to date."""
+    num_samples: int
+    num_classes: int
+    class_names: list[str]
+    """By label."""
+    label_histogram: list[int]
+    image_mode: str
+    """'raw' (bit-exact pixels) or 'jpg'."""
+    max_resolution: int
+    jpeg_quality: int
+    skipped: list[Skipped]
+    converted: dict[str, int]
+    """How many source images were not plain RGB, by kind, for example {'grey': 7, 'cmyk': 2}."""
+    file_size: int
+    sha256: str
+    """Of the whole file; differs between rebuilds, as workers write pages in any order."""
+    index_sha256: str
+    """Of header, sample metadata and allocation table: what `open_checked` recomputes."""
+    content_sha256: str
+    """Over the sorted hashes of all samples (label, size, stored bytes): equal between rebuilds."""
+    pages: list[str]
+    """BLAKE2b-128 of every 8 MiB of the file, in order; the last page may be short."""
+    sample_crc32: str
+    """Base64 of num_samples little-endian uint32: CRC-32 of every sample's stored bytes."""
+    versions: dict[str, str]
+    written_at: str
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Manifest:
+        expected = {
+            "class_names": self.num_classes,
+            "label_histogram": self.num_classes,
+            "pages": -(-self.file_size // HASH_PAGE_BYTES),
+        }
+        for name, length in expected.items():
+            if len(getattr(self, name)) != length:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, not {length}")
+        if len(self.crc32_of_samples()) != self.num_samples or sum(self.label_histogram) != self.num_samples:
+            raise ValueError(f"sample_crc32 or label_histogram does not cover {self.num_samples} samples")
+        return self
+
+    def crc32_of_samples(self) -> NDArray[np.uint32]:
+        """Shape [num_samples], by sample id."""
+        return np.frombuffer(base64.b64decode(self.sample_crc32), dtype="<u4")
+
+
+def manifest_path(path: str | Path) -> Path:
+    """The manifest's place beside an FFCV file."""
+    path = Path(path)
+    return path.with_name(path.name + MANIFEST_SUFFIX)
+
+
+def _read_array(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[np.void]:
+    array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    if len(array) != count:
+        raise DataError(f"{path} is cut: {count} rows expected at byte {offset}, {len(array)} found; {REWRITE}")
+    return array
+
+
+def check_structure(path: str | Path) -> Structure:
+    """Refuse a file that is not a whole FFCV file of images and labels; reads header and allocation table only.
+
+    Errors: DataError naming the file and the fix. It cannot see altered bytes inside pages or metadata.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; make it with `python -m launch data write`")
+    file_size = path.stat().st_size
+    if file_size < METADATA_START:
+        raise DataError(f"{path} has {file_size} bytes, too few for an FFCV file; {REWRITE}")
+    header = _read_array(path, HEADER, 1, 0)[0]
+    if header["version"] != FORMAT_VERSION:
+        raise DataError(f"{path} is not an FFCV file of version {FORMAT_VERSION}; {REWRITE}")
+    fields = _read_array(path, FIELD, len(FIELDS), HEADER.itemsize)
+    found = [(int(field["type_id"]), bytes(field["name"])) for field in fields]
+    if header["num_fields"] != len(FIELDS) or found != FIELDS:
+        raise DataError(f"{path} does not hold the fields image and label and nothing else; {REWRITE}")
+    num_samples, alloc_table_ptr = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    if alloc_table_ptr == 0:
+        raise DataError(f"{path} is unfinished: its writer stopped before the end; {REWRITE}")
+    expected = alloc_table_ptr + ALLOCATION.itemsize * num_samples
+    if num_samples == 0 or file_size != expected:
+        raise DataError(f"{path} has {file_size} bytes, its header ({num_samples} samples) says {expected}; {REWRITE}")
+    data_start = METADATA_START + SAMPLE.itemsize * num_samples
+    table = _read_array(path, ALLOCATION, num_samples, alloc_table_ptr)
+    # Compared without adding, as a damaged uint64 could wrap around.
+    inside = (table["ptr"] >= data_start) & (table["ptr"] <= alloc_table_ptr)
+    if not inside.all() or not (table["size"] <= alloc_table_ptr - table["ptr"]).all():
+        raise DataError(f"{path} is damaged: its allocation table points outside the image data; {REWRITE}")
+    return Structure(num_samples, int(header["page_size"]), alloc_table_ptr, file_size)
+
+
+def index_sha256(path: str | Path, structure: Structure) -> str:
+    """Hash of header, field descriptors, metadata and allocation table (72 MB for the size of ImageNet)."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        digest.update(stream.read(METADATA_START + SAMPLE.itemsize * structure.num_samples))
+        stream.seek(structure.alloc_table_ptr)
+        digest.update(stream.read(ALLOCATION.itemsize * structure.num_samples))
+    return digest.hexdigest()
+
+
+def read_index(path: str | Path, structure: Structure) -> Index:
+    """Labels, sizes and places of all samples. Errors: DataError if metadata and allocation table disagree."""
+    path = Path(path)
+    samples = _read_array(path, SAMPLE, structure.num_samples, METADATA_START)
+    table = _read_array(path, ALLOCATION, structure.num_samples, structure.alloc_table_ptr)
+    table = table[np.argsort(table["sample_id"], kind="stable")]
+    if not np.array_equal(table["sample_id"], np.arange(len(table))) or not np.array_equal(
+        table["ptr"], samples["data_ptr"]
+    ):
+        raise DataError(f"{path} is damaged: metadata and allocation table disagree; {REWRITE}")
+    return Index(samples, table["size"])
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of FFCV file `path`. Errors: DataError if it is missing or damaged."""
+    try:
+        return Manifest.model_validate(read_json(manifest_path(path)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DataError(f"{manifest_path(path)} is damaged ({first['loc']}: {first['msg']}); {REWRITE}") from None
+    except ValueError as error:
+        raise DataError(f"{path} has no usable manifest ({error}); {REWRITE}") from None
+
+
+def open_checked(path: str | Path) -> Manifest:
+    """The manifest of a file that is whole and is the one described; cheap enough for every start.
+
+    Errors: DataError for a file that is missing, unfinished, cut, foreign, or whose index was altered.
+    """
+    structure = check_structure(path)
+    manifest = read_manifest(path)
+    for name in ("num_samples", "file_size"):
+        described, found = getattr(manifest, name), getattr(structure, name)
+        if described != found:
+            raise DataError(f"{path} has {name} {found}, its manifest says {described}; {REWRITE}")
+    if index_sha256(path, structure) != manifest.index_sha256:
+        raise DataError(f"{path} is damaged: labels or allocation table differ from its manifest; {REWRITE}")
+    return manifest
+
+
+def page_hashes(path: str | Path) -> Iterator[tuple[bytes, str]]:
+    """Yield (bytes, BLAKE2b-128) of every 8 MiB of a file, in order."""
+    with Path(path).open("rb") as stream:
+        while page := stream.read(HASH_PAGE_BYTES):
+            yield page, hashlib.blake2b(page, digest_size=16).hexdigest()

@@ -1,0 +1,58 @@
+"""Intervals and tests for counts of correct images: exact counts in, scipy's numbers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson, JASA 1927), without continuity correction.
+
+    Returns (low, high), fractions in [0, 1]. Errors: ValueError unless 0 <= correct <= total, total > 0 and
+    0 < confidence < 1.
+    """
+    if total <= 0 or not 0 <= correct <= total:
+        raise ValueError(f"{correct} correct of {total} images is no proportion; give 0 <= correct <= total, total > 0")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence} must lie between 0 and 1, for example 0.95")
+    interval = binomtest(int(correct), int(total)).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two classifiers on the same images: what tells them apart, and how surely."""
+
+    only_first: int
+    """Images that only the first one gets right."""
+    only_second: int
+    p_value: float
+    """Two-sided exact binomial p of the discordant images, 1.0 if there are none."""
+    difference: float
+    """Accuracy of the first minus accuracy of the second, a fraction of all images in [-1, 1]."""
+
+
+def mcnemar(first_correct: NDArray[np.bool_], second_correct: NDArray[np.bool_]) -> McNemar:
+    """McNemar's test (Psychometrika 1947), exact: only images on which the two disagree carry evidence.
+
+    Both arguments: bool, shape [n], the same image at the same index. Errors: ValueError for any other shape or dtype.
+    """
+    for name, verdicts in (("first_correct", first_correct), ("second_correct", second_correct)):
+        if verdicts.dtype != np.bool_ or verdicts.ndim != 1 or verdicts.size == 0:
+            raise ValueError(
+                f"{name} is {verdicts.dtype} of shape {verdicts.shape}; give a bool array of shape [n], n > 0"
+            )
+    if first_correct.shape != second_correct.shape:
+        raise ValueError(
+            f"first_correct has {first_correct.size} images and second_correct {second_correct.size}; "
+            "evaluate both networks on the same images"
+        )
+    only_first = int(np.count_nonzero(first_correct & ~second_correct))
+    only_second = int(np.count_nonzero(~first_correct & second_correct))
+    discordant = only_first + only_second
+    p_value = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    return McNemar(only_first, only_second, p_value, (only_first - only_second) / first_correct.size)

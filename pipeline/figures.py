@@ -1,0 +1,204 @@
+"""The report's two pictures. matplotlib is imported here and nowhere else, without pyplot: no display is needed."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullLocator
+
+from pipeline.results import Network, Run, attack_text
+
+COLOURS = {"dense": "#444444", "HYDRA": "#0072B2", "magnitude": "#D55E00"}
+"""From Okabe and Ito's palette: told apart with any colour vision."""
+MARKERS = {"HYDRA": "o", "magnitude": "s"}
+Kind = Literal["clean", "robust"]
+
+
+def draw_accuracy(runs: list[Run], path: Path) -> None:
+    """Robust and clean accuracy against sparsity as a PNG; bars and band are 95 % Wilson intervals.
+
+    Several runs: every seed's point with its interval, lines and numbers through the means.
+    """
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _accuracy_panel(left, runs, "robust")
+    _accuracy_panel(right, runs, "clean")
+    seeds = "" if len(runs) == 1 else f"; means of {len(runs)} seeds"
+    figure.suptitle(f"{attack_text(runs)}{seeds}; bars and bands: 95 % intervals", fontsize=10, color="#333333")
+    missing = [f"{n.name} at {n.pruned} pruned" for run in runs for n in run.networks if n.evaluation is None]
+    if missing:
+        figure.supxlabel(f"not evaluated yet: {', '.join(dict.fromkeys(missing))}", fontsize=9, color="#333333")
+    figure.savefig(path, dpi=160)
+
+
+def draw_layers(run: Run, path: Path) -> None:
+    """Kept connections of every layer at every sparsity as a PNG; the numbers beside the marks are counts."""
+    networks = [n for n in run.networks if n.name != "dense" and n.layers]
+    names = [str(layer["name"]) for layer in networks[0].layers] if networks else []
+    figure = Figure(figsize=(10, 1.6 + 0.24 * max(len(names), 6)), layout="constrained")
+    axes = figure.subplots()
+    for network in networks:
+        _layer_marks(axes, network)
+    for keep in {n.keep_fraction: n for n in networks}.values():
+        x = float(keep.keep_fraction)
+        axes.axvline(x, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
+        above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        axes.annotate(f"{keep.pruned} pruned", (x, 1), xycoords=("data", "axes fraction"), **above)
+    axes.set_yticks(range(len(names)), names, fontsize=9 if len(names) <= 20 else 7)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xscale("log")
+    keeps = [float(k) for k in run.recipe.sparsity.keep_fractions]
+    axes.set_xlim(max(keeps) * 2, min(keeps) / 3)  # more pruned to the right, as in the other picture
+    axes.set_xticks(keeps, [f"{_percent(keep)} %" for keep in run.recipe.sparsity.keep_fractions])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("connections kept, of all in the layer (log scale)")
+    done = {network.name for network in networks}
+    axes.set_title("" if done else "no pruned network is finished yet", loc="left", fontsize=10)
+    for column, (name, sign) in enumerate({"HYDRA": "●", "magnitude": "□"}.items()):
+        if name in done:
+            where = {"xycoords": "axes fraction", "xytext": (80 * column, 20), "textcoords": "offset points"}
+            axes.annotate(f"{sign} {name}", (0, 1), va="bottom", color=COLOURS[name], **where)
+    _strip(axes)
+    figure.savefig(path, dpi=160)
+
+
+def _layer_marks(axes: Axes, network: Network) -> None:
+    hydra = network.name == "HYDRA"
+    for row, layer in enumerate(network.layers):
+        x = layer["kept"] / layer["total"]
+        axes.plot(
+            x,
+            row,
+            MARKERS[network.name],
+            color=COLOURS[network.name],
+            markersize=5 if hydra else 10,
+            markerfacecolor=COLOURS[network.name] if hydra else "none",
+        )
+        if hydra:
+            axes.annotate(
+                f"{layer['kept']:,} of {layer['total']:,}",
+                (x, row),
+                xytext=(9, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color="#333333",
+            )
+
+
+def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
+    keeps = sorted(runs[0].recipe.sparsity.keep_fractions, reverse=True)
+    positions = {keep: -math.log10(keep) for keep in keeps}
+    span = max(positions[keeps[-1]] - positions[keeps[0]], 0.5)
+    ends: list[tuple[float, str, str]] = []
+
+    dense = _accuracies(runs, "dense", Decimal(1), kind)
+    if dense:
+        value = fmean(a["value"] for a in dense)
+        low, high = min(a["low"] for a in dense), max(a["high"] for a in dense)
+        axes.axhspan(100 * low, 100 * high, color=COLOURS["dense"], alpha=0.13, linewidth=0)
+        axes.axhline(100 * value, color=COLOURS["dense"], linewidth=1.3, linestyle="--")
+        ends.append((100 * value, f"dense {100 * value:.1f}", COLOURS["dense"]))
+
+    found = {(name, keep): _accuracies(runs, name, keep, kind) for name in MARKERS for keep in keeps}
+    for name, shift in (("HYDRA", -0.012 * span), ("magnitude", 0.012 * span)):
+        line: list[tuple[float, float]] = []
+        for keep in keeps:
+            accuracies = found[name, keep]
+            for seed, accuracy in enumerate(accuracies):
+                # Side by side, so that no error bar hides another.
+                _interval_mark(axes, positions[keep] + shift * (1 + 2 * seed), accuracy, name, faint=len(runs) > 1)
+            if accuracies:
+                line.append((positions[keep] + shift * len(runs), 100 * fmean(a["value"] for a in accuracies)))
+                rivals = found["magnitude" if name == "HYDRA" else "HYDRA", keep]
+                _number(axes, *line[-1], accuracies, rivals, name)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=COLOURS[name], linewidth=1.8, zorder=2)
+        if line:
+            ends.append((line[-1][1], name, COLOURS[name]))
+
+    axes.set_xlim(positions[keeps[0]] - 0.18 * span, positions[keeps[-1]] + 0.18 * span)
+    axes.set_xticks([positions[k] for k in keeps], [f"{_percent(1 - k)} %" for k in keeps])
+    axes.set_xlabel("connections pruned (log scale of what is kept)")
+    axes.set_title(f"{kind.capitalize()} accuracy, %", loc="left", fontsize=12, fontweight="bold")
+    axes.margins(y=0.16)
+    axes.autoscale_view()
+    _label_ends(axes, ends)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _strip(axes)
+
+
+def _accuracies(runs: list[Run], name: str, keep: Decimal, kind: Kind) -> list[dict[str, float]]:
+    networks = [run.find(name, keep) for run in runs]
+    return [n.evaluation[f"{kind}_accuracy"] for n in networks if n is not None and n.evaluation is not None]
+
+
+def _interval_mark(axes: Axes, x: float, accuracy: dict[str, float], name: str, *, faint: bool) -> None:
+    value = 100 * accuracy["value"]
+    bars = [[value - 100 * accuracy["low"]], [100 * accuracy["high"] - value]]
+    axes.errorbar(
+        x,
+        value,
+        yerr=bars,
+        fmt=MARKERS[name],
+        color=COLOURS[name],
+        markersize=4 if faint else 6,
+        alpha=0.55 if faint else 1.0,
+        capsize=2 if faint else 4,
+        linewidth=1.2,
+        zorder=3,
+    )
+
+
+def _number(
+    axes: Axes, x: float, mean: float, own: list[dict[str, float]], rivals: list[dict[str, float]], name: str
+) -> None:
+    """Write a mean beyond its error bars: above them for the better network of a sparsity, below for the other."""
+    rival = 100 * fmean(a["value"] for a in rivals) if rivals else mean
+    above = mean > rival or (mean == rival and name == "HYDRA")
+    y = 100 * (max(a["high"] for a in own) if above else min(a["low"] for a in own))
+    axes.annotate(
+        f"{mean:.1f}",
+        (x, y),
+        xytext=(0, 9 if above else -9),
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        color=COLOURS[name],
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+    )
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Name each line at the right edge of the axes; labels that would touch are pushed apart."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    previous = -math.inf
+    for value, text, colour in sorted(ends):
+        y = max(value, previous + gap)
+        previous = y
+        axes.annotate(
+            text,
+            (1.015, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=colour,
+            fontsize=10,
+            annotation_clip=False,
+        )
+
+
+def _percent(fraction: Decimal) -> str:
+    return format((100 * fraction).normalize(), "f")
+
+
+def _strip(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=3)

@@ -1,0 +1,71 @@
+"""The workers of a run as one value: rank, world size, device, and the few collectives the project uses.
+
+Works on any initialised torch.distributed group (Ray's, or one made by a test); without one it is a group of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Group:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, d] on every rank (n the same everywhere) -> [world * n, d], ranks in order."""
+        if self.world == 1:
+            return rows
+        out = rows.new_empty((self.world * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def current_group(device: torch.device) -> Group:
+    if dist.is_available() and dist.is_initialized():
+        return Group(dist.get_rank(), dist.get_world_size(), device)
+    return Group(0, 1, device)
+
+
+def pick_device(choice: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> device. Errors: ValueError where CUDA was asked for and there is none."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ValueError("workers.device = cuda: no CUDA device is visible; use workers.device=auto or cpu")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

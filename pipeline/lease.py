@@ -1,0 +1,130 @@
+"""A stage has one writer: whoever holds its lease.
+
+`lease.json` in the stage folder names the holder (token, host, pid, heartbeat). A second start is refused and told who
+holds it; a holder that is dead on this host, or has not been heard of for STALE_AFTER_S, is replaced. Writers check the
+token before they commit, so that a holder that was replaced while it was frozen cannot write over its successor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import atomic_write_json, read_json
+
+HEARTBEAT_S = 10.0
+STALE_AFTER_S = 90.0
+
+
+class LeaseHeld(ValueError):
+    """Somebody else is writing this stage; the message names them."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    token: str
+    host: str
+    pid: int
+    started_ticks: int
+    heartbeat: float
+
+
+def _started_ticks(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot; tells a pid from its later reuse. None: no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def read_holder(folder: Path) -> Holder | None:
+    path = folder / "lease.json"
+    return Holder(**read_json(path)) if path.exists() else None
+
+
+def is_stale(holder: Holder) -> bool:
+    if holder.host == socket.gethostname():
+        return _started_ticks(holder.pid) != holder.started_ticks
+    return time.time() - holder.heartbeat > STALE_AFTER_S
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Serialise the read-check-write of a lease among processes."""
+    with (folder / ".lease.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def check_token(folder: Path, token: str) -> None:
+    """Raise LeaseHeld unless `token` still holds the stage."""
+    holder = read_holder(folder)
+    if holder is None or holder.token != token:
+        who = "nobody" if holder is None else f"pid {holder.pid} on {holder.host}"
+        raise LeaseHeld(f"{folder} is no longer ours (held by {who}); nothing was written")
+
+
+class Leases:
+    """The leases of one job's stages, kept alive by one thread until `release`."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.token = secrets.token_hex(16)
+        self._folders: list[Path] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+        try:
+            for folder in folders:
+                self._acquire(folder)
+        except BaseException:
+            self.release()
+            raise
+        self._thread.start()
+
+    def _record(self) -> dict[str, Any]:
+        pid = os.getpid()
+        ticks = _started_ticks(pid)
+        assert ticks is not None
+        return asdict(Holder(self.token, socket.gethostname(), pid, ticks, time.time()))
+
+    def _acquire(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder):
+            try:
+                holder = read_holder(folder)
+            except ValueError:
+                holder = None  # a torn lease can only be a dead writer's: leases are replaced by rename
+            if holder is not None and not is_stale(holder):
+                raise LeaseHeld(
+                    f"{folder} is being written by pid {holder.pid} on {holder.host}; "
+                    "wait for it, or end that process and start again"
+                )
+            atomic_write_json(folder / "lease.json", self._record())
+            self._folders.append(folder)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            for folder in self._folders:
+                with _exclusive(folder):
+                    check_token(folder, self.token)
+                    atomic_write_json(folder / "lease.json", self._record())
+
+    def release(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=HEARTBEAT_S)
+        for folder in self._folders:
+            with _exclusive(folder):
+                holder = read_holder(folder)
+                if holder is not None and holder.token == self.token:
+                    (folder / "lease.json").unlink()
+        self._folders = []

@@ -1,0 +1,196 @@
+"""The training loop, for every phase and objective.
+
+Phases are data (`phases.Stage`), objectives are functions that are handed the attack. A step is: for each of this
+worker's micro-batches attack and accumulate gradients; agree that the loss is finite; move the parameters; fold BatchNorm's
+statistics in; rank the scores anew. All randomness is keyed, so that the loop can begin at any step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pipeline.batch_statistics import BatchStatistics
+from pipeline.checkpoint import Snapshot
+from pipeline.data.loader import Batch
+from pipeline.engine import Engine
+from pipeline.group import Group
+from pipeline.keys import sample_keys
+from pipeline.models import Network
+from pipeline.objectives import Objective
+from pipeline.phases import Stage
+from pipeline.progress import Progress, Window
+from pipeline.recipe import Recipe
+from pipeline.schedules import lr_at
+from pipeline.sparsity import named_state, refresh_masks
+
+Observer = Callable[[str, dict[str, Any]], None]
+"""Tests watch a run through it: called with an event name and its facts on every rank."""
+
+
+def unobserved(event: str, facts: dict[str, Any]) -> None:
+    """Nobody watches."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; raised on all ranks before the parameters move."""
+
+
+class Rows(Protocol):
+    """Where metric rows go."""
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one stage's loop is made of."""
+
+    stage: Stage
+    recipe: Recipe
+    group: Group
+    network: Network
+    engine: Engine
+    objective: Objective
+    micro_batches: Iterator[Batch]
+    """This worker's micro-batches from the first step that is left."""
+    rows: Rows | None
+    """Metric rows; on rank 0 only."""
+    validate: Callable[[], dict[str, Any]]
+    """Accuracies on the held-out images: a metrics row without its position. Collective."""
+    save: Callable[[Snapshot], None]
+    """Called on every rank; rank 0 writes."""
+    observe: Observer
+
+
+def snapshot(training: Training, progress: Progress) -> Snapshot:
+    """Owned CPU copies of everything a checkpoint holds. Collective. Errors: NonFiniteLoss, so that none enters one."""
+    model = {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_state(training.network).items()
+    }
+    optimizer = training.engine.optimizer_state()
+    for name, tensor in {**model, **optimizer}.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteLoss(f"{training.stage.name}: {name} is not finite at step {progress.step}")
+    return Snapshot(model, optimizer, progress)
+
+
+def train(training: Training, progress: Progress) -> Progress:
+    """Run the steps that are left and return the last position. Collective."""
+    recipe, stage, group = training.recipe, training.stage, training.group
+    statistics = BatchStatistics(training.network, group)
+    training.network.train()
+    window_started = time.monotonic()
+    try:
+        while not progress.finished:
+            sums = _step(training, statistics, progress)
+            progress = progress.after_step(_added(progress.window, sums))
+            training.observe("step", {"stage": stage.name, "step": progress.step})
+            ends_epoch = progress.at_epoch_end
+            if progress.step % recipe.tracking.log_every_steps == 0 or ends_epoch:
+                now = time.monotonic()
+                _log_window(training, progress, now - window_started)
+                window_started = now
+                progress = progress.after_window()
+            if ends_epoch and recipe.evaluation.validation_steps > 0:
+                progress = _validated(training, progress)
+                window_started = time.monotonic()
+            if _is_checkpoint_step(recipe, progress):
+                training.save(snapshot(training, progress))
+    finally:
+        statistics.close()
+    return progress
+
+
+def _step(training: Training, statistics: BatchStatistics, progress: Progress) -> torch.Tensor:
+    """One optimizer step. Returns sums over all ranks: loss over micro-batches, clean and robust correct, images."""
+    recipe, stage, group, engine = training.recipe, training.stage, training.group, training.engine
+    step = progress.step
+    engine.set_lr(lr_at(stage.optimisation, step, progress.steps_per_epoch))
+    local = recipe.batch.micro_batches_per_step // group.world
+    sums = torch.zeros(4, dtype=torch.float64, device=group.device)
+    for index in range(local):
+        batch = next(training.micro_batches)
+        images = batch.images.to(group.device).float().div(255.0)
+        labels = batch.labels.to(group.device)
+        noise = sample_keys(batch.ids.numpy(), recipe.seed, "attack", stage.name, step)
+        keys = torch.from_numpy(noise.view(np.int64)).to(group.device)
+
+        def forward(fed: torch.Tensor, index: int = index, ids: torch.Tensor = batch.ids) -> torch.Tensor:
+            training.observe("forward", {"stage": stage.name, "step": step, "micro_batch": index, "ids": ids, "fed": fed})
+            return engine.forward(fed)
+
+        outcome = training.objective(training.network, forward, images, labels, keys, engine.autocast)
+        engine.backward(outcome.loss)
+        counts = [outcome.loss.detach(), outcome.clean_correct, outcome.robust_correct, len(labels)]
+        sums += torch.stack([torch.as_tensor(0 if c is None else c, dtype=torch.float64, device=group.device) for c in counts])
+        if index == local - 1:
+            group.sum(sums)
+            if not math.isfinite(float(sums[0])):
+                raise NonFiniteLoss(
+                    f"{stage.name}: the loss of step {step} is {float(sums[0])}; lower phases.{stage.phase}.lr "
+                    "or lengthen its warm-up"
+                )
+        engine.advance()
+    statistics.fold_in()
+    if stage.trains == "scores":
+        refresh_masks(training.network)
+    return sums
+
+
+def _added(window: Window, sums: torch.Tensor) -> Window:
+    loss, clean, robust, images = sums.tolist()
+    return Window(
+        window.loss_sum + loss,
+        window.clean_correct + int(clean),
+        window.robust_correct + int(robust),
+        window.images + int(images),
+        window.steps + 1,
+    )
+
+
+def _log_window(training: Training, progress: Progress, seconds: float) -> None:
+    """One metrics row for the steps since the last one. What is timed is kept apart: the rest is repeatable."""
+    if training.rows is None:
+        return
+    window, recipe = progress.window, training.recipe
+    objective = recipe.objective.name
+    training.rows.log(
+        {
+            "kind": "train",
+            "step": progress.step,
+            "epoch": progress.step / progress.steps_per_epoch,
+            "lr": lr_at(training.stage.optimisation, progress.step - 1, progress.steps_per_epoch),
+            "loss": window.loss_sum / (window.steps * recipe.batch.micro_batches_per_step),
+            "clean_accuracy": window.clean_correct / window.images if objective in ("clean", "trades") else None,
+            "robust_accuracy": window.robust_correct / window.images if objective != "clean" else None,
+            "images": window.images,
+            "timing": {"images_per_s": window.images / max(seconds, 1e-9), "seconds": seconds},
+        }
+    )
+
+
+def _validated(training: Training, progress: Progress) -> Progress:
+    """Accuracies on the held-out images, logged; with `select: best_validation_robust` they choose the checkpoint."""
+    started = time.monotonic()
+    accuracies = training.validate()
+    position = {"step": progress.step, "epoch": progress.step / progress.steps_per_epoch}
+    if training.rows is not None:
+        timing = {"seconds": time.monotonic() - started}
+        training.rows.log({"kind": "validation", **position, **accuracies, "timing": timing})
+    if training.recipe.select == "best_validation_robust":
+        return progress.with_best(accuracies["robust_accuracy"])
+    return progress
+
+
+def _is_checkpoint_step(recipe: Recipe, progress: Progress) -> bool:
+    every = recipe.checkpoint.every_steps
+    if progress.finished or (progress.at_epoch_end and (every is None or recipe.select == "best_validation_robust")):
+        return True
+    return every is not None and progress.step % every == 0

@@ -1,0 +1,68 @@
+"""Masks as arithmetic: how many connections are kept, which ones, and where scores start.
+
+Pure functions of tensors (HYDRA: Sehwag et al., NeurIPS 2020); `pipeline.sparsity` puts them on networks.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def kept_count(n: int, keep_fraction: Decimal) -> int:
+    """How many of `n` connections a layer keeps: n - floor((1 - k) n), exact in the decimal as written.
+
+    In floats (1 - 0.9) * 1000 is 99.99..., which keeps 901. At least one connection is kept.
+    Errors: ValueError unless 0 < keep_fraction <= 1.
+    """
+    if not 0 < keep_fraction <= 1:
+        raise ValueError(f"keep_fraction {keep_fraction} must lie in (0, 1]; it is kept / all connections")
+    return n - math.floor((1 - Fraction(keep_fraction)) * n)
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    if values.device.type == "cpu":
+        # numpy's partition is vectorised: 0.8 ms for 0.5 M float32 values, where torch's kthvalue takes 8 ms.
+        place = values.numel() - k
+        return torch.from_numpy(np.partition(values.numpy(), place))[place]
+    return values.topk(k, sorted=False).values.amin()
+
+
+def topk_mask(score: Tensor, kept: int) -> Tensor:
+    """The `kept` entries of largest |score|, as bool of score's shape; among equals the lower row-major index wins.
+
+    Row-major means the logical index, so that memory formats and devices agree. Linear time.
+    Errors: ValueError for NaN, or a `kept` outside [0, n].
+    """
+    magnitude = score.detach().abs().reshape(-1)
+    n = magnitude.numel()
+    if not 0 <= kept <= n:
+        raise ValueError(f"cannot keep {kept} of {n} scores")
+    if n and bool(magnitude.sum().isnan()):  # |score| cannot cancel, so the sum is NaN exactly when a score is
+        raise ValueError("scores contain NaN; lower the learning rate of the prune phase")
+    if kept == 0:
+        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    threshold = _kth_largest(magnitude, kept)
+    above = magnitude > threshold
+    equal = magnitude == threshold
+    rank_among_equals = equal.cumsum(0, dtype=torch.int32)
+    mask = above | (equal & (rank_among_equals <= kept - above.sum()))
+    return mask.view(score.shape)
+
+
+def scaled_scores(weight: Tensor) -> Tensor:
+    """Scaled initialisation sqrt(6 / fan_in) * w / max|w| (HYDRA's scaled initialisation), of weight's shape.
+
+    Its ranking is the ranking by magnitude. Errors: ValueError for an all-zero weight, which has no ranking.
+    """
+    weight = weight.detach()
+    largest = weight.abs().amax()
+    if not bool(largest > 0):
+        raise ValueError("the largest |weight| is zero or NaN, so scores cannot be scaled by it")
+    fan_in = weight[0].numel()
+    return math.sqrt(6 / fan_in) * weight / largest

@@ -1,0 +1,64 @@
+"""What an objective is and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Opens the engine's mixed-precision context anew at every call; nullcontext for fp32."""
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The loss of a micro-batch, a float32 scalar with its graph, and counts of correct predictions, scalar int64.
+
+    The counts are of the forwards that the loss is made of; None where the objective has no such forward.
+    """
+
+    loss: Tensor
+    clean_correct: Tensor | None
+    robust_correct: Tensor | None
+
+
+class Objective(Protocol):
+    """A robust training technique, as a function."""
+
+    def __call__(
+        self, network: nn.Module, forward: Forward, x: Tensor, y: Tensor, keys: Tensor, autocast: Autocast
+    ) -> Outcome:
+        """The loss of one micro-batch.
+
+        x [n, ...] float32 in [0, 1], y [n] int64, keys [n] int64 (one random stream per sample). `network` is the bare
+        module that adversarial examples are crafted on; `forward` is what the update's forwards go through, an engine
+        with its own autocast. Both lead to the same weights. The caller calls backward, once.
+        """
+        ...
+
+
+def craft_forward(network: nn.Module, autocast: Autocast) -> Forward:
+    """A forward for crafting: under autocast, which the bare module lacks, with float32 logits.
+
+    Autocast is opened per forward, because it keeps its casts of the weights until it is left: one made under no_grad
+    would stand in for the weight in a later forward.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        with autocast():
+            logits = network(images)
+        return logits.float()
+
+    return forward
+
+
+@torch.no_grad()
+def count_correct(logits: Tensor, y: Tensor) -> Tensor:
+    """How many of logits [n, classes] have their largest entry at y [n]: scalar int64 on the same device."""
+    return (logits.argmax(dim=1) == y).sum()

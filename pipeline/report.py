@@ -1,0 +1,139 @@
+"""The report of one or several runs: a table, two CSV files, two pictures.
+
+Robust and clean accuracy per sparsity, HYDRA beside the magnitude baseline and the dense network, each with its 95 %
+Wilson interval; per sparsity McNemar's exact test on the same images; kept connections per layer.
+"""
+
+from __future__ import annotations
+
+import csv
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluate.statistics import McNemar
+from pipeline.figures import draw_accuracy, draw_layers
+from pipeline.results import Run, attack_text, compare, read_runs
+
+LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
+Comparisons = dict[tuple[int, Decimal], McNemar | None]
+"""(index of the run, keep_fraction) -> HYDRA against magnitude."""
+
+
+def report(run_folders: list[Path]) -> str:
+    """Write robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return the table.
+
+    Several runs are seeds of one recipe: means, and every seed's own difference and p. What is not evaluated yet is
+    shown as missing. Errors: ValueError, see `results.read_runs`.
+    """
+    runs = read_runs(run_folders)
+    keeps = list(runs[0].recipe.sparsity.keep_fractions)
+    comparisons = {(i, keep): compare(run, keep) for i, run in enumerate(runs) for keep in keeps}
+    folder = runs[0].folder / "report"
+    folder.mkdir(exist_ok=True)
+    accuracies = _accuracy_rows(runs, comparisons)
+    _write_csv(folder / "robust_accuracy.csv", tuple(accuracies[0]), accuracies)
+    _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
+    draw_accuracy(runs, folder / "robust_accuracy.png")
+    draw_layers(runs[0], folder / "kept_fraction.png")
+    return table(runs, comparisons)
+
+
+def table(runs: list[Run], comparisons: Comparisons) -> str:
+    """The table as text. Accuracies in percent, differences in percentage points."""
+    single = len(runs) == 1
+    seeds = [run.recipe.seed for run in runs]
+    bounds = "95 % interval" if single else "[lowest, highest]"
+    header = ["network", "pruned", "clean %", bounds, "robust %", bounds]
+    header += ["HYDRA - magnitude", "p"] if single else [f"difference, seed {seed}" for seed in seeds]
+    rows = [header]
+    for network in runs[0].networks:
+        same = [run.find(network.name, network.keep_fraction) for run in runs]
+        row = [network.name.ljust(len("magnitude")), network.pruned]
+        for kind in ("clean", "robust"):
+            row += _cells([n.evaluation[f"{kind}_accuracy"] for n in same if n and n.evaluation], len(runs))
+        if network.name == "HYDRA" and runs[0].recipe.sparsity.magnitude_baseline != "none":
+            for i in range(len(runs)):
+                points, p = _difference_cells(comparisons[i, network.keep_fraction])
+                row += [points, p] if single else [f"{points}  {p}".rstrip()]
+        rows.append(row + [""] * (len(header) - len(row)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    who = f"seed {seeds[0]}" if single else f"means over the seeds {', '.join(map(str, seeds))}"
+    notes = [f"{attack_text(runs)}; {who}"]
+    notes.append("differences: HYDRA - magnitude, robust accuracy in points, p by McNemar's exact two-sided test")
+    return "\n".join([*(line.rstrip() for line in lines), *notes])
+
+
+def _cells(accuracies: list[dict[str, float]], expected: int) -> list[str]:
+    """(value, bounds) of one network: its interval, or the mean and range over seeds."""
+    if not accuracies:
+        return ["missing", ""]
+    values = [100 * accuracy["value"] for accuracy in accuracies]
+    if expected == 1:
+        return [f"{values[0]:.2f}", f"[{100 * accuracies[0]['low']:.2f}, {100 * accuracies[0]['high']:.2f}]"]
+    present = "" if len(values) == expected else f" ({len(values)} of {expected})"
+    return [f"{sum(values) / len(values):.2f}{present}", f"[{min(values):.2f}, {max(values):.2f}]"]
+
+
+def _difference_cells(test: McNemar | None) -> tuple[str, str]:
+    return (f"{100 * test.difference:+.2f}", _p_text(test.p_value)) if test else ("missing", "")
+
+
+def _p_text(p: float) -> str:
+    if p >= 0.001:
+        return f"p = {p:.3f}"
+    return f"p = {p:.1e}" if p > 0 else "p < 1e-300"
+
+
+def _accuracy_rows(runs: list[Run], comparisons: Comparisons) -> list[dict[str, Any]]:
+    rows = []
+    for i, run in enumerate(runs):
+        for network in run.networks:
+            row: dict[str, Any] = {
+                "run": run.folder.name,
+                "seed": run.recipe.seed,
+                "network": network.name,
+                "keep_fraction": network.keep_fraction,
+                "pruned_percent": network.pruned.removesuffix(" %"),
+            }
+            facts = network.evaluation or {}
+            row |= {
+                key: facts.get(key) for key in ("attack", "norm", "eps", "steps", "step_size", "restarts", "images")
+            }
+            for kind in ("clean", "robust"):
+                row[f"{kind}_correct"] = facts.get(f"{kind}_correct")
+                for part in ("value", "low", "high"):
+                    row[f"{kind}_accuracy_{part}"] = facts.get(f"{kind}_accuracy", {}).get(part)
+            test = comparisons[i, network.keep_fraction] if network.name == "HYDRA" else None
+            row["robust_difference_to_magnitude"] = test.difference if test else None
+            row["only_hydra_correct"] = test.only_first if test else None
+            row["only_magnitude_correct"] = test.only_second if test else None
+            row["mcnemar_p"] = test.p_value if test else None
+            rows.append(row)
+    return rows
+
+
+def _layer_rows(runs: list[Run]) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": run.folder.name,
+            "seed": run.recipe.seed,
+            "network": network.name,
+            "keep_fraction": network.keep_fraction,
+            "layer": layer["name"],
+            "kept": layer["kept"],
+            "total": layer["total"],
+            "kept_fraction": layer["kept"] / layer["total"],
+        }
+        for run in runs
+        for network in run.networks
+        for layer in network.layers
+    ]
+
+
+def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,144 @@
+"""Reads what runs left behind: accuracies, intervals, kept connections, paired comparisons. Draws nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.evaluate.statistics import McNemar, mcnemar
+from pipeline.files import read_json
+from pipeline.phases import stages_of
+from pipeline.recipe import Recipe, canonical_decimal, load_recipe, recipe_hash
+
+NETWORK_OF_PHASE = {"pretrain": "dense", "finetune": "HYDRA", "magnitude": "magnitude"}
+ATTACK_FACTS = ("attack", "norm", "eps", "steps", "restarts", "step_size", "images", "data_sha256")
+"""What must agree before two accuracies may stand in one table."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One evaluated network of a run, or the place where it will be."""
+
+    folder: Path
+    stage: str
+    name: str
+    """dense, HYDRA or magnitude"""
+    keep_fraction: Decimal
+    evaluation: dict[str, Any] | None
+    """evaluate/pgd.json, or None while it is missing."""
+    layers: list[dict[str, Any]]
+    """name, kept and total per masked layer; empty while the stage is unfinished."""
+
+    @property
+    def pruned(self) -> str:
+        return f"{canonical_decimal((1 - self.keep_fraction) * 100)} %"
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    recipe: Recipe
+    networks: list[Network]
+
+    def find(self, name: str, keep_fraction: Decimal) -> Network | None:
+        return next((n for n in self.networks if (n.name, n.keep_fraction) == (name, keep_fraction)), None)
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Read runs that may stand in one table: one recipe with different seeds, evaluated by one attack on one test set.
+
+    Errors: ValueError for a folder that is no run, for runs of different recipes or of one seed, for evaluations that
+    differ in attack or images, and for an evaluation of another model than the stage's.
+    """
+    if not folders:
+        raise ValueError("no run given; name at least one folder under runs/")
+    runs = [_read_run(folder) for folder in folders]
+    first = runs[0]
+    for run in runs[1:]:
+        if _hash_without_seed(run.recipe) != _hash_without_seed(first.recipe):
+            raise ValueError(
+                f"{first.folder} and {run.folder} are runs of different recipes; a mean over both says nothing, "
+                "report them one by one"
+            )
+    seeds = [run.recipe.seed for run in runs]
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"the runs have the seeds {seeds}; give each seed once")
+    _check_one_attack(runs)
+    return runs
+
+
+def compare(run: Run, keep_fraction: Decimal) -> McNemar | None:
+    """HYDRA against magnitude on the same attacked images; None while either is missing."""
+    verdicts = []
+    for name in ("HYDRA", "magnitude"):
+        network = run.find(name, keep_fraction)
+        path = network.folder / "evaluate" / "pgd.parquet" if network is not None else None
+        if network is None or network.evaluation is None or path is None or not path.exists():
+            return None
+        table = pq.read_table(path, columns=["sample_id", "robust_correct"])
+        verdicts.append((path, *(table[column].to_numpy() for column in table.column_names)))
+    (path, ids, hydra), (other_path, other_ids, magnitude) = verdicts
+    if not np.array_equal(ids, other_ids):
+        raise ValueError(f"{path} and {other_path} hold different images; evaluate both networks again")
+    return mcnemar(hydra, magnitude)
+
+
+def attack_text(runs: list[Run]) -> str:
+    """The attack and the images that all accuracies of `runs` were measured with, in words."""
+    facts = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)
+    if facts is None:
+        return "nothing is evaluated yet"
+    restarts = f" with {facts['restarts']} restarts" if facts["restarts"] > 1 else ""
+    ball = f"{facts['norm']} eps {facts['eps']}" if facts["norm"] else "no adversary"
+    return f"{facts['attack'].upper()}-{facts['steps']}{restarts}, {ball}, {facts['images']:,} test images"
+
+
+def _read_run(folder: Path) -> Run:
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run (it has no recipe.yaml); give a run's name or its folder under runs/")
+    recipe = load_recipe(path)
+    networks = []
+    for stage in stages_of(recipe):
+        if not stage.evaluated:
+            continue
+        stage_folder = folder / stage.name
+        evaluation = _read_if_there(stage_folder / "evaluate" / "pgd.json")
+        result = _read_if_there(stage_folder / "result.json")
+        if evaluation and result and evaluation["model_sha256"] != result["model_sha256"]:
+            raise ValueError(
+                f"{stage_folder / 'evaluate' / 'pgd.json'} is of another model than {stage_folder / 'result.json'}; "
+                "delete it and resume the run, which evaluates again"
+            )
+        keep = Decimal(1) if stage.keep_fraction is None else stage.keep_fraction
+        name = NETWORK_OF_PHASE[stage.phase]
+        layers = result["layers"] if result else []
+        networks.append(Network(stage_folder, stage.name, name, keep, evaluation, layers))
+    return Run(folder, recipe, networks)
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _hash_without_seed(recipe: Recipe) -> str:
+    return recipe_hash(recipe.model_copy(update={"seed": 0, "name": "any"}))
+
+
+def _check_one_attack(runs: list[Run]) -> None:
+    evaluated = [n for run in runs for n in run.networks if n.evaluation is not None]
+    for network in evaluated[1:]:
+        first = evaluated[0]
+        assert first.evaluation is not None
+        assert network.evaluation is not None
+        for fact in ATTACK_FACTS:
+            if first.evaluation[fact] != network.evaluation[fact]:
+                raise ValueError(
+                    f"{first.folder} and {network.folder} were evaluated differently: {fact} is "
+                    f"{first.evaluation[fact]!r} and {network.evaluation[fact]!r}; evaluate both alike"
+                )

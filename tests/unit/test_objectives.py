@@ -1,0 +1,202 @@
+"""Objectives: losses against statements of their own, gradients, counts, and what they leave untouched."""
+
+from __future__ import annotations
+
+import contextlib
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
+from torch.nn import functional as F
+
+from pipeline import keys, sparsity
+from pipeline.attacks import LinfBall
+from pipeline.models import Network, build_network
+from pipeline.objectives import Objective, Outcome, build_objective
+from pipeline.objectives.trades import kl_divergence as kl_of_log_probabilities
+from pipeline.recipe import Model, ThreatModel
+from pipeline.recipe import Objective as ObjectiveRecipe
+
+NAMES = ["clean", "pgd", "fgsm", "trades"]
+X, Y = torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+KEYS = torch.from_numpy(keys.sample_keys(np.arange(8), 0, "attack").view(np.int64))
+
+
+def objective_named(name: str, norm: str = "linf", beta: float = 6.0) -> Objective:
+    steps = 1 if name in ("clean", "fgsm") else 3
+    spec = {"name": name, "steps": steps, "step_size": "1/20", "beta": beta}
+    threat_model = ThreatModel.model_validate({"norm": norm, "eps": "1/10"})
+    return build_objective(ObjectiveRecipe.model_validate(spec), None if name == "clean" else threat_model)
+
+
+def scored_network(seed: int = 0) -> Network:
+    network = build_network(Model(arch="small_cnn", num_classes=10), seed)
+    sparsity.attach_scores(network, Decimal("0.1"))
+    sparsity.train_only(network, "scores")
+    return network
+
+
+class Recorder:
+    """The update's forward: keeps what was fed to it and what came out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.fed: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert self.network.training, "the update runs in train mode"
+        self.fed.append(images)
+        self.logits.append(self.network(images))
+        return self.logits[-1]
+
+
+def run(objective: Objective, network: nn.Module) -> tuple[Outcome, Recorder]:
+    forward = Recorder(network)
+    return objective(network, forward, X, Y, KEYS, contextlib.nullcontext), forward
+
+
+def count(logits: Tensor) -> int:
+    return sum(int(row.argmax()) == int(label) for row, label in zip(logits.detach(), Y, strict=True))
+
+
+def cross_entropy_by_hand(logits: Tensor) -> float:
+    probabilities = logits.detach().double().softmax(dim=1)
+    return -float(np.mean([float(probabilities[i, label].log()) for i, label in enumerate(Y.tolist())]))
+
+
+def test_clean_is_cross_entropy_on_the_images() -> None:
+    outcome, forward = run(objective_named("clean"), scored_network())
+    assert [fed is X for fed in forward.fed] == [True]
+    assert outcome.loss.item() == pytest.approx(cross_entropy_by_hand(forward.logits[0]), rel=1e-5)
+    assert outcome.clean_correct is not None
+    assert int(outcome.clean_correct) == count(forward.logits[0])
+    assert outcome.clean_correct.dtype == torch.int64
+    assert outcome.robust_correct is None
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["pgd", "fgsm"])
+def test_adversarial_training_is_cross_entropy_on_worse_images(name: str, norm: str) -> None:
+    network = scored_network()
+    outcome, forward = run(objective_named(name, norm), network)
+    (x_adv,) = forward.fed
+    assert outcome.loss.item() == pytest.approx(cross_entropy_by_hand(forward.logits[0]), rel=1e-5)
+    assert outcome.robust_correct is not None
+    assert int(outcome.robust_correct) == count(forward.logits[0])
+    assert outcome.clean_correct is None
+    delta = (x_adv - X).flatten(1)
+    reach = delta.abs().amax(dim=1) if norm == "linf" else delta.norm(dim=1)
+    assert float(reach.max()) <= 0.1 + 1e-6
+    network.eval()
+    with torch.no_grad():
+        assert float(F.cross_entropy(network(x_adv), Y)) > float(F.cross_entropy(network(X), Y))
+
+
+def test_trades_loss_is_that_of_torch_distributions() -> None:
+    outcome, forward = run(objective_named("trades", beta=3.0), scored_network())
+    clean, adversarial = forward.logits
+    assert forward.fed[0] is X
+    divergence = kl_divergence(Categorical(logits=clean), Categorical(logits=adversarial))
+    expected = F.cross_entropy(clean, Y) + 3.0 * divergence.mean()
+    assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert outcome.clean_correct is not None
+    assert outcome.robust_correct is not None
+    assert (int(outcome.clean_correct), int(outcome.robust_correct)) == (count(clean), count(adversarial))
+    # The gradient flows through both sides.
+    expected_grads = torch.autograd.grad(expected, [clean, adversarial], retain_graph=True)
+    grads = torch.autograd.grad(outcome.loss, [clean, adversarial])
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+        assert float(grad.abs().max()) > 0
+
+
+def test_trades_maximises_the_divergence_from_near_the_image() -> None:
+    network = scored_network()
+    with torch.no_grad():  # an untrained network's predictions hardly differ from one another
+        sparsity.named_state(network)["weight/fc2.weight"].mul_(100)
+    _, forward = run(objective_named("trades"), network)
+    x_adv = forward.fed[1]
+    assert float((x_adv - X).abs().max()) <= 0.1 + 1e-6
+    network.eval()
+    ball = LinfBall(0.1)
+    with torch.no_grad():
+        p = Categorical(logits=network(X))
+        reached = kl_divergence(p, Categorical(logits=network(x_adv)))
+        by_chance = kl_divergence(p, Categorical(logits=network(ball.random_start(X, KEYS))))
+    assert bool((reached > 3 * by_chance).all())
+
+
+def test_kl_divergence_of_confident_networks_is_finite() -> None:
+    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
+    log_p, log_q = logits.log_softmax(dim=1), logits.flip(1).log_softmax(dim=1)
+    assert kl_of_log_probabilities(log_p, log_q).tolist() == pytest.approx([200.0, 200.0])
+    assert kl_of_log_probabilities(log_p, log_p).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_attack_touches_neither_gradients_nor_statistics(name: str) -> None:
+    network = scored_network()
+    objective = objective_named(name)
+    tracked = sparsity.named_state(network)["buffer/bn1.num_batches_tracked"]
+    outcome, forward = run(objective, network)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert int(tracked) == len(forward.fed), "only the update's forwards move BatchNorm's statistics"
+    assert network.training
+    outcome.loss.backward()
+    with_grad = {name for name, tensor in sparsity.named_state(network).items() if tensor.grad is not None}
+    assert with_grad == set(sparsity.trained_parameters(network))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_noise_is_a_function_of_the_keys(name: str) -> None:
+    def fed(some_keys: Tensor) -> Tensor:
+        network = scored_network()
+        forward = Recorder(network)
+        objective_named(name)(network, forward, X, Y, some_keys, contextlib.nullcontext)
+        return forward.fed[-1]
+
+    first = fed(KEYS)
+    assert torch.equal(first, fed(KEYS))
+    assert torch.equal(first, fed(KEYS + 1)) == (name == "clean")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast_losses_are_float32_and_near(name: str) -> None:
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    network = scored_network()
+    dtypes = []
+
+    def forward(images: Tensor) -> Tensor:
+        with autocast():
+            logits = network(images)
+        dtypes.append(logits.dtype)
+        return logits
+
+    outcome = objective_named(name)(network, forward, X, Y, KEYS, autocast)
+    assert set(dtypes) == {torch.bfloat16}
+    assert outcome.loss.dtype == torch.float32
+    outcome.loss.backward()
+    with_grad = {name for name, tensor in sparsity.named_state(network).items() if tensor.grad is not None}
+    assert with_grad == set(sparsity.trained_parameters(network))
+    full_precision, _ = run(objective_named(name), scored_network())
+    assert outcome.loss.item() == pytest.approx(full_precision.loss.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["clean", "pgd"])
+def test_a_few_steps_lower_the_loss(name: str) -> None:
+    network = build_network(Model(arch="small_cnn", num_classes=10), 0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        outcome, _ = run(objective_named(name), network)
+        outcome.loss.backward()
+        optimizer.step()
+        losses.append(outcome.loss.item())
+    assert losses[-1] < 0.8 * losses[0]

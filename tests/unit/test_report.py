@@ -1,0 +1,220 @@
+"""Reports of runs written by hand: every number in table and CSV is counted again here from the verdicts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.evaluate.statistics import wilson_interval
+from pipeline.recipe import dump_recipe, load_recipe
+from pipeline.report import report
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"
+IMAGES = 2000
+LAYERS = {"conv1.weight": 432, "conv2.weight": 18432, "conv3.weight": 73728, "fc1.weight": 590000, "fc2.weight": 2560}
+ACCURACY = {
+    "pretrain": (0.866, 0.670),
+    "keep-0.1/finetune": (0.858, 0.655),
+    "keep-0.1/magnitude": (0.857, 0.651),
+    "keep-0.01/finetune": (0.829, 0.622),
+    "keep-0.01/magnitude": (0.776, 0.571),
+}
+
+
+def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {"attack": "pgd", "norm": "linf", "eps": "1/10", "steps": 20, "restarts": 1}
+    facts |= {"step_size": "1/40", "images": len(clean), "model_sha256": model, "data_sha256": "d" * 64}
+    for name, verdicts in (("clean", clean), ("robust", robust)):
+        correct = int(verdicts.sum())
+        low, high = wilson_interval(correct, len(verdicts))
+        facts[f"{name}_correct"] = correct
+        facts[f"{name}_accuracy"] = {"value": correct / len(verdicts), "low": low, "high": high}
+    return facts
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second or two; where only numbers are looked at it is left out."""
+    monkeypatch.setattr("pipeline.report.draw_accuracy", lambda runs, path: None)
+    monkeypatch.setattr("pipeline.report.draw_layers", lambda run, path: None)
+
+
+def write_run(folder: Path, seed: int = 0, stages: list[str] | None = None) -> Path:
+    """A finished run, or one in which only `stages` are."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, [f"seed={seed}"])))
+    generator = np.random.default_rng(seed)
+    hardness = generator.random(IMAGES)
+    for stage in ACCURACY if stages is None else stages:
+        path = folder / stage
+        (path / "evaluate").mkdir(parents=True)
+        shift = generator.normal(0, 0.004)
+        # Easy images are easy for every network, with some disagreement, as in reality.
+        clean, robust = (hardness + generator.normal(0, 0.1, IMAGES) < a + shift for a in ACCURACY[stage])
+        robust &= clean
+        model = f"{stage}-{seed}"
+        (path / "evaluate" / "pgd.json").write_text(json.dumps(evaluation(clean, robust, model)))
+        columns = {"sample_id": np.arange(IMAGES), "clean_correct": clean, "robust_correct": robust}
+        pq.write_table(pa.table(columns), path / "evaluate" / "pgd.parquet")
+        keep = stage.split("/")[0].removeprefix("keep-") if "/" in stage else None
+        kept = {name: total if keep is None else math.ceil(float(keep) * total) for name, total in LAYERS.items()}
+        layers = [{"name": name, "kept": kept[name], "total": total} for name, total in LAYERS.items()]
+        (path / "result.json").write_text(json.dumps({"stage": stage, "model_sha256": model, "layers": layers}))
+    return folder
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def verdicts(run: Path, stage: str) -> np.ndarray:
+    return pq.read_table(run / stage / "evaluate" / "pgd.parquet")["robust_correct"].to_numpy()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", header[16:24])
+    return width, height
+
+
+def row_of(table: str, network: str, pruned: str) -> str:
+    (row,) = [line for line in table.splitlines() if re.match(rf"{network}\s+{re.escape(pruned)} ", line)]
+    return row
+
+
+def test_one_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    table = report([run])
+    rows = {(r["network"], r["keep_fraction"]): r for r in read_csv(run / "report" / "robust_accuracy.csv")}
+    assert list(rows) == [
+        ("dense", "1"), ("HYDRA", "0.1"), ("magnitude", "0.1"), ("HYDRA", "0.01"), ("magnitude", "0.01")
+    ]  # fmt: skip
+    hydra, magnitude = verdicts(run, "keep-0.01/finetune"), verdicts(run, "keep-0.01/magnitude")
+    row = rows["HYDRA", "0.01"]
+    assert int(row["robust_correct"]) == hydra.sum()
+    assert float(row["robust_accuracy_value"]) == hydra.mean()
+    assert (float(row["robust_accuracy_low"]), float(row["robust_accuracy_high"])) == wilson_interval(
+        int(hydra.sum()), IMAGES
+    )
+    assert float(row["robust_difference_to_magnitude"]) == pytest.approx(hydra.mean() - magnitude.mean())
+    assert int(row["only_hydra_correct"]) == (hydra & ~magnitude).sum()
+    assert int(row["only_magnitude_correct"]) == (magnitude & ~hydra).sum()
+    assert float(row["mcnemar_p"]) < 1e-3
+    assert rows["magnitude", "0.01"]["mcnemar_p"] == ""
+
+    line = row_of(table, "HYDRA", "99 %")
+    assert f"{100 * hydra.mean():.2f}" in line
+    assert f"{100 * (hydra.mean() - magnitude.mean()):+.2f}" in line
+    assert re.search(r"p = \d\.\de-\d\d$", line)
+    assert re.match(r"dense +0 % ", row_of(table, "dense", "0 %"))
+    assert "PGD-20, linf eps 1/10, 2,000 test images; seed 0" in table
+    assert "missing" not in table
+
+    layers = read_csv(run / "report" / "kept_fraction.csv")
+    assert len(layers) == 5 * len(LAYERS)
+    chosen = [r for r in layers if (r["network"], r["keep_fraction"], r["layer"]) == ("HYDRA", "0.01", "conv2.weight")]
+    assert [(r["kept"], r["total"]) for r in chosen] == [("185", "18432")]
+    for name in ("robust_accuracy.png", "kept_fraction.png"):
+        width, height = png_size(run / "report" / name)
+        assert width >= 1200
+        assert height >= 300
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_seeds_make_one_table_with_means_and_every_difference(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed{seed}", seed) for seed in range(3)]
+    table = report(runs)
+    hydra = [verdicts(run, "keep-0.01/finetune").mean() for run in runs]
+    magnitude = [verdicts(run, "keep-0.01/magnitude").mean() for run in runs]
+    line = row_of(table, "HYDRA", "99 %")
+    assert f" {100 * np.mean(hydra):.2f} " in line
+    assert f"[{100 * min(hydra):.2f}, {100 * max(hydra):.2f}]" in line
+    differences = [f"{100 * (h - m):+.2f}" for h, m in zip(hydra, magnitude, strict=True)]
+    assert re.findall(r"[+-]\d+\.\d\d(?=  p )", line) == differences
+    assert "means over the seeds 0, 1, 2" in table
+    assert len(read_csv(runs[0] / "report" / "robust_accuracy.csv")) == 15
+    assert not (runs[1] / "report").exists()
+
+
+def test_what_is_not_there_yet_is_missing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "half", stages=["pretrain", "keep-0.1/finetune"])
+    (run / "keep-0.1" / "prune").mkdir()
+    table = report([run])
+    assert row_of(table, "magnitude", "90 %").split()[-1] == "missing"
+    assert row_of(table, "HYDRA", "90 %").split()[-1] == "missing"
+    assert f"{100 * verdicts(run, 'keep-0.1/finetune').mean():.2f}" in row_of(table, "HYDRA", "90 %")
+    assert row_of(table, "HYDRA", "99 %").count("missing") == 3
+    rows = read_csv(run / "report" / "robust_accuracy.csv")
+    assert [r["robust_correct"] == "" for r in rows] == [False, False, True, True, True]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_missing_seed_is_counted(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, stages=["pretrain"])]
+    assert "(1 of 2)" in row_of(report(runs), "HYDRA", "99 %")
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "new", stages=[])
+    assert "nothing is evaluated yet" in report([run])
+    assert png_size(run / "report" / "robust_accuracy.png")[0] >= 1200
+    assert png_size(run / "report" / "kept_fraction.png")[0] >= 1200
+    assert (run / "report" / "kept_fraction.csv").read_text().count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_recipe_without_baseline_has_no_missing_difference(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "alone", stages=["pretrain", "keep-0.1/finetune", "keep-0.01/finetune"])
+    recipe = load_recipe(RECIPE, ["sparsity.magnitude_baseline=none"])
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert "missing" not in report([run])
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{tmp_path} is not a run .*recipe\.yaml.*give a run's name"):
+        report([tmp_path])
+
+
+def test_other_attacks_recipes_seeds_images_and_models_are_not_mixed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    again = write_run(tmp_path / "b")
+    with pytest.raises(ValueError, match="give each seed once"):
+        report([run, again])
+
+    (again / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, ["seed=1", "phases.prune.epochs=9"])))
+    with pytest.raises(ValueError, match="different recipes"):
+        report([run, again])
+
+    evaluated = again / "keep-0.1" / "magnitude" / "evaluate" / "pgd.json"
+    edit(evaluated, lambda values: values.update(steps=50))
+    with pytest.raises(ValueError, match=r"evaluated differently: steps is 20 and 50"):
+        report([again])
+
+    edit(evaluated, lambda values: values.update(steps=20, model_sha256="stale"))
+    with pytest.raises(ValueError, match="of another model"):
+        report([again])
+
+    other = run / "keep-0.1" / "magnitude" / "evaluate" / "pgd.parquet"
+    ids = pa.array(np.arange(IMAGES)[::-1].copy())
+    pq.write_table(pq.read_table(other).set_column(0, "sample_id", ids), other)
+    with pytest.raises(ValueError, match="different images"):
+        report([run])

@@ -1,0 +1,86 @@
+"""Wilson's interval against its closed form, McNemar's p against a sum over all outcomes."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.evaluate.statistics import mcnemar, wilson_interval
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.9, 0.95]))
+def test_wilson_is_the_closed_form(counts: tuple[int, int], confidence: float) -> None:
+    correct, total = counts
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = correct / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    low, high = wilson_interval(correct, total, confidence)
+    assert low == pytest.approx(max(0.0, centre - half), abs=1e-12)
+    assert high == pytest.approx(min(1.0, centre + half), abs=1e-12)
+    assert 0 <= low <= p <= high <= 1
+
+
+def test_wilson_of_a_known_example() -> None:
+    # 8 of 10 at 95 %: 0.4902 to 0.9433, as in any table of the interval.
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_what_is_no_proportion(correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match=f"{correct} correct of {total}"):
+        wilson_interval(correct, total)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
+def test_wilson_refuses_a_confidence_in_percent(confidence: float) -> None:
+    with pytest.raises(ValueError, match=r"for example 0\.95"):
+        wilson_interval(1, 2, confidence)
+
+
+def brute_force_p(first: int, second: int) -> float:
+    """Under the null every discordant image is a fair coin: sum all outcomes no likelier than this one."""
+    n = first + second
+    weights = [math.comb(n, k) for k in range(n + 1)]
+    return float(sum(Fraction(w, 2**n) for w in weights if w <= weights[first]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
+def test_mcnemar_equals_brute_force(verdicts: list[tuple[bool, bool]]) -> None:
+    first, second = (np.array(column, dtype=np.bool_) for column in zip(*verdicts, strict=True))
+    test = mcnemar(first, second)
+    only_first = sum(a and not b for a, b in verdicts)
+    only_second = sum(b and not a for a, b in verdicts)
+    assert (test.only_first, test.only_second) == (only_first, only_second)
+    assert test.p_value == pytest.approx(brute_force_p(only_first, only_second), rel=1e-9)
+    assert test.difference == pytest.approx(first.mean() - second.mean(), abs=1e-12)
+    assert mcnemar(second, first).p_value == pytest.approx(test.p_value, rel=1e-9)
+
+
+def test_mcnemar_of_a_known_example() -> None:
+    # 9 against 1: 2 * (1 + 10) / 2**10
+    first = np.array([True] * 9 + [False] + [True] * 40)
+    second = np.array([False] * 9 + [True] + [True] * 40)
+    assert mcnemar(first, second).p_value == pytest.approx(22 / 1024)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (np.ones(3, dtype=np.bool_), np.ones(4, dtype=np.bool_)),
+        (np.ones(3, dtype=np.int64), np.ones(3, dtype=np.bool_)),
+        (np.ones((3, 1), dtype=np.bool_), np.ones((3, 1), dtype=np.bool_)),
+        (np.ones(0, dtype=np.bool_), np.ones(0, dtype=np.bool_)),
+    ],
+)
+def test_mcnemar_refuses_arrays_that_are_not_paired_verdicts(first: np.ndarray, second: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="_correct"):
+        mcnemar(first, second)
