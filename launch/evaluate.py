@@ -72,7 +72,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if min(attack.steps, attack.restarts, attack.step_size) <= 0:
         raise ValueError("--steps, --restarts and --step-size must be positive")
     device = pick_device(recipe.workers.device)
-    with Loader(Path(recipe.data.test_file), image_size=recipe.data.image_size, threads=recipe.workers.threads) as loader:
+    with Loader(
+        Path(recipe.data.test_file), image_size=recipe.data.image_size, threads=recipe.workers.threads
+    ) as loader:
         torch.set_num_threads(recipe.workers.threads)
         count = loader.num_samples
         if arguments.images != "all":
@@ -84,7 +86,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         for path in files:
             network = load_model(path).to(device)
             verdicts = evaluate(
-                network, loader, np.arange(count), lambda ids: crops[ids], attack, recipe.evaluation.chunk, Group(0, 1, device)
+                network,
+                loader,
+                np.arange(count),
+                lambda ids: crops[ids],
+                attack,
+                recipe.evaluation.chunk,
+                Group(0, 1, device),
             )
             print(json.dumps({"file": str(path), **{k: str(v) for k, v in given.items() if v}, **summarise(verdicts)}))
     return 0

@@ -56,11 +56,19 @@ def _provenance(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """A restart may come from another folder, and Ray's workers have one of their own."""
+    data = recipe.data
+    files = {"train_file": str(Path(data.train_file).absolute()), "test_file": str(Path(data.test_file).absolute())}
+    return recipe.model_copy(update={"data": data.model_copy(update=files)})
+
+
 def open_or_create(recipe: Recipe, name: str | None) -> Path:
     """The run directory of a recipe: a new one, or the existing one of the same recipe, which then goes on.
 
     Workers, checkpoint cadence and tracking may differ from before. Errors: ValueError naming what else differs.
     """
+    recipe = _with_absolute_paths(recipe)
     folder = RUNS / (name or recipe.name)
     path = folder / "recipe.yaml"
     if path.exists():

@@ -167,4 +167,3 @@ class Writer:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-

@@ -14,11 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -26,7 +27,6 @@ from pipeline import checkpoint
 from pipeline.lease import LeaseHeld, Leases
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.worker import WorkerJob, work
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,12 @@ def progress_marks(run_folder: Path, recipe: Recipe) -> tuple[int, ...]:
     return tuple(marks)
 
 
+def _reread_ray_settings() -> None:
+    """Ray reads authentication mode and token when it is imported; they are known only now."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 @contextmanager
 def local_cluster(recipe: Recipe) -> Iterator[Path]:
     """A Ray cluster of this process alone, on loopback, behind a random token; yields its folder."""
@@ -82,6 +88,7 @@ def local_cluster(recipe: Recipe) -> Iterator[Path]:
         environment["DS_ACCELERATOR"] = "cpu"
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
+    _reread_ray_settings()
     try:
         ray.init(
             address="local",
@@ -137,16 +144,27 @@ def run(run_folder: Path, observer: str | None = None) -> None:
         leases.release()
 
 
+def _work(order: dict[str, Any]) -> None:
+    from pipeline.worker import work  # DeepSpeed, FFCV and wandb take seconds to import and only workers need them
+
+    work(**order)
+
+
 def _fit_until_done(run_folder: Path, recipe: Recipe, token: str, cluster_folder: Path, observer: str | None) -> None:
     use_gpu = recipe.workers.device != "cpu" and torch.cuda.is_available()
     without_progress, marks = 0, progress_marks(run_folder, recipe)
     attempt = 0
     while stages := unfinished(run_folder, recipe):
         attempt += 1
-        order = WorkerJob(str(run_folder.resolve()), token, tuple(stage.name for stage in stages), observer)
+        order = {
+            "run_folder": str(run_folder.resolve()),
+            "token": token,
+            "stages": [stage.name for stage in stages],
+            "observer": observer,
+        }
         trainer = TorchTrainer(
-            work,
-            train_loop_config=asdict(order),
+            _work,
+            train_loop_config=order,
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
                 num_workers=recipe.workers.count,

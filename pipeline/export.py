@@ -49,7 +49,9 @@ def load_model(path: Path) -> Network:
     try:
         model = Model.model_validate({key: metadata[key] for key in Model.model_fields})
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} was not written by this project: its metadata lacks the architecture ({error})") from None
+        raise ValueError(
+            f"{path} was not written by this project: its metadata lacks the architecture ({error})"
+        ) from None
     network = build_network(model, seed=0)
     network.backbone.load_state_dict(load_file(path))
     return network

@@ -56,12 +56,6 @@ class Group:
             dist.barrier()
 
 
-def current_group(device: torch.device) -> Group:
-    if dist.is_available() and dist.is_initialized():
-        return Group(dist.get_rank(), dist.get_world_size(), device)
-    return Group(0, 1, device)
-
-
 def pick_device(choice: str) -> torch.device:
     """'auto', 'cpu' or 'cuda' -> device. Errors: ValueError where CUDA was asked for and there is none."""
     if choice == "cuda" and not torch.cuda.is_available():

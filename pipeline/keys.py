@@ -39,9 +39,7 @@ def scope_key(seed: int, purpose: str, *scope: int | str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def sample_keys(
-    sample_ids: NDArray[np.int64], seed: int, purpose: str, *scope: int | str
-) -> NDArray[np.uint64]:
+def sample_keys(sample_ids: NDArray[np.int64], seed: int, purpose: str, *scope: int | str) -> NDArray[np.uint64]:
     """One key per sample: shape [n] int64 -> shape [n] uint64."""
     base = np.uint64(scope_key(seed, purpose, *scope))
     ids = sample_ids.astype(np.uint64)

@@ -72,7 +72,8 @@ class Training:
 def snapshot(training: Training, progress: Progress) -> Snapshot:
     """Owned CPU copies of everything a checkpoint holds. Collective. Errors: NonFiniteLoss, so that none enters one."""
     model = {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_state(training.network).items()
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in named_state(training.network).items()
     }
     optimizer = training.engine.optimizer_state()
     for name, tensor in {**model, **optimizer}.items():
@@ -123,13 +124,17 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
         keys = torch.from_numpy(noise.view(np.int64)).to(group.device)
 
         def forward(fed: torch.Tensor, index: int = index, ids: torch.Tensor = batch.ids) -> torch.Tensor:
-            training.observe("forward", {"stage": stage.name, "step": step, "micro_batch": index, "ids": ids, "fed": fed})
+            training.observe(
+                "forward", {"stage": stage.name, "step": step, "micro_batch": index, "ids": ids, "fed": fed}
+            )
             return engine.forward(fed)
 
         outcome = training.objective(training.network, forward, images, labels, keys, engine.autocast)
         engine.backward(outcome.loss)
         counts = [outcome.loss.detach(), outcome.clean_correct, outcome.robust_correct, len(labels)]
-        sums += torch.stack([torch.as_tensor(0 if c is None else c, dtype=torch.float64, device=group.device) for c in counts])
+        sums += torch.stack(
+            [torch.as_tensor(0 if c is None else c, dtype=torch.float64, device=group.device) for c in counts]
+        )
         if index == local - 1:
             group.sum(sums)
             if not math.isfinite(float(sums[0])):

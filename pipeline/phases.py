@@ -55,7 +55,15 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         stages += [
             Stage(f"{folder}/prune", "prune", "scores", keep, phases.prune, "pretrain", "weights", False, dense),
             Stage(
-                f"{folder}/finetune", "finetune", "weights", keep, phases.finetune, f"{folder}/prune", "source", True, pruned
+                f"{folder}/finetune",
+                "finetune",
+                "weights",
+                keep,
+                phases.finetune,
+                f"{folder}/prune",
+                "source",
+                True,
+                pruned,
             ),
         ]
         if sparsity.magnitude_baseline != "none":

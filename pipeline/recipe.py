@@ -45,9 +45,7 @@ def _parse_decimal(value: Any) -> Decimal:
     except InvalidOperation:
         raise ValueError("expected a decimal such as 0.1") from None
     if not number.is_finite() or not 0 < number <= 1:
-        raise ValueError(
-            "a keep_fraction is kept / all connections: it must lie in (0, 1]; write 0.1 for 90 % pruned"
-        )
+        raise ValueError("a keep_fraction is kept / all connections: it must lie in (0, 1]; write 0.1 for 90 % pruned")
     return number
 
 
@@ -59,9 +57,7 @@ def canonical_decimal(number: Decimal) -> str:
 Pixels = Annotated[Fraction, BeforeValidator(_parse_fraction), PlainSerializer(str)]
 """A distance in [0, 1] pixel units, exact: written '4/255' or 0.1."""
 
-KeepFraction = Annotated[
-    Decimal, BeforeValidator(_parse_decimal), PlainSerializer(canonical_decimal)
-]
+KeepFraction = Annotated[Decimal, BeforeValidator(_parse_decimal), PlainSerializer(canonical_decimal)]
 
 
 class Section(BaseModel):
@@ -148,9 +144,7 @@ class Phase(Section):
     @model_validator(mode="after")
     def _warmup_fits(self) -> Phase:
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}"
-            )
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
         return self
 
 

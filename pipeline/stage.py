@@ -224,15 +224,17 @@ def _evaluation_crops(job: Job, loader: Loader) -> Callable[[NDArray[np.int64]],
     return lambda ids: crops[ids]
 
 
-def _validation(
-    job: Job, network: Network, loader: Loader, ids: NDArray[np.int64]
-) -> Callable[[], dict[str, Any]]:
+def _validation(job: Job, network: Network, loader: Loader, ids: NDArray[np.int64]) -> Callable[[], dict[str, Any]]:
     recipe = job.recipe
     attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
-    attack = Attack(attack.threat_model, recipe.evaluation.validation_steps, _validation_step_size(recipe), 1, attack.seed)
+    attack = Attack(
+        attack.threat_model, recipe.evaluation.validation_steps, _validation_step_size(recipe), 1, attack.seed
+    )
 
     def validate() -> dict[str, Any]:
-        verdicts = evaluate(network, loader, ids, _evaluation_crops(job, loader), attack, recipe.evaluation.chunk, job.group)
+        verdicts = evaluate(
+            network, loader, ids, _evaluation_crops(job, loader), attack, recipe.evaluation.chunk, job.group
+        )
         return {
             "clean_accuracy": float(verdicts["clean_correct"].mean()),
             "robust_accuracy": float(verdicts["robust_correct"].mean()),
@@ -318,5 +320,3 @@ def write_evaluation(
     }
     atomic_write_json(folder / "pgd.json", facts)
     return facts
-
-

@@ -8,30 +8,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
 
 from pipeline.engine import prepare_deepspeed
-from pipeline.group import Group, current_group, pick_device
+from pipeline.group import Group, pick_device
 from pipeline.loop import Observer, unobserved
 from pipeline.phases import stages_of
 from pipeline.recipe import load_recipe
 from pipeline.stage import Job, run_stages
-
-
-@dataclass(frozen=True)
-class WorkerJob:
-    """The picklable order a worker gets; everything else it reads from the run directory."""
-
-    run_folder: str
-    token: str
-    stages: tuple[str, ...]
-    observer: str | None = None
-    """'module:function' that watches every rank (tests)."""
 
 
 def resolve_observer(reference: str | None) -> Observer:
@@ -62,21 +49,22 @@ def make_repeatable(threads: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def work(order: dict[str, Any]) -> None:
-    """Ray Train's train function."""
-    job_order = WorkerJob(**order)
-    run_folder = Path(job_order.run_folder)
-    recipe = load_recipe(run_folder / "recipe.yaml")
+def work(run_folder: str, token: str, stages: list[str], observer: str | None) -> None:
+    """One worker's whole life. What is not in the arguments is read from the run directory.
+
+    `stages` are names; `observer`, 'module:function', watches every rank (tests).
+    """
+    folder = Path(run_folder)
+    recipe = load_recipe(folder / "recipe.yaml")
     device = pick_device(recipe.workers.device)
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), device)
-    log_to(run_folder, group.rank)
+    log_to(folder, group.rank)
     prepare_deepspeed(device)
     make_repeatable(recipe.workers.threads)
-    assert current_group(device) == group
-    stages = [stage for stage in stages_of(recipe) if stage.name in job_order.stages]
+    mine = [stage for stage in stages_of(recipe) if stage.name in stages]
     try:
-        run_stages(Job(recipe, run_folder, job_order.token, group, resolve_observer(job_order.observer)), stages)
+        run_stages(Job(recipe, folder, token, group, resolve_observer(observer)), mine)
     except Exception:
         logging.getLogger(__name__).exception("worker %d of %d stops", group.rank, group.world)
         raise

@@ -39,5 +39,7 @@ def small_recipe(data: Path, **sections: Any) -> Recipe:
     """`small_values` with whole sections replaced or, where both are mappings, updated."""
     values = small_values(data)
     for key, value in sections.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        values[key] = (
+            {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        )
     return parse_recipe(values, "small")

@@ -1,4 +1,4 @@
-"""Attacks: noise, balls, PGD against a loop written out here, and an independent attack as a yardstick."""
+"""Attacks: balls, PGD against a loop written out here, and an independent attack as a yardstick."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import attacks, keys, sparsity
-from pipeline.attacks import Ball, L2Ball, LinfBall, crafting, gaussian_noise, pgd, uniform_noise
+from pipeline.attacks import Ball, L2Ball, LinfBall, crafting, pgd
 from pipeline.models import build_network
 from pipeline.recipe import Model, ThreatModel
 
@@ -43,40 +43,6 @@ def assert_inside(ball: Ball, x_adv: Tensor, x: Tensor) -> None:
     assert float(x_adv.max()) <= 1.0
     slack = 6e-8 if isinstance(ball, LinfBall) else 1e-6 * ball.eps + 1e-7
     assert float(distance(ball, x_adv, x).max()) <= ball.eps + slack
-
-
-# --- noise -----------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=5), st.tuples(st.integers(1, 3), st.integers(1, 9)))
-@settings(deadline=None)
-def test_uniform_noise_continues_the_streams_of_keys(key_list: list[int], shape: tuple[int, int]) -> None:
-    key_array = np.array(key_list, dtype=np.uint64)
-    noise = uniform_noise(torch.from_numpy(key_array.view(np.int64)), shape)
-    assert noise.dtype == torch.float32
-    assert noise.shape == (len(key_list), *shape)
-    top_24_bits = np.floor(keys.uniforms(key_array, math.prod(shape)) * 2.0**24)
-    assert np.array_equal(noise.flatten(1).double().numpy() * 2.0**24, top_24_bits)
-
-
-@pytest.mark.parametrize("noise", [uniform_noise, gaussian_noise])
-def test_a_samples_noise_does_not_depend_on_its_batch(noise: Callable[..., Tensor]) -> None:
-    whole = noise(keys_of(8), (3, 5, 5))
-    alone = torch.cat([noise(key.view(1), (3, 5, 5)) for key in keys_of(8)])
-    torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(whole, noise(keys_of(8, 1), (3, 5, 5)))
-
-
-@pytest.mark.parametrize(
-    ("noise", "distribution"), [(uniform_noise, scipy.stats.uniform), (gaussian_noise, scipy.stats.norm)]
-)
-def test_noise_has_its_distribution(noise: Callable[..., Tensor], distribution: scipy.stats.rv_continuous) -> None:
-    numbers = noise(keys_of(50), (3, 7, 19)).double().numpy()
-    assert scipy.stats.kstest(numbers.ravel(), distribution.cdf).pvalue > 1e-3
-    flat = numbers.reshape(50, -1)
-    for first, second in ((flat[:, :-1], flat[:, 1:]), (flat[:, :199], flat[:, 200:]), (flat[:-1], flat[1:])):
-        correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
-        assert abs(correlation) < 4 / math.sqrt(first.size)
 
 
 # --- balls -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Attack noise: the streams of pipeline.keys, continued in torch, with the distributions that they claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline import keys
+from pipeline.attacks import gaussian_noise, uniform_noise
+
+
+def keys_of(count: int, *scope: int | str) -> Tensor:
+    return torch.from_numpy(keys.sample_keys(np.arange(count), 0, "attack", *scope).view(np.int64))
+
+
+@given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=5), st.tuples(st.integers(1, 3), st.integers(1, 9)))
+@settings(deadline=None)
+def test_uniform_noise_continues_the_streams_of_keys(key_list: list[int], shape: tuple[int, int]) -> None:
+    key_array = np.array(key_list, dtype=np.uint64)
+    noise = uniform_noise(torch.from_numpy(key_array.view(np.int64)), shape)
+    assert noise.dtype == torch.float32
+    assert noise.shape == (len(key_list), *shape)
+    top_24_bits = np.floor(keys.uniforms(key_array, math.prod(shape)) * 2.0**24)
+    assert np.array_equal(noise.flatten(1).double().numpy() * 2.0**24, top_24_bits)
+
+
+@pytest.mark.parametrize("noise", [uniform_noise, gaussian_noise])
+def test_a_samples_noise_does_not_depend_on_its_batch(noise: Callable[..., Tensor]) -> None:
+    whole = noise(keys_of(8), (3, 5, 5))
+    alone = torch.cat([noise(key.view(1), (3, 5, 5)) for key in keys_of(8)])
+    torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(whole, noise(keys_of(8, 1), (3, 5, 5)))
+
+
+@pytest.mark.parametrize(
+    ("noise", "distribution"), [(uniform_noise, scipy.stats.uniform), (gaussian_noise, scipy.stats.norm)]
+)
+def test_noise_has_its_distribution(noise: Callable[..., Tensor], distribution: scipy.stats.rv_continuous) -> None:
+    numbers = noise(keys_of(50), (3, 7, 19)).double().numpy()
+    assert scipy.stats.kstest(numbers.ravel(), distribution.cdf).pvalue > 1e-3
+    flat = numbers.reshape(50, -1)
+    for first, second in ((flat[:, :-1], flat[:, 1:]), (flat[:, :199], flat[:, 200:]), (flat[:-1], flat[1:])):
+        correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
+        assert abs(correlation) < 4 / math.sqrt(first.size)
