@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from launch.display import follow
+from pipeline.phases import stages_of
 from pipeline.recipe import load_recipe
 
 
@@ -28,12 +29,12 @@ def run_here(folder: Path, observer: str | None = None) -> int:
     check_data(folder)
     from pipeline.driver import RunFailed, run, unfinished  # loads torch and ray: seconds, and not needed above
 
-    stages = unfinished(folder, load_recipe(folder / "recipe.yaml"))
-    if not stages:
+    recipe = load_recipe(folder / "recipe.yaml")
+    if not unfinished(folder, recipe):
         print(f"{folder}: finished already; see: python -m launch report {folder}")
         return 0
     stop = threading.Event()
-    names = [stage.name for stage in stages]
+    names = [stage.name for stage in stages_of(recipe)]
     display = threading.Thread(target=follow, args=(folder, names, stop, sys.stderr), name="display", daemon=True)
     display.start()
     try:

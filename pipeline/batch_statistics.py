@@ -35,13 +35,15 @@ class BatchStatistics:
 
     @staticmethod
     def _read(layer: _BatchNorm) -> torch.Tensor:
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         return torch.cat([layer.running_mean, layer.running_var]).detach().clone()
 
     @staticmethod
     @torch.no_grad()
     def _write(layer: _BatchNorm, statistics: torch.Tensor) -> None:
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         mean, variance = statistics.chunk(2)
         # Through .data: autograd keeps the buffers of a training forward, though its backward does not read them, and
         # would refuse a change that it sees.

@@ -1,4 +1,4 @@
-"""Everything around the loop: where a stage starts, what it reads, what it leaves, and its evaluation.
+"""Everything around the loop: where a stage starts, what it reads, what it leaves.
 
 Runs inside any process group: Ray's (`pipeline.worker`) or one that a test or a benchmark makes.
 """
@@ -6,15 +6,10 @@ Runs inside any process group: Ray's (`pipeline.worker`) or one that a test or a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -22,19 +17,18 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Snapshot, Writer
 from pipeline.data import order
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import read_manifest
 from pipeline.engine import Engine
-from pipeline.evaluate.pgd import Attack, evaluate, summarise
-from pipeline.export import load_model, write_model
+from pipeline.evaluation import evaluate_stage, validation_of
+from pipeline.export import write_model
 from pipeline.files import atomic_write_json, read_json, sha256_of
-from pipeline.group import Group
+from pipeline.job import Job
 from pipeline.lease import check_token
-from pipeline.loop import Observer, Training, train, unobserved
+from pipeline.loop import Training, train
 from pipeline.models import Network, build_network
 from pipeline.objectives import build_objective
 from pipeline.phases import Stage
 from pipeline.progress import Progress
-from pipeline.recipe import Recipe, recipe_hash
+from pipeline.recipe import recipe_hash
 from pipeline.sparsity import (
     attach_scores,
     effective_state,
@@ -50,38 +44,6 @@ from pipeline.tracking import Tracker, cut_rows
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Job:
-    """What the workers of one job share while they walk through its stages."""
-
-    recipe: Recipe
-    run_folder: Path
-    token: str
-    group: Group
-    observe: Observer = unobserved
-    _loaders: dict[str, Loader] = field(default_factory=dict)
-    _resources: ExitStack = field(default_factory=ExitStack)
-
-    def loader(self, path: str) -> Loader:
-        """One Loader per file and process, kept for all stages."""
-        if path not in self._loaders:
-            data = self.recipe.data
-            loader = Loader(Path(path), image_size=data.image_size, threads=self.recipe.workers.threads)
-            self._loaders[path] = self._resources.enter_context(loader)
-            if len(loader.class_names) != self.recipe.model.num_classes:
-                raise ValueError(
-                    f"model.num_classes {self.recipe.model.num_classes}: {path} has {len(loader.class_names)} classes; "
-                    f"set model.num_classes={len(loader.class_names)}"
-                )
-        return self._loaders[path]
-
-    def folder(self, stage: Stage) -> Path:
-        return self.run_folder / stage.name
-
-    def close(self) -> None:
-        self._resources.close()
-
-
 def run_stages(job: Job, stages: list[Stage]) -> None:
     """Walk through the stages; what is finished is not repeated. Collective."""
     try:
@@ -90,7 +52,7 @@ def run_stages(job: Job, stages: list[Stage]) -> None:
                 _train_stage(job, stage)
                 job.observe("stage_finished", {"stage": stage.name})
             if stage.evaluated and job.group.broadcast(not (job.folder(stage) / "evaluate" / "pgd.json").exists()):
-                _evaluate_stage(job, stage)
+                evaluate_stage(job, stage)
     finally:
         job.close()
 
@@ -157,14 +119,7 @@ def _train_stage(job: Job, stage: Stage) -> None:
     if group.is_first:
         describe = {**stage.describe(per_epoch), "batch_per_step": recipe.batch.batch_per_step}
         atomic_write_json(folder / "stage.json", describe)
-        tracker = Tracker(
-            folder,
-            run_name=job.run_folder.name,
-            stage=stage.name,
-            recipe_dict=recipe.model_dump(mode="json"),
-            wandb_mode=recipe.tracking.wandb,
-            project=recipe.tracking.wandb_project,
-        )
+        tracker = _tracker(job, stage)
     log.info("%s: starting at step %d of %d", stage.name, start, total)
 
     def guard(step: int) -> None:
@@ -172,6 +127,12 @@ def _train_stage(job: Job, stage: Stage) -> None:
         check_token(folder, job.token)
 
     writer = Writer(folder, recipe.checkpoint.keep, guard)
+
+    def save(snapshot: Snapshot) -> None:
+        if tracker is not None:
+            tracker.sync()  # rows first: a checkpoint promises that those up to its step are on disk
+            writer.submit(snapshot)
+
     batches = loader.batches(_plan(job, stage, loader, train_ids, start, total))
     training = Training(
         stage=stage,
@@ -182,19 +143,30 @@ def _train_stage(job: Job, stage: Stage) -> None:
         objective=build_objective(recipe.objective, recipe.threat_model),
         micro_batches=batches,
         rows=tracker,
-        validate=_validation(job, network, loader, validation_ids),
-        save=writer.submit if group.is_first else lambda _: None,
+        validate=validation_of(job, network, loader, validation_ids),
+        save=save,
         observe=job.observe,
     )
-    try:
+    with ExitStack() as stack:
+        if tracker is not None:
+            stack.enter_context(tracker)
+        stack.callback(engine.close)
+        stack.callback(batches.close)
         progress = train(training, progress)
         writer.wait()
         _finish(job, stage, network, progress)
-    finally:
-        batches.close()
-        engine.close()
-        if tracker is not None:
-            tracker.finish()
+
+
+def _tracker(job: Job, stage: Stage) -> Tracker:
+    recipe = job.recipe
+    return Tracker(
+        job.folder(stage),
+        run_name=job.run_folder.name,
+        stage=stage.name,
+        recipe_dict=recipe.model_dump(mode="json"),
+        wandb_mode=recipe.tracking.wandb,
+        project=recipe.tracking.wandb_project,
+    )
 
 
 def _plan(
@@ -216,39 +188,6 @@ def _plan(
         rank=job.group.rank,
         world=job.group.world,
     )
-
-
-def _evaluation_crops(job: Job, loader: Loader) -> Callable[[NDArray[np.int64]], NDArray[np.int32]]:
-    data = job.recipe.data
-    crops = order.evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
-    return lambda ids: crops[ids]
-
-
-def _validation(job: Job, network: Network, loader: Loader, ids: NDArray[np.int64]) -> Callable[[], dict[str, Any]]:
-    recipe = job.recipe
-    attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
-    attack = Attack(
-        attack.threat_model, recipe.evaluation.validation_steps, _validation_step_size(recipe), 1, attack.seed
-    )
-
-    def validate() -> dict[str, Any]:
-        verdicts = evaluate(
-            network, loader, ids, _evaluation_crops(job, loader), attack, recipe.evaluation.chunk, job.group
-        )
-        return {
-            "clean_accuracy": float(verdicts["clean_correct"].mean()),
-            "robust_accuracy": float(verdicts["robust_correct"].mean()),
-            "images": len(ids),
-        }
-
-    return validate
-
-
-def _validation_step_size(recipe: Recipe) -> float:
-    """Fewer steps than the test's, each larger, so that the attack still crosses the ball: 2.5 eps / steps (Madry et al. 2018)."""
-    if recipe.threat_model is None:
-        return float(recipe.evaluation.step_size)
-    return 2.5 * float(recipe.threat_model.eps) / max(recipe.evaluation.validation_steps, 1)
 
 
 def _finish(job: Job, stage: Stage, network: Network, progress: Progress) -> None:
@@ -274,49 +213,3 @@ def _finish(job: Job, stage: Stage, network: Network, progress: Progress) -> Non
         }
         atomic_write_json(folder / "result.json", result)
     job.group.barrier()
-
-
-def _evaluate_stage(job: Job, stage: Stage) -> None:
-    """The finished file, as anybody would load it, on the whole test set."""
-    recipe, folder = job.recipe, job.folder(stage)
-    network = load_model(folder / "model.safetensors").to(job.group.device)
-    loader = job.loader(recipe.data.test_file)
-    attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
-
-    def on_chunk(done: int, total: int) -> None:
-        if job.group.is_first:
-            atomic_write_json(folder / "evaluate" / "progress.json", {"attack": "pgd", "done": done, "total": total})
-
-    (folder / "evaluate").mkdir(exist_ok=True)
-    ids = np.arange(loader.num_samples, dtype=np.int64)
-    verdicts = evaluate(
-        network, loader, ids, _evaluation_crops(job, loader), attack, recipe.evaluation.chunk, job.group, on_chunk
-    )
-    if job.group.is_first:
-        check_token(folder, job.token)
-        write_evaluation(folder / "evaluate", verdicts, recipe, loader, sha256_of(folder / "model.safetensors"))
-        (folder / "evaluate" / "progress.json").unlink(missing_ok=True)
-    job.group.barrier()
-
-
-def write_evaluation(
-    folder: Path, verdicts: dict[str, NDArray[Any]], recipe: Recipe, loader: Loader, model_sha256: str
-) -> dict[str, Any]:
-    """Verdicts per image as pgd.parquet, then counts and intervals as pgd.json; returns the latter."""
-    temporary = folder / ".pgd.parquet.tmp"
-    pq.write_table(pa.table(dict(verdicts)), temporary)
-    temporary.replace(folder / "pgd.parquet")
-    threat = recipe.threat_model
-    facts = {
-        "attack": "pgd",
-        "norm": threat.norm if threat else None,
-        "eps": str(threat.eps) if threat else None,
-        "steps": recipe.evaluation.steps,
-        "restarts": recipe.evaluation.restarts,
-        "step_size": str(recipe.evaluation.step_size),
-        **summarise(verdicts),
-        "model_sha256": model_sha256,
-        "data_sha256": read_manifest(loader.path).sha256,
-    }
-    atomic_write_json(folder / "pgd.json", facts)
-    return facts

@@ -15,10 +15,11 @@ import torch
 
 from pipeline.engine import prepare_deepspeed
 from pipeline.group import Group, pick_device
+from pipeline.job import Job
 from pipeline.loop import Observer, unobserved
 from pipeline.phases import stages_of
 from pipeline.recipe import load_recipe
-from pipeline.stage import Job, run_stages
+from pipeline.stage import run_stages
 
 
 def resolve_observer(reference: str | None) -> Observer:
