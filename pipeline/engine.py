@@ -39,6 +39,7 @@ def deepspeed_config(recipe: Recipe, world: int, trained: int) -> dict[str, Any]
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.micro_batches_per_step // world,
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed's own default clips at norm 1
         "zero_optimization": {**buckets, **config.get("zero_optimization", {}), "stage": recipe.engine.zero_stage},
     }
     if recipe.engine.precision == "bf16":

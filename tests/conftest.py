@@ -1,0 +1,81 @@
+"""What all tests share: a quiet environment, a small real data set, and the promise that no process is left over."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARK = "HYDRA_TEST_SESSION"
+"""Every process that a test starts inherits it, so that orphans are found whoever adopted them."""
+LINGER_S = 20
+"""How long after the last test a process may take to end."""
+TRAIN_IMAGES, TEST_IMAGES = 3000, 500
+
+# Set before torch, wandb and Ray are imported, here and in every process that tests start.
+os.environ |= {
+    MARK: secrets.token_hex(8),
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
+
+
+def started_processes() -> list[psutil.Process]:
+    """Living processes that this test session started, however indirectly. Pythons that end with us are left out."""
+    mine = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid() or process.environ().get(MARK) != os.environ[MARK]:
+                continue
+            command = " ".join(process.cmdline())
+            if process.status() != psutil.STATUS_ZOMBIE and "multiprocessing.resource_tracker" not in command:
+                mine.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return mine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Fails the session, naming them, if processes outlive the tests that started them; then ends them."""
+    yield
+    _, alive = psutil.wait_procs(started_processes(), timeout=LINGER_S)
+    left = []
+    for process in alive:
+        try:
+            left.append(f"{process.pid}: {' '.join(process.cmdline())}")
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    assert not left, "tests left processes behind:\n" + "\n".join(left)
+
+
+def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensions: int) -> None:
+    from pipeline.data.datasets import read_idx
+
+    values = read_idx(source, name, dimensions)[:count]
+    header = bytes([0, 0, 8, dimensions]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    (target / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes(), compresslevel=1))
+
+
+@pytest.fixture(scope="session")
+def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.beton and test.beton: the first 3,000 and 500 images of Fashion-MNIST."""
+    from pipeline.data.datasets import IDX_FILES, find_fashion_mnist
+    from pipeline.data.write import WriteOptions, write
+
+    folder = tmp_path_factory.mktemp("fashion")
+    source, slices = find_fashion_mnist(None), folder / "idx"
+    slices.mkdir()
+    for (image_file, label_file), count in zip(IDX_FILES.values(), (TRAIN_IMAGES, TEST_IMAGES), strict=True):
+        _write_idx_slice(source, slices, image_file, count, 3)
+        _write_idx_slice(source, slices, label_file, count, 1)
+    write("fashion_mnist", slices, folder, WriteOptions(workers=1), False, lambda stage, done, total: None)
+    return folder
