@@ -41,7 +41,9 @@ lint: setup
 	$(PY) -m basedpyright
 
 bench: setup
-	@set -e; for script in tests/bench/[!_]*.py; do echo "== $$script"; PYTHONPATH=. $(PY) "$$script"; done
+	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
+	$(PY) -m tests.bench.loader_start data/fashion_mnist/train.beton data/fashion_mnist/test.beton
+	$(PY) -m tests.bench.step
 
 clean:
 	rm -rf .venv .ruff_cache .hypothesis .pytest_cache

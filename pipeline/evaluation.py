@@ -57,8 +57,10 @@ def evaluate_stage(job: Job, stage: Stage) -> None:
     attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
 
     def on_chunk(done: int, total: int) -> None:
-        if job.group.is_first:
-            atomic_write_json(folder / "evaluate" / "progress.json", {"attack": "pgd", "done": done, "total": total})
+        if job.group.is_first:  # the others are about as far
+            images = loader.num_samples * done // total
+            shown = {"attack": "pgd", "done": images, "total": loader.num_samples}
+            atomic_write_json(folder / "evaluate" / "progress.json", shown)
 
     (folder / "evaluate").mkdir(exist_ok=True)
     ids = np.arange(loader.num_samples, dtype=np.int64)

@@ -1,0 +1,11 @@
+"""What `python -m launch resume` does, with an observer in the workers: `python -m tests.fault.run_observed FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from launch.local import run_here
+
+if __name__ == "__main__":
+    sys.exit(run_here(Path(sys.argv[1]), observer="tests.fault.cuts:cut"))

@@ -1,0 +1,153 @@
+"""Whatever is killed, the final weights, scores and metrics equal an undisturbed run's, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import checkpoint
+from pipeline.files import atomic_write_text, read_json
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import dump_recipe
+from tests.fault.cuts import set_cut
+from tests.small_recipe import ROOT, small_recipe
+
+DEADLINE_S = 420
+STAGES = ["pretrain", "keep-0.1/prune", "keep-0.1/finetune"]
+STEPS = 40  # of every stage; an epoch has 20
+
+
+def _recipe(data: Path, seed: int = 0) -> Recipe:
+    """Checkpoints every 9 steps, so that cuts fall between them; two workers, ZeRO 1."""
+    return small_recipe(
+        data,
+        seed=seed,
+        sparsity={"magnitude_baseline": "none"},
+        data={"augmentation": "pad_crop_flip"},
+        workers={"count": 2},
+        checkpoint={"every_steps": 9, "keep": 2},
+    )
+
+
+def _new_run(folder: Path, recipe: Recipe) -> Path:
+    folder.mkdir()
+    atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    return folder
+
+
+def _start(folder: Path, *, observed: bool) -> int:
+    """Run or resume in a process of its own; returns its exit code once it and all that it started have ended."""
+    module = ["tests.fault.run_observed", str(folder)] if observed else ["launch", "resume", str(folder)]
+    environment = {**os.environ, "HYDRA_TEST_RUN": str(folder)}
+    process = subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, env=environment)
+    family: set[psutil.Process] = set()
+    watched = psutil.Process(process.pid)
+    deadline = DEADLINE_S
+    while True:
+        try:
+            process.wait(timeout=1)
+            break
+        except subprocess.TimeoutExpired:
+            family |= set(watched.children(recursive=True))
+            deadline -= 1
+            if deadline < 0:
+                process.kill()
+                pytest.fail(f"{folder} did not end within {DEADLINE_S} s")
+    _, alive = psutil.wait_procs(list(family), timeout=60)
+    assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
+    return process.returncode
+
+
+def _rows(stage: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in rows]
+
+
+def _final_state(folder: Path) -> dict[str, Any]:
+    """Everything of a run that must repeat: weights, scores, momenta, metrics, verdicts."""
+    state: dict[str, Any] = {}
+    for name in STAGES:
+        stage = folder / name
+        snapshot = checkpoint.read_newest(stage)
+        assert snapshot is not None
+        assert snapshot.progress.step == STEPS
+        for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.optimizer):
+            state |= {f"{name}: {key}": tensor for key, tensor in part.items()}
+        state[f"{name}: metrics"] = _rows(stage)
+        state[f"{name}: result"] = read_json(stage / "result.json")
+        if (stage / "evaluate").exists():
+            state[f"{name}: verdicts"] = read_json(stage / "evaluate" / "pgd.json")
+    assert any("score/" in key for key in state)
+    return state
+
+
+def _differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return sorted(key for key in one.keys() | two.keys() if key not in one or key not in two or not same(one[key], two[key]))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = _new_run(tmp_path_factory.mktemp("runs") / "undisturbed", _recipe(fashion_data))
+    assert _start(folder, observed=False) == 0
+    return _final_state(folder)
+
+
+@pytest.mark.timeout(900)
+def test_killed_worker_is_replaced(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """SIGKILL of one of two workers in the middle of an epoch of the prune phase: the run goes on by itself."""
+    folder = _new_run(tmp_path / "worker", _recipe(fashion_data))
+    set_cut(folder, "step", "keep-0.1/prune", 13, "worker")
+    assert _start(folder, observed=True) == 0
+    assert (folder / "cut-done-0.json").exists(), "nobody was killed"
+    assert "attempt 1 failed" in (folder / "logs" / "restarts.log").read_text()
+    assert _differences(undisturbed, _final_state(folder)) == []
+
+
+CUTS: list[tuple[str, str, int | None]] = [
+    ("forward", "pretrain", 0),  # in the first step
+    ("step", "pretrain", 13),  # mid-epoch
+    ("step", "keep-0.1/prune", 20),  # at an epoch's end, before anything of it is recorded
+    ("before_manifest", "keep-0.1/prune", 9),  # during a checkpoint
+    ("stage_finished", "keep-0.1/prune", None),  # between two phases
+]
+"""(event, stage, step); at least 20 steps follow each."""
+
+
+@pytest.mark.timeout(1800)
+def test_killed_run_resumes_exactly(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """One run is killed as a whole (SIGKILL of the driver and a worker) at five places, and resumed after each."""
+    folder = _new_run(tmp_path / "run", _recipe(fashion_data))
+    in_order = [CUTS[0], CUTS[1], CUTS[3], CUTS[2], CUTS[4]]
+    for number, (event, stage, step) in enumerate(in_order):
+        set_cut(folder, event, stage, step, "run")
+        assert _start(folder, observed=True) == -signal.SIGKILL, (event, stage, step)
+        assert (folder / f"cut-done-{number}.json").exists()
+        if event == "before_manifest":
+            unfinished = checkpoint.folder_of(folder / stage, 9)
+            assert unfinished.exists()
+            assert not (unfinished / "MANIFEST.json").exists()
+    assert _start(folder, observed=False) == 0
+    assert _differences(undisturbed, _final_state(folder)) == []
+
+
+@pytest.mark.timeout(900)
+def test_another_seed_differs(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """The comparison can fail: with another seed every trained tensor and all metrics differ."""
+    folder = _new_run(tmp_path / "seed", _recipe(fashion_data, seed=1))
+    assert _start(folder, observed=False) == 0
+    different = set(_differences(undisturbed, _final_state(folder)))
+    must = {key for key in undisturbed if "weight/" in key or "score/" in key or key.endswith(("metrics", "result"))}
+    assert must <= different
