@@ -1,6 +1,6 @@
 """The command line: `python -m launch --help`.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data. Errors of the second kind are one message without traceback.
+Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data. Those of the second kind are messages without traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import FrameType
 from launch import data, evaluate, run_folder
 from launch.local import run_here
 from pipeline.phases import stages_of
-from pipeline.recipe import dump_recipe, load_recipe
+from pipeline.recipe_file import dump_recipe, load_recipe
 
 DESCRIPTION = """\
 Small neural networks that withstand adversarial examples: pretrain robustly, prune by scores that the robust objective
@@ -27,6 +27,8 @@ learns (HYDRA), finetune, evaluate, report.
   python -m launch resume quick
   python -m launch report quick
 """
+
+RESUMABLE = "checkpoints are kept: python -m launch resume RUN goes on"
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -60,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(after_interrupt="nothing was changed")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="start a recipe, or go on with it; a finished run is left as it is")
@@ -67,11 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value", help="for example phases.prune.epochs=3 seed=1")
     run.add_argument("--name", help="folder under runs/ (default: the recipe's name)")
     run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its stages, run nothing")
-    run.set_defaults(handler=_run)
+    run.set_defaults(handler=_run, after_interrupt=RESUMABLE)
 
     resume = commands.add_parser("resume", help="go on with a run from its newest checkpoint")
     resume.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
-    resume.set_defaults(handler=_resume)
+    resume.set_defaults(handler=_resume, after_interrupt=RESUMABLE)
 
     report = commands.add_parser("report", help="table, pictures and CSV of one or several runs (seeds)")
     report.add_argument("runs", nargs="+", metavar="RUN", help="name under runs/, or the folder")
@@ -86,9 +89,21 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse leaves overrides behind that follow an option, as in `run RECIPE --name quick seed=1`.
+    odd = [text for text in rest if text.startswith("-") or "overrides" not in arguments]
+    if odd:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         return arguments.handler(arguments)
@@ -99,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
         return 1
     except KeyboardInterrupt:
-        print("interrupted; checkpoints are kept: python -m launch resume RUN goes on", file=sys.stderr)
+        print(f"interrupted; {arguments.after_interrupt}", file=sys.stderr)
         return 1
 
 

@@ -55,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     write.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: %(default)s)")
     write.add_argument("--skip-broken", action="store_true", help="leave undecodable images out and record them")
     write.add_argument("--force", action="store_true", help="replace files that are there")
+    write.set_defaults(after_interrupt="no unfinished file is left; the same command starts again")
 
     verify = _command(commands, "verify", "check every byte and image of a file", VERIFY, _verify)
     verify.add_argument("file", type=Path, metavar="FILE")

@@ -11,7 +11,8 @@ from typing import Any
 
 from launch import run_folder
 from launch.local import check_data
-from pipeline.recipe import load_recipe
+from pipeline.recipe_fields import parse_fraction
+from pipeline.recipe_file import load_recipe
 
 EXAMPLE = """\
   python -m launch evaluate runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 5 --images 1000
@@ -31,8 +32,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--images", default="all", help="how many test images, in file order, or all (default)")
     parser.add_argument("--steps", type=int, help="attack steps (default: the recipe's)")
     parser.add_argument("--restarts", type=int, help="random restarts (default: the recipe's)")
-    parser.add_argument("--step-size", type=Fraction, help="for example 1/255 (default: the recipe's)")
+    parser.add_argument("--step-size", type=_pixels, help="for example 1/255 (default: the recipe's)")
     parser.set_defaults(handler=_evaluate)
+
+
+def _pixels(text: str) -> Fraction:
+    try:
+        return parse_fraction(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _run_of(path: Path) -> Path:

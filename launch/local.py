@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.display import follow
 from pipeline.phases import stages_of
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 
 
 def check_data(folder: Path) -> None:

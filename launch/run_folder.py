@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import atomic_write_json, atomic_write_text
-from pipeline.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe import NAME, Recipe
+from pipeline.recipe_file import deciding_values, dump_recipe, load_recipe, recipe_hash
 
 RUNS = Path("runs")
 VERSIONS_OF = ("torch", "torchvision", "ray", "deepspeed", "ffcv", "numpy", "numba", "wandb", "safetensors")
@@ -29,7 +31,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(old: Recipe, new: Recipe) -> list[str]:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = _flat(deciding_values(old)), _flat(deciding_values(new))
     keys = [k for k in (before | after) if before.get(k) != after.get(k)]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys]
 
@@ -68,6 +70,8 @@ def open_or_create(recipe: Recipe, name: str | None) -> Path:
 
     Workers, checkpoint cadence and tracking may differ from before. Errors: ValueError naming what else differs.
     """
+    if name is not None and not re.match(NAME, name):
+        raise ValueError(f"--name {name}: a run's name is 1 to 64 letters, digits, dots, dashes and underscores")
     recipe = _with_absolute_paths(recipe)
     folder = RUNS / (name or recipe.name)
     path = folder / "recipe.yaml"

@@ -23,13 +23,14 @@ class BatchStatistics:
     def __init__(self, network: nn.Module, group: Group) -> None:
         self._group = group
         self._layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self._momenta = [m.momentum for m in self._layers]
+        self._momenta: list[float] = []
         self._caught: list[list[torch.Tensor]] = [[] for _ in self._layers]
         self._running = [self._read(m) for m in self._layers]
         self._hooks = []
         for index, layer in enumerate(self._layers):
             if layer.momentum is None:
                 raise ValueError("BatchNorm with momentum=None (cumulative average) is not supported; give it a number")
+            self._momenta.append(layer.momentum)
             layer.momentum = 1.0  # a training forward then leaves exactly its batch statistics in the buffers
             self._hooks.append(layer.register_forward_hook(self._catch(index)))
 

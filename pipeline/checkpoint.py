@@ -3,9 +3,9 @@
     step-0000012500/{model.safetensors, train_state.safetensors, progress.json, MANIFEST.json}    LATEST
 
 A checkpoint exists when its MANIFEST.json exists and agrees with the other files (names, sizes, SHA-256); it is written
-last. `LATEST` is replaced by rename and is a convenience for people: resuming looks at the manifests. Tensors carry plain
-names: `weight/conv1.weight`, `score/conv1.weight`, `buffer/bn1.running_mean`, `optim/score/conv1.weight/momentum_buffer`.
-Only rank 0 writes.
+last. `LATEST` is replaced by rename and is a convenience for people: resuming looks at the manifests. Tensors carry
+plain names: `weight/conv1.weight`, `score/conv1.weight`, `buffer/bn1.running_mean`,
+`optim/score/conv1.weight/momentum_buffer`. Only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -57,6 +58,11 @@ def steps_on_disk(stage: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in (FOLDER.match(p.name) for p in stage.iterdir()) if m)
 
 
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in CONTENT}
+    return {"format": 1, "step": step, "files": files}
+
+
 def write(stage: Path, snapshot: Snapshot, before_manifest: Callable[[], None] | None = None) -> Path:
     """Write one checkpoint so that it appears whole or not at all. `before_manifest` may refuse by raising."""
     folder = folder_of(stage, snapshot.progress.step)
@@ -70,25 +76,26 @@ def write(stage: Path, snapshot: Snapshot, before_manifest: Callable[[], None] |
         fsync_file(folder / name)
     if before_manifest is not None:
         before_manifest()
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in CONTENT}
-    atomic_write_json(folder / "MANIFEST.json", {"format": 1, "step": snapshot.progress.step, "files": files})
+    atomic_write_json(folder / "MANIFEST.json", _manifest(folder, snapshot.progress.step))
     fsync_folder(stage)
     atomic_write_text(stage / "LATEST", folder.name + "\n")
     return folder
 
 
 def check(folder: Path) -> None:
-    """Raise CheckpointDamaged unless the manifest exists and every file agrees with it."""
+    """Raise CheckpointDamaged unless the manifest exists and says exactly what the folder and its files are."""
     try:
-        files = read_json(folder / "MANIFEST.json")["files"]
+        said = read_json(folder / "MANIFEST.json")
+        said_files = dict(said["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder}: no usable MANIFEST.json ({error})") from None
     for name in CONTENT:
-        path, said = folder / name, files.get(name, {})
-        if not path.is_file():
-            raise CheckpointDamaged(f"{path} is missing")
-        if path.stat().st_size != said.get("bytes") or sha256_of(path) != said.get("sha256"):
-            raise CheckpointDamaged(f"{path} does not have the size and hash that MANIFEST.json says")
+        if not (folder / name).is_file():
+            raise CheckpointDamaged(f"{folder / name} is missing")
+    found = _manifest(folder, int(folder.name.removeprefix("step-")))
+    if said != found:
+        odd = [name for name in CONTENT if said_files.get(name) != found["files"][name]] or ["its step or format"]
+        raise CheckpointDamaged(f"{folder} is not what its MANIFEST.json says: {', '.join(odd)}")
 
 
 def read(folder: Path) -> Snapshot:

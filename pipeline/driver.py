@@ -1,8 +1,8 @@
 """Starts and ends the Ray cluster of a run on this machine, and one TorchTrainer per job; restarts what fails.
 
 A worker that dies is replaced and the run goes on from the newest checkpoint. Restarts are bounded by lack of progress:
-a newly committed checkpoint, stage or evaluation resets the count. What a restart cannot mend (a ValueError: bad data, an
-impossible recipe) stops the run at once. Nothing is left behind: the cluster's processes die with the driver.
+a newly committed checkpoint, stage or evaluation resets the count. What a restart cannot mend (a ValueError: bad data,
+an impossible recipe) stops the run at once. Nothing is left behind: the cluster's processes die with the driver.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any
 
 import ray
 import torch
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import checkpoint
-from pipeline.lease import LeaseHeld, Leases
+from pipeline.lease import Leases
 from pipeline.phases import Stage, stages_of
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,3 @@ def _fit_until_done(run_folder: Path, recipe: Recipe, token: str, cluster_folder
             log.warning("%s: workers failed (%s); restarting from the newest checkpoint", run_folder.name, reason)
             with (run_folder / "logs" / "restarts.log").open("a") as stream:
                 stream.write(f"attempt {attempt} failed: {error}\n")
-
-
-__all__ = ["LeaseHeld", "RunFailed", "progress_marks", "run", "unfinished"]

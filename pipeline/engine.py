@@ -1,7 +1,7 @@
 """DeepSpeed: the engine that steps the trained parameters, and its state under plain names.
 
-The engine is built after the module holds its weights (DeepSpeed copies them at initialisation). Its optimizer holds only
-what the phase trains. State is gathered and restored in full, so a checkpoint fits any world size and ZeRO stage.
+The engine is built after the module holds its weights (DeepSpeed copies them at initialisation). Its optimizer holds
+only what the phase trains. State is gathered and restored in full, so a checkpoint fits any world size and ZeRO stage.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from pipeline.group import Group
 from pipeline.recipe import Phase, Recipe
 
 MOMENTUM = "momentum_buffer"
-
-
 LARGEST_BUCKET = 50_000_000
 """Elements that ZeRO reduces at once at the most."""
 
@@ -76,8 +74,10 @@ class Engine:
             dist_init_required=False,
         )
         self._sgd = optimizer
-        self._zero = self._engine.optimizer if recipe.engine.zero_stage > 0 else None
-        assert self._zero is None or isinstance(self._zero, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
+        self._zero: DeepSpeedZeroOptimizer | None = None
+        if recipe.engine.zero_stage > 0:
+            assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
+            self._zero = self._engine.optimizer
         self._device_type = group.device.type
         self._bf16 = recipe.engine.precision == "bf16"
 
@@ -94,7 +94,7 @@ class Engine:
         self._engine.backward(loss)
 
     def set_lr(self, lr: float) -> None:
-        for group in self._engine.optimizer.param_groups:
+        for group in self._sgd.param_groups:
             group["lr"] = lr
 
     def advance(self) -> None:
@@ -102,7 +102,7 @@ class Engine:
         self._engine.step()
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Full state as CPU copies, `optim/<plain name>/momentum_buffer` -> fp32 of the parameter's shape. Collective."""
+        """Full state as CPU copies: `optim/<plain name>/momentum_buffer` -> fp32 [parameter's shape]. Collective."""
         state = {}
         for name, parameter in self._parameters.items():
             if self._zero is None:

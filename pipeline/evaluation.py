@@ -43,7 +43,7 @@ def validation_of(job: Job, network: Network, loader: Loader, ids: NDArray[np.in
 
 
 def _validation_step_size(recipe: Recipe) -> float:
-    """2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross the ball."""
+    """2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross."""
     if recipe.threat_model is None:
         return float(recipe.evaluation.step_size)
     return 2.5 * float(recipe.threat_model.eps) / max(recipe.evaluation.validation_steps, 1)

@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.files import fsync_file, fsync_folder
 from pipeline.models import Network, build_network
 from pipeline.recipe import Model
 
+METADATA_KEY = "network"
+"""Architecture, mean, std, keep_fraction and hashes, as one JSON object."""
+
 
 def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, facts: dict[str, Any]) -> None:
     """Write the finished network atomically; `facts` (JSON values) join architecture, mean and std in the metadata."""
-    metadata = {key: json.dumps(value) for key, value in {**model.model_dump(mode="json"), **facts}.items()}
+    # One entry: safetensors writes several in a random order, and equal networks should be equal files.
+    metadata = {METADATA_KEY: json.dumps({**model.model_dump(mode="json"), **facts}, sort_keys=True)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -37,21 +41,21 @@ def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, fact
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_model` was told about the network. Errors: KeyError if the file is not one of its."""
     with safe_open(path, framework="pt") as stream:
-        return {key: json.loads(value) for key, value in (stream.metadata() or {}).items()}
+        return json.loads((stream.metadata() or {})[METADATA_KEY])
 
 
 def load_model(path: Path) -> Network:
     """A finished network as a plain module on the CPU. Errors: ValueError naming the file."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a stage writes it when it is finished")
-    metadata = read_metadata(path)
     try:
+        metadata = read_metadata(path)
         model = Model.model_validate({key: metadata[key] for key in Model.model_fields})
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} was not written by this project: its metadata lacks the architecture ({error})"
-        ) from None
-    network = build_network(model, seed=0)
-    network.backbone.load_state_dict(load_file(path))
+        network = build_network(model, seed=0)
+        network.backbone.load_state_dict(load_file(path))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or was not written by this project: {reason}") from None
     return network

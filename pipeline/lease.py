@@ -8,6 +8,7 @@ token before they commit, so that a holder that was replaced while it was frozen
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import socket
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import atomic_write_json, read_json
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 90.0
@@ -48,8 +51,14 @@ def _started_ticks(pid: int) -> int | None:
 
 
 def read_holder(folder: Path) -> Holder | None:
+    """Who holds the stage. Errors: ValueError for a lease that is damaged."""
     path = folder / "lease.json"
-    return Holder(**read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Holder(**read_json(path))
+    except TypeError as error:
+        raise ValueError(f"{path} is no lease: {error}") from None
 
 
 def is_stale(holder: Holder) -> bool:
@@ -112,11 +121,17 @@ class Leases:
             self._folders.append(folder)
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            for folder in self._folders:
-                with _exclusive(folder):
-                    check_token(folder, self.token)
-                    atomic_write_json(folder / "lease.json", self._record())
+        while self._folders and not self._stop.wait(HEARTBEAT_S):
+            for folder in list(self._folders):
+                try:
+                    with _exclusive(folder):
+                        check_token(folder, self.token)
+                        atomic_write_json(folder / "lease.json", self._record())
+                except LeaseHeld as error:
+                    log.error("lease lost, checkpoints of this stage are refused from now on: %s", error)
+                    self._folders.remove(folder)
+                except (OSError, ValueError) as error:
+                    log.error("the lease of %s could not be renewed, the next heartbeat tries again: %s", folder, error)
 
     def release(self) -> None:
         self._stop.set()

@@ -1,8 +1,8 @@
 """The training loop, for every phase and objective.
 
 Phases are data (`phases.Stage`), objectives are functions that are handed the attack. A step is: for each of this
-worker's micro-batches attack and accumulate gradients; agree that the loss is finite; move the parameters; fold BatchNorm's
-statistics in; rank the scores anew. All randomness is keyed, so that the loop can begin at any step.
+worker's micro-batches attack and accumulate gradients; agree that the loss is finite; move the parameters; fold
+BatchNorm's statistics in; rank the scores anew. All randomness is keyed, so that the loop can begin at any step.
 """
 
 from __future__ import annotations

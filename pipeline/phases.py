@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from pipeline.recipe import Phase, Recipe, canonical_decimal
+from pipeline.recipe import Phase, Recipe
+from pipeline.recipe_fields import canonical_decimal
 
 
 @dataclass(frozen=True)

@@ -1,69 +1,28 @@
-"""Recipes: one YAML file, typed, complete, checked once at load.
+"""Recipes: what an experiment consists of, typed and complete, checked once.
 
-A recipe is the only configuration there is. `load_recipe` reads the file, applies `key=value` overrides, refuses unknown
-keys and impossible pairs, and names key, value and fix in a `RecipeError`. No torch here: a login node can run it.
+A recipe is the only configuration there is. `recipe_file` reads and writes it as YAML. Unknown keys and impossible
+pairs are refused; the message names key, value and fix. No torch here: a login node can run it.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-from decimal import Decimal, InvalidOperation
-from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.recipe_fields import DeepSpeedOptions, KeepFraction, Pixels, Section, canonical_decimal, explain
 
 
 class RecipeError(ValueError):
     """A recipe or an override that cannot run; the message names key, value and fix."""
 
 
-def _parse_fraction(value: Any) -> Fraction:
-    if isinstance(value, bool):
-        raise ValueError("expected a number or a fraction such as 4/255")
-    try:
-        return Fraction(str(value).replace(" ", ""))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError("expected a number or a fraction such as 4/255") from None
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a run may be called; it becomes the name of a folder."""
 
 
-def _parse_decimal(value: Any) -> Decimal:
-    try:
-        number = Decimal(str(value))
-    except InvalidOperation:
-        raise ValueError("expected a decimal such as 0.1") from None
-    if not number.is_finite() or not 0 < number <= 1:
-        raise ValueError("a keep_fraction is kept / all connections: it must lie in (0, 1]; write 0.1 for 90 % pruned")
-    return number
-
-
-def canonical_decimal(number: Decimal) -> str:
-    """The one spelling of a decimal: 0.10 and 1E-1 are both '0.1'. Folder names use it."""
-    return format(number.normalize(), "f")
-
-
-Pixels = Annotated[Fraction, BeforeValidator(_parse_fraction), PlainSerializer(str)]
-"""A distance in [0, 1] pixel units, exact: written '4/255' or 0.1."""
-
-KeepFraction = Annotated[Decimal, BeforeValidator(_parse_decimal), PlainSerializer(canonical_decimal)]
-
-
-class Section(BaseModel):
-    """A recipe section: immutable, unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 class Data(Section):
@@ -108,6 +67,10 @@ class ThreatModel(Section):
     def _eps_positive(self) -> ThreatModel:
         if self.eps <= 0:
             raise ValueError(f"eps {self.eps} must be positive; use objective.name=clean to train without attack")
+        if self.norm == "linf" and self.eps >= 1:
+            raise ValueError(
+                f"eps {self.eps} lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"
+            )
         return self
 
 
@@ -183,7 +146,7 @@ class Batch(Section):
     @model_validator(mode="after")
     def _divides(self) -> Batch:
         if self.batch_per_step % self.micro_batch:
-            legal = [d for d in range(1, self.batch_per_step + 1) if self.batch_per_step % d == 0]
+            legal = _divisors(self.batch_per_step)
             raise ValueError(
                 f"batch_per_step {self.batch_per_step} is not a multiple of micro_batch {self.micro_batch}; "
                 f"legal micro_batch values: {legal}"
@@ -235,7 +198,13 @@ class Evaluation(Section):
     chunk: int = Field(default=250, ge=1)
     """Images in one forward, in file order; part of the result, as arithmetic depends on shapes."""
     validation_steps: int = Field(default=5, ge=0)
-    """PGD steps on the held-out images at every epoch's end."""
+    """PGD steps on the held-out images at every epoch's end; 0 means that they are not looked at."""
+
+    @model_validator(mode="after")
+    def _step_size_positive(self) -> Evaluation:
+        if self.step_size <= 0:
+            raise ValueError(f"step_size {self.step_size} must be positive, for example 1/255")
+        return self
 
 
 class Tracking(Section):
@@ -245,26 +214,10 @@ class Tracking(Section):
     wandb_project: str = "hydra"
 
 
-RESERVED_DEEPSPEED = {
-    "train_batch_size": "batch.batch_per_step",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch",
-    "gradient_accumulation_steps": "batch and workers.count",
-    "optimizer": "phases.*",
-    "scheduler": "phases.*.schedule",
-    "fp16": "engine.precision",
-    "bf16": "engine.precision",
-    "torch_autocast": "engine.precision",
-    "amp": "engine.precision",
-    "data_types": "engine.precision",
-    "zero_allow_untested_optimizer": "the engine itself",
-    "gradient_clipping": "nothing yet: HYDRA trains without clipping",
-}
-
-
 class Recipe(Section):
     """One experiment: pretrain, then prune and finetune per keep_fraction, the baseline, evaluation."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     seed: int = Field(default=0, ge=0)
     data: Data
     model: Model
@@ -277,103 +230,58 @@ class Recipe(Section):
     batch: Batch
     workers: Workers = Workers()
     engine: Engine = Engine()
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: DeepSpeedOptions = Field(default_factory=dict)
     """Passed to deepspeed.initialize as it is; it may not say again what the recipe says elsewhere."""
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _pairs(self) -> Recipe:
+    def _objective_has_its_threat(self) -> Recipe:
         if self.threat_model is None and self.objective.name != "clean":
             raise ValueError(
-                f"objective.name {self.objective.name} needs a threat_model; add threat_model: {{norm: linf, eps: 4/255}} "
-                "or use objective.name=clean"
+                f"objective.name {self.objective.name} needs a threat_model; "
+                "add threat_model: {norm: linf, eps: 4/255} or use objective.name=clean"
             )
-        legal_worker_count(self.batch, self.workers.count)
-        for key, owner in RESERVED_DEEPSPEED.items():
-            if key in self.deepspeed:
-                raise ValueError(
-                    f"deepspeed.{key} = {self.deepspeed[key]!r} is set by {owner}; set it there and remove it here"
-                )
+        return self
+
+    @model_validator(mode="after")
+    def _selection_has_its_accuracy(self) -> Recipe:
+        if self.select == "best_validation_robust" and self.evaluation.validation_steps == 0:
+            raise ValueError(
+                "select best_validation_robust needs robust accuracy on the held-out images, and "
+                "evaluation.validation_steps 0 measures none; set evaluation.validation_steps=5 or select=last"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_share_a_step(self) -> Recipe:
+        total = self.batch.micro_batches_per_step
+        if total % self.workers.count:
+            raise ValueError(
+                f"workers.count {self.workers.count} does not divide the {total} micro-batches of a step "
+                f"(batch_per_step {self.batch.batch_per_step} / micro_batch {self.batch.micro_batch}); "
+                f"legal counts: {_divisors(total)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_agrees(self) -> Recipe:
         stage = self.deepspeed.get("zero_optimization", {}).get("stage", self.engine.zero_stage)
         if stage != self.engine.zero_stage:
             raise ValueError(
                 f"deepspeed.zero_optimization.stage {stage} contradicts engine.zero_stage {self.engine.zero_stage}; "
                 "set engine.zero_stage and remove the other"
             )
-        if self.data.train_file == self.data.test_file:
-            raise ValueError("data.train_file and data.test_file are one file; the test set must be another")
         return self
 
-
-def legal_worker_count(batch: Batch, count: int) -> None:
-    """Raise ValueError unless `count` workers share a step's micro-batches evenly; the message lists the counts."""
-    total = batch.micro_batches_per_step
-    if total % count:
-        legal = [d for d in range(1, total + 1) if total % d == 0]
-        raise ValueError(
-            f"workers.count {count} does not divide the {total} micro-batches of a step "
-            f"(batch_per_step {batch.batch_per_step} / micro_batch {batch.micro_batch}); legal counts: {legal}"
-        )
-
-
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return `values` with every 'a.b=value' applied; values are read as YAML. Errors: RecipeError."""
-    result = json.loads(json.dumps(values, default=str))
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise RecipeError(f"override {override!r}: expected key=value, for example phases.prune.epochs=3")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
-        node = result
-        *parents, leaf = key.split(".")
-        for part in parents:
-            child = node.setdefault(part, {})
-            if child is None:
-                child = node[part] = {}
-            if not isinstance(child, dict):
-                raise RecipeError(f"override {override!r}: {part} is a value, not a section")
-            node = child
-        node[leaf] = value
-    return result
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Recipe
-    for part in location:
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return []
-        field = section.model_fields.get(str(part))
-        section = field.annotation if field else None
-        if section is not None and not isinstance(section, type):
-            candidates = [a for a in getattr(section, "__args__", ()) if isinstance(a, type)]
-            section = next((a for a in candidates if issubclass(a, BaseModel)), None)
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return list(section.model_fields)
-    return []
-
-
-def _explain(error: ValidationError, origin: str) -> str:
-    lines = []
-    for item in error.errors(include_url=False):
-        location = tuple(item["loc"])
-        key = ".".join(str(part) for part in location) or "recipe"
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1])
-            near = difflib.get_close_matches(str(location[-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"{origin}: {key} = {item['input']!r}: unknown key; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{origin}: {key}: missing; add it")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
-            lines.append(f"{origin}: {key}{shown}: {message}")
-    return "\n".join(lines)
+    @model_validator(mode="after")
+    def _test_set_is_another(self) -> Recipe:
+        if self.data.train_file == self.data.test_file:
+            raise ValueError(
+                f"data.train_file and data.test_file are both {self.data.train_file}; the test set must be another file"
+            )
+        return self
 
 
 def parse_recipe(values: dict[str, Any], origin: str) -> Recipe:
@@ -381,35 +289,4 @@ def parse_recipe(values: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error, origin)) from None
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override and check a recipe file. Errors: RecipeError."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); the recipes shipped are in recipes/") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
-    return parse_recipe(apply_overrides(values, overrides or []), str(path))
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key written out, readable by `load_recipe`."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-SCIENCE_FREE = ("workers", "checkpoint", "tracking")
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of what decides the result: workers, checkpoint cadence and tracking are left out, so they may change
-    when a run is resumed."""
-    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in SCIENCE_FREE}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        raise RecipeError(explain(error, Recipe, origin)) from None

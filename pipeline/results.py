@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from pipeline.evaluate.statistics import McNemar, mcnemar
 from pipeline.files import read_json
 from pipeline.phases import stages_of
-from pipeline.recipe import Recipe, canonical_decimal, load_recipe, recipe_hash
+from pipeline.recipe import Recipe
+from pipeline.recipe_fields import canonical_decimal
+from pipeline.recipe_file import load_recipe, recipe_hash
 
 NETWORK_OF_PHASE = {"pretrain": "dense", "finetune": "HYDRA", "magnitude": "magnitude"}
 ATTACK_FACTS = ("attack", "norm", "eps", "steps", "restarts", "step_size", "images", "data_sha256")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline import checkpoint
@@ -28,7 +27,7 @@ from pipeline.models import Network, build_network
 from pipeline.objectives import build_objective
 from pipeline.phases import Stage
 from pipeline.progress import Progress
-from pipeline.recipe import recipe_hash
+from pipeline.recipe_file import recipe_hash
 from pipeline.sparsity import (
     attach_scores,
     effective_state,
@@ -96,8 +95,6 @@ def _train_stage(job: Job, stage: Stage) -> None:
     network = build_network(recipe.model, recipe.seed)
     own, start = _starting_point(job, stage, network)
     network.to(group.device)
-    if recipe.model.arch != "small_cnn":
-        network.to(memory_format=torch.channels_last)
     train_only(network, stage.trains)
     refresh_masks(network)
     engine = Engine(network, trained_parameters(network), stage.optimisation, recipe, group)

@@ -1,7 +1,7 @@
 """What one Ray Train worker does: set the process up, join the group, walk through the job's stages.
 
-Ray restarts workers and tells who they are; checkpoints are the run directory's. The train function runs outside the main
-thread, so signals are the driver's business.
+Ray restarts workers and tells who they are; checkpoints are the run directory's. The train function runs outside the
+main thread, so signals are the driver's business.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.group import Group, pick_device
 from pipeline.job import Job
 from pipeline.loop import Observer, unobserved
 from pipeline.phases import stages_of
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import run_stages
 
 
@@ -44,7 +44,8 @@ def make_repeatable(threads: int) -> None:
     """Fixed thread count and deterministic kernels: part of what makes a run repeat bit for bit."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, at the price of a pass over every buffer
+    # Filling finds bugs, at the price of a pass over every buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.commands import marked, wait_for_end
+
 MARK = "HYDRA_TEST_SESSION"
 """Every process that a test starts inherits it, so that orphans are found whoever adopted them."""
 LINGER_S = 20
@@ -27,33 +29,23 @@ os.environ |= {
 }
 
 
-def started_processes() -> list[psutil.Process]:
-    """Living processes that this test session started, however indirectly. Pythons that end with us are left out."""
-    mine = []
-    for process in psutil.process_iter():
+def _started_processes() -> list[psutil.Process]:
+    """Living processes that this session started, however indirectly, but for Python's trackers, which end with us."""
+    found = []
+    for process in marked(MARK, os.environ[MARK]):
         try:
-            if process.pid == os.getpid() or process.environ().get(MARK) != os.environ[MARK]:
-                continue
-            command = " ".join(process.cmdline())
-            if process.status() != psutil.STATUS_ZOMBIE and "multiprocessing.resource_tracker" not in command:
-                mine.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
             continue
-    return mine
+    return found
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left() -> Iterator[None]:
     """Fails the session, naming them, if processes outlive the tests that started them; then ends them."""
     yield
-    _, alive = psutil.wait_procs(started_processes(), timeout=LINGER_S)
-    left = []
-    for process in alive:
-        try:
-            left.append(f"{process.pid}: {' '.join(process.cmdline())}")
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    left = wait_for_end(_started_processes, LINGER_S)
     assert not left, "tests left processes behind:\n" + "\n".join(left)
 
 

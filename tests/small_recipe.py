@@ -35,9 +35,9 @@ def small_values(data: Path) -> dict[str, Any]:
     return values
 
 
-def small_recipe(data: Path, **sections: Any) -> Recipe:
+def small_recipe(folder: Path, /, **sections: Any) -> Recipe:
     """`small_values` with whole sections replaced or, where both are mappings, updated."""
-    values = small_values(data)
+    values = small_values(folder)
     for key, value in sections.items():
         values[key] = (
             {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value

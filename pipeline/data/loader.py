@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib import import_module
@@ -173,7 +173,7 @@ class Loader:
 
     def batches(
         self, plan: Iterable[tuple[NDArray[np.int64], NDArray[np.int32]]], deadline_s: float = 120.0
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """Read a plan's batches ahead of their use, in its order; at most `ahead` wait.
 
         Leaving the iteration early stops its thread.

@@ -96,9 +96,10 @@ def evaluate(
     group: Group,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> Verdicts:
-    """Verdicts for the samples `ids` (in that order), on every rank. `on_chunk(done, total)` reports this rank's chunks.
+    """Verdicts for the samples `ids`, sorted by id, on every rank.
 
-    The network is put in eval mode and restored; its parameters are not touched. Collective.
+    Chunks are cut in the order of `ids`; `on_chunk(done, total)` reports this rank's. The network is put in eval mode
+    and restored; its parameters are not touched. Collective.
     """
     chunks = [ids[start : start + chunk] for start in range(0, len(ids), chunk)]
     mine = chunks[group.rank :: group.world]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.evaluate.statistics import wilson_interval
-from pipeline.recipe import dump_recipe, load_recipe
+from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.report import report
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"

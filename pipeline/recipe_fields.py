@@ -1,0 +1,128 @@
+"""What recipe sections are made of: strict models, exact numbers, and error messages that name key, value and fix."""
+
+from __future__ import annotations
+
+import difflib
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
+
+
+class Section(BaseModel):
+    """A recipe section: immutable; unknown keys, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # an int to Python: `epochs: yes` would be one epoch
+            raise ValueError("true and false fit no key of a recipe (YAML reads a bare yes, no, on and off as such)")
+        return value
+
+
+def parse_fraction(value: Any) -> Fraction:
+    """'4/255', '0.1' or 0.1 -> the exact number as written. Errors: ValueError."""
+    try:
+        return Fraction(str(value).replace(" ", ""))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("expected a number or a fraction such as 4/255") from None
+
+
+def _parse_keep_fraction(value: Any) -> Decimal:
+    try:
+        number = Decimal(str(value))
+    except InvalidOperation:
+        raise ValueError("expected a decimal such as 0.1") from None
+    if not number.is_finite() or not 0 < number <= 1:
+        raise ValueError("a keep_fraction is kept / all connections: it must lie in (0, 1]; write 0.1 for 90 % pruned")
+    return number
+
+
+def canonical_decimal(number: Decimal) -> str:
+    """The one spelling of a decimal: 0.10 and 1E-1 are both '0.1'. Folder names use it."""
+    return format(number.normalize(), "f")
+
+
+Pixels = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(str)]
+"""A distance in [0, 1] pixel units, exact: written '4/255' or 0.1."""
+
+KeepFraction = Annotated[Decimal, BeforeValidator(_parse_keep_fraction), PlainSerializer(canonical_decimal)]
+"""Kept / all connections, exact as written."""
+
+
+DECIDED_ELSEWHERE = {
+    "train_batch_size": "batch.batch_per_step decides it",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch decides it",
+    "gradient_accumulation_steps": "batch and workers.count decide it",
+    "elasticity": "batch and workers.count decide it",
+    "optimizer": "phases.* decide it",
+    "scheduler": "phases.*.schedule decides it",
+    "fp16": "engine.precision decides it",
+    "bf16": "engine.precision decides it",
+    "torch_autocast": "engine.precision decides it",
+    "amp": "engine.precision decides it",
+    "data_types": "engine.precision decides it",
+    "zero_allow_untested_optimizer": "the engine sets it",
+    "gradient_clipping": "training here is without clipping",
+}
+"""Keys that a `deepspeed:` section may not have, and why."""
+
+
+def _check_deepspeed(options: dict[str, Any]) -> dict[str, Any]:
+    for key, why in DECIDED_ELSEWHERE.items():
+        if key in options:
+            raise ValueError(f"{key} = {options[key]!r}: {why}; remove this key")
+    zero = options.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"zero_optimization = {zero!r}: expected a section; engine.zero_stage turns ZeRO on")
+    return options
+
+
+DeepSpeedOptions = Annotated[dict[str, Any], AfterValidator(_check_deepspeed)]
+"""What is passed through to DeepSpeed."""
+
+
+def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys of the section of `root` that lies at `location`."""
+    section = root
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]  # Section, or Section | None
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
+    """One line per problem: where it is, the value, and what to do about it."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location = tuple(item["loc"])
+        key = ".".join(str(part) for part in location) or "recipe"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(root, location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{origin}: {key} = {item['input']!r}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{origin}: {key}: missing; add it")
+        elif item["type"] == "model_type":
+            keys = ", ".join(_known_keys(root, location))
+            lines.append(f"{origin}: {key} = {item['input']!r}: expected a section with the keys {keys}")
+        elif item["type"] == "tuple_type":
+            lines.append(f"{origin}: {key} = {item['input']!r}: expected a list; write [{item['input']}]")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
+            lines.append(f"{origin}: {key}{shown}: {message}")
+    return "\n".join(lines)

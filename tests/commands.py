@@ -1,0 +1,133 @@
+"""`python -m launch` in processes of their own, for tests: started, waited for with a deadline, and all that they
+started accounted for."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "HYDRA_TEST_COMMAND"
+SHARED_MEMORY = Path("/dev/shm")
+END_S = 30
+"""How long what a command started may outlive it."""
+
+
+def marked(variable: str, value: str) -> list[psutil.Process]:
+    """Living processes with variable=value in their environment, which orphans keep too. This process is left out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid() or process.environ().get(variable) != value:
+                continue
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_for_end(living: Callable[[], list[psutil.Process]], deadline_s: float) -> list[str]:
+    """Wait until `living()` is empty; returns the command lines of those that stayed, which are then killed."""
+    try:
+        wait_until(lambda: not living(), deadline_s, "the end of all processes")
+    except TimeoutError:
+        return [said for process in living() if (said := _killed(process))]
+    return []
+
+
+def _killed(process: psutil.Process) -> str | None:
+    try:
+        said = f"{process.pid}: {' '.join(process.cmdline())}"
+        process.kill()
+    except psutil.NoSuchProcess:
+        return None
+    return said
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
+    """Return once `condition()` holds. Errors: TimeoutError naming `what`."""
+    end, pause = time.monotonic() + deadline_s, threading.Event()
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {deadline_s} s: {what}")
+        pause.wait(0.1)
+
+
+def _unused_shared_memory() -> set[str]:
+    """Files in shared memory that no living process has mapped."""
+    names = {path.name for path in SHARED_MEMORY.iterdir()}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            text = maps.read_text()
+        except OSError:
+            continue
+        names -= {name for name in names if str(SHARED_MEMORY / name) in text}
+    return names
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """`python -m launch ARGUMENTS` in the folder `place`, from its start to the end of its last descendant."""
+
+    def __init__(self, place: Path, *arguments: str) -> None:
+        self._value = secrets.token_hex(8)
+        self._shared_memory = _unused_shared_memory()
+        self._streams = [place / f".{self._value}.{name}" for name in ("out", "err")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self._value}
+        with self._streams[0].open("w") as out, self._streams[1].open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launch", *arguments], cwd=place, env=environment, stdout=out, stderr=err
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def family(self) -> list[psutil.Process]:
+        """Itself and all living processes that it started."""
+        return marked(MARK, self._value)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def finish(self, deadline_s: float) -> Finished:
+        """Wait for its end. Errors: TimeoutError; AssertionError if it left processes or shared memory behind."""
+        try:
+            self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(f"{self.process.args} did not end within {deadline_s} s:\n{self._said()}") from None
+        left = wait_for_end(self.family, END_S)
+        assert not left, f"{self.process.args} left behind: {left}\n{self._said()}"
+        assert _unused_shared_memory() <= self._shared_memory
+        return Finished(self.process.returncode, *(path.read_text() for path in self._streams))
+
+    def kill(self) -> None:
+        """End whatever of it still lives."""
+        for process in self.family():
+            _killed(process)
+        self.process.wait()
+
+    def _said(self) -> str:
+        return "\n".join(path.read_text() for path in self._streams)
+
+
+def launch(place: Path, *arguments: str, deadline_s: float = 60) -> Finished:
+    """Run one command to its end."""
+    return Command(place, *arguments).finish(deadline_s)

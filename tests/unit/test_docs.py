@@ -1,0 +1,105 @@
+"""The documentation agrees with the code: recipe keys and their defaults, command lines, the loading snippet."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+
+from launch.__main__ import build_parser
+from pipeline.export import write_model
+from pipeline.models import build_network
+from pipeline.recipe import Model, Recipe
+from pipeline.sparsity import effective_state
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+KEY_ROW = re.compile(r"^\| `([a-z0-9_.<>]+)` \| [^|]+ \| `?([^|]*?)`? \|", re.MULTILINE)
+COMMAND = re.compile(r"python -m launch\b([^`\n]*)")
+REQUIRED = "required"
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> default as plain YAML value, or REQUIRED, for every key that holds a value."""
+    keys: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            keys |= keys_of(inner, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            keys[prefix + name] = REQUIRED if field.is_required() else default
+    return keys
+
+
+def documented() -> dict[str, str]:
+    """Dotted key -> what docs/recipes.md gives as its default; the phases' rows stand for each phase."""
+    rows = KEY_ROW.findall((ROOT / "docs" / "recipes.md").read_text())
+    keys: dict[str, str] = {}
+    for key, default in rows:
+        for phase in ("pretrain", "prune", "finetune"):
+            full = key.replace("<phase>", phase)
+            assert full == key or full not in keys, f"{full} is documented twice"
+            keys[full] = default
+    assert len(rows) == len({key for key, _ in rows}), "a key is documented twice"
+    return keys
+
+
+def test_every_recipe_key_is_documented_and_no_other():
+    assert documented().keys() == keys_of(Recipe).keys()
+
+
+def test_documented_defaults_are_the_models_defaults():
+    said = {key: default if default == REQUIRED else yaml.safe_load(default) for key, default in documented().items()}
+    true = {key: list(value) if isinstance(value, tuple) else value for key, value in keys_of(Recipe).items()}
+    assert said == true
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, arguments) of every command line of this project that the documentation quotes."""
+    return [
+        (page.name, arguments.strip())
+        for page in PAGES
+        for arguments in COMMAND.findall(page.read_text().replace("\\\n", " "))
+    ]
+
+
+def test_the_documentation_quotes_every_command():
+    first_words = {arguments.split()[0] for _, arguments in commands()}
+    assert {"run", "resume", "report", "evaluate", "data", "--help"} <= first_words
+
+
+@pytest.mark.parametrize(("page", "arguments"), commands())
+def test_quoted_commands_parse(page: str, arguments: str, capsys: pytest.CaptureFixture[str]):
+    try:
+        build_parser().parse_args(shlex.split(arguments, comments=True))
+    except SystemExit as ended:
+        assert ended.code == 0, f"{page}: python -m launch {arguments}: {capsys.readouterr().err}"
+
+
+def test_the_loading_snippet_gives_the_networks_own_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (snippet,) = [s for s in snippets if "load_state_dict" in s]
+    model = Model(arch="resnet18", num_classes=7)
+    network = build_network(model, seed=0).eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images)
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model.safetensors", effective_state(network), model, {"keep_fraction": "0.1"})
+    names: dict[str, Any] = {"images": images}
+    exec(snippet, names)
+    torch.testing.assert_close(names["logits"], expected, rtol=0, atol=0)
+    assert expected.std() > 0
+    assert names["facts"]["keep_fraction"] == "0.1"

@@ -1,0 +1,80 @@
+"""Which stages a recipe has, what each starts from, and where its epochs are counted from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.phases import Stage, stages_of
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
+
+DEMO = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"
+PHASES = [
+    "phases.pretrain={epochs: 7, lr: 0.3}",
+    "phases.prune={epochs: 3, lr: 0.2}",
+    "phases.finetune={epochs: 5, lr: 0.1, weight_decay: 0.001}",
+]
+
+
+def recipe_with(*overrides: str) -> Recipe:
+    return load_recipe(DEMO, [*PHASES, "sparsity.keep_fractions=[0.10, 1e-2]", *overrides])
+
+
+def by_name(recipe: Recipe) -> dict[str, Stage]:
+    return {stage.name: stage for stage in stages_of(recipe)}
+
+
+def test_all_stages_follow_what_they_start_from() -> None:
+    stages = by_name(recipe_with())
+    kinds = ("prune", "finetune", "magnitude")
+    assert list(stages) == ["pretrain", *(f"keep-{k}/{kind}" for k in ("0.1", "0.01") for kind in kinds)]
+    seen: set[str | None] = {None}
+    for stage in stages.values():
+        assert stage.starts_from in seen
+        seen.add(stage.name)
+
+
+def test_what_each_stage_trains_and_starts_from() -> None:
+    stages = by_name(recipe_with())
+    facts = {name: (s.phase, s.trains, s.starts_from, s.scores_from, s.evaluated) for name, s in stages.items()}
+    assert facts["pretrain"] == ("pretrain", "weights", None, "none", True)
+    assert facts["keep-0.1/prune"] == ("prune", "scores", "pretrain", "weights", False)
+    assert facts["keep-0.1/finetune"] == ("finetune", "weights", "keep-0.1/prune", "source", True)
+    assert facts["keep-0.1/magnitude"] == ("magnitude", "weights", "pretrain", "weights", True)
+    assert facts["keep-0.01/finetune"][2] == "keep-0.01/prune"
+    assert stages["pretrain"].keep_fraction is None
+    assert {str(s.keep_fraction) for n, s in stages.items() if n.startswith("keep-0.01/")} == {"0.01"}
+
+
+def test_epochs_are_counted_on_from_the_stages_before() -> None:
+    """So that no stage sees the order and crops of another stage of its own path again."""
+    stages = by_name(recipe_with())
+    assert stages["pretrain"].first_epoch == 0
+    for name in ("keep-0.1/finetune", "keep-0.01/magnitude"):
+        stage = stages[name]
+        while stage.starts_from is not None:
+            source = stages[stage.starts_from]
+            assert stage.first_epoch == source.first_epoch + source.optimisation.epochs
+            stage = source
+
+
+@pytest.mark.parametrize(("choice", "epochs"), [("same_total_epochs", 3 + 5), ("finetune_epochs", 5)])
+def test_the_baseline_gets_hydras_epochs_or_the_papers(choice: str, epochs: int) -> None:
+    recipe = recipe_with(f"sparsity.magnitude_baseline={choice}")
+    baseline = by_name(recipe)["keep-0.1/magnitude"].optimisation
+    assert baseline.epochs == epochs
+    assert baseline.model_copy(update={"epochs": 5}) == recipe.phases.finetune  # its learning rate, its weight decay
+
+
+def test_no_baseline() -> None:
+    assert not [name for name in by_name(recipe_with("sparsity.magnitude_baseline=none")) if "magnitude" in name]
+
+
+def test_what_stage_json_says() -> None:
+    stages = by_name(recipe_with())
+    expected: dict[str, Any] = {"stage": "keep-0.01/prune", "phase": "prune", "keep_fraction": "0.01"}
+    assert stages["keep-0.01/prune"].describe(11) == {**expected, "total_steps": 33, "steps_per_epoch": 11}
+    assert stages["pretrain"].describe(2)["keep_fraction"] is None
