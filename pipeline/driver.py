@@ -70,7 +70,7 @@ def _reread_ray_settings() -> None:
 
 @contextmanager
 def local_cluster(recipe: Recipe) -> Iterator[Path]:
-    """A Ray cluster of this process alone, on loopback, behind a random token; yields its folder."""
+    """A Ray cluster of this process alone, behind a random token; yields its folder."""
     folder = Path(tempfile.mkdtemp(prefix="hydra-"))  # short and private: Ray's sockets lie in it
     token = folder / "token"
     token.touch(mode=0o600)
@@ -85,7 +85,7 @@ def local_cluster(recipe: Recipe) -> Iterator[Path]:
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    if recipe.workers.device == "cpu" or not torch.cuda.is_available():
+    if not _uses_gpu(recipe):
         environment["DS_ACCELERATOR"] = "cpu"
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -97,7 +97,6 @@ def local_cluster(recipe: Recipe) -> Iterator[Path]:
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -137,12 +136,30 @@ def run(run_folder: Path, observer: str | None = None) -> None:
     stages = unfinished(run_folder, recipe)
     if not stages:
         return
+    _check_devices(recipe)
     leases = Leases([run_folder / stage.name for stage in stages])
     try:
         with local_cluster(recipe) as cluster_folder:
+            (run_folder / "logs").mkdir(exist_ok=True)
             _fit_until_done(run_folder, recipe, leases.token, cluster_folder, observer)
+    except SystemExit:
+        raise KeyboardInterrupt from None  # Ray's handler of SIGINT exits; callers expect Python's own way
     finally:
         leases.release()
+
+
+def _uses_gpu(recipe: Recipe) -> bool:
+    return recipe.workers.device != "cpu" and torch.cuda.is_available()
+
+
+def _check_devices(recipe: Recipe) -> None:
+    """Raise ValueError where Ray would wait for devices that this machine does not have."""
+    devices = torch.cuda.device_count()
+    if _uses_gpu(recipe) and recipe.workers.count > devices:
+        raise ValueError(
+            f"workers.count {recipe.workers.count}: this machine has {devices} GPUs, and every worker takes one; "
+            "lower workers.count, or set workers.device=cpu"
+        )
 
 
 def _work(order: dict[str, Any]) -> None:
@@ -152,7 +169,7 @@ def _work(order: dict[str, Any]) -> None:
 
 
 def _fit_until_done(run_folder: Path, recipe: Recipe, token: str, cluster_folder: Path, observer: str | None) -> None:
-    use_gpu = recipe.workers.device != "cpu" and torch.cuda.is_available()
+    use_gpu = _uses_gpu(recipe)
     without_progress, marks = 0, progress_marks(run_folder, recipe)
     attempt = 0
     while stages := unfinished(run_folder, recipe):

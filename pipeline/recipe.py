@@ -120,13 +120,15 @@ class Phases(Section):
 class Sparsity(Section):
     """Which networks are made of the dense one."""
 
-    keep_fractions: tuple[KeepFraction, ...] = Field(min_length=1)
+    keep_fractions: tuple[KeepFraction, ...]
     magnitude_baseline: Literal["same_total_epochs", "finetune_epochs", "none"] = "same_total_epochs"
     """Epochs of the magnitude baseline: HYDRA's prune + finetune (fair), the paper's finetune only, or no baseline."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Sparsity:
         names = [canonical_decimal(k) for k in self.keep_fractions]
+        if not names:
+            raise ValueError("keep_fractions is empty; name at least one, for example [0.1]")
         if len(set(names)) != len(names):
             raise ValueError(f"keep_fractions {names} name one fraction twice; drop the duplicate")
         return self

@@ -43,10 +43,14 @@ class Attack:
         return Attack(threat_model, evaluation.steps, float(evaluation.step_size), evaluation.restarts, seed)
 
 
-def _topk(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(top-1 correct, top-5 correct), bool [n]. Ties count by class order, so a constant network is not right."""
-    order = torch.sort(logits, dim=1, descending=True, stable=True).indices
-    hits = order[:, :5] == labels[:, None]
+def _ranked(logits: torch.Tensor) -> torch.Tensor:
+    """Classes by falling logit, int64 [n, classes]. Ties go by class order, so a constant network is not right."""
+    return torch.sort(logits, dim=1, descending=True, stable=True).indices
+
+
+def _hits(ranked: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(top-1 correct, top-5 correct), bool [n]."""
+    hits = ranked[:, :5] == labels[:, None]
     return hits[:, 0], hits.any(dim=1)
 
 
@@ -54,8 +58,8 @@ def _judge(network: nn.Module, batch: Batch, attack: Attack, device: torch.devic
     images = batch.images.to(device).float().div(255.0)
     labels = batch.labels.to(device)
     with torch.no_grad():
-        clean = network(images)
-    clean_top1, clean_top5 = _topk(clean, labels)
+        clean = _ranked(network(images))
+    clean_top1, clean_top5 = _hits(clean, labels)
     robust_top1, robust_top5 = clean_top1.clone(), clean_top5.clone()
     if attack.threat_model is not None:
         ball = ball_of(attack.threat_model)
@@ -72,13 +76,13 @@ def _judge(network: nn.Module, batch: Batch, attack: Attack, device: torch.devic
                 start=ball.random_start(images, keys),
             )
             with torch.no_grad():
-                top1, top5 = _topk(network(adversarial), labels)
+                top1, top5 = _hits(_ranked(network(adversarial)), labels)
             robust_top1 &= top1
             robust_top5 &= top5
     return {
         "sample_id": batch.ids.numpy(),
         "label": batch.labels.numpy(),
-        "clean_prediction": clean.argmax(dim=1).cpu().numpy(),
+        "clean_prediction": clean[:, 0].cpu().numpy(),
         "clean_correct": clean_top1.cpu().numpy(),
         "clean_top5": clean_top5.cpu().numpy(),
         "robust_correct": robust_top1.cpu().numpy(),

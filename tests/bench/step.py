@@ -1,7 +1,8 @@
 """What a training step costs, as ratios measured in one run: `python -m tests.bench.step`.
 
-One process, one thread, ResNet-18 on 64 x 64 noise: forward and backward of the update alone (clean), with one attack step
-(fgsm), with three (pgd); and with the masks of 99 % pruned made once per step, as the loop does, or before every forward.
+One process, one thread, ResNet-18 on 64 x 64 noise: forward and backward of the update alone (clean), with one attack
+step (fgsm), with three (pgd); and with the masks of 99 % pruned made once per step, as the loop does, or before every
+forward.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def _start(folder: Path, *, observed: bool) -> int:
             if deadline < 0:
                 process.kill()
                 pytest.fail(f"{folder} did not end within {DEADLINE_S} s")
-    _, alive = psutil.wait_procs(list(family), timeout=60)
+    # Ray's agents look for their raylet now and then, and end when it is gone.
+    _, alive = psutil.wait_procs(list(family), timeout=180)
     assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
     return process.returncode
 
@@ -95,7 +96,8 @@ def _differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     def same(a: Any, b: Any) -> bool:
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-    return sorted(key for key in one.keys() | two.keys() if key not in one or key not in two or not same(one[key], two[key]))
+    everything = one.keys() | two.keys()
+    return sorted(key for key in everything if key not in one or key not in two or not same(one[key], two[key]))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,212 @@
+"""Evaluation: exact counts, the worst case over restarts, and the same verdicts whoever judges which chunk."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.attacks import ball_of, pgd
+from pipeline.data.loader import Loader
+from pipeline.data.order import whole_image_crops
+from pipeline.evaluate.pgd import Attack, Verdicts, evaluate, summarise
+from pipeline.group import Group
+from pipeline.keys import sample_keys
+from pipeline.recipe import Evaluation, ThreatModel
+
+SIDE, IMAGES, CHUNK, WORLD = 28, 300, 64, 3
+CPU = torch.device("cpu")
+ALONE = Group(0, 1, CPU)
+LINF = ThreatModel(norm="linf", eps=Fraction(1, 20))
+# So few and small steps that it matters where they start.
+ATTACK = Attack(LINF, steps=2, step_size=0.01, restarts=1, seed=0)
+DEADLINE_S = 60
+
+
+@dataclass(frozen=True)
+class InThreads(Group):
+    """Ranks that are threads of this process."""
+
+    meeting: threading.Barrier
+    values: dict[int, Any]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.meeting.wait(DEADLINE_S)
+        return [self.values[rank] for rank in range(self.world)]
+
+
+@pytest.fixture(scope="module")
+def loader(fashion_data: Path) -> Iterator[Loader]:
+    with Loader(fashion_data / "test.beton", image_size=SIDE, threads=1) as opened:
+        yield opened
+
+
+def crops(ids: NDArray[np.int64]) -> NDArray[np.int32]:
+    sides = np.full(len(ids), SIDE)
+    return whole_image_crops(sides, sides)
+
+
+@pytest.fixture(scope="module")
+def network(loader: Loader) -> nn.Module:
+    """The nearest of ten class means, softened into a two-layer network; about two images of three are right."""
+    ids = np.arange(IMAGES, loader.num_samples)
+    batch = loader.read(ids, crops(ids))
+    pixels = batch.images.float().div(255).flatten(1)
+    means = torch.stack([pixels[batch.labels == label].mean(dim=0) for label in range(10)])
+    linear = nn.Linear(pixels.shape[1], 10)
+    with torch.no_grad():
+        linear.weight.copy_(means)
+        linear.bias.copy_(-0.5 * means.square().sum(dim=1))
+    return nn.Sequential(nn.Flatten(), linear, nn.Dropout(0.5))
+
+
+def judge(network: nn.Module, loader: Loader, attack: Attack = ATTACK, group: Group = ALONE) -> Verdicts:
+    return evaluate(network, loader, np.arange(IMAGES), crops, attack, CHUNK, group)
+
+
+def differing(a: Verdicts, b: Verdicts) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not np.array_equal(a[name], b[name])]
+
+
+def test_verdicts_do_not_depend_on_who_judges_which_chunk(network: nn.Module, loader: Loader) -> None:
+    expected = judge(network, loader)
+    meeting, values = threading.Barrier(WORLD), {}
+    dealt: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(WORLD)}
+
+    def rank(number: int) -> Verdicts:
+        group = InThreads(number, WORLD, CPU, meeting, values)
+        ids = np.arange(IMAGES)
+        own = copy.deepcopy(network)
+        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, lambda *done: dealt[number].append(done))
+
+    with ThreadPoolExecutor(WORLD) as pool:
+        found = list(pool.map(rank, range(WORLD), timeout=DEADLINE_S))
+    for verdicts in found:
+        assert differing(verdicts, expected) == []
+    assert dealt == {0: [(1, 2), (2, 2)], 1: [(1, 2), (2, 2)], 2: [(1, 1)]}
+    other = judge(network, loader, replace(ATTACK, seed=1))
+    assert differing(other, expected)  # so that equality above says something
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_is_robust_if_it_is_right_clean_and_under_every_restart(
+    network: nn.Module, loader: Loader, norm: str
+) -> None:
+    threat_model = LINF if norm == "linf" else ThreatModel(norm="l2", eps=Fraction(1))
+    attack = replace(ATTACK, threat_model=threat_model, restarts=4, step_size=0.01 if norm == "linf" else 0.1)
+    verdicts = judge(network, loader, attack)
+    ids = np.arange(IMAGES)
+    batch = loader.read(ids, crops(ids))
+    x, y, ball = batch.images.float().div(255), batch.labels, ball_of(threat_model)
+    plain = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        right = [plain(x).argmax(dim=1) == y]
+    for restart in range(4):
+        keys = torch.from_numpy(sample_keys(ids, 0, "evaluate", restart).view(np.int64))
+        start = ball.random_start(x, keys)
+        x_adv = pgd(
+            plain,
+            x,
+            lambda logits: F.cross_entropy(logits, y, reduction="none"),
+            ball=ball,
+            steps=attack.steps,
+            step_size=attack.step_size,
+            start=start,
+        )
+        with torch.no_grad():
+            right.append(plain(x_adv).argmax(dim=1) == y)
+    # Chunks of another size round differently, which may tip an image that is on the edge.
+    assert (verdicts["robust_correct"] != torch.stack(right).all(dim=0).numpy()).sum() <= 1
+    assert np.array_equal(verdicts["clean_correct"], right[0].numpy())
+    once = judge(network, loader, replace(attack, restarts=1))["robust_correct"]
+    assert 0 < verdicts["robust_correct"].sum() < once.sum() < verdicts["clean_correct"].sum() < IMAGES
+    assert not (verdicts["robust_correct"] & ~once).any()
+
+
+def test_the_columns_agree_with_each_other_and_with_the_file(network: nn.Module, loader: Loader) -> None:
+    verdicts = judge(network, loader)
+    assert np.array_equal(verdicts["sample_id"], np.arange(IMAGES))
+    assert np.array_equal(verdicts["label"], loader.labels[:IMAGES])
+    assert np.array_equal(verdicts["clean_correct"], verdicts["clean_prediction"] == verdicts["label"])
+    for better, worse in (
+        ("clean_top5", "clean_correct"),
+        ("robust_top5", "robust_correct"),
+        ("clean_correct", "robust_correct"),
+        ("clean_top5", "robust_top5"),
+    ):
+        assert not (verdicts[worse] & ~verdicts[better]).any()
+        assert verdicts[better].sum() > verdicts[worse].sum()
+
+
+class Constant(nn.Module):
+    """Equal logits for every class of ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.scale * images.flatten(1).sum(dim=1, keepdim=True)).expand(-1, 10)
+
+
+def test_ties_go_by_class_order(loader: Loader) -> None:
+    """So a network that says nothing is right for one class in ten, and in the first five for five."""
+    verdicts = judge(Constant(), loader)
+    labels = loader.labels[:IMAGES]
+    assert (verdicts["clean_prediction"] == 0).all()
+    for kind in ("clean", "robust"):
+        assert np.array_equal(verdicts[f"{kind}_correct"], labels == 0)
+        assert np.array_equal(verdicts[f"{kind}_top5"], labels < 5)
+
+
+def test_without_a_threat_model_nothing_is_attacked(network: nn.Module, loader: Loader) -> None:
+    verdicts = judge(network, loader, replace(ATTACK, threat_model=None))
+    assert np.array_equal(verdicts["robust_correct"], verdicts["clean_correct"])
+    assert np.array_equal(verdicts["robust_top5"], verdicts["clean_top5"])
+
+
+def test_counts_are_exact_and_the_network_is_left_as_it_was(network: nn.Module, loader: Loader) -> None:
+    network.train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    verdicts = judge(network, loader)
+    assert all(module.training for module in network.modules())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    summary = summarise(verdicts)
+    assert summary["images"] == IMAGES
+    for count, column in (
+        ("clean_correct", "clean_correct"),
+        ("clean_top5_correct", "clean_top5"),
+        ("robust_correct", "robust_correct"),
+        ("robust_top5_correct", "robust_top5"),
+    ):
+        correct = sum(bool(verdict) for verdict in verdicts[column])
+        assert type(summary[count]) is int
+        assert summary[count] == correct
+        interval = summary[count.removesuffix("_correct") + "_accuracy"]
+        assert interval["value"] == correct / IMAGES
+        assert interval["low"] < interval["value"] < interval["high"]
+
+
+def test_nothing_to_judge_is_an_error(network: nn.Module, loader: Loader) -> None:
+    with pytest.raises(ValueError, match="no image to evaluate"):
+        evaluate(network, loader, np.arange(0), crops, ATTACK, CHUNK, ALONE)
+
+
+def test_the_recipe_says_the_attack() -> None:
+    evaluation = Evaluation(steps=9, step_size=Fraction(1, 8), restarts=3)
+    assert Attack.of(LINF, evaluation, 5) == Attack(LINF, 9, 0.125, 3, 5)

@@ -1,0 +1,115 @@
+"""Imports go one way, every vendor has its doors, and a login node needs neither torch nor Ray to read a recipe."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+LAYERS = """
+recipe_fields recipe recipe_file progress schedules keys files phases
+models.small_cnn models.network models masks sparsity attacks
+objectives.outcome objectives.adversarial objectives.trades objectives
+data data.order data.manifest data.images data.scan data.datasets data.verify data.watch data.write_worker data.write
+data.prefetch data.loader
+tracking export checkpoint lease evaluate evaluate.statistics
+group evaluate.pgd engine batch_statistics
+loop job evaluation stage
+results figures report
+worker driver
+"""
+"""Every module of pipeline/; each imports only from those before it. The first line loads no torch."""
+ORDER = LAYERS.split()
+WITHOUT_TORCH = LAYERS.strip().splitlines()[0].split()
+
+DOORS = {
+    "ray": {"pipeline.worker", "pipeline.driver"},
+    "deepspeed": {"pipeline.engine"},
+    "ffcv": {"pipeline.data.loader", "pipeline.data.write_worker"},
+    "wandb": {"pipeline.tracking"},
+    "matplotlib": {"pipeline.figures"},
+    "submitit": set(),
+}
+"""vendor -> the modules that import it"""
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for folder in ("pipeline", "launch") for path in (ROOT / folder).rglob("*.py")}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Full names of what a file imports anywhere in it: modules, or names inside them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def module_of(name: str) -> str:
+    """'pipeline.files.read_json' -> 'pipeline.files'."""
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+        assert name, "an import of a module that is not there"
+    return name
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of this project that a module imports."""
+    ours = (name for name in imports_of(MODULES[module]) if name.split(".")[0] in ("pipeline", "launch"))
+    return {module_of(name) for name in ours} - {"pipeline", "launch"}
+
+
+def test_the_order_names_every_module_once() -> None:
+    assert sorted(ORDER) == sorted(m.removeprefix("pipeline.") for m in MODULES if m.startswith("pipeline."))
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_from_those_before_it(module: str) -> None:
+    before = {f"pipeline.{name}" for name in ORDER[: ORDER.index(module)]}
+    assert own_imports(f"pipeline.{module}") <= before
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert list(imports_of(MODULES["pipeline"])) == []
+
+
+@pytest.mark.parametrize("vendor", DOORS)
+def test_vendors_are_imported_at_their_doors_only(vendor: str) -> None:
+    found = {m for m, path in MODULES.items() if vendor in {name.split(".")[0] for name in imports_of(path)}}
+    assert found == DOORS[vendor]
+
+
+def test_modules_are_small() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: lines for name, lines in lengths.items() if lines > 300} == {}
+
+
+def test_modules_begin_with_what_they_are() -> None:
+    undocumented = [
+        m for m, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert undocumented == []
+
+
+def test_a_login_node_reads_recipes_without_torch_and_ray() -> None:
+    modules = ", ".join(f"pipeline.{name}" for name in WITHOUT_TORCH)
+    heavy = sorted(["torch", *DOORS])
+    code = f"import sys, launch.__main__, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "[]\n"

@@ -1,0 +1,109 @@
+"""Run directories: begun once, gone on with by the same recipe only, found again by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch import run_folder
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe, recipe_hash
+
+DEMO = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def recipe_with(*overrides: str) -> Recipe:
+    return load_recipe(DEMO, list(overrides))
+
+
+def test_a_new_run_holds_its_recipe_and_provenance() -> None:
+    folder = run_folder.open_or_create(recipe_with("seed=3"), None)
+    assert folder == Path("runs/fashion_mnist")
+    written = load_recipe(folder / "recipe.yaml")
+    assert written.seed == 3
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["recipe_sha256"] == recipe_hash(written)
+    assert set(run_folder.VERSIONS_OF) == set(provenance["versions"])
+    assert provenance["commit"] is None or re.fullmatch("[0-9a-f]{40}", provenance["commit"])
+
+
+def test_data_files_are_absolute_so_that_a_restart_may_come_from_elsewhere(tmp_path: Path) -> None:
+    folder = run_folder.open_or_create(recipe_with("data.train_file=data/a.beton", "data.test_file=/b.beton"), None)
+    data = load_recipe(folder / "recipe.yaml").data
+    assert (data.train_file, data.test_file) == (str(tmp_path / "data" / "a.beton"), "/b.beton")
+
+
+def test_the_same_recipe_goes_on_and_may_change_how_it_runs() -> None:
+    folder = run_folder.open_or_create(recipe_with(), "mine")
+    provenance = (folder / "provenance.json").read_bytes()
+    again = run_folder.open_or_create(recipe_with("workers.threads=3", "tracking.log_every_steps=1"), "mine")
+    assert again == folder == Path("runs/mine")
+    assert load_recipe(folder / "recipe.yaml").workers.threads == 3
+    assert (folder / "provenance.json").read_bytes() == provenance
+
+
+def test_another_recipe_is_refused_naming_what_differs() -> None:
+    folder = run_folder.open_or_create(recipe_with("phases.prune.lr=0.25"), None)
+    before = (folder / "recipe.yaml").read_bytes()
+    other = recipe_with("phases.prune.lr=0.5", "seed=1", "workers.threads=9", "objective.name=trades")
+    with pytest.raises(ValueError, match="was begun with another recipe") as caught:
+        run_folder.open_or_create(other, None)
+    message = str(caught.value)
+    for words in (
+        str(folder),
+        "seed: 0 -> 1",
+        "phases.prune.lr: 0.25 -> 0.5",
+        "objective.name: pgd -> trades",
+        "--name",
+    ):
+        assert words in message
+    assert "workers" not in message  # which may differ
+    assert (folder / "recipe.yaml").read_bytes() == before
+    assert run_folder.open_or_create(other, "another") == Path("runs/another")
+
+
+def test_a_folder_of_something_else_is_refused() -> None:
+    Path("runs/mine").mkdir(parents=True)
+    run_folder.open_or_create(recipe_with(), "mine")  # empty: nothing can be lost
+    Path("runs/other").mkdir()
+    Path("runs/other/thesis.tex").write_text("important")
+    with pytest.raises(ValueError, match=r"runs/other exists and is no run .*choose another --name"):
+        run_folder.open_or_create(recipe_with(), "other")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "/tmp/x"])
+def test_names_that_are_no_folder_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--name {re.escape(name)}: "):
+        run_folder.open_or_create(recipe_with(), name)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("why", ["no git", "no repository"])
+def test_provenance_without_a_commit(why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if why == "no git":
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    else:
+        monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "launch" / "run_folder.py"))
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    folder = run_folder.open_or_create(recipe_with(), None)
+    assert json.loads((folder / "provenance.json").read_text())["commit"] is None
+
+
+def test_runs_are_found_by_name_and_by_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine: no such run; runs here: none"):
+        run_folder.find("mine")
+    folder = run_folder.open_or_create(recipe_with(), "mine")
+    run_folder.open_or_create(recipe_with(), "second")
+    for reference in ("mine", "runs/mine", "runs/mine/", str(tmp_path / "runs" / "mine")):
+        assert run_folder.find(reference).resolve() == folder.resolve()
+    with pytest.raises(ValueError, match="third: no such run; runs here: mine, second"):
+        run_folder.find("third")
