@@ -107,70 +107,68 @@ def _reference(trains: str) -> State:
     return {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
 
 
-def _all_settings(group: Group) -> list[tuple[Any, State, State]]:
-    found = []
-    for trains in ("weights", "scores"):
-        for zero in (0, 1, 2):
-            for precision in ("fp32", "bf16"):
-                found.append(((trains, zero, precision), *_train(group, zero, precision, trains, range(STEPS), None)))
-    return found
+SETTINGS = [(t, z, p) for t in ("weights", "scores") for z in (0, 1, 2) for p in ("fp32", "bf16")]
+
+Trained = dict[Any, tuple[State, State]]
 
 
-def _resumed(group: Group, zero: int, trains: str, start: tuple[State, State]) -> tuple[State, State]:
-    return _train(group, zero, "fp32", trains, range(2, STEPS), start)
+def _straight(group: Group) -> Trained:
+    """Three steps at every setting."""
+    return {(t, z, p): _train(group, z, p, t, range(STEPS), None) for t, z, p in SETTINGS}
 
 
-def _cut_and_resume(group: Group) -> list[tuple[Any, bool]]:
-    """Stop after two steps and go on in a new engine, at every stage: must equal going straight through, bit for bit."""
-    same = []
-    for trains in ("weights", "scores"):
-        for zero in (0, 1, 2):
-            for precision in ("fp32", "bf16"):
-                straight = _train(group, zero, precision, trains, range(STEPS), None)
-                cut = _train(group, zero, precision, trains, range(2), None)
-                resumed = _train(group, zero, precision, trains, range(2, STEPS), cut)
-                equal = all(
-                    torch.equal(a[name], b[name]) for a, b in zip(straight, resumed, strict=True) for name in a
-                )
-                moved = not all(torch.equal(cut[0][name], straight[0][name]) for name in cut[0])
-                same.append(((trains, zero, precision), equal and moved))
-    return same
+def _two_workers(group: Group) -> tuple[Trained, Trained, Trained]:
+    """Three steps; two steps; and those two continued with the third in a new engine."""
+    cut = {(t, z, p): _train(group, z, p, t, range(2), None) for t, z, p in SETTINGS}
+    resumed = {(t, z, p): _train(group, z, p, t, range(2, STEPS), cut[t, z, p]) for t, z, p in SETTINGS}
+    return _straight(group), cut, resumed
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_steps_equal_plain_pytorch(world: int) -> None:
-    for (trains, zero, precision), state, _ in run_group(world, _all_settings)[0]:
-        reference = _reference(trains)
-        assert state.keys() == reference.keys()
-        for name in reference:
-            relative, absolute = (1e-4, 2e-6) if precision == "fp32" else (0.05, 0.05)
-            torch.testing.assert_close(
-                state[name], reference[name], rtol=relative, atol=absolute, msg=lambda m, n=name: f"{trains} zero {zero} {precision} {n}: {m}"
-            )
+def _one_worker(group: Group, starts: dict[str, tuple[State, State]]) -> tuple[Trained, Trained]:
+    """Three steps; and the third step of `starts`, which came from elsewhere, at every ZeRO stage."""
+    moved = {(t, z): _train(group, z, "fp32", t, range(2, STEPS), start) for t, start in starts.items() for z in (0, 1, 2)}
+    return _straight(group), moved
 
 
-def test_resume_is_exact_at_every_zero_stage() -> None:
-    for setting, equal in run_group(2, _cut_and_resume)[0]:
-        assert equal, setting
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Trained]:
+    """Everything that needs processes, in one group of two and one of one: starting them is what takes time."""
+    two, cut, resumed = run_group(2, _two_workers)[0]
+    one, moved = run_group(1, _one_worker, {t: cut[t, 2, "fp32"] for t in ("weights", "scores")})[0]
+    return {"one": one, "two": two, "cut": cut, "resumed": resumed, "moved": moved}
 
 
-def _two_steps(group: Group, zero: int, trains: str) -> tuple[State, State]:
-    return _train(group, zero, "fp32", trains, range(2), None)
+def _assert_close(state: State, reference: State, setting: Any, relative: float, absolute: float) -> None:
+    assert state.keys() == reference.keys()
+    for name, tensor in reference.items():
+        torch.testing.assert_close(
+            state[name], tensor, rtol=relative, atol=absolute, msg=lambda m, n=name: f"{setting} {n}: {m}"
+        )
 
 
-def _resume_all(group: Group, starts: list[tuple[str, tuple[State, State]]]) -> list[State]:
-    return [_resumed(group, zero, trains, start)[0] for trains, start in starts for zero in (0, 1, 2)]
+@pytest.mark.parametrize("workers", ["one", "two"])
+@pytest.mark.parametrize(("trains", "zero", "precision"), SETTINGS)
+def test_steps_equal_plain_pytorch(
+    trained: dict[str, Trained], workers: str, trains: str, zero: int, precision: str
+) -> None:
+    state, _ = trained[workers][trains, zero, precision]
+    relative, absolute = (1e-4, 2e-6) if precision == "fp32" else (0.05, 0.05)
+    _assert_close(state, _reference(trains), (workers, trains, zero, precision), relative, absolute)
 
 
-def _two_steps_of_both(group: Group) -> list[tuple[str, tuple[State, State]]]:
-    return [(trains, _two_steps(group, 2, trains)) for trains in ("weights", "scores")]
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resume_is_exact(trained: dict[str, Trained], setting: tuple[str, int, str]) -> None:
+    """Stopping after two steps and going on in a new engine equals going straight through, bit for bit."""
+    for straight, resumed in zip(trained["two"][setting], trained["resumed"][setting], strict=True):
+        assert straight.keys() == resumed.keys()
+        for name, tensor in straight.items():
+            assert torch.equal(tensor, resumed[name]), name
+    before, after = trained["cut"][setting][0], trained["two"][setting][0]
+    assert any(not torch.equal(before[name], after[name]) for name in before), "the third step did nothing"
 
 
-def test_state_moves_to_another_world_size_and_stage() -> None:
-    """Two workers at ZeRO 2 for two steps, then one worker at ZeRO 0, 1 and 2: the third step agrees with plain PyTorch."""
-    starts = run_group(2, _two_steps_of_both)[0]
-    states = run_group(1, _resume_all, starts)[0]
-    for index, state in enumerate(states):
-        reference = _reference(starts[index // 3][0])
-        for name in reference:
-            torch.testing.assert_close(state[name], reference[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("trains", ["weights", "scores"])
+def test_state_moves_to_another_world_size_and_stage(trained: dict[str, Trained], trains: str, zero: int) -> None:
+    """Two workers at ZeRO 2 for two steps, then one worker at another stage: the third step agrees with plain PyTorch."""
+    _assert_close(trained["moved"][trains, zero][0], _reference(trains), (trains, zero), 1e-4, 2e-6)

@@ -16,7 +16,7 @@ LAYERS = """
 recipe_fields recipe recipe_file progress schedules keys files phases
 models.small_cnn models.network models masks sparsity attacks
 objectives.outcome objectives.adversarial objectives.trades objectives
-data data.order data.manifest data.images data.scan data.datasets data.verify data.watch data.write_worker data.write
+data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader
 tracking export checkpoint lease evaluate evaluate.statistics
 group evaluate.pgd engine batch_statistics
