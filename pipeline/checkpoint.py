@@ -64,8 +64,13 @@ def _manifest(folder: Path, step: int) -> dict[str, Any]:
 
 
 def write(stage: Path, snapshot: Snapshot, before_manifest: Callable[[], None] | None = None) -> Path:
-    """Write one checkpoint so that it appears whole or not at all. `before_manifest` may refuse by raising."""
+    """Write one checkpoint so that it appears whole or not at all. `before_manifest` may refuse by raising.
+
+    Errors: FileExistsError if the step has a checkpoint: a run writes each step once, so another process is at work.
+    """
     folder = folder_of(stage, snapshot.progress.step)
+    if (folder / "MANIFEST.json").exists():
+        raise FileExistsError(f"{folder} is there already, so another process writes this stage; nothing was written")
     if folder.exists():
         shutil.rmtree(folder)  # left by a writer that died: without a manifest it never existed
     folder.mkdir(parents=True)

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ def local_cluster(recipe: Recipe) -> Iterator[Path]:
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     _reread_ray_settings()
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address="local",
@@ -100,6 +102,8 @@ def local_cluster(recipe: Recipe) -> Iterator[Path]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+        # The one that Ray's core puts in front aborts the process 3 s later, whether it has cleaned up by then or not.
+        signal.signal(signal.SIGTERM, terminate)
         try:
             yield folder
         finally:

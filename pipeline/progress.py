@@ -30,15 +30,6 @@ class Progress:
     best_robust_accuracy: float = -1.0
 
     @property
-    def epoch(self) -> int:
-        """0-based epoch of the next step."""
-        return self.step // self.steps_per_epoch
-
-    @property
-    def step_in_epoch(self) -> int:
-        return self.step % self.steps_per_epoch
-
-    @property
     def at_epoch_end(self) -> bool:
         return self.step > 0 and self.step % self.steps_per_epoch == 0
 

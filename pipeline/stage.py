@@ -127,6 +127,7 @@ def _train_stage(job: Job, stage: Stage) -> None:
 
     def save(snapshot: Snapshot) -> None:
         if tracker is not None:
+            check_token(folder, job.token)  # before anything of a successor's could be touched
             tracker.sync()  # rows first: a checkpoint promises that those up to its step are on disk
             writer.submit(snapshot)
 

@@ -77,6 +77,14 @@ def test_without_manifest_it_does_not_exist(tmp_path: Path, caplog: pytest.LogCa
     assert newest(tmp_path) == 10
 
 
+def test_who_was_replaced_while_frozen_does_not_touch_its_successors_checkpoint(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path, snapshot(5))
+    other = Snapshot({}, {}, Progress(5, 10, 100))
+    with pytest.raises(FileExistsError, match="step-0000000005 is there already, so another process writes"):
+        checkpoint.write(tmp_path, other)
+    assert newest(tmp_path) == 5
+
+
 def test_the_manifest_is_the_last_file(tmp_path: Path) -> None:
     seen: list[set[str]] = []
     folder = checkpoint.folder_of(tmp_path, 5)
@@ -93,7 +101,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stage
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_every_flipped_bit_and_every_cut_is_noticed(pair: Path, name: str, where: float, bit: int, cut: bool) -> None:
     path = checkpoint.folder_of(pair, 10) / name

@@ -20,7 +20,9 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(value=json_values)
 def test_json_comes_back(tmp_path: Path, value: object) -> None:
     path = tmp_path / "value.json"

