@@ -4,6 +4,8 @@ workers, from the command line to the report."""
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Story]:
     place = tmp_path_factory.mktemp("imagenet_shape")
     offenders = make_imagenet_tree(place / "tree", CLASSES, per_class=1, seed=0, val_per_class=1, broken=BROKEN)
     write = ("data", "write", "image_folder", "--source", "tree", "--out", "data/imagenet")
@@ -79,7 +81,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     left = [path for path in (place / "data").rglob("*") if path.is_file()]
     written = launch(place, *write, "--skip-broken", deadline_s=120)
     ran = launch(place, "run", str(RECIPE), "--name", "shape", *OVERRIDES, deadline_s=900)
-    return Story(place, offenders, refused, left, written, ran)
+    yield Story(place, offenders, refused, left, written, ran)
+    if not request.session.testsfailed:
+        shutil.rmtree(place)  # 1.8 GB of checkpoints, of which pytest would keep three
 
 
 pytestmark = pytest.mark.timeout(1200)
