@@ -4,6 +4,7 @@
 #   - Nothing to do is the common case and takes a fraction of a second: the stamp in .venv says what it was made from.
 #   - .venv is made anew when it is broken, half made, moved, or made by another Python or on another system (FFCV is
 #     compiled against the system's OpenCV). When only the requirements have changed, it is brought up to date.
+#   - A SLURM for the tests is installed where there is none, and no service is started. Without it the rest goes on.
 #   - PYTHON=python3.12 chooses the interpreter; without it the newest of 3.13, 3.12 and 3.11 that fits is taken.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,6 +16,9 @@ stamp=$venv/setup-stamp # written last, so a .venv without it is half made
 required=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 python3-venv python3-dev git ca-certificates)
 # The 70,000 images of the demo. Not in every archive: `launch data write` downloads them where they are missing.
 optional=(dataset-fashion-mnist)
+# tests/slurm_cluster.py starts these programs itself, with accounting, as whoever runs the tests.
+for_tests=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core)
+without_slurm=$venv/without-slurm # they could not be installed; so that the next call does not try again
 
 say() { printf '[setup] %s\n' "$*"; }
 die() {
@@ -44,6 +48,14 @@ not_found() {
   [[ $(/sbin/ldconfig -p) == *libtbb.so.12* ]] || echo "oneTBB (libtbb.so.12)"
 }
 
+# Prints the programs of for_tests that are not here. Daemons may lie where only root's PATH leads.
+tests_lack() {
+  local program
+  for program in sbatch slurmctld slurmd slurmdbd munged mariadbd mariadb-install-db my_print_defaults; do
+    command -v $program >/dev/null || [[ -x /usr/sbin/$program ]] || echo $program
+  done
+}
+
 # What a .venv depends on, in two lines: the place that the Python $1 would make it in, and what goes into it.
 place() {
   local version
@@ -56,6 +68,7 @@ same_place() { [[ -f $stamp && $(head -n 1 $stamp) == "$(place "${PYTHON:-$venv/
 up_to_date() {
   same_place && [[ $(tail -n 1 $stamp) == "$(contents)" && -z $(not_found) ]] && $venv/bin/python -c '' 2>/dev/null
 }
+tests_settled() { [[ -e $without_slurm || -z $(tests_lack) ]]; }
 
 # --- system packages -------------------------------------------------------------------------------------------------
 
@@ -96,6 +109,34 @@ system_packages() {
     "  Debian, Ubuntu   apt-get install --no-install-recommends ${required[*]}" \
     "  Fedora           dnf install gcc-c++ make pkgconf-pkg-config opencv-devel turbojpeg-devel tbb python3-devel git" \
     "  elsewhere        g++, git, pkg-config, OpenCV 4 and TurboJPEG with headers, oneTBB, Python 3.11 to 3.13 with headers"
+}
+
+# Runs "$@" while Debian's packages do not start their services: SLURM's would all fail, and munged is nobody's here.
+without_services() (
+  policy=/usr/sbin/policy-rc.d
+  if [[ ! -e $policy ]]; then
+    trap 'as_root rm -f $policy' EXIT
+    as_root sh -c 'printf "#!/bin/sh\nexit 101\n" >"$1" && chmod 755 "$1"' sh $policy || exit
+  fi
+  "$@"
+)
+
+install_for_tests() {
+  command -v apt-get >/dev/null || return 1
+  if command -v sbatch >/dev/null && [[ -n $(not_installed slurm-client) ]]; then
+    say "this machine's SLURM is not the system's: nothing is installed beside it"
+    return 1
+  fi
+  apt update || say "the package lists could not be renewed; going on with those that are here"
+  without_services apt install --no-install-recommends "${for_tests[@]}" || return 1
+  [[ -z $(tests_lack) ]]
+}
+
+test_packages() {
+  install_for_tests && return
+  say "not here: $(tests_lack | paste -sd' '). Only tests/launch needs them, and fails without."
+  say "Debian, Ubuntu: apt-get install --no-install-recommends ${for_tests[*]}"
+  touch $without_slurm
 }
 
 # --- Python ----------------------------------------------------------------------------------------------------------
@@ -150,11 +191,13 @@ make_venv() {
   { place $venv/bin/python && contents; } >$stamp
 }
 
-if up_to_date; then exit 0; fi
+if up_to_date && tests_settled; then exit 0; fi
 # One at a time: a second `make` in this checkout waits for the first, then finds nothing to do.
 exec 9>>.ci/setup.sh
 flock -w 1800 9 || die "another make setup has been at work here for 30 minutes"
-if up_to_date; then exit 0; fi
-system_packages
-make_venv
+if ! up_to_date; then
+  system_packages
+  make_venv
+fi
+tests_settled || test_packages
 say "done: .venv/bin/python ($($venv/bin/python --version))"

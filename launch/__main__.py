@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from launch import data, evaluate, run_folder
+from launch import data, evaluate, logs, run_folder, slurm, status
 from launch.local import run_here
 from pipeline.phases import stages_of
+from pipeline.recipe import Recipe
 from pipeline.recipe_file import dump_recipe, load_recipe
 
 DESCRIPTION = """\
@@ -26,27 +27,56 @@ learns (HYDRA), finetune, evaluate, report.
   python -m launch run recipes/fashion_mnist.yaml phases.pretrain.epochs=2 --name quick
   python -m launch resume quick
   python -m launch report quick
+
+  python -m launch run recipes/imagenet_resnet50_linf4.yaml --on slurm --cluster my_cluster.yaml slurm.nodes=1-4
 """
 
 RESUMABLE = "checkpoints are kept: python -m launch resume RUN goes on"
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.cluster)
     if arguments.dry_run:
-        print(dump_recipe(recipe), end="")
-        print("# stages, in order:")
-        for stage in stages_of(recipe):
-            o = stage.optimisation
-            start = f"from {stage.starts_from}" if stage.starts_from else "from scratch"
-            print(f"#   {stage.name:<22} {o.epochs:>3} epochs  lr {o.lr:<7g} trains {stage.trains}, {start}")
+        _print_plan(recipe, arguments)
         return 0
-    folder = run_folder.open_or_create(recipe, arguments.name)
-    return run_here(folder)
+    folder = run_folder.open_or_create(recipe, arguments.name, run_folder.check_data(recipe))
+    return _submit(folder, arguments.after) if arguments.on == "slurm" else run_here(folder)
+
+
+def _print_plan(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    print(dump_recipe(recipe), end="")
+    print("# stages, in order:")
+    for stage in stages_of(recipe):
+        o = stage.optimisation
+        start = f"from {stage.starts_from}" if stage.starts_from else "from scratch"
+        print(f"#   {stage.name:<22} {o.epochs:>3} epochs  lr {o.lr:<7g} trains {stage.trains}, {start}")
+    if arguments.on == "slurm":
+        folder = run_folder.RUNS / (arguments.name or recipe.name)
+        for text in slurm.plan(recipe, folder, arguments.after):
+            print(text)
+
+
+def _submit(folder: Path, after: str | None) -> int:
+    for job in slurm.submit(folder, after):
+        print(f"job {job.id:<10} {job.group}: {', '.join(job.stages) or 'table and pictures'}")
+    print(f"follow it with: python -m launch status {folder.name}    python -m launch logs {folder.name} -f")
+    return 0
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    return run_here(run_folder.find(arguments.run))
+    folder = run_folder.find(arguments.run)
+    on = arguments.on or ("slurm" if slurm.read_jobs(folder) else "local")
+    if on == "slurm":
+        run_folder.check_same_data(folder)
+        return _submit(folder, arguments.after)
+    return run_here(folder)
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    folder = run_folder.find(arguments.run)
+    jobs = slurm.cancel(folder)
+    print(f"{folder}: {', '.join(f'job {job.id} ({job.group})' for job in jobs) or 'no job'} cancelled; {RESUMABLE}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -70,11 +100,20 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value", help="for example phases.prune.epochs=3 seed=1")
     run.add_argument("--name", help="folder under runs/ (default: the recipe's name)")
     run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its stages, run nothing")
+    run.add_argument("--on", choices=("local", "slurm"), default="local", help="where (default: %(default)s)")
+    run.add_argument("--cluster", type=Path, metavar="FILE", help="YAML with what all jobs of a cluster share")
+    run.add_argument("--after", metavar="JOB", help="a SLURM job that must have ended before")
     run.set_defaults(handler=_run, after_interrupt=RESUMABLE)
 
     resume = commands.add_parser("resume", help="go on with a run from its newest checkpoint")
     resume.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
+    resume.add_argument("--on", choices=("local", "slurm"), help="where (default: where it was started)")
+    resume.add_argument("--after", metavar="JOB", help="a SLURM job that must have ended before")
     resume.set_defaults(handler=_resume, after_interrupt=RESUMABLE)
+
+    cancel = commands.add_parser("cancel", help="end a run's SLURM jobs; its checkpoints stay")
+    cancel.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
+    cancel.set_defaults(handler=_cancel)
 
     report = commands.add_parser("report", help="table, pictures and CSV of one or several runs (seeds)")
     report.add_argument("runs", nargs="+", metavar="RUN", help="name under runs/, or the folder")
@@ -82,6 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate.add_parser(commands)
     data.add_parser(commands)
+    status.add_parser(commands)
+    logs.add_parser(commands)
     return parser
 
 

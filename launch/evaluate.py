@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from launch import run_folder
-from launch.local import check_data
 from pipeline.recipe_fields import parse_fraction
 from pipeline.recipe_file import load_recipe
 
@@ -62,17 +61,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         files = [f for f in files if not f.parent.name.startswith("step-") and f.parent.name != "prune"]
         if not files:
             raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
-    check_data(folder)
+    run_folder.check_same_data(folder)
     recipe = load_recipe(folder / "recipe.yaml")
 
     import numpy as np
-    import torch
 
     from pipeline.data.loader import Loader
     from pipeline.data.order import evaluation_crops
     from pipeline.evaluate.pgd import Attack, evaluate, summarise
     from pipeline.export import load_model
-    from pipeline.group import Group, pick_device
+    from pipeline.group import Group, make_repeatable, pick_device
 
     attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
     given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
@@ -83,7 +81,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with Loader(
         Path(recipe.data.test_file), image_size=recipe.data.image_size, threads=recipe.workers.threads
     ) as loader:
-        torch.set_num_threads(recipe.workers.threads)
+        make_repeatable(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
         count = loader.num_samples
         if arguments.images != "all":
             if not arguments.images.isdigit() or not 0 < int(arguments.images) <= count:

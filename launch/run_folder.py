@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_write_json, atomic_write_text
+from pipeline.data.manifest import read_manifest
+from pipeline.files import atomic_write_json, atomic_write_text, read_json
+from pipeline.lease import refuse_if_held
+from pipeline.phases import stages_of
 from pipeline.recipe import NAME, Recipe
 from pipeline.recipe_file import deciding_values, dump_recipe, load_recipe, recipe_hash
 
@@ -45,7 +48,7 @@ def _commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _provenance(recipe: Recipe) -> dict[str, Any]:
+def _provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -54,6 +57,7 @@ def _provenance(recipe: Recipe) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _commit(),
         "recipe_sha256": recipe_hash(recipe),
+        "data_sha256": data_sha256,
         "versions": {name: metadata.version(name) for name in VERSIONS_OF},
     }
 
@@ -65,10 +69,12 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data.model_copy(update=files)})
 
 
-def open_or_create(recipe: Recipe, name: str | None) -> Path:
+def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]) -> Path:
     """The run directory of a recipe: a new one, or the existing one of the same recipe, which then goes on.
 
-    Workers, checkpoint cadence and tracking may differ from before. Errors: ValueError naming what else differs.
+    `data_sha256` is what `check_data` found. Workers, ZeRO stage, checkpoint cadence and tracking may differ from
+    before. Errors: ValueError naming what else differs, LeaseHeld while somebody runs it, as its workers read
+    recipe.yaml whenever they are restarted.
     """
     if name is not None and not re.match(NAME, name):
         raise ValueError(f"--name {name}: a run's name is 1 to 64 letters, digits, dots, dashes and underscores")
@@ -82,11 +88,50 @@ def open_or_create(recipe: Recipe, name: str | None) -> Path:
             raise ValueError(f"{folder} was begun with another recipe ({changes}); choose a new --name")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is no run (it has no recipe.yaml); choose another --name")
+    for stage in stages_of(recipe):
+        refuse_if_held(folder / stage.name)
+    write(folder, recipe, data_sha256)
+    return folder
+
+
+def write(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
+    """Make a run directory, or bring the recipe of one up to date."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "provenance.json").exists():
-        atomic_write_json(folder / "provenance.json", _provenance(recipe))
-    atomic_write_text(path, dump_recipe(recipe))
-    return folder
+        atomic_write_json(folder / "provenance.json", _provenance(recipe, data_sha256))
+    atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
+
+
+def check_data(recipe: Recipe) -> dict[str, str]:
+    """The SHA-256 that the data files' manifests state. Errors: ValueError naming the command that mends it."""
+    data, hashes = recipe.data, {}
+    for key, name in (("data.train_file", data.train_file), ("data.test_file", data.test_file)):
+        path = Path(name)
+        if not path.is_file():
+            source = "" if data.dataset == "fashion_mnist" else " --source IMAGE_FOLDER"
+            raise ValueError(
+                f"{key} = {path} does not exist; write it with: "
+                f"python -m launch data write {data.dataset}{source} --out {path.parent}"
+            )
+        manifest = read_manifest(path)
+        if manifest.dataset != data.dataset:
+            raise ValueError(
+                f"{key} = {path} holds {manifest.dataset}, but data.dataset is {data.dataset}; "
+                f"set data.dataset={manifest.dataset}, or name another file"
+            )
+        hashes[key] = manifest.sha256
+    return hashes
+
+
+def check_same_data(folder: Path) -> None:
+    """Raise ValueError unless the data files are the ones that the run was begun with."""
+    began = read_json(folder / "provenance.json")["data_sha256"]
+    for key, found in check_data(load_recipe(folder / "recipe.yaml")).items():
+        if found != began[key]:
+            raise ValueError(
+                f"{key} was replaced since {folder} was begun (sha256 {began[key][:12]}... -> {found[:12]}...); "
+                "bring the file back, or start again under another --name"
+            )
 
 
 def find(reference: str) -> Path:

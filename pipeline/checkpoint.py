@@ -6,11 +6,19 @@ A checkpoint exists when its MANIFEST.json exists and agrees with the other file
 last. `LATEST` is replaced by rename and is a convenience for people: resuming looks at the manifests. Tensors carry
 plain names: `weight/conv1.weight`, `score/conv1.weight`, `buffer/bn1.running_mean`,
 `optim/score/conv1.weight/momentum_buffer`. Only rank 0 writes.
+
+The manifest's hashes are of the bytes in memory, not of what a file system gave back, so that a lost write is noticed.
+Errors that pass (a network file system's server is away for a moment) are waited out; a checkpoint that cannot be read
+because of one is not taken for a damaged one, as damaged ones are passed over and deleted.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -21,15 +29,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
-from pipeline.files import atomic_write_json, atomic_write_text, fsync_file, fsync_folder, read_json, sha256_of
+from pipeline.disk import DiskFull, Pause, free_bytes, readable, retried
+from pipeline.files import atomic_write_json, atomic_write_text, fsync_folder
 from pipeline.progress import Progress
 
 log = logging.getLogger(__name__)
 
 CONTENT = ("model.safetensors", "train_state.safetensors", "progress.json")
 FOLDER = re.compile(r"step-(\d{10})$")
+MARGIN_BYTES = 1 << 20
+"""Names and shapes, progress, manifest, and the blocks of a file system."""
+COMFORTABLE = 3
+"""Checkpoints that should still fit; with less room than that, one warning."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -58,64 +71,120 @@ def steps_on_disk(stage: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in (FOLDER.match(p.name) for p in stage.iterdir()) if m)
 
 
-def _manifest(folder: Path, step: int) -> dict[str, Any]:
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in CONTENT}
+def _manifest(step: int, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"format": 1, "step": step, "files": files}
 
 
-def write(stage: Path, snapshot: Snapshot, before_manifest: Callable[[], None] | None = None) -> Path:
+def _facts(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _write_file(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a file and flush it to disk; returns what it must be from now on."""
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return _facts(data)
+
+
+def needed_bytes(snapshot: Snapshot) -> int:
+    """Room that a checkpoint takes on disk, a little too much rather than too little."""
+    tensors = (*snapshot.model.values(), *snapshot.optimizer.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + MARGIN_BYTES
+
+
+def write(
+    stage: Path, snapshot: Snapshot, before_manifest: Callable[[], None] | None = None, again: bool = False
+) -> Path:
     """Write one checkpoint so that it appears whole or not at all. `before_manifest` may refuse by raising.
 
+    `again`: this process has tried before, and what there is of the step is its own.
+
     Errors: FileExistsError if the step has a checkpoint: a run writes each step once, so another process is at work.
+    DiskFull, before anything is written. OSError for everything else that a file system says.
     """
     folder = folder_of(stage, snapshot.progress.step)
     if (folder / "MANIFEST.json").exists():
-        raise FileExistsError(f"{folder} is there already, so another process writes this stage; nothing was written")
+        if not again:
+            raise FileExistsError(f"{folder} is there already, so another process writes this stage; this one did not")
+        (folder / "MANIFEST.json").unlink()
     if folder.exists():
         shutil.rmtree(folder)  # left by a writer that died: without a manifest it never existed
+    needed, free = needed_bytes(snapshot), free_bytes(stage)
+    if free is not None and free < needed:
+        raise DiskFull(
+            errno.ENOSPC,
+            f"a checkpoint needs {needed} bytes and {free} are free, so nothing was written; make room, then resume",
+            str(stage),
+        )
     folder.mkdir(parents=True)
-    save_file(snapshot.model, folder / CONTENT[0])
-    save_file(snapshot.optimizer, folder / CONTENT[1])
-    atomic_write_json(folder / CONTENT[2], snapshot.progress.to_json())
-    for name in CONTENT[:2]:
-        fsync_file(folder / name)
+    progress = json.dumps(snapshot.progress.to_json(), indent=1) + "\n"
+    files = {
+        CONTENT[0]: _write_file(folder / CONTENT[0], save(snapshot.model)),
+        CONTENT[1]: _write_file(folder / CONTENT[1], save(snapshot.optimizer)),
+        CONTENT[2]: _write_file(folder / CONTENT[2], progress.encode()),
+    }
+    fsync_folder(folder)
     if before_manifest is not None:
         before_manifest()
-    atomic_write_json(folder / "MANIFEST.json", _manifest(folder, snapshot.progress.step))
+    atomic_write_json(folder / "MANIFEST.json", _manifest(snapshot.progress.step, files))
     fsync_folder(stage)
     atomic_write_text(stage / "LATEST", folder.name + "\n")
     return folder
 
 
-def check(folder: Path) -> None:
-    """Raise CheckpointDamaged unless the manifest exists and says exactly what the folder and its files are."""
+def _contents(folder: Path) -> dict[str, bytes]:
+    """What the files hold, which is what the manifest says. Errors: those of `check`."""
+    contents: dict[str, bytes] = {}
+    for name in ("MANIFEST.json", *CONTENT):
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise CheckpointDamaged(f"{folder / name} is missing") from None
     try:
-        said = read_json(folder / "MANIFEST.json")
+        said = json.loads(contents.pop("MANIFEST.json"))
         said_files = dict(said["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder}: no usable MANIFEST.json ({error})") from None
-    for name in CONTENT:
-        if not (folder / name).is_file():
-            raise CheckpointDamaged(f"{folder / name} is missing")
-    found = _manifest(folder, int(folder.name.removeprefix("step-")))
+    found = _manifest(int(folder.name.removeprefix("step-")), {name: _facts(contents[name]) for name in CONTENT})
     if said != found:
         odd = [name for name in CONTENT if said_files.get(name) != found["files"][name]] or ["its step or format"]
         raise CheckpointDamaged(f"{folder} is not what its MANIFEST.json says: {', '.join(odd)}")
+    return contents
 
 
-def read(folder: Path) -> Snapshot:
-    """Check and load one checkpoint to CPU. Errors: CheckpointDamaged."""
-    check(folder)
+def check(folder: Path) -> None:
+    """Raise CheckpointDamaged unless the manifest exists and says exactly what the folder and its files are.
+
+    Errors: OSError for a file that cannot be read, of which nothing is known then.
+    """
+    _contents(folder)
+
+
+def _read(folder: Path) -> Snapshot:
+    contents = _contents(folder)
     try:
-        model, optimizer = load_file(folder / CONTENT[0]), load_file(folder / CONTENT[1])
-        progress = Progress.from_json(read_json(folder / CONTENT[2]))
+        model, optimizer = load(contents[CONTENT[0]]), load(contents[CONTENT[1]])
+        progress = Progress.from_json(json.loads(contents[CONTENT[2]]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder} cannot be read: {error}") from None
     return Snapshot(model, optimizer, progress)
 
 
+def read(folder: Path, pause: Pause | None = None) -> Snapshot:
+    """Check and load one checkpoint to CPU, with pauses while the file system has an error that may pass.
+
+    Errors: CheckpointDamaged; OSError if the file system goes on failing.
+    """
+    return retried(lambda _: _read(folder), f"reading {folder}", pause)
+
+
 def read_newest(stage: Path) -> Snapshot | None:
-    """The newest whole checkpoint of a stage; damaged ones are passed over, loudly, for the one before."""
+    """The newest whole checkpoint of a stage; damaged ones are passed over, loudly, for the one before.
+
+    Errors: OSError for one that cannot be read: it may be whole, and who goes on from an older one deletes it.
+    """
     for step in reversed(steps_on_disk(stage)):
         folder = folder_of(stage, step)
         if not (folder / "MANIFEST.json").exists():
@@ -150,11 +219,15 @@ def discard_after(stage: Path, step: int) -> None:
 
 
 class Writer:
-    """Writes checkpoints in a thread of its own, one at a time; an error is raised at the next call."""
+    """Writes checkpoints in a thread of its own, one at a time; an error is raised at the next call.
 
-    def __init__(self, stage: Path, keep: int, guard: Callable[[int], None]) -> None:
+    File system errors that may pass are waited out there. Training goes on meanwhile, until the next checkpoint is due.
+    """
+
+    def __init__(self, stage: Path, keep: int, guard: Callable[[int], None], pause: Pause | None = None) -> None:
         """`guard(step)` is called before the manifest and raises to refuse (the lease was lost)."""
-        self._stage, self._keep, self._guard = stage, keep, guard
+        self._stage, self._keep, self._guard, self._pause = stage, keep, guard, pause
+        self._warned = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -164,12 +237,31 @@ class Writer:
         self._thread.start()
 
     def _write(self, snapshot: Snapshot) -> None:
+        step, best = snapshot.progress.step, snapshot.progress.best_step
+
+        def attempt(number: int) -> None:
+            if number == 0:
+                self._warn_of_little_room(snapshot)
+            else:
+                self._guard(step)  # while we waited, a successor may have begun: what there is would be its own
+            write(self._stage, snapshot, lambda: self._guard(step), again=number > 0)
+
         try:
-            step = snapshot.progress.step
-            write(self._stage, snapshot, lambda: self._guard(step))
-            prune(self._stage, self._keep, snapshot.progress.best_step)
+            retried(attempt, f"writing {folder_of(self._stage, step)}", self._pause)
+            retried(lambda _: prune(self._stage, self._keep, best), f"deleting from {self._stage}", self._pause)
         except BaseException as error:
             self._error = error
+
+    def _warn_of_little_room(self, snapshot: Snapshot) -> None:
+        needed, free = needed_bytes(snapshot), free_bytes(self._stage)
+        if not self._warned and free is not None and free < COMFORTABLE * needed:
+            self._warned = True
+            log.warning(
+                "%s: %s are free and a checkpoint takes %s; make room before the disk is full",
+                self._stage,
+                readable(free),
+                readable(needed),
+            )
 
     def wait(self) -> None:
         """Return when nothing is being written. Errors: whatever the last write raised."""

@@ -17,7 +17,8 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 from torch import nn
 
 from pipeline.group import Group
-from pipeline.recipe import Phase, Recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_sections import Phase
 
 MOMENTUM = "momentum_buffer"
 LARGEST_BUCKET = 50_000_000

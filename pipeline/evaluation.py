@@ -29,9 +29,13 @@ def validation_of(job: Job, network: Network, loader: Loader, ids: NDArray[np.in
     steps = recipe.evaluation.validation_steps
     attack = Attack(recipe.threat_model, steps, _validation_step_size(recipe), restarts=1, seed=recipe.seed)
 
+    def on_chunk(done: int, total: int) -> bool:
+        job.observe("chunk", {"stage": None, "done": done})
+        return False  # the next step agrees on stopping
+
     def validate() -> dict[str, Any]:
         verdicts = evaluate(
-            network, loader, ids, job.evaluation_crops(loader), attack, recipe.evaluation.chunk, job.group
+            network, loader, ids, job.evaluation_crops(loader), attack, recipe.evaluation.chunk, job.group, on_chunk
         )
         return {
             "clean_accuracy": float(verdicts["clean_correct"].mean()),
@@ -49,29 +53,33 @@ def _validation_step_size(recipe: Recipe) -> float:
     return 2.5 * float(recipe.threat_model.eps) / max(recipe.evaluation.validation_steps, 1)
 
 
-def evaluate_stage(job: Job, stage: Stage) -> None:
-    """The finished file, as anybody would load it, on the whole test set."""
+def evaluate_stage(job: Job, stage: Stage) -> dict[str, Any] | None:
+    """The finished file, as anybody would load it, on the whole test set; rank 0 returns the counts. Collective."""
     recipe, folder = job.recipe, job.folder(stage)
     network = load_model(folder / "model.safetensors").to(job.group.device)
     loader = job.loader(recipe.data.test_file)
     attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
 
-    def on_chunk(done: int, total: int) -> None:
+    def on_chunk(done: int, total: int) -> bool:
+        job.observe("chunk", {"stage": stage.name, "done": done})
         if job.group.is_first:  # the others are about as far
             images = loader.num_samples * done // total
             shown = {"attack": "pgd", "done": images, "total": loader.num_samples}
             atomic_write_json(folder / "evaluate" / "progress.json", shown)
+        return job.stop_requested()
 
     (folder / "evaluate").mkdir(exist_ok=True)
     ids = np.arange(loader.num_samples, dtype=np.int64)
     verdicts = evaluate(
         network, loader, ids, job.evaluation_crops(loader), attack, recipe.evaluation.chunk, job.group, on_chunk
     )
+    facts = None
     if job.group.is_first:
         check_token(folder, job.token)
-        write_evaluation(folder / "evaluate", verdicts, recipe, loader, sha256_of(folder / "model.safetensors"))
+        facts = write_evaluation(folder / "evaluate", verdicts, recipe, loader, sha256_of(folder / "model.safetensors"))
         (folder / "evaluate" / "progress.json").unlink(missing_ok=True)
     job.group.barrier()
+    return facts
 
 
 def write_evaluation(

@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.files import fsync_file, fsync_folder
+from pipeline.files import fsync_folder, settle_file
 from pipeline.models import Network, build_network
-from pipeline.recipe import Model
+from pipeline.recipe_sections import Model
 
 METADATA_KEY = "network"
 """Architecture, mean, std, keep_fraction and hashes, as one JSON object."""
@@ -33,7 +33,7 @@ def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, fact
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        fsync_file(temporary)
+        settle_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

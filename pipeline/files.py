@@ -18,8 +18,9 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_file(path: Path) -> None:
-    """Flush a file that a library wrote."""
+def settle_file(path: Path) -> None:
+    """Flush a file that a library wrote, and open it to whoever may read its folder: safetensors makes it private."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -63,3 +63,14 @@ def pick_device(choice: str) -> torch.device:
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def make_repeatable(threads: int) -> None:
+    """Fixed thread count and deterministic kernels: part of what makes a run repeat bit for bit."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    # Filling finds bugs, at the price of a pass over every buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

@@ -67,6 +67,19 @@ def is_stale(holder: Holder) -> bool:
     return time.time() - holder.heartbeat > STALE_AFTER_S
 
 
+def refuse_if_held(folder: Path) -> None:
+    """Raise LeaseHeld, naming the holder, if a living process writes this stage."""
+    try:
+        holder = read_holder(folder)
+    except ValueError:
+        return  # a torn lease can only be a dead writer's: leases are replaced by rename
+    if holder is not None and not is_stale(holder):
+        raise LeaseHeld(
+            f"{folder} is being written by pid {holder.pid} on {holder.host}; "
+            "wait for it, or end that process and start again"
+        )
+
+
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     """Serialise the read-check-write of a lease among processes."""
@@ -86,14 +99,17 @@ def check_token(folder: Path, token: str) -> None:
 class Leases:
     """The leases of one job's stages, kept alive by one thread until `release`."""
 
-    def __init__(self, folders: list[Path]) -> None:
+    def __init__(self, folders: list[Path], patience_s: float = 0.0) -> None:
+        """Take all of them, or none. Errors: LeaseHeld if one is still held after `patience_s`."""
         self.token = secrets.token_hex(16)
         self._folders: list[Path] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         try:
+            deadline, pause = time.monotonic() + patience_s, threading.Event()
             for folder in folders:
-                self._acquire(folder)
+                while not self._acquired(folder, last_try=time.monotonic() >= deadline):
+                    pause.wait(1.0)
         except BaseException:
             self.release()
             raise
@@ -105,18 +121,19 @@ class Leases:
         assert ticks is not None
         return asdict(Holder(self.token, socket.gethostname(), pid, ticks, time.time()))
 
+    def _acquired(self, folder: Path, *, last_try: bool) -> bool:
+        try:
+            self._acquire(folder)
+        except LeaseHeld:
+            if last_try:
+                raise
+            return False
+        return True
+
     def _acquire(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder):
-            try:
-                holder = read_holder(folder)
-            except ValueError:
-                holder = None  # a torn lease can only be a dead writer's: leases are replaced by rename
-            if holder is not None and not is_stale(holder):
-                raise LeaseHeld(
-                    f"{folder} is being written by pid {holder.pid} on {holder.host}; "
-                    "wait for it, or end that process and start again"
-                )
+            refuse_if_held(folder)
             atomic_write_json(folder / "lease.json", self._record())
             self._folders.append(folder)
 

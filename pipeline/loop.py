@@ -30,6 +30,9 @@ from pipeline.recipe import Recipe
 from pipeline.schedules import lr_at
 from pipeline.sparsity import named_state, refresh_masks
 
+STOP = 4
+"""Which of a step's sums counts the workers that were asked to stop."""
+
 Observer = Callable[[str, dict[str, Any]], None]
 """Tests watch a run through it: called with an event name and its facts on every rank."""
 
@@ -38,8 +41,8 @@ def unobserved(event: str, facts: dict[str, Any]) -> None:
     """Nobody watches."""
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; raised on all ranks before the parameters move."""
+class NonFinite(RuntimeError):
+    """A loss, gradient, weight, score or momentum is NaN or infinite; raised on all ranks, and never checkpointed."""
 
 
 class Rows(Protocol):
@@ -67,10 +70,12 @@ class Training:
     save: Callable[[Snapshot], None]
     """Called on every rank; rank 0 writes."""
     observe: Observer
+    stop_requested: Callable[[], bool]
+    """Asked at every step; what any worker answers, all do."""
 
 
 def snapshot(training: Training, progress: Progress) -> Snapshot:
-    """Owned CPU copies of everything a checkpoint holds. Collective. Errors: NonFiniteLoss, so that none enters one."""
+    """Owned CPU copies of everything a checkpoint holds. Collective. Errors: NonFinite, so that none enters one."""
     model = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in named_state(training.network).items()
@@ -78,12 +83,12 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
     optimizer = training.engine.optimizer_state()
     for name, tensor in {**model, **optimizer}.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteLoss(f"{training.stage.name}: {name} is not finite at step {progress.step}")
+            raise NonFinite(f"{training.stage.name}: {name} is not finite at step {progress.step}")
     return Snapshot(model, optimizer, progress)
 
 
 def train(training: Training, progress: Progress) -> Progress:
-    """Run the steps that are left and return the last position. Collective."""
+    """Run the steps that are left and return the last position: the end, or where the run was stopped. Collective."""
     recipe, stage, group = training.recipe, training.stage, training.group
     statistics = BatchStatistics(training.network, group)
     training.network.train()
@@ -102,20 +107,25 @@ def train(training: Training, progress: Progress) -> Progress:
             if ends_epoch and recipe.evaluation.validation_steps > 0:
                 progress = _validated(training, progress)
                 window_started = time.monotonic()
-            if _is_checkpoint_step(recipe, progress):
+            stopping = bool(sums[STOP] > 0)
+            if stopping or _is_checkpoint_step(recipe, progress):
                 training.save(snapshot(training, progress))
+            if stopping:
+                break
     finally:
         statistics.close()
     return progress
 
 
 def _step(training: Training, statistics: BatchStatistics, progress: Progress) -> torch.Tensor:
-    """One optimizer step. Returns sums over all ranks: loss over micro-batches, clean and robust correct, images."""
+    """One optimizer step. Returns sums over all ranks: loss over micro-batches, clean and robust correct, images, and
+    how many ranks were asked to stop. They travel in one collective."""
     recipe, stage, group, engine = training.recipe, training.stage, training.group, training.engine
     step = progress.step
     engine.set_lr(lr_at(stage.optimisation, step, progress.steps_per_epoch))
     local = recipe.batch.micro_batches_per_step // group.world
-    sums = torch.zeros(4, dtype=torch.float64, device=group.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=group.device)
+    losses: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index in range(local):
         batch = next(training.micro_batches)
         images = batch.images.to(group.device).float().div(255.0)
@@ -132,25 +142,38 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
         outcome = training.objective(training.network, forward, images, labels, keys, engine.autocast)
         engine.backward(outcome.loss)
         counts = [outcome.loss.detach(), outcome.clean_correct, outcome.robust_correct, len(labels)]
-        sums += torch.stack(
+        sums[:STOP] += torch.stack(
             [torch.as_tensor(0 if c is None else c, dtype=torch.float64, device=group.device) for c in counts]
         )
+        losses.append((batch.ids, outcome.loss.detach()))
         if index == local - 1:
+            sums[STOP] = float(training.stop_requested())
             group.sum(sums)
             if not math.isfinite(float(sums[0])):
-                raise NonFiniteLoss(
-                    f"{stage.name}: the loss of step {step} is {float(sums[0])}; lower phases.{stage.phase}.lr "
-                    "or lengthen its warm-up"
-                )
+                raise NonFinite(_what_is_not_finite(training, step, losses))
         engine.advance()
     statistics.fold_in()
     if stage.trains == "scores":
-        refresh_masks(training.network)
+        try:
+            refresh_masks(training.network)
+        except ValueError as error:
+            raise NonFinite(f"{stage.name}: after step {step}: {error}; {_advice(training)}") from None
     return sums
 
 
+def _what_is_not_finite(training: Training, step: int, losses: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    """Names the samples of this worker's micro-batches whose loss is not finite."""
+    odd = [f"{float(loss)} for samples {ids.tolist()}" for ids, loss in losses if not math.isfinite(float(loss))]
+    where = "; ".join(odd) or "of another worker's samples"
+    return f"{training.stage.name}: the loss of step {step} is not finite: {where}; {_advice(training)}"
+
+
+def _advice(training: Training) -> str:
+    return f"lower phases.{training.stage.phase}.lr or lengthen its warm-up"
+
+
 def _added(window: Window, sums: torch.Tensor) -> Window:
-    loss, clean, robust, images = sums.tolist()
+    loss, clean, robust, images, _ = sums.tolist()
     return Window(
         window.loss_sum + loss,
         window.clean_correct + int(clean),

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from pipeline.recipe import Phase, Recipe
+from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
+from pipeline.recipe_sections import Phase
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.recipe import Recipe, RecipeError, parse_recipe
 
-NOT_DECIDING = ("workers", "checkpoint", "tracking")
+NOT_DECIDING = ("workers", "checkpoint", "tracking", "slurm")
 """Sections that may change when a run is resumed."""
 
 
@@ -57,17 +57,24 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     return result
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override and check a recipe file. Errors: RecipeError."""
-    path = Path(path)
+def load_recipe(path: str | Path, overrides: list[str] | None = None, cluster: str | Path | None = None) -> Recipe:
+    """Read, override and check a recipe file. `cluster` holds defaults for its slurm section. Errors: RecipeError."""
+    values = _read_mapping(Path(path), "a recipe is a mapping of sections", "the recipes shipped are in recipes/")
+    if cluster is not None:
+        profile = _read_mapping(Path(cluster), "a cluster profile is a mapping of slurm keys", "see docs/slurm.md")
+        values["slurm"] = {**profile, **(values.get("slurm") or {})}
+    return parse_recipe(apply_overrides(values, overrides or []), str(path))
+
+
+def _read_mapping(path: Path, expected: str, hint: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); the recipes shipped are in recipes/") from None
+        raise RecipeError(f"{path}: cannot be read ({error}); {hint}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
-    return parse_recipe(apply_overrides(values, overrides or []), str(path))
+        raise RecipeError(f"{path}: {expected}, got {type(values).__name__}")
+    return values
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -76,8 +83,14 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def deciding_values(recipe: Recipe) -> dict[str, Any]:
-    """The plain values that decide a run's result; workers, checkpoint cadence and tracking do not."""
-    return {k: v for k, v in recipe.model_dump(mode="json").items() if k not in NOT_DECIDING}
+    """The plain values that decide a run's result.
+
+    Workers, checkpoint cadence, tracking, ZeRO stage and where data files are copied to do not.
+    """
+    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in NOT_DECIDING}
+    del values["engine"]["zero_stage"]
+    del values["data"]["stage_to"]
+    return values
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.recipe import Phase
+from pipeline.recipe_sections import Phase
 
 
 def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:

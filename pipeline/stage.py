@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from pipeline.engine import Engine
 from pipeline.evaluation import evaluate_stage, validation_of
 from pipeline.export import write_model
 from pipeline.files import atomic_write_json, read_json, sha256_of
+from pipeline.health import check_worker
 from pipeline.job import Job
 from pipeline.lease import check_token
 from pipeline.loop import Training, train
@@ -38,37 +40,61 @@ from pipeline.sparsity import (
     train_only,
     trained_parameters,
 )
+from pipeline.stopping import StopRequested
 from pipeline.tracking import Tracker, cut_rows
 
 log = logging.getLogger(__name__)
 
 
 def run_stages(job: Job, stages: list[Stage]) -> None:
-    """Walk through the stages; what is finished is not repeated. Collective."""
+    """Walk through the stages; what is finished is not repeated. Collective.
+
+    Errors: StopRequested once the run was asked to stop and has its checkpoint; Unhealthy.
+    """
     try:
+        check_worker(job)
         for stage in stages:
-            if job.group.broadcast(not (job.folder(stage) / "result.json").exists()):
-                _train_stage(job, stage)
-                job.observe("stage_finished", {"stage": stage.name})
-            if stage.evaluated and job.group.broadcast(not (job.folder(stage) / "evaluate" / "pgd.json").exists()):
-                evaluate_stage(job, stage)
+            _run_stage(job, stage)
     finally:
         job.close()
 
 
-def _starting_point(job: Job, stage: Stage, network: Network) -> tuple[Snapshot | None, int]:
+def _run_stage(job: Job, stage: Stage) -> None:
+    folder = job.folder(stage)
+    to_train = job.group.broadcast(not (folder / "result.json").exists())
+    to_evaluate = stage.evaluated and job.group.broadcast(not (folder / "evaluate" / "pgd.json").exists())
+    if not to_train and not to_evaluate:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    own = _own_checkpoint(folder) if to_train and job.group.is_first else None
+    with ExitStack() as stack:
+        # Only now, as the rows beyond the checkpoint were cut: one wandb run for training and test.
+        tracker = stack.enter_context(_tracker(job, stage)) if job.group.is_first else None
+        if to_train:
+            _train_stage(job, stage, own, tracker)
+            job.observe("stage_finished", {"stage": stage.name})
+        if to_evaluate:
+            facts = evaluate_stage(job, stage)
+            if tracker is not None and facts is not None:
+                tracker.summary({"test": facts})
+
+
+def _own_checkpoint(folder: Path) -> Snapshot | None:
+    """The stage's own newest whole checkpoint; what lies beyond it is removed."""
+    own = checkpoint.read_newest(folder)
+    checkpoint.discard_after(folder, own.progress.step if own else 0)
+    cut_rows(folder / "metrics.jsonl", own.progress.step if own else 0)
+    return own
+
+
+def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | None) -> tuple[Snapshot | None, int]:
     """Load the weights a stage begins with; returns (its own checkpoint or None, step to continue from).
 
-    1. The stage's own newest whole checkpoint.
+    1. The stage's own newest whole checkpoint, which rank 0 has read.
     2. The selected checkpoint of the stage it starts from.
     3. Fresh initialisation from the seed.
     """
     folder = job.folder(stage)
-    own: Snapshot | None = None
-    if job.group.is_first:
-        own = checkpoint.read_newest(folder)
-        checkpoint.discard_after(folder, own.progress.step if own else 0)
-        cut_rows(folder / "metrics.jsonl", own.progress.step if own else 0)
     step = job.group.broadcast(own.progress.step if own else 0)
     if step:
         own = own or checkpoint.read(checkpoint.folder_of(folder, step))
@@ -89,11 +115,10 @@ def _starting_point(job: Job, stage: Stage, network: Network) -> tuple[Snapshot 
     return own, step
 
 
-def _train_stage(job: Job, stage: Stage) -> None:
+def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker | None) -> None:
     recipe, group, folder = job.recipe, job.group, job.folder(stage)
-    folder.mkdir(parents=True, exist_ok=True)
     network = build_network(recipe.model, recipe.seed)
-    own, start = _starting_point(job, stage, network)
+    own, start = _starting_point(job, stage, network, own)
     network.to(group.device)
     train_only(network, stage.trains)
     refresh_masks(network)
@@ -112,11 +137,9 @@ def _train_stage(job: Job, stage: Stage) -> None:
             f"{folder} was begun with {progress.total_steps} steps of which {progress.steps_per_epoch} make an epoch; "
             f"the recipe now says {total} and {per_epoch}; use a new --name"
         )
-    tracker = None
     if group.is_first:
         describe = {**stage.describe(per_epoch), "batch_per_step": recipe.batch.batch_per_step}
         atomic_write_json(folder / "stage.json", describe)
-        tracker = _tracker(job, stage)
     log.info("%s: starting at step %d of %d", stage.name, start, total)
 
     def guard(step: int) -> None:
@@ -144,14 +167,15 @@ def _train_stage(job: Job, stage: Stage) -> None:
         validate=validation_of(job, network, loader, validation_ids),
         save=save,
         observe=job.observe,
+        stop_requested=job.stop_requested,
     )
     with ExitStack() as stack:
-        if tracker is not None:
-            stack.enter_context(tracker)
         stack.callback(engine.close)
         stack.callback(batches.close)
         progress = train(training, progress)
         writer.wait()
+        if not progress.finished:
+            raise StopRequested(f"{stage.name} was asked to stop, and has a checkpoint of step {progress.step}")
         _finish(job, stage, network, progress)
 
 

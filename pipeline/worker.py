@@ -9,17 +9,18 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import ray.train
-import torch
 
 from pipeline.engine import prepare_deepspeed
-from pipeline.group import Group, pick_device
+from pipeline.group import Group, make_repeatable, pick_device
 from pipeline.job import Job
 from pipeline.loop import Observer, unobserved
 from pipeline.phases import stages_of
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import run_stages
+from pipeline.stopping import Failure, StopFile, StopRequested, Watchdog, record_failure
 
 
 def resolve_observer(reference: str | None) -> Observer:
@@ -40,21 +41,12 @@ def log_to(run_folder: Path, rank: int) -> None:
     root.setLevel(logging.INFO)
 
 
-def make_repeatable(threads: int) -> None:
-    """Fixed thread count and deterministic kernels: part of what makes a run repeat bit for bit."""
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    # Filling finds bugs, at the price of a pass over every buffer.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-
-
-def work(run_folder: str, token: str, stages: list[str], observer: str | None) -> None:
+def work(
+    run_folder: str, token: str, attempt: str, stages: list[str], stop_file: str | None, observer: str | None
+) -> None:
     """One worker's whole life. What is not in the arguments is read from the run directory.
 
-    `stages` are names; `observer`, 'module:function', watches every rank (tests).
+    `stages` are names; the run stops once `stop_file` is there; `observer`, 'module:function', watches every rank.
     """
     folder = Path(run_folder)
     recipe = load_recipe(folder / "recipe.yaml")
@@ -65,8 +57,25 @@ def work(run_folder: str, token: str, stages: list[str], observer: str | None) -
     prepare_deepspeed(device)
     make_repeatable(recipe.workers.threads)
     mine = [stage for stage in stages_of(recipe) if stage.name in stages]
+    watched = resolve_observer(observer)
+    watchdog = Watchdog(recipe.workers.hang_timeout_s, folder / "logs" / f"worker-{group.rank}.log")
+    place: dict[str, Any] = {"stage": None, "step": None}
+
+    def observe(event: str, facts: dict[str, Any]) -> None:
+        watchdog.beat()
+        place.update(stage=facts["stage"], step=facts.get("step"))
+        watched(event, facts)
+
+    stop = StopFile(Path(stop_file) if stop_file else None)
+    job = Job(recipe, folder, token, group, observe, stop.requested)
     try:
-        run_stages(Job(recipe, folder, token, group, resolve_observer(observer)), mine)
-    except Exception:
+        run_stages(job, mine)
+    except StopRequested as stopped:
+        logging.getLogger(__name__).info("worker %d of %d: %s", group.rank, group.world, stopped)
+    except Exception as error:
         logging.getLogger(__name__).exception("worker %d of %d stops", group.rank, group.world)
+        said = f"{type(error).__name__}: {error}"
+        record_failure(folder, Failure(attempt, group.rank, place["stage"], place["step"], said))
         raise
+    finally:
+        watchdog.close()

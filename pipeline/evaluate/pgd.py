@@ -22,7 +22,8 @@ from pipeline.data.loader import Batch, Loader
 from pipeline.evaluate.statistics import wilson_interval
 from pipeline.group import Group
 from pipeline.keys import sample_keys
-from pipeline.recipe import Evaluation, ThreatModel
+from pipeline.recipe_sections import Evaluation, ThreatModel
+from pipeline.stopping import StopRequested
 
 Verdicts = dict[str, NDArray[Any]]
 Crops = Callable[[NDArray[np.int64]], NDArray[np.int32]]
@@ -90,6 +91,10 @@ def _judge(network: nn.Module, batch: Batch, attack: Attack, device: torch.devic
     }
 
 
+def _going_on(done: int, total: int) -> bool:
+    return False
+
+
 def evaluate(
     network: nn.Module,
     loader: Loader,
@@ -98,11 +103,12 @@ def evaluate(
     attack: Attack,
     chunk: int,
     group: Group,
-    on_chunk: Callable[[int, int], None] | None = None,
+    on_chunk: Callable[[int, int], bool] = _going_on,
 ) -> Verdicts:
     """Verdicts for the samples `ids`, sorted by id, on every rank.
 
-    Chunks are cut in the order of `ids`; `on_chunk(done, total)` reports this rank's. The network is put in eval mode
+    Chunks are cut in the order of `ids`; `on_chunk(done, total)` reports this rank's and says whether to stop,
+    which raises StopRequested on every rank. The network is put in eval mode
     and restored; its parameters are not touched. Collective.
     """
     chunks = [ids[start : start + chunk] for start in range(0, len(ids), chunk)]
@@ -116,9 +122,12 @@ def evaluate(
     with crafting(network):
         for batch in loader.batches(plan()):
             parts.append(_judge(network, batch, attack, group.device))
-            if on_chunk is not None:
-                on_chunk(len(parts), len(mine))
-    gathered = [part for rank_parts in group.gather(parts) for part in rank_parts]
+            if on_chunk(len(parts), len(mine)):
+                break
+    answers = group.gather((parts, len(parts) < len(mine)))
+    if any(stopped for _, stopped in answers):
+        raise StopRequested("asked to stop amid an evaluation, which starts again on resume")
+    gathered = [part for rank_parts, _ in answers for part in rank_parts]
     if not gathered:
         raise ValueError("there is no image to evaluate")
     joined = {name: np.concatenate([part[name] for part in gathered]) for name in gathered[0]}

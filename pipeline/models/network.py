@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline.models.small_cnn import small_cnn
-from pipeline.recipe import Model
+from pipeline.recipe_sections import Model
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,

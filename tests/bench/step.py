@@ -17,7 +17,7 @@ import torch
 
 from pipeline.models import build_network
 from pipeline.objectives import build_objective
-from pipeline.recipe import Model, Objective, ThreatModel
+from pipeline.recipe_sections import Model, Objective, ThreatModel
 from pipeline.sparsity import attach_scores, refresh_masks, train_only
 
 REPEATS = 5

@@ -36,8 +36,7 @@ def _enter(rank: int, world: int, port: int, threads: int, function: Callable[..
         import torch
 
         from pipeline.engine import prepare_deepspeed
-        from pipeline.group import Group
-        from pipeline.worker import make_repeatable
+        from pipeline.group import Group, make_repeatable
 
         prepare_deepspeed(torch.device("cpu"))
         make_repeatable(threads)

@@ -14,7 +14,7 @@ from pipeline.batch_statistics import BatchStatistics
 from pipeline.engine import Engine
 from pipeline.group import Group
 from pipeline.models import build_network
-from pipeline.recipe import Phase
+from pipeline.recipe_sections import Phase
 from pipeline.sparsity import attach_scores, load_state, named_state, refresh_masks, train_only, trained_parameters
 from tests.dist.processes import run_group
 from tests.small_recipe import small_recipe

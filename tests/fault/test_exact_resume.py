@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,14 +11,12 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from launch import run_folder
 from pipeline import checkpoint
-from pipeline.files import atomic_write_text, read_json
 from pipeline.recipe import Recipe
-from pipeline.recipe_file import dump_recipe
 from tests.fault.cuts import set_cut
+from tests.fault.final_state import differences, final_state
 from tests.small_recipe import ROOT, small_recipe
 
 DEADLINE_S = 420
@@ -40,8 +37,7 @@ def _recipe(data: Path, seed: int = 0) -> Recipe:
 
 
 def _new_run(folder: Path, recipe: Recipe) -> Path:
-    folder.mkdir()
-    atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    run_folder.write(folder, recipe, run_folder.check_data(recipe))
     return folder
 
 
@@ -69,42 +65,11 @@ def _start(folder: Path, *, observed: bool) -> int:
     return process.returncode
 
 
-def _rows(stage: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "timing"} for row in rows]
-
-
-def _final_state(folder: Path) -> dict[str, Any]:
-    """Everything of a run that must repeat: weights, scores, momenta, metrics, verdicts."""
-    state: dict[str, Any] = {}
-    for name in STAGES:
-        stage = folder / name
-        snapshot = checkpoint.read_newest(stage)
-        assert snapshot is not None
-        assert snapshot.progress.step == STEPS
-        for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.optimizer):
-            state |= {f"{name}: {key}": tensor for key, tensor in part.items()}
-        state[f"{name}: metrics"] = _rows(stage)
-        state[f"{name}: result"] = read_json(stage / "result.json")
-        if (stage / "evaluate").exists():
-            state[f"{name}: verdicts"] = read_json(stage / "evaluate" / "pgd.json")
-    assert any("score/" in key for key in state)
-    return state
-
-
-def _differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    def same(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-    everything = one.keys() | two.keys()
-    return sorted(key for key in everything if key not in one or key not in two or not same(one[key], two[key]))
-
-
 @pytest.fixture(scope="module")
 def undisturbed(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = _new_run(tmp_path_factory.mktemp("runs") / "undisturbed", _recipe(fashion_data))
     assert _start(folder, observed=False) == 0
-    return _final_state(folder)
+    return final_state(folder, STAGES)
 
 
 @pytest.mark.timeout(900)
@@ -114,8 +79,8 @@ def test_killed_worker_is_replaced(fashion_data: Path, tmp_path: Path, undisturb
     set_cut(folder, "step", "keep-0.1/prune", 13, "worker")
     assert _start(folder, observed=True) == 0
     assert (folder / "cut-done-0.json").exists(), "nobody was killed"
-    assert "attempt 1 failed" in (folder / "logs" / "restarts.log").read_text()
-    assert _differences(undisturbed, _final_state(folder)) == []
+    assert " failed: " in (folder / "logs" / "restarts.log").read_text()
+    assert differences(undisturbed, final_state(folder, STAGES)) == []
 
 
 CUTS: list[tuple[str, str, int | None]] = [
@@ -142,7 +107,7 @@ def test_killed_run_resumes_exactly(fashion_data: Path, tmp_path: Path, undistur
             assert unfinished.exists()
             assert not (unfinished / "MANIFEST.json").exists()
     assert _start(folder, observed=False) == 0
-    assert _differences(undisturbed, _final_state(folder)) == []
+    assert differences(undisturbed, final_state(folder, STAGES)) == []
 
 
 @pytest.mark.timeout(900)
@@ -150,6 +115,6 @@ def test_another_seed_differs(fashion_data: Path, tmp_path: Path, undisturbed: d
     """The comparison can fail: with another seed every trained tensor and all metrics differ."""
     folder = _new_run(tmp_path / "seed", _recipe(fashion_data, seed=1))
     assert _start(folder, observed=False) == 0
-    different = set(_differences(undisturbed, _final_state(folder)))
+    different = set(differences(undisturbed, final_state(folder, STAGES)))
     must = {key for key in undisturbed if "weight/" in key or "score/" in key or key.endswith(("metrics", "result"))}
     assert must <= different

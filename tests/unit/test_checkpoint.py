@@ -1,12 +1,20 @@
-"""Checkpoints: whole or not there, every damage noticed, a bounded number kept, errors not lost in a thread."""
+"""Checkpoints: whole or not there, every damage noticed, a bounded number kept, errors not lost in a thread; and what a
+disk that is full, or a file system that fails for a moment, does to them."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +23,12 @@ from hypothesis import strategies as st
 
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointDamaged, Snapshot, Writer
+from pipeline.disk import PAUSES_S, DiskFull
 from pipeline.files import read_json
 from pipeline.lease import LeaseHeld
 from pipeline.progress import Progress, Window
 
+ROOT = Path(__file__).parents[2]
 FILES = [*checkpoint.CONTENT, "MANIFEST.json"]
 DEADLINE_S = 30
 
@@ -242,3 +252,430 @@ def test_the_manifest_says_sizes_and_hashes(tmp_path: Path) -> None:
     assert (manifest["step"], sorted(manifest["files"])) == (3, sorted(checkpoint.CONTENT))
     for name, facts in manifest["files"].items():
         assert facts["bytes"] == (folder / name).stat().st_size
+
+
+# --- damage of every kind --------------------------------------------------------------------------------------------
+
+
+def cut_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as stream:
+        stream.write(b"x")
+
+
+def zero_a_block(path: Path) -> None:
+    """What a file system leaves that lost a write."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+
+
+def flip_a_bit(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+
+
+def take_anothers(path: Path) -> None:
+    """The same file of step 1, which was written first and stays whole until the end of a test."""
+    shutil.copy(checkpoint.folder_of(path.parent.parent, 1) / path.name, path)
+
+
+DAMAGES = [cut_half, empty, grow, zero_a_block, flip_a_bit, take_anothers, Path.unlink]
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    damaged=st.dictionaries(
+        st.sampled_from([5, 10, 15]),
+        st.dictionaries(st.sampled_from(FILES), st.sampled_from(DAMAGES), min_size=1),
+    ),
+    latest=st.sampled_from(["step-0000000099\n", "step-0000000005\n", "", "\0garbage", None]),
+)
+def test_the_last_good_one_is_taken_whatever_happened_to_the_others(
+    tmp_path_factory: pytest.TempPathFactory, damaged: dict[int, dict[str, Callable[[Path], None]]], latest: str | None
+) -> None:
+    stage = tmp_path_factory.mktemp("stage")
+    for step in (1, 5, 10, 15):
+        checkpoint.write(stage, snapshot(step))
+    for step, files in damaged.items():
+        for name, damage in files.items():
+            damage(checkpoint.folder_of(stage, step) / name)
+    if latest is None:
+        (stage / "LATEST").unlink()
+    else:
+        (stage / "LATEST").write_text(latest)
+    expected = max({1, 5, 10, 15} - damaged.keys())
+    found = checkpoint.read_newest(stage)
+    assert found is not None
+    assert same(found, snapshot(expected))
+    for step in damaged:
+        with pytest.raises(CheckpointDamaged, match=f"step-{step:010d}"):
+            checkpoint.read(checkpoint.folder_of(stage, step))
+    shutil.rmtree(checkpoint.folder_of(stage, 1))
+    assert newest(stage) == max({5, 10, 15} - damaged.keys(), default=None)
+    shutil.rmtree(stage)
+
+
+@pytest.mark.parametrize(
+    "said", ["", "[]", "null", "7", '"x"', "{}", '{"files": 3}', '{"files": [1]}', '{"files": {}}']
+)
+def test_a_manifest_that_says_something_else_is_damage(pair: Path, said: str) -> None:
+    path = checkpoint.folder_of(pair, 10) / "MANIFEST.json"
+    whole = path.read_text()
+    try:
+        path.write_text(said)
+        with pytest.raises(CheckpointDamaged, match="step-0000000010"):
+            checkpoint.check(path.parent)
+        assert newest(pair) == 5
+    finally:
+        path.write_text(whole)
+
+
+def test_the_manifest_is_of_what_was_meant_not_of_what_the_disk_gave_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write(tmp_path, snapshot(5))
+    real = os.fsync
+
+    def losing(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == "model.safetensors":
+            zero_a_block(path)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", losing)
+    folder = checkpoint.write(tmp_path, snapshot(10))
+    with pytest.raises(CheckpointDamaged, match=r"step-0000000010 is not what .* model\.safetensors"):
+        checkpoint.check(folder)
+    assert newest(tmp_path) == 5
+
+
+# --- a disk that is full, and one that fails for a moment ------------------------------------------------------------
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: int, total: int = 10**12) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=total, free=free))
+
+
+def test_a_checkpoint_takes_no_more_room_than_was_asked_for(tmp_path: Path) -> None:
+    tensors = {
+        f"optim/score/layer4.2.some.long.name.conv{n}.weight/momentum_buffer": torch.zeros(3) for n in range(2000)
+    }
+    for large in (snapshot(1), Snapshot(tensors, tensors, Progress(1, 10, 100))):
+        folder = checkpoint.write(tmp_path, large, again=True)
+        taken = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.iterdir())
+        assert taken <= checkpoint.needed_bytes(large)
+
+
+def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = tmp_path / "run" / "stage"
+    needed = checkpoint.needed_bytes(snapshot(10))
+    with_free(monkeypatch, needed)
+    checkpoint.write(stage, snapshot(5))
+    with_free(monkeypatch, needed - 1)
+    before = sorted(tmp_path.rglob("*"))
+    pauses: list[float] = []
+    writer = Writer(stage, 2, allow, pauses.append)
+    writer.submit(snapshot(10))
+    with pytest.raises(DiskFull) as caught:
+        writer.wait()
+    assert caught.value.errno == errno.ENOSPC
+    for words in (f"needs {needed} bytes", f"and {needed - 1} are free", "make room, then resume", str(stage)):
+        assert words in str(caught.value)
+    assert pauses == []
+    assert sorted(tmp_path.rglob("*")) == before
+    assert newest(stage) == 5
+    with_free(monkeypatch, 0, total=0)  # a file system that does not tell
+    checkpoint.write(stage, snapshot(10))
+
+
+def test_little_room_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needed = checkpoint.needed_bytes(snapshot(1))
+    for free, warnings in ((3 * needed, 0), (3 * needed - 1, 1)):
+        with_free(monkeypatch, free)
+        caplog.clear()
+        writer = Writer(tmp_path / str(free), 2, allow)
+        for step in (1, 2, 3):
+            writer.submit(snapshot(step))
+        writer.wait()
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
+    assert f"{tmp_path / str(3 * needed - 1)}: 3.1 MB are free and a checkpoint takes 1.0 MB" in caplog.text
+
+
+def failing_fsync(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
+    real, left = os.fsync, iter(range(times))
+
+    def fsync(descriptor: int) -> None:
+        if next(left, None) is not None:
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_an_error_that_stays_is_raised_after_all_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.write(tmp_path, snapshot(5))
+    pauses: list[float] = []
+    writer = Writer(tmp_path, 2, allow, pauses.append)
+    failing_fsync(monkeypatch, errno.ESTALE, 99)
+    writer.submit(snapshot(10))
+    with pytest.raises(OSError, match="Stale file handle"):
+        writer.wait()
+    assert pauses == list(PAUSES_S) == sorted(PAUSES_S)
+    assert sum(pauses) < 60
+    assert caplog.text.count("step-0000000010 failed and is tried again in") == len(PAUSES_S)
+    assert newest(tmp_path) == 5
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_an_error_that_does_not_pass_is_raised_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    pauses: list[float] = []
+    writer = Writer(tmp_path, 2, allow, pauses.append)
+    failing_fsync(monkeypatch, code, 1)
+    writer.submit(snapshot(10))
+    with pytest.raises(OSError, match=os.strerror(code)):
+        writer.wait()
+    assert pauses == []
+
+
+def test_a_successors_checkpoint_is_not_touched_by_another_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = threading.Event()
+    theirs = Snapshot({}, {}, Progress(10, 10, 100))
+
+    def successor(_: float) -> None:
+        lost.set()
+        checkpoint.write(tmp_path, theirs, again=True)
+
+    def guard(step: int) -> None:
+        if lost.is_set():
+            raise LeaseHeld("no longer ours")
+
+    writer = Writer(tmp_path, 2, guard, successor)
+    failing_fsync(monkeypatch, errno.EIO, 1)
+    writer.submit(snapshot(10))
+    with pytest.raises(LeaseHeld):
+        writer.wait()
+    assert same(checkpoint.read(checkpoint.folder_of(tmp_path, 10)), theirs)
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes on from an older one deletes it."""
+    for step in (5, 10):
+        checkpoint.write(tmp_path, snapshot(step))
+    real = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path == checkpoint.folder_of(tmp_path, 10) / "MANIFEST.json":
+            raise OSError(errno.EACCES, "not now")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(OSError, match="not now"):
+        checkpoint.read_newest(tmp_path)
+
+
+FAULTS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+/* Calls about files below `folder` are counted; number `at` fails with `code`, and with `stays` all after it. */
+static char folder[PATH_MAX];
+static long at, calls;
+static int code, stays;
+
+void faults_begin(const char *below, long number, int error, int forever) {
+    snprintf(folder, sizeof folder, "%s", below);
+    at = number; code = error; stays = forever; calls = 0;
+}
+long faults_end(void) { folder[0] = 0; return calls; }
+
+static int fails(const char *path) {
+    if (!folder[0] || strncmp(path, folder, strlen(folder))) return 0;
+    long number = calls++;
+    if (number != at && !(stays && number > at)) return 0;
+    errno = code;
+    return 1;
+}
+static int fails_at(int descriptor, const char *path) {
+    char link[64], name[PATH_MAX];
+    if (!folder[0]) return 0;
+    if (path && (path[0] == '/' || descriptor == AT_FDCWD)) return fails(path);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+    ssize_t length = readlink(link, name, sizeof name - 1);
+    if (length < 0) return 0;
+    name[length] = 0;
+    return fails(name);
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+#define WRAP(type, name, parameters, condition, arguments) \
+    type name parameters { return (condition) ? -1 : REAL(name) arguments; }
+#define MODE va_list rest; va_start(rest, flags); mode_t mode = va_arg(rest, mode_t); va_end(rest)
+/* On a full disk what is there can still be opened. */
+#define OPENING(failing) (!(stays && !(flags & O_CREAT)) && failing)
+
+int open(const char *path, int flags, ...) { MODE; return OPENING(fails(path)) ? -1 : REAL(open)(path, flags, mode); }
+int open64(const char *path, int flags, ...) {
+    MODE; return OPENING(fails(path)) ? -1 : REAL(open64)(path, flags, mode);
+}
+int openat(int d, const char *path, int flags, ...) {
+    MODE; return OPENING(fails_at(d, path)) ? -1 : REAL(openat)(d, path, flags, mode);
+}
+int openat64(int d, const char *path, int flags, ...) {
+    MODE; return OPENING(fails_at(d, path)) ? -1 : REAL(openat64)(d, path, flags, mode);
+}
+ssize_t write(int d, const void *data, size_t size) {
+    if (fails_at(d, NULL)) {
+        if (stays && calls - 1 == at && size > 1) return REAL(write)(d, data, size / 2); /* the last blocks */
+        return -1;
+    }
+    return REAL(write)(d, data, size);
+}
+WRAP(ssize_t, read, (int d, void *data, size_t size), !stays && fails_at(d, NULL), (d, data, size))
+WRAP(int, fsync, (int d), fails_at(d, NULL), (d))
+WRAP(int, ftruncate, (int d, off_t size), fails_at(d, NULL), (d, size))
+WRAP(int, ftruncate64, (int d, off64_t size), fails_at(d, NULL), (d, size))
+WRAP(int, mkdir, (const char *path, mode_t mode), fails(path), (path, mode))
+WRAP(int, chmod, (const char *path, mode_t mode), fails(path), (path, mode))
+WRAP(int, rename, (const char *from, const char *to), fails(from), (from, to))
+WRAP(int, renameat, (int d, const char *from, int e, const char *to), fails_at(d, from), (d, from, e, to))
+WRAP(int, unlink, (const char *path), !stays && fails(path), (path))
+WRAP(int, unlinkat, (int d, const char *path, int flags), !stays && fails_at(d, path), (d, path, flags))
+WRAP(int, rmdir, (const char *path), !stays && fails(path), (path))
+"""
+"""Preloaded into a process, it makes the system calls of everything in it fail, whatever language they come from."""
+
+
+class Faults:
+    """The preloaded library, in the process that it was loaded into."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+
+    def begin(self, folder: Path, number: int, code: int, stays: bool) -> None:
+        self._library.faults_begin(os.fsencode(folder), ctypes.c_long(number), code, stays)
+
+    def end(self) -> int:
+        """The number of calls that there were."""
+        return self._library.faults_end()
+
+
+def all_calls(root: Path, code: int, stays: bool) -> None:
+    """Checkpoint 10 is written once for each of its calls, which fails."""
+    faults, pauses, outcomes = Faults(), [], []
+    for number in range(1000):
+        stage = root / f"{number}"
+        for step in (1, 5):
+            checkpoint.write(stage, snapshot(step))
+        pauses.clear()
+        writer, error = Writer(stage, 2, allow, pauses.append), None
+        faults.begin(stage, number, code, stays)
+        writer.submit(snapshot(10))
+        try:
+            writer.wait()
+        except OSError as caught:
+            error = caught
+        calls = faults.end()
+        if calls <= number:
+            assert error is None
+            break
+        found = checkpoint.read_newest(stage)
+        assert found is not None
+        step = found.progress.step
+        assert same(found, snapshot(step))
+        assert same(checkpoint.read(checkpoint.folder_of(stage, 5)), snapshot(5))
+        if stays:  # the disk was full from this call on: the old ones are there, and the new one is whole or not there
+            assert error is None or error.errno == code, error
+            assert step == 10 or (step == 5 and error is not None)
+            assert pauses == []
+        else:
+            assert (step, error, pauses) == (10, None, [PAUSES_S[0]])
+            assert (stage / "LATEST").read_text() == "step-0000000010\n"
+        outcomes.append((step, error is None))
+        checkpoint.discard_after(stage, step)  # there is room again, and the run is resumed
+        writer = Writer(stage, 2, allow)
+        writer.submit(snapshot(15))
+        writer.wait()
+        assert checkpoint.steps_on_disk(stage) == [step, 15]
+        assert newest(stage) == 15
+        shutil.rmtree(stage)
+    print(json.dumps(outcomes))
+
+
+def all_reads(root: Path, code: int) -> None:
+    """Every call of reading a checkpoint fails once."""
+    folder, faults, number = checkpoint.write(root, snapshot(5)), Faults(), 0
+    for number in range(1000):
+        pauses: list[float] = []
+        faults.begin(root, number, code, False)
+        found = checkpoint.read(folder, pauses.append)
+        if faults.end() <= number:
+            break
+        assert same(found, snapshot(5))
+        assert pauses == [PAUSES_S[0]]
+    print(json.dumps(number))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "faults.c").write_text(FAULTS)
+    command = ["cc", "-shared", "-fPIC", "-O0", "-U_FORTIFY_SOURCE", "faults.c", "-o", "faults.so", "-ldl"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return folder / "faults.so"
+
+
+def under_faults(library: Path, call: str) -> Any:
+    """What a function of this file prints in a process with the library."""
+    code = f"import errno; from pathlib import Path; from tests.unit import test_checkpoint as t; t.{call}"
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_disk_that_is_full_from_any_call_on_leaves_every_older_checkpoint(library: Path, tmp_path: Path) -> None:
+    found = under_faults(library, f"all_calls(Path({str(tmp_path)!r}), errno.ENOSPC, True)")
+    assert len(found) > 20
+    assert found == sorted(found)  # first nothing, then a checkpoint whose commit was not finished, then everything
+    assert [5, False] in found
+    assert [10, False] in found
+
+
+def test_a_file_system_that_fails_for_a_moment_at_any_call_costs_a_pause(library: Path, tmp_path: Path) -> None:
+    found = under_faults(library, f"all_calls(Path({str(tmp_path)!r}), errno.EIO, False)")
+    assert len(found) > 30
+    assert found == [[10, True]] * len(found)
+
+
+def test_reading_waits_out_what_passes(library: Path, tmp_path: Path) -> None:
+    assert under_faults(library, f"all_reads(Path({str(tmp_path)!r}), errno.ESTALE)") > 8

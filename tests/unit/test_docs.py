@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from launch.__main__ import build_parser
 from pipeline.export import write_model
 from pipeline.models import build_network
-from pipeline.recipe import Model, Recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_sections import Model
 from pipeline.sparsity import effective_state
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ from pipeline.data.order import whole_image_crops
 from pipeline.evaluate.pgd import Attack, Verdicts, evaluate, summarise
 from pipeline.group import Group
 from pipeline.keys import sample_keys
-from pipeline.recipe import Evaluation, ThreatModel
+from pipeline.recipe_sections import Evaluation, ThreatModel
 
 SIDE, IMAGES, CHUNK, WORLD = 28, 300, 64, 3
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def test_verdicts_do_not_depend_on_who_judges_which_chunk(network: nn.Module, lo
         group = InThreads(number, WORLD, CPU, meeting, values)
         ids = np.arange(IMAGES)
         own = copy.deepcopy(network)
-        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, lambda *done: dealt[number].append(done))
+        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, lambda *done: bool(dealt[number].append(done)))
 
     with ThreadPoolExecutor(WORLD) as pool:
         found = list(pool.map(rank, range(WORLD), timeout=DEADLINE_S))

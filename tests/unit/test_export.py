@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from pipeline import export
 from pipeline.models import Network, build_network
-from pipeline.recipe import Model
+from pipeline.recipe_sections import Model
 from pipeline.sparsity import attach_scores, effective_state, layer_counts
 
 RESNET = Model(arch="resnet18", num_classes=7, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -70,7 +70,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "fsync_file", full)
+    monkeypatch.setattr(export, "settle_file", full)
     with pytest.raises(OSError, match="No space left"):
         export.write_model(path, {name: tensor + 1 for name, tensor in state.items()}, SMALL, {})
     assert path.read_bytes() == before

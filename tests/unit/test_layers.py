@@ -14,14 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = """
-recipe_fields recipe recipe_file progress schedules keys files phases
-models.small_cnn models.network models masks sparsity attacks
+recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys files phases committed stopping
+disk models.small_cnn models.network models masks sparsity attacks
 objectives.outcome objectives.adversarial objectives.trades objectives
 data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
-data.prefetch data.loader
+data.prefetch data.loader data.verified_copy data.staging
 tracking export checkpoint lease evaluate evaluate.statistics
 group evaluate.pgd engine batch_statistics
-loop job evaluation stage
+loop job health evaluation stage
 results figures report
 worker driver
 """
@@ -30,12 +30,12 @@ ORDER = tuple(LAYERS.split())
 WITHOUT_TORCH = LAYERS.strip().splitlines()[0].split()
 
 DOORS = {
-    "ray": {"pipeline.worker", "pipeline.driver"},
+    "ray": {"pipeline.worker", "pipeline.driver", "launch.cluster"},
     "deepspeed": {"pipeline.engine"},
     "ffcv": {"pipeline.data.loader", "pipeline.data.write_worker"},
     "wandb": {"pipeline.tracking"},
     "matplotlib": {"pipeline.figures"},
-    "submitit": set(),
+    "submitit": {"launch.slurm", "launch.allocation"},
 }
 """vendor -> the modules that import it"""
 

@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from pipeline.models import build_network
 from pipeline.models.small_cnn import GRID, grid_average, small_cnn
-from pipeline.recipe import Model
+from pipeline.recipe_sections import Model
 
 SMALL = Model(arch="small_cnn", num_classes=10)
 

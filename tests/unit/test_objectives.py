@@ -17,8 +17,8 @@ from pipeline.attacks import LinfBall
 from pipeline.models import Network, build_network
 from pipeline.objectives import Objective, Outcome, build_objective
 from pipeline.objectives.trades import kl_divergence as kl_of_log_probabilities
-from pipeline.recipe import Model, ThreatModel
-from pipeline.recipe import Objective as ObjectiveRecipe
+from pipeline.recipe_sections import Model, ThreatModel
+from pipeline.recipe_sections import Objective as ObjectiveRecipe
 
 NAMES = ["clean", "pgd", "fgsm", "trades"]
 X, Y = torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(8)

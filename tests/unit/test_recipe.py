@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from launch.__main__ import main
 from pipeline.phases import stages_of
-from pipeline.recipe import Batch, Objective, RecipeError, parse_recipe
+from pipeline.recipe import RecipeError, parse_recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import apply_overrides, deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe_sections import Batch, Objective
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 DEMO = next(path for path in RECIPES if path.stem == "fashion_mnist")
@@ -243,8 +244,9 @@ def test_bad_files_are_named(tmp_path: Path, text: str, words: str) -> None:
 def test_the_hash_is_of_what_decides_the_result() -> None:
     recipe = load_recipe(DEMO)
     free = ["workers.count=1", "workers.threads=7", "checkpoint.every_steps=5", "tracking.wandb=disabled"]
+    free += ["engine.zero_stage=2", "slurm.nodes=1-4"]
     assert recipe_hash(load_recipe(DEMO, free)) == recipe_hash(recipe)
-    deciding = ["seed=5", "phases.prune.lr=0.123", "threat_model.eps=1/11", "engine.zero_stage=2", "select=last"]
+    deciding = ["seed=5", "phases.prune.lr=0.123", "threat_model.eps=1/11", "engine.precision=bf16", "select=last"]
     hashes = {recipe_hash(load_recipe(DEMO, [override])) for override in deciding[:-1]}
     assert len(hashes | {recipe_hash(recipe)}) == len(deciding)
     assert recipe_hash(load_recipe(DEMO, deciding[-1:])) == recipe_hash(recipe)  # the default, written out

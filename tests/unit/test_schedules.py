@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.recipe import Phase
+from pipeline.recipe_sections import Phase
 from pipeline.schedules import lr_at
 
 

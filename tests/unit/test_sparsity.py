@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pipeline import sparsity
 from pipeline.masks import kept_count, topk_mask
 from pipeline.models import Network, build_network
-from pipeline.recipe import Model
+from pipeline.recipe_sections import Model
 
 TENTH = Decimal("0.1")
 

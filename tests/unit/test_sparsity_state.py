@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from pipeline import sparsity
 from pipeline.models import Network, build_network
-from pipeline.recipe import Model
+from pipeline.recipe_sections import Model
 
 TENTH = Decimal("0.1")
 

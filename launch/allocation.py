@@ -1,0 +1,290 @@
+"""What runs on every node of a SLURM job, one task each: the first node leads, the others follow.
+
+The leader starts a Ray head and the driver; the others join. Each task only watches processes: whatever ends too early
+(driver, head, a node's raylet) ends this generation of the cluster on all nodes, and the next one goes on from the
+newest checkpoint. The time limit and preemption are submitit's to announce (SIGUSR2): the leader has the workers write
+a checkpoint, and the job queues again. A task that itself is killed, or a node that is lost, is the batch script's and
+SLURM's to requeue. No torch and no Ray here: the heavy imports are the children's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.control import ALIVE_EVERY_S, Control, Starts
+from launch.guard import MARK, Guard, ignore_job_signals
+from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
+from pipeline.committed import progress_marks
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
+from pipeline.recipe_slurm import Slurm
+
+POLL_S = 0.5
+OVER, UNFORESEEN, STOPPED = 1, 70, 75
+"""The driver's exit codes: over for good, an error that another attempt may mend, stopped as asked."""
+LEAVE_S = 20.0
+"""How long the leader waits for the others when a start is over."""
+
+
+class JobFailed(RuntimeError):
+    """This start of the job is over. Whether SLURM queues it again is decided by whether `ended.json` is there."""
+
+
+@dataclass
+class Share:
+    """The submitted object: a job's part of a run. Plain values only, as submitit pickles it."""
+
+    run_folder: str
+    group: str
+    stages: list[str]
+    observer: str | None = None
+    _driver: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def __call__(self) -> None:
+        _Task(self).run()
+
+    def checkpoint(self) -> Any:
+        """submitit calls this in the leader's main thread when the job is about to be ended; then it queues again."""
+        import submitit
+
+        task = _Task(self)
+        task.stop_driver(self._driver)
+        return submitit.helpers.DelayedSubmission(Share(self.run_folder, self.group, self.stages, self.observer))
+
+
+@dataclass
+class Report:
+    """The last job of a run: its report, once the others have ended."""
+
+    run_folder: str
+    stages: list[str]
+
+    def __call__(self) -> None:
+        control = Control.of(Path(self.run_folder), *_start_of_job())
+        control.create()
+        code = subprocess.run([sys.executable, "-m", "launch", "report", self.run_folder]).returncode
+        control.end(code, "" if code == 0 else "the report could not be written; its reason is above")
+        if code:
+            raise JobFailed(f"report: exit code {code}")
+
+
+def _start_of_job() -> tuple[str, str]:
+    """(job id, how often SLURM has queued it again)."""
+    return os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
+class _Task:
+    """One node's part, from the start of its task to the end."""
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.run_folder = Path(share.run_folder)
+        self.node = int(os.environ["SLURM_PROCID"])
+        self.nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+        self.job, self.restart = _start_of_job()
+        self.control = Control.of(self.run_folder, self.job, self.restart)
+        self.recipe: Recipe = load_recipe(self.run_folder / "recipe.yaml")
+        assert self.recipe.slurm is not None
+        self.slurm: Slurm = self.recipe.slurm
+        self.host = os.environ.get("SLURMD_NODENAME", f"node {self.node}")
+        self._parent = os.getppid()
+        self._beat_at = float("-inf")
+
+    def say(self, text: str) -> None:
+        print(f"[{self.host}] {text}", file=sys.stderr, flush=True)
+
+    def run(self) -> None:
+        self.control.create()  # each for itself: the first node may be the last to come
+        if self.node == 0:
+            self._lead()
+        else:
+            self._follow()
+
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    def _wait(self, condition: Callable[[], bool], deadline_s: float) -> bool:
+        """Poll until the condition holds; False when the deadline came first. Keeps the heartbeat going."""
+        end, pause = time.monotonic() + deadline_s, threading.Event()
+        while not condition():
+            if time.monotonic() - self._beat_at > ALIVE_EVERY_S:
+                self._beat_at = time.monotonic()
+                self.control.beat(self.node)
+            if time.monotonic() > end:
+                return False
+            if os.getppid() != self._parent:
+                # slurmstepd was killed, and with it what SLURM knows of this task: its guard ends the rest.
+                os.kill(os.getpid(), signal.SIGKILL)
+            pause.wait(POLL_S)
+        return True
+
+    def _start(self, guard: Guard, *command: str) -> subprocess.Popen[bytes]:
+        """A child that carries the guard's mark, and is deaf to what SLURM sends to the job."""
+        gpu = self.recipe.workers.device != "cpu"
+        environment = {**os.environ, **ray_environment(self.control.token, gpu), MARK: guard.mark}
+        return subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=ignore_job_signals)
+
+    def _start_ray(self, guard: Guard, *where: str) -> subprocess.Popen[bytes]:
+        workers = self.slurm.workers_of_a_node(self.recipe.workers.threads)
+        gpus = workers if self.slurm.gpus_per_node or self.slurm.gres else 0
+        return self._start(
+            guard,
+            *("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *where),
+            *("--temp-dir", str(guard.folder), "--object-store-memory", str(OBJECT_STORE_BYTES)),
+            *("--num-cpus", str(workers * self.recipe.workers.threads), "--num-gpus", str(gpus)),
+            *("--resources", f'{{"node_{self.node}": 1}}'),
+        )
+
+    # --- the first node -----------------------------------------------------------------------------------------------
+
+    def _lead(self) -> None:
+        signal.signal(signal.SIGTERM, self._terminated)
+        self._check_progress()
+        if not self.control.token.exists():
+            write_token(self.control.token)
+        generation, failures, marks = 0, 0, self._marks()
+        while True:
+            code, why = self._lead_generation(generation)
+            if code is not None:
+                break
+            now = self._marks()
+            failures = 0 if now != marks else failures + 1
+            marks = now
+            if failures > self.recipe.workers.restarts_without_progress:
+                code, why = 1, f"{why}, {failures} times in a row without a new checkpoint; see {self.run_folder}/logs/"
+                break
+            self.say(f"{why}; starting again from the newest checkpoint")
+            generation += 1
+        if code == STOPPED:
+            return  # the signal handler that asked for it queues the job again
+        self.control.end(code, why)
+        self._wait(lambda: len(list(self.control.folder.glob("left-*"))) >= self.nodes - 1, LEAVE_S)
+        if code:
+            raise JobFailed(why)
+
+    def _lead_generation(self, generation: int) -> tuple[int | None, str]:
+        """One Ray cluster from start to end. Returns (the driver's final exit code or None to go on, what happened)."""
+        guard = Guard(Path(tempfile.mkdtemp(prefix="hydra-")))
+        try:
+            head = self._start_ray(guard, "--head", "--port", "0", "--include-dashboard", "false")
+            address = guard.folder / "ray_current_cluster"
+            up = self._wait(lambda: address.exists() or head.poll() is not None, self.slurm.node_start_s)
+            if not up or head.poll() is not None:
+                return None, f"the Ray head on {self.host} did not start within {self.slurm.node_start_s} s"
+            self.control.publish(generation, address.read_text().strip())
+            driver = self._start(
+                guard,
+                *("-m", "launch.drive", self.share.run_folder, ",".join(self.share.stages)),
+                *(str(self.control.folder), str(generation), str(self.nodes), self.share.observer or "-"),
+            )
+            self.share._driver = driver
+            while True:
+                self._wait(
+                    lambda: any(
+                        (
+                            driver.poll() is not None,
+                            head.poll() is not None,
+                            self.control.lost(generation),
+                            self._silent(),
+                        )
+                    ),
+                    float("inf"),
+                )
+                if (code := driver.poll()) in (0, STOPPED):
+                    return code, ""
+                if (ended := self.control.ended()) is not None:
+                    return OVER, ended["message"]
+                if code is not None:
+                    return None, f"the driver ended with {code}"
+                if head.poll() is not None:
+                    return None, f"the Ray head on {self.host} ended"
+                if lost := self.control.lost(generation):
+                    return None, f"Ray ended on node {', '.join(map(str, lost))}"
+                raise JobFailed(f"nothing was heard of node {', '.join(map(str, self._silent()))}")
+        finally:
+            guard.close()
+            shutil.rmtree(guard.folder, ignore_errors=True)
+
+    def _silent(self) -> list[int]:
+        return [node for node in range(1, self.nodes) if self.control.silent(node)]
+
+    def _marks(self) -> list[int]:
+        return progress_marks(self.run_folder, self.share.stages)
+
+    def _check_progress(self) -> None:
+        """Errors: JobFailed if the last starts of this job led nowhere."""
+        starts, marks = Starts.of(self.run_folder), self._marks()
+        count, limit = starts.without_progress(self.share.group, marks), self.recipe.workers.restarts_without_progress
+        starts.add(self.share.group, self.job, self.restart, self.nodes, marks)
+        if count > 2 * limit + 1:
+            why = (
+                f"{self.run_folder}: {self.share.group} was started {count} times without a new checkpoint; "
+                f"mend the cause (see logs/), then: python -m launch resume {self.run_folder}"
+            )
+            self.control.end(1, why)
+            raise JobFailed(why)
+
+    def stop_driver(self, driver: subprocess.Popen[bytes] | None) -> None:
+        """Have the workers write a checkpoint, and wait for it, but not beyond the time that SLURM gives."""
+        self.control.stop.touch()
+        if driver is None:
+            return
+        self.say("asked to stop: the workers write a checkpoint at the next step")
+        try:
+            driver.wait(self.slurm.signal_s * 0.8)
+            self.say("stopped with a checkpoint")
+        except subprocess.TimeoutExpired:
+            self.say("no checkpoint in time: the job will go on from the one before")
+
+    def _terminated(self, number: int, frame: object) -> None:
+        """Preemption without a warning, or scancel: use what time there is."""
+        self.control.stop.touch()
+
+    # --- the others ---------------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        generation = 0
+        while True:
+
+            def known(current: int = generation) -> bool:
+                return self.control.address(current) is not None or self.control.ended() is not None
+
+            if not self._wait(known, self.slurm.node_start_s + LEAVE_S):
+                raise JobFailed(f"{self.host}: the first node did not start Ray within {self.slurm.node_start_s} s")
+            if self.control.ended() is not None:
+                break
+            self._follow_generation(generation)
+            generation += 1
+        (self.control.folder / f"left-{self.node}").touch()
+
+    def _follow_generation(self, generation: int) -> None:
+        """Join one Ray cluster, until the next one is there or all is over."""
+        guard = Guard(Path(tempfile.mkdtemp(prefix="hydra-")))
+        try:
+            address = self.control.address(generation)
+            assert address is not None
+            ray = self._start_ray(guard, "--address", address)
+
+            def over() -> bool:
+                if self.control.silent(0):
+                    raise JobFailed(f"{self.host}: nothing was heard of the first node")
+                return self.control.address(generation + 1) is not None or self.control.ended() is not None
+
+            self._wait(lambda: over() or ray.poll() is not None, float("inf"))
+            if not over():
+                self.say("Ray ended on this node")
+                self.control.lose(generation, self.node)
+        finally:
+            guard.close()
+            shutil.rmtree(guard.folder, ignore_errors=True)

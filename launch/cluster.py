@@ -1,0 +1,124 @@
+"""Ray clusters for one run: started on this machine, or joined inside a SLURM allocation. Nothing of them stays."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+
+from launch.control import Control
+from launch.guard import MARK, Guard
+from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
+from pipeline.driver import Cluster, RunFailed, uses_gpu
+from pipeline.recipe import Recipe
+from pipeline.recipe_sections import divisors
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set in this process, known to Ray, and put back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    # Ray reads authentication mode and token when it is imported; they are known only now.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _connect(**arguments: Any) -> None:
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    except Exception as error:  # Ray gives its daemons 30 s, and says in many ways that they were not enough
+        reason = " ".join(str(error).split())[:300]
+        raise RunFailed(
+            f"Ray did not start ({reason}); is the machine overloaded or out of memory? Nothing was lost: give the "
+            "command again"
+        ) from error
+    # The one that Ray's core puts in front aborts the process 3 s later, whether it has cleaned up by then or not.
+    signal.signal(signal.SIGTERM, terminate)
+
+
+@contextmanager
+def joined_cluster(recipe: Recipe, control: Control, generation: int, nodes: int) -> Iterator[Cluster]:
+    """The cluster that a job's nodes have started, once all of them are there.
+
+    It is for as many workers as the nodes carry and the recipe's micro-batches can be dealt to. Errors: NodesMissing
+    naming the nodes that did not come.
+    """
+    assert recipe.slurm is not None
+    workers = workers_for(recipe, nodes)
+    address = control.address(generation)
+    with (
+        _environment(ray_environment(control.token, uses_gpu(recipe))),
+        tempfile.TemporaryDirectory(prefix="hydra-") as scratch,
+    ):
+        _connect(address=address)
+        try:
+            _wait_for_nodes(nodes, recipe.slurm.node_start_s)
+            yield Cluster(workers, Path(scratch))
+        finally:
+            ray.shutdown()
+
+
+class NodesMissing(RuntimeError):
+    """Not all nodes of the job have joined Ray in time; another attempt may find them."""
+
+
+def workers_for(recipe: Recipe, nodes: int) -> int:
+    """The largest legal number of workers on so many nodes. Errors: ValueError if the nodes carry none."""
+    assert recipe.slurm is not None
+    carried = nodes * recipe.slurm.workers_of_a_node(recipe.workers.threads)
+    return max(count for count in divisors(recipe.batch.micro_batches_per_step) if count <= carried)
+
+
+def _wait_for_nodes(nodes: int, deadline_s: float) -> None:
+    """Return when the Ray processes of all nodes have joined: each brings a resource with its number."""
+    end, pause = time.monotonic() + deadline_s, threading.Event()
+    while missing := [n for n in range(nodes) if f"node_{n}" not in ray.cluster_resources()]:
+        if time.monotonic() > end:
+            raise NodesMissing(
+                f"of {nodes} nodes, number {', '.join(map(str, missing))} did not join Ray in {deadline_s} s"
+            )
+        pause.wait(0.5)
+
+
+@contextmanager
+def local_cluster(recipe: Recipe) -> Iterator[Cluster]:
+    """A Ray cluster of this process alone, behind a random token."""
+    folder = Path(tempfile.mkdtemp(prefix="hydra-"))  # short and private: Ray's sockets lie in it
+    guard = Guard(folder)
+    try:
+        write_token(folder / "token")
+        environment = ray_environment(folder / "token", uses_gpu(recipe)) | {MARK: guard.mark}
+        with _environment(environment):
+            _connect(
+                address="local",
+                num_cpus=recipe.workers.count * recipe.workers.threads,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+            )
+            try:
+                yield Cluster(recipe.workers.count, folder)
+            finally:
+                ray.shutdown()
+    finally:
+        guard.close()

@@ -1,0 +1,114 @@
+"""What the nodes of one job tell each other: small files in the run directory, the only thing they all see.
+
+    control/starts.jsonl                      one line per start of a job, for counting those without progress
+    control/<job>-<restart>/                  one start of one job (SLURM counts its restarts)
+        token                                 the Ray cluster's, 0600
+        cluster-<generation>.json             the head is up: where
+        lost-<generation>-<node>              a node's Ray processes ended
+        alive-<node>                          heartbeat of a node's task
+        stop                                  workers stop with a checkpoint at the next step
+        ended.json                            the start is over for good: {"code", "message"}
+
+A generation is one Ray cluster. Whatever happens to one, all nodes end theirs and join the next.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import atomic_write_json, atomic_write_text, read_json
+
+ALIVE_EVERY_S = 2.0
+SILENT_AFTER_S = 60.0
+"""A task whose heartbeat is older is taken for lost with its node."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """The folder of one start of one job."""
+
+    folder: Path
+
+    @staticmethod
+    def of(run_folder: Path, job: str, restart: str) -> Control:
+        return Control(run_folder / "control" / f"{job}-{restart}")
+
+    @property
+    def token(self) -> Path:
+        return self.folder / "token"
+
+    @property
+    def stop(self) -> Path:
+        return self.folder / "stop"
+
+    def create(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def publish(self, generation: int, address: str) -> None:
+        atomic_write_json(self.folder / f"cluster-{generation}.json", {"address": address})
+
+    def address(self, generation: int) -> str | None:
+        """Where the generation's head listens; None while it is not up."""
+        path = self.folder / f"cluster-{generation}.json"
+        return read_json(path)["address"] if path.exists() else None
+
+    def lose(self, generation: int, node: int) -> None:
+        (self.folder / f"lost-{generation}-{node}").touch()
+
+    def lost(self, generation: int) -> list[int]:
+        """Nodes whose Ray processes ended in this generation."""
+        return sorted(int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"lost-{generation}-*"))
+
+    def beat(self, node: int) -> None:
+        atomic_write_text(self.folder / f"alive-{node}", f"{time.time()}\n")
+
+    def silent(self, node: int) -> bool:
+        """Whether a node that was heard of has not been for too long, by the clock of its own writes."""
+        path = self.folder / f"alive-{node}"
+        try:
+            return time.time() - float(path.read_text()) > SILENT_AFTER_S
+        except (OSError, ValueError):
+            return False
+
+    def end(self, code: int, message: str) -> None:
+        atomic_write_json(self.folder / "ended.json", {"code": code, "message": message})
+
+    def ended(self) -> dict[str, Any] | None:
+        path = self.folder / "ended.json"
+        return read_json(path) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The starts of a run's jobs, kept to tell those that lead nowhere."""
+
+    path: Path
+
+    @staticmethod
+    def of(run_folder: Path) -> Starts:
+        return Starts(run_folder / "control" / "starts.jsonl")
+
+    def read(self) -> list[dict[str, Any]]:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def without_progress(self, group: str, marks: list[int]) -> int:
+        """How many starts in a row, the newest first, found exactly what is there now."""
+        count = 0
+        for start in reversed([s for s in self.read() if s["group"] == group]):
+            if start["marks"] != marks:
+                break
+            count += 1
+        return count
+
+    def add(self, group: str, job: str, restart: str, nodes: int, marks: list[int]) -> None:
+        line = {"time": time.time(), "group": group, "job": job, "restart": restart, "nodes": nodes, "marks": marks}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")

@@ -1,0 +1,62 @@
+"""The driver inside a SLURM job: joins the Ray cluster that the job's nodes have started, and does the job's stages.
+
+    python -m launch.drive RUN_FOLDER STAGE[,STAGE] CONTROL_FOLDER GENERATION NODES OBSERVER|-
+
+Started by `launch.allocation`, which acts on the exit code: 0 done, 1 over for good (ended.json says why), 75 stopped.
+Any other end, an exception that nobody foresaw included, leads to another attempt.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from launch.allocation import OVER, STOPPED, UNFORESEEN
+from launch.cluster import NodesMissing, joined_cluster
+from launch.control import Control
+from launch.local import run_and_show
+from pipeline.driver import Cluster, Order, RunFailed
+from pipeline.lease import STALE_AFTER_S
+from pipeline.recipe import Recipe
+from pipeline.stopping import StopRequested
+
+LEASE_PATIENCE_S = STALE_AFTER_S + 30
+"""A job that is queued again may begin on another node before its last start's lease there has run out."""
+
+
+def main(run_folder: str, stages: str, control_folder: str, generation: str, nodes: str, observer: str) -> int:
+    """Do the stages; the exit code says what to do next."""
+    control = Control(Path(control_folder))
+    order = Order(
+        Path(run_folder),
+        tuple(stages.split(",")),
+        control.stop,
+        observer=None if observer == "-" else observer,
+        lease_patience_s=LEASE_PATIENCE_S,
+    )
+
+    def connect(recipe: Recipe) -> AbstractContextManager[Cluster]:
+        return joined_cluster(recipe, control, int(generation), int(nodes))
+
+    try:
+        run_and_show(order, connect)
+    except StopRequested as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
+    except NodesMissing as error:
+        print(error, file=sys.stderr)
+        return UNFORESEEN
+    except (ValueError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        control.end(1, str(error))
+        return OVER
+    except Exception:
+        traceback.print_exc()
+        return UNFORESEEN
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""How every process of a cluster is set up: environment, token, memory. Ray itself is not imported here."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+OBJECT_STORE_BYTES = 128 * 1024 * 1024
+"""Nothing large goes through Ray: images come from FFCV, weights through the run directory."""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def ray_environment(token: Path, gpu: bool) -> dict[str, str]:
+    """What every process of a cluster needs: head, nodes, driver, and through them the workers."""
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    if not gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def write_token(path: Path) -> None:
+    """A random token that only this user can read. Errors: FileExistsError."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(secrets.token_hex(32))

@@ -1,0 +1,73 @@
+"""What every worker checks before its first step: its device, its data files, and that its peers are its likes.
+
+A node with a broken GPU, another version of the code or another copy of the data is named, instead of spoiling a run.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from pipeline.data.manifest import open_checked
+from pipeline.job import Job
+from pipeline.recipe_file import recipe_hash
+
+SIDE = 256
+VERSIONS = ("torch", "deepspeed", "ffcv", "numpy")
+
+
+class Unhealthy(RuntimeError):
+    """A worker that must not train; the message names its host and what is wrong."""
+
+
+def check_device(device: torch.device) -> None:
+    """A product of integers, exact in fp32 in every order of summation. Errors: Unhealthy."""
+    host = platform.node()
+    values = torch.arange(SIDE * SIDE, dtype=torch.float32).reshape(SIDE, SIDE) % 7
+    try:
+        found = (values.to(device) @ values.T.to(device)).cpu()
+    except RuntimeError as error:
+        raise Unhealthy(f"{host}: {device} does not compute ({error}); exclude this node (slurm.exclude)") from error
+    expected = (values.long() @ values.T.long()).float()
+    if not torch.equal(found, expected):
+        wrong = int((found != expected).sum())
+        raise Unhealthy(
+            f"{host}: {device} computes wrongly ({wrong} of {SIDE * SIDE} sums); exclude this node (slurm.exclude)"
+        )
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What must be equal on all workers."""
+    data = job.recipe.data
+    return {
+        "recipe": recipe_hash(job.recipe),
+        "data.train_file": open_checked(data.train_file).sha256,
+        "data.test_file": open_checked(data.test_file).sha256,
+        **{name: metadata.version(name) for name in VERSIONS},
+        "python": platform.python_version(),
+        "device": job.group.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def check_worker(job: Job) -> None:
+    """Raise Unhealthy on every rank if any worker's device fails or differs from the others. Collective."""
+    problem = None
+    try:
+        check_device(job.group.device)
+    except Unhealthy as error:
+        problem = str(error)
+    answers = job.group.gather((platform.node(), problem, _identity(job)))
+    problems = [said for _, said, _ in answers if said]
+    if problems:
+        raise Unhealthy("; ".join(sorted(set(problems))))
+    for key in answers[0][2]:
+        values = [identity[key] for _, _, identity in answers]
+        usual, count = Counter(values).most_common(1)[0]
+        if count < len(values):
+            odd = sorted({f"{host} has {identity[key]}" for host, _, identity in answers if identity[key] != usual})
+            raise Unhealthy(f"the workers differ in {key}: most have {usual}, {'; '.join(odd)}")

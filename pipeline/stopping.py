@@ -1,0 +1,132 @@
+"""How a run is asked to stop, how it is noticed that a worker hangs, and what is written down of a failure.
+
+The train function runs outside the main thread, where no signal arrives: whoever wants the run to stop makes a file,
+and the workers agree at the next step. Wall-clock time is used here only to notice silence; it decides nothing else.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+"""How often a worker looks whether the stop file is there; a look costs a call to a shared file system."""
+EXIT_HUNG = 70
+"""Exit code of a worker that ended itself because it hung (EX_SOFTWARE)."""
+
+
+class StopRequested(RuntimeError):
+    """The run was asked to stop; everything up to here is in a checkpoint."""
+
+
+class StopFile:
+    """`requested()` is true once the file is there; without a file, never."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._looked_at = float("-inf")
+        self._found = False
+
+    def requested(self) -> bool:
+        now = time.monotonic()
+        if self._path is not None and not self._found and now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self._found = self._path.exists()
+        return self._found
+
+
+class Watchdog:
+    """Ends this process, stacks in its log, when `beat` has not been called for `deadline_s`: Ray then replaces it.
+
+    A process that is frozen as a whole cannot do this; it is noticed by Ray, whose questions it leaves unanswered.
+    """
+
+    def __init__(self, deadline_s: float, stacks: Path) -> None:
+        self._deadline_s = deadline_s
+        self._stacks = stacks
+        self._beat_at = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        self._beat_at = time.monotonic()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(5.0, self._deadline_s / 4)):
+            silent_s = time.monotonic() - self._beat_at
+            if silent_s > self._deadline_s:
+                with self._stacks.open("a") as stream:
+                    print(f"no step for {silent_s:.0f} s (workers.hang_timeout_s); where every thread is:", file=stream)
+                    faulthandler.dump_traceback(stream, all_threads=True)
+                os._exit(EXIT_HUNG)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What one worker's exception was, and where."""
+
+    attempt: str
+    rank: int
+    stage: str | None
+    step: int | None
+    error: str
+
+    def happened_like(self, other: Failure) -> bool:
+        return (self.stage, self.step, self.error) == (other.stage, other.step, other.error)
+
+
+def _failures_of(run_folder: Path) -> Path:
+    return run_folder / "logs" / "failures.jsonl"
+
+
+def record_failure(run_folder: Path, failure: Failure) -> None:
+    """Append one line; concurrent ranks do not mix, as it is one write."""
+    with _failures_of(run_folder).open("a") as stream:
+        stream.write(json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
+
+
+def read_failures(run_folder: Path) -> list[Failure]:
+    """All recorded failures of a run, oldest first; damaged lines are left out."""
+    try:
+        lines = _failures_of(run_folder).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    failures = []
+    for line in lines:
+        values = _parse(line)
+        if values is not None:
+            values.pop("time", None)
+            failures.append(Failure(**values))
+    return failures
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def repeated_failure(run_folder: Path) -> Failure | None:
+    """The failure of the newest attempt that the one before it ended with as well, at the same step; None if none."""
+    failures = read_failures(run_folder)
+    attempts = list(dict.fromkeys(failure.attempt for failure in failures))
+    if len(attempts) < 2:
+        return None
+    newest, before = ([f for f in failures if f.attempt == attempt] for attempt in (attempts[-1], attempts[-2]))
+    return next((one for one in newest for other in before if one.happened_like(other)), None)

@@ -1,0 +1,47 @@
+"""What a finished run left, for comparing two runs bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline import checkpoint
+from pipeline.files import read_json
+
+
+def _rows(stage: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in rows]
+
+
+def final_state(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """Everything of a run that must repeat: weights, scores, momenta, metrics, verdicts."""
+    state: dict[str, Any] = {}
+    for name in stages:
+        stage = folder / name
+        snapshot = checkpoint.read_newest(stage)
+        assert snapshot is not None
+        assert snapshot.progress.finished
+        for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.optimizer):
+            state |= {f"{name}: {key}": tensor for key, tensor in part.items()}
+        state[f"{name}: metrics"] = _rows(stage)
+        state[f"{name}: result"] = read_json(stage / "result.json")
+        if (stage / "evaluate").exists():
+            state[f"{name}: verdicts"] = read_json(stage / "evaluate" / "pgd.json")
+    assert any("score/" in key for key in state)
+    return state
+
+
+def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    """What two runs do not have in common, bit for bit."""
+
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    everything = one.keys() | two.keys()
+    return sorted(key for key in everything if key not in one or key not in two or not same(one[key], two[key]))

@@ -1,0 +1,192 @@
+"""Faults that a cluster inflicts on a running job, and what became of the job after each.
+
+Every fault is real: SLURM's own commands, or a signal to the process itself. Each is inflicted while the job is seen to
+be training (the newest row of metrics.jsonl moves), and is survived when a step beyond it has been logged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.committed import progress_marks
+from tests.commands import wait_until
+from tests.slurm_cluster import SlurmCluster
+
+RECOVERY_S = 240
+"""How long a job may take to train again."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one fault did."""
+
+    kind: str
+    at_step: int
+    """The newest step that was logged when it struck."""
+    resumed_from: int
+    """The checkpoint that the job went on from."""
+    recovered_s: float
+    """Until the next step was logged."""
+
+    @property
+    def lost_steps(self) -> int:
+        return self.at_step - self.resumed_from
+
+
+class Victim:
+    """One running job of a run on the cluster, and the stage that it trains."""
+
+    def __init__(self, cluster: SlurmCluster, run_folder: Path, job: str, stage: str) -> None:
+        self.cluster, self.run_folder, self.job, self.stage = cluster, run_folder, job, stage
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.run_folder / self.stage / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def step(self) -> int:
+        """The newest step logged."""
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def checkpoint(self) -> int:
+        return progress_marks(self.run_folder, [self.stage])[0]
+
+    def finished(self) -> bool:
+        return (self.run_folder / self.stage / "result.json").exists()
+
+    def wait_for_step(self, step: int, deadline_s: float = RECOVERY_S) -> None:
+        wait_until(lambda: self.step() >= step or self.finished(), deadline_s, f"step {step} of {self.stage}")
+        assert not self.finished(), f"{self.stage} finished before step {step} could be disturbed"
+
+    def processes(self, what: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+        found = []
+        for process in self.cluster.processes():
+            try:
+                if what(process):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return sorted(found, key=lambda process: process.pid)
+
+    def one(self, what: Callable[[psutil.Process], bool], name: str, index: int = 0) -> psutil.Process:
+        found = self.processes(what)
+        assert found, f"there is no {name} to strike"
+        return found[index % len(found)]
+
+    # --- striking -----------------------------------------------------------------------------------------------------
+
+    def strike(self, kind: str, index: int) -> Outcome:
+        """Inflict one fault now, and return when the job trains again. `index` chooses among several victims."""
+        starts = self._starts()
+        before, began = self.step(), time.monotonic()
+        heal = getattr(self, f"_{kind}")(index)
+        # Rows are cut to the checkpoint that is gone on from, and then grow: the first log line after tells it.
+        wait_until(lambda: len(self._starts()) > len(starts), RECOVERY_S, f"another start after {kind}")
+        resumed = self._starts()[len(starts)]
+        wait_until(lambda: self.step() > resumed, RECOVERY_S, f"a step after {kind}")
+        recovered = time.monotonic() - began
+        if heal is not None:
+            heal()
+        return Outcome(kind, before, resumed, recovered)
+
+    def _starts(self) -> list[int]:
+        """The steps that the stage was started at, by rank 0's log."""
+        path = self.run_folder / "logs" / "worker-0.log"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        mark = f"{self.stage}: starting at step "
+        return [int(line.split(mark)[1].split()[0]) for line in text.splitlines() if mark in line]
+
+    def _warning(self, index: int) -> None:
+        self.cluster.client("scancel", "--signal=USR2", self.job)
+
+    def _requeue(self, index: int) -> None:
+        self.cluster.client("scontrol", "requeue", self.job)
+
+    def _preemption(self, index: int) -> Callable[[], None]:
+        nodes = len(self.cluster.nodes)
+        rival = self.cluster.submit("--partition=high", f"--nodes={nodes}", "--exclusive", "--wrap=srun sleep 5")
+
+        def ended() -> None:
+            self.cluster.wait_for_state(rival, "COMPLETED", 60)
+
+        return ended
+
+    def _time_limit(self, index: int) -> Callable[[], None]:
+        def limit(minutes: int) -> None:
+            self.cluster.client("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
+
+        elapsed = self.cluster.client("squeue", "-h", "-j", self.job, "-o", "%M").strip()
+        minutes = sum(
+            int(part) * unit for part, unit in zip(reversed(elapsed.split(":")), (1 / 60, 1, 60), strict=False)
+        )
+        limit(int(minutes) + 2)
+        return lambda: limit(60)
+
+    def _node_down(self, index: int) -> Callable[[], None]:
+        nodes = self.cluster.job_nodes(self.job)
+        node = nodes[index % len(nodes)]
+        self.cluster.client("scontrol", "update", f"NodeName={node}", "State=down", "Reason=fault")
+
+        def back() -> None:
+            if self.cluster.node_state(node) == "down":  # else its daemon has already reported back
+                self.cluster.client("scontrol", "update", f"NodeName={node}", "State=resume")
+
+        return back
+
+    def _kill_step(self, index: int) -> None:
+        """SIGKILL of the slurmstepd of the job's step on one node."""
+        self.one(
+            lambda p: p.name() == "slurmstepd" and f"[{self.job}.0]" in " ".join(p.cmdline()), "slurmstepd", index
+        ).kill()
+
+    def _kill_raylet(self, index: int) -> None:
+        self.one(lambda p: p.name() == "raylet", "raylet", index).kill()
+
+    def _kill_head(self, index: int) -> None:
+        self.one(lambda p: p.name().startswith("gcs_server"), "GCS").kill()
+
+    def _kill_worker(self, index: int) -> None:
+        self.one(_is_worker, "worker", index).kill()
+
+    def _stop_worker(self, index: int) -> None:
+        os.kill(self.one(_is_worker, "worker", index).pid, signal.SIGSTOP)
+
+    def _kill_driver(self, index: int) -> None:
+        self.one(lambda p: "launch.drive" in p.cmdline(), "driver").kill()
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return "RayTrainWorker" in " ".join(process.cmdline())
+
+
+KINDS = (
+    "warning",
+    "requeue",
+    "preemption",
+    "time_limit",
+    "node_down",
+    "kill_step",
+    "kill_raylet",
+    "kill_head",
+    "kill_worker",
+    "stop_worker",
+    "kill_driver",
+)
+"""What `Victim.strike` can inflict."""
+
+
+def as_row(outcome: Outcome) -> dict[str, Any]:
+    return {**asdict(outcome), "lost_steps": outcome.lost_steps}

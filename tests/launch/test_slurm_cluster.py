@@ -1,0 +1,168 @@
+"""That the tests' SLURM does what the tests of launching rely on. No code of the pipeline runs here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import submitit
+
+from tests.commands import wait_until
+from tests.slurm_cluster import CPUS, FEATURE, GPUS, SlurmCluster
+
+STEP = """#!/bin/bash
+# Writes down how it starts and which signals it gets. When it is warned, its first task has the job requeued.
+# It ends when it is told to, unless it is stubborn.
+note() { echo "$1 $SLURM_PROCID ${SLURM_RESTART_COUNT:-0} $SLURMD_NODENAME $$" >>"$EVENTS"; }
+trap 'note USR2; [[ $SLURM_PROCID != 0 ]] || scontrol requeue "$SLURM_JOB_ID"' USR2
+trap 'note TERM; [[ ${STUBBORN:-} ]] || exit' TERM
+note START
+while :; do sleep 0.1; done
+"""
+
+
+class Noted:
+    """A job of one step whose tasks write down what happens to them: kind, task, restart, node, process."""
+
+    def __init__(self, slurm: SlurmCluster, place: Path, *arguments: str) -> None:
+        self._file = place / "events"
+        self._file.touch()
+        step, job = place / "step.sh", place / "job.sh"
+        step.write_text(STEP)
+        step.chmod(0o755)
+        job.write_text(f"#!/bin/bash\nexport EVENTS={self._file}\nsrun {step}\n")
+        self.id = slurm.submit(f"--output={place}/output", "--time=30", *arguments, str(job))
+
+    def all(self, kind: str | None = None, restart: int | None = None) -> list[list[str]]:
+        """Its events so far, of one kind, of one start."""
+        events = [line.split() for line in self._file.read_text().splitlines()]
+        return [event for event in events if kind in (None, event[0]) and (restart is None or int(event[2]) == restart)]
+
+    def wait_started(self, tasks: int, restart: int = 0, deadline_s: float = 60) -> None:
+        wait_until(lambda: len(self.all("START", restart)) == tasks, deadline_s, f"start {restart} of {tasks} tasks")
+
+
+def accounted(slurm: SlurmCluster, job: str, field: str) -> list[str]:
+    """One field of the job in sacct, for each of its starts."""
+    return slurm.client(
+        "sacct", "-X", "--duplicates", "--noheader", "--parsable2", f"--jobs={job}", f"--format={field}"
+    ).split("\n")[:-1]
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_srun_runs_on_two_nodes(slurm: SlurmCluster) -> None:
+    said = slurm.client("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME")
+    assert len(set(said.split()) & set(slurm.nodes)) == 2
+
+
+@pytest.mark.parametrize(("command", "state", "code"), [("true", "COMPLETED", "0:0"), ("exit 3", "FAILED", "3:0")])
+def test_a_job_is_accounted_for(slurm: SlurmCluster, command: str, state: str, code: str) -> None:
+    job = slurm.submit("--output=/dev/null", f"--wrap={command}")
+    assert slurm.wait_for_state(job, {"COMPLETED", "FAILED"}) == state
+    wait_until(lambda: accounted(slurm, job, "State") == [state], 20, "accounting has heard of the job's end")
+    assert accounted(slurm, job, "ExitCode") == [code]
+
+
+def test_a_requeued_job_starts_again_within_seconds(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job = Noted(slurm, tmp_path)
+    job.wait_started(tasks=1)
+    slurm.client("scontrol", "requeue", job.id)
+    job.wait_started(tasks=1, restart=1, deadline_s=30)
+
+
+def test_a_warned_job_is_requeued_before_its_end(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job = Noted(slurm, tmp_path, "--nodes=4", f"--cpus-per-task={CPUS}", "--signal=USR2@60")
+    job.wait_started(tasks=4)
+    urgent = slurm.submit("--output=/dev/null", "--partition=high", "--wrap=true")
+    slurm.wait_for_state(urgent, "COMPLETED")
+    job.wait_started(tasks=4, restart=1)
+    first = {event[1]: event[0] for event in reversed(job.all(restart=0)) if event[0] != "START"}
+    assert first == dict.fromkeys("0123", "USR2")
+    assert accounted(slurm, job.id, "State")[0] == "REQUEUED"
+
+
+def test_an_unwarned_job_gets_a_term_and_is_requeued_after_its_end(slurm: SlurmCluster, tmp_path: Path) -> None:
+    slurm.set_warning(False)
+    wishes = ["--nodes=4", f"--cpus-per-task={CPUS}", "--signal=USR2@60", "--export=ALL,STUBBORN=yes"]
+    job = Noted(slurm, tmp_path, *wishes)
+    job.wait_started(tasks=4)
+    urgent = slurm.submit("--output=/dev/null", "--partition=high", "--wrap=true")
+    wait_until(lambda: len(job.all("TERM")) >= 4, 20, "all tasks were told to end")
+    assert slurm.job_state(job.id) == "RUNNING"
+    assert slurm.job_state(urgent) == "PENDING"
+    slurm.wait_for_state(urgent, "COMPLETED")
+    job.wait_started(tasks=4, restart=1)
+    assert not job.all("USR2")
+    assert accounted(slurm, job.id, "State")[0] == "PREEMPTED"
+
+
+def test_a_job_leaves_a_lost_node_but_its_processes_stay_there(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job = Noted(slurm, tmp_path, "--nodes=2")
+    job.wait_started(tasks=2)
+    lost = slurm.job_nodes(job.id)[1]
+    ghost = next(psutil.Process(int(event[4])) for event in job.all("START") if event[3] == lost)
+    slurm.kill_slurmd(lost)
+    slurm.wait_for_node(lost, "down", 90)
+    job.wait_started(tasks=2, restart=1)
+    assert lost not in slurm.job_nodes(job.id)
+    assert alive(ghost)
+    assert accounted(slurm, job.id, "State")[0] == "NODE_FAIL"
+    slurm.start_slurmd(lost)
+    slurm.wait_for_node(lost, "idle")
+    wait_until(lambda: not alive(ghost), 20, "the end of what ran on the lost node")
+
+
+def test_a_killed_node_keeps_nothing_of_a_job(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job = Noted(slurm, tmp_path, "--nodes=2")
+    job.wait_started(tasks=2)
+    dead, other = slurm.job_nodes(job.id)
+    processes = {event[3]: psutil.Process(int(event[4])) for event in job.all("START")}
+    slurm.kill_node(dead)
+    assert not alive(processes[dead])
+    assert alive(processes[other])
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [f"--gpus-per-node={GPUS}", f"--gres=gpu:{FEATURE}:2", f"--constraint={FEATURE}", "--nodes=4", "--mem=8000M"],
+)
+def test_what_can_run_is_accepted(slurm: SlurmCluster, wish: str) -> None:
+    slurm.client("sbatch", "--test-only", wish, "--wrap=true")
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        f"--gpus-per-node={GPUS + 1}",
+        "--gres=gpu:h100:1",
+        "--constraint=h100",
+        "--nodes=5",
+        "--mem=8001M",
+        "--partition=none",
+    ],
+)
+def test_what_can_never_run_is_rejected(slurm: SlurmCluster, wish: str) -> None:
+    with pytest.raises(RuntimeError, match="allocation failure"):
+        slurm.client("sbatch", "--test-only", wish, "--wrap=true")
+
+
+def test_a_job_sees_the_gpus_that_it_asked_for(slurm: SlurmCluster) -> None:
+    assert slurm.client("srun", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES") == "0,1\n"
+
+
+def test_submitit_gets_results_and_states_of_two_tasks(slurm: SlurmCluster, tmp_path: Path) -> None:
+    executor = submitit.AutoExecutor(tmp_path, cluster="slurm")
+    executor.update_parameters(nodes=2, tasks_per_node=1, timeout_min=20, slurm_partition="low")
+    job = executor.submit(os.getenv, "SLURMD_NODENAME")
+    assert len(set(job.results()) & set(slurm.nodes)) == 2
+    slurm.wait_for_state(job.job_id, "COMPLETED")
+    wait_until(lambda: job.watcher.get_state(job.job_id, mode="force") == "COMPLETED", 20, "submitit sees the end")
+    assert job.state == "COMPLETED"
