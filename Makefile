@@ -1,6 +1,6 @@
 # Everything starts here; `make` alone says how. The set-up itself is .ci/setup.sh.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench soak clean
 PY := .venv/bin/python
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo '  make test    every test'
 	@echo '  make lint    ruff (lint and format) and basedpyright (types)'
 	@echo '  make bench   measurements, printed as ratios'
+	@echo '  make soak    50 random faults on one run, on a real SLURM on this machine: about an hour'
 	@echo '  make setup   system packages (apt, as root or with sudo) and .venv, without doing anything with them'
 	@echo '  make clean   remove .venv and caches; runs/ and data/ stay'
 	@echo
@@ -44,6 +45,10 @@ bench: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
 	$(PY) -m tests.bench.loader_start data/fashion_mnist/train.beton data/fashion_mnist/test.beton
 	$(PY) -m tests.bench.step
+
+soak: setup
+	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
+	$(PY) -m tests.launch.soak data/fashion_mnist --faults 50 --seed 1
 
 clean:
 	rm -rf .venv .ruff_cache .hypothesis .pytest_cache

@@ -36,8 +36,8 @@ def _node_range(value: Any) -> tuple[int, int]:
     if isinstance(value, (tuple, list)) and len(value) == 2:
         low, high = value
     else:
-        low, _, high = str(value).replace(" ", "").partition("-")
-        high = high or low
+        low, dash, high = str(value).replace(" ", "").partition("-")
+        high = high if dash else low
     try:
         low, high = int(low), int(high)
     except ValueError:

@@ -39,7 +39,8 @@ class Outcome:
 
     @property
     def lost_steps(self) -> int:
-        return self.at_step - self.resumed_from
+        """Steps that were computed twice; none where the job wrote a checkpoint after it was struck."""
+        return max(0, self.at_step - self.resumed_from)
 
 
 class Victim:

@@ -24,12 +24,12 @@ SEED = 20261122
 pytestmark = pytest.mark.timeout(1800)
 
 
-def two_node_recipe(data: Path) -> Recipe:
-    """A pretrain phase long enough to be struck a dozen times; the rest is short."""
+def two_node_recipe(data: Path, pretrain_steps: int = 600) -> Recipe:
+    """A pretrain phase long enough to be struck a dozen times; the rest is short. An epoch has 20 steps."""
     short = {"epochs": 2, "lr": 0.05, "weight_decay": 1.0e-4}
     return small_recipe(
         data,
-        phases={"pretrain": {**short, "epochs": 30, "lr": 0.02}, "prune": short, "finetune": short},
+        phases={"pretrain": {**short, "epochs": pretrain_steps // 20, "lr": 0.02}, "prune": short, "finetune": short},
         sparsity={"magnitude_baseline": "none"},
         workers={"count": 2, "hang_timeout_s": 20},
         checkpoint={"every_steps": 9, "keep": 2},

@@ -1,0 +1,103 @@
+"""A run goes on with another number of nodes, on the same images in the same steps; and it has one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import run_folder
+from launch.control import Starts
+from launch.slurm import living, read_jobs, submit
+from pipeline.files import read_json
+from pipeline.recipe import Recipe
+from tests.commands import ROOT, launch, wait_until
+from tests.launch.faults import Victim
+from tests.launch.test_faults import job_of, new_run
+from tests.launch.throttle import FOLDER
+from tests.slurm_cluster import SlurmCluster
+from tests.small_recipe import small_recipe
+
+pytestmark = pytest.mark.timeout(900)
+STEPS_PER_EPOCH, BATCH = 20, 64
+
+
+def recipe_on(data: Path, nodes: int) -> Recipe:
+    phase = {"epochs": 1, "lr": 0.05}
+    return small_recipe(
+        data,
+        phases={"pretrain": {"epochs": 4, "lr": 0.05}, "prune": phase, "finetune": phase},
+        sparsity={"magnitude_baseline": "none"},
+        checkpoint={"every_steps": 5, "keep": 2},
+        tracking={"log_every_steps": 1},
+        slurm={"nodes": nodes, "cpus_per_task": 1, "time": 30, "signal_s": 30},
+    )
+
+
+def fed(folder: Path) -> list[dict[str, Any]]:
+    lines = [line for path in folder.glob("fed-*.jsonl") for line in path.read_text().splitlines()]
+    return [row for row in map(json.loads, lines) if row["stage"] == "pretrain"]
+
+
+def test_two_then_one_then_four_nodes(
+    slurm: SlurmCluster, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    folder = tmp_path / "runs" / "elastic"
+    for nodes in (2, 1, 4):
+        recipe = recipe_on(fashion_data, nodes)
+        run_folder.write(folder, recipe, run_folder.check_data(recipe))
+        submit(folder, observer="tests.launch.record:ids")
+        victim = Victim(slurm, folder, job_of(folder, "pretrain"), "pretrain")
+        if nodes == 4:
+            break
+        victim.wait_for_step(victim.step() + 8)
+        if nodes == 2:
+            _refuses_others(folder)
+        assert launch(tmp_path, "cancel", str(folder)).code == 0
+        wait_until(lambda: not living(read_jobs(folder)), 60, "the end of all jobs")
+    (tmp_path / "full-speed").touch()
+    wait_until(lambda: not living(read_jobs(folder)), 400, "the end of all jobs")
+
+    starts = [start["nodes"] for start in Starts.of(folder).read() if start["group"] == "pretrain"]
+    assert starts == [2, 1, 4]
+    rows = fed(tmp_path)
+    assert {row["world"] for row in rows} == {1, 2, 4}
+    by_step: dict[int, dict[int, set[int]]] = {}
+    for row in rows:  # a step that was computed twice, on two numbers of workers, must have had the same images
+        by_step.setdefault(row["step"], {}).setdefault(row["world"], set()).update(row["ids"])
+    assert sorted(by_step) == list(range(4 * STEPS_PER_EPOCH))
+    whole = {step: next(ids for ids in worlds.values() if len(ids) == BATCH) for step, worlds in by_step.items()}
+    assert all(ids <= whole[step] for step, worlds in by_step.items() for ids in worlds.values())
+    for epoch in range(4):  # and an epoch shows every image once
+        steps = [whole[epoch * STEPS_PER_EPOCH + step] for step in range(STEPS_PER_EPOCH)]
+        assert len(set.union(*steps)) == STEPS_PER_EPOCH * BATCH
+
+    calm = new_run(tmp_path / "runs" / "calm", recipe_on(fashion_data, 1))
+    assert launch(tmp_path, "resume", "calm", "--on", "local", deadline_s=300).code == 0
+    for stage in ("pretrain", "keep-0.1/finetune"):
+        one, other = (read_json(run / stage / "evaluate" / "pgd.json")["robust_accuracy"] for run in (folder, calm))
+        assert one["low"] <= other["high"]
+        assert other["low"] <= one["high"]
+
+
+def _refuses_others(folder: Path) -> None:
+    """While the job trains: a second writer is refused by name, and so is a stranger's token."""
+    done = launch(folder.parent.parent, "resume", str(folder), "--on", "local")
+    assert done.code == 2
+    assert "pretrain is being written by pid" in done.err
+    address = read_json(next(folder.glob("control/*/cluster-0.json")))["address"]
+    stranger = folder.parent / "stranger-token"
+    stranger.write_text("0" * 64)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stranger)}
+    code = f"import ray; ray.init(address={address!r}, log_to_driver=False); print('joined')"
+    tried = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert "joined" not in tried.stdout
+    assert "InvalidAuthToken" in tried.stderr or "Authentication" in tried.stderr, tried.stderr[-1500:]

@@ -1,0 +1,78 @@
+"""What the nodes of a job tell each other, and which starts lead nowhere."""
+
+from __future__ import annotations
+
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import control
+from launch.control import Control, Starts
+from pipeline.committed import progress_marks
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Control:
+    made = Control.of(tmp_path, "12", "0")
+    made.create()
+    made.create()
+    return made
+
+
+def test_only_its_user_sees_it(start: Control) -> None:
+    assert stat.S_IMODE(start.folder.stat().st_mode) == 0o700
+
+
+def test_addresses_belong_to_generations(start: Control) -> None:
+    assert start.address(0) is None
+    start.publish(0, "10.0.0.1:6379")
+    assert (start.address(0), start.address(1)) == ("10.0.0.1:6379", None)
+
+
+def test_lost_nodes_belong_to_generations(start: Control) -> None:
+    for generation, node in ((0, 3), (0, 1), (10, 2)):
+        start.lose(generation, node)
+    assert (start.lost(0), start.lost(1), start.lost(10)) == ([1, 3], [], [2])
+
+
+def test_a_node_is_silent_when_its_last_word_is_old(start: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not start.silent(1), "a node that was never heard of has its own deadline"
+    start.beat(1)
+    assert not start.silent(1)
+    later = time.time() + control.SILENT_AFTER_S + 1
+    monkeypatch.setattr(control.time, "time", lambda: later)
+    assert start.silent(1)
+
+
+def test_the_end_is_said_once_and_for_all(start: Control) -> None:
+    assert start.ended() is None
+    start.end(1, "why")
+    assert start.ended() == {"code": 1, "message": "why"}
+
+
+def test_starts_without_progress_are_those_of_the_group_since_the_marks_changed(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    starts = Starts.of(tmp_path)
+    assert starts.without_progress("pretrain", [0]) == 0
+    for group, marks in (("pretrain", [0]), ("pretrain", [9]), ("keep-0.1", [0]), ("pretrain", [9])):
+        starts.add(group, "12", "0", 2, marks)
+    assert starts.without_progress("pretrain", [9]) == 2
+    assert starts.without_progress("pretrain", [18]) == 0
+    assert starts.without_progress("keep-0.1", [0]) == 1
+    with starts.path.open("a") as stream:
+        stream.write('{"torn')
+    assert len(starts.read()) == 4
+
+
+def test_marks_grow_with_whatever_is_committed(tmp_path: Path) -> None:
+    stage, seen = tmp_path / "pretrain", [progress_marks(tmp_path, ["pretrain"])]
+    for name in ("step-0000000009/MANIFEST.json", "step-0000000018/MANIFEST.json", "result.json", "evaluate/pgd.json"):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).touch()
+        seen.append(progress_marks(tmp_path, ["pretrain"]))
+    assert seen == sorted(seen)
+    assert len({tuple(marks) for marks in seen}) == 5
+    (stage / "step-0000000027").mkdir()  # without its manifest it does not exist
+    assert progress_marks(tmp_path, ["pretrain"]) == seen[-1]

@@ -1,0 +1,73 @@
+"""The guard ends what carries its mark, and only that, however its owner ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.guard import MARK, Guard, end_marked, marked
+from tests.commands import ROOT, wait_until
+
+SLEEP = [sys.executable, "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"]
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(SLEEP, env={**os.environ, MARK: "another"})
+    yield process
+    process.kill()
+    process.wait()
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_closing_ends_the_marked_and_removes_the_folder(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    guard = Guard(folder)
+    stubborn = subprocess.Popen(SLEEP, env={**os.environ, MARK: guard.mark}, start_new_session=True)
+    stopped = subprocess.Popen(SLEEP, env={**os.environ, MARK: guard.mark})
+    stopped.send_signal(signal.SIGSTOP)
+    wait_until(lambda: set(marked(guard.mark)) == {stubborn.pid, stopped.pid}, 20, "both are marked")
+    guard.close()
+    assert (stubborn.wait(5), stopped.wait(5)) == (-signal.SIGKILL, -signal.SIGKILL)
+    assert not folder.exists()
+    assert bystander.poll() is None
+    guard.close()
+
+
+def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    folder, told = tmp_path / "ray", tmp_path / "told"
+    folder.mkdir()
+    owner = textwrap.dedent(f"""
+        import os, signal, subprocess
+        from pathlib import Path
+        from launch.guard import MARK, Guard
+        guard = Guard(Path({str(folder)!r}))
+        child = subprocess.Popen({SLEEP!r}, env={{**os.environ, MARK: guard.mark}}, start_new_session=True)
+        Path({str(told)!r}).with_suffix(".tmp").write_text(str(child.pid))
+        os.rename({str(told)!r} + ".tmp", {str(told)!r})
+        signal.pause()
+    """)
+    process = subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT)
+    wait_until(told.exists, 20, "the owner has begun")
+    child = int(told.read_text())
+    assert not gone(child)
+    process.kill()
+    process.wait()
+    wait_until(lambda: gone(child) and not folder.exists(), 20, "the guard has cleaned up")
+    assert bystander.poll() is None
+
+
+def test_nothing_marked_is_nothing_to_do() -> None:
+    assert end_marked("nobody-has-this") == []
