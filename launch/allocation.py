@@ -128,6 +128,10 @@ class _Task:
             pause.wait(POLL_S)
         return True
 
+    def _is_silent(self, node: int) -> bool:
+        """Lost with its node, or hung: the deadline is that of workers."""
+        return self.control.silent(node, self.recipe.workers.hang_timeout_s)
+
     def _start(self, guard: Guard, *command: str) -> subprocess.Popen[bytes]:
         """A child that carries the guard's mark, and is deaf to what SLURM sends to the job."""
         gpu = self.recipe.workers.device != "cpu"
@@ -166,7 +170,9 @@ class _Task:
             self.say(f"{why}; starting again from the newest checkpoint")
             generation += 1
         if code == STOPPED:
-            return  # the signal handler that asked for it queues the job again
+            # Not by submitit's handler, which does not return here: SLURM took the job away, or is about to. It must
+            # not end as if all were done.
+            raise JobFailed("stopped with a checkpoint before the end of the run")
         self.control.end(code, why)
         self._wait(lambda: len(list(self.control.folder.glob("left-*"))) >= self.nodes - 1, LEAVE_S)
         if code:
@@ -216,7 +222,7 @@ class _Task:
             shutil.rmtree(guard.folder, ignore_errors=True)
 
     def _silent(self) -> list[int]:
-        return [node for node in range(1, self.nodes) if self.control.silent(node)]
+        return [node for node in range(1, self.nodes) if self._is_silent(node)]
 
     def _marks(self) -> list[int]:
         return progress_marks(self.run_folder, self.share.stages)
@@ -277,7 +283,7 @@ class _Task:
             ray = self._start_ray(guard, "--address", address)
 
             def over() -> bool:
-                if self.control.silent(0):
+                if self._is_silent(0):
                     raise JobFailed(f"{self.host}: nothing was heard of the first node")
                 return self.control.address(generation + 1) is not None or self.control.ended() is not None
 

@@ -23,8 +23,7 @@ from typing import Any
 from pipeline.files import atomic_write_json, atomic_write_text, read_json
 
 ALIVE_EVERY_S = 2.0
-SILENT_AFTER_S = 60.0
-"""A task whose heartbeat is older is taken for lost with its node."""
+"""How often a task renews its heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,11 @@ class Control:
     def beat(self, node: int) -> None:
         atomic_write_text(self.folder / f"alive-{node}", f"{time.time()}\n")
 
-    def silent(self, node: int) -> bool:
-        """Whether a node that was heard of has not been for too long, by the clock of its own writes."""
+    def silent(self, node: int, deadline_s: float) -> bool:
+        """Whether a node that was heard of has not been for longer than the deadline; their clocks must agree."""
         path = self.folder / f"alive-{node}"
         try:
-            return time.time() - float(path.read_text()) > SILENT_AFTER_S
+            return time.time() - float(path.read_text()) > deadline_s
         except (OSError, ValueError):
             return False
 

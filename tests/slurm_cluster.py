@@ -283,24 +283,6 @@ class SlurmCluster:
         place.mkdir(exist_ok=True)
         self._start(f"slurmd-{node}", "slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"], place=place)
 
-    def kill_slurmd(self, node: str) -> None:
-        """SIGKILL only a node's daemon: SLURM loses the node, what ran there runs on, as with a node cut off."""
-        process = self._running.pop(f"slurmd-{node}")
-        process.kill()
-        process.wait()
-
-    def kill_node(self, node: str) -> None:
-        """SIGKILL a node's daemon and all that jobs run there, as when a node loses power."""
-        self.kill_slurmd(node)
-
-        def there() -> list[psutil.Process]:
-            return [process for process in self.processes() if _node_of(process) == node]
-
-        # A node that loses power tells nobody. So those who would end the job when they see others die go first.
-        for process in sorted(there(), key=_order_of_death):
-            _kill(process)
-        _kill_all(there, f"the end of all that ran on {node}")
-
     def processes(self) -> list[psutil.Process]:
         """Living daemons, job steps, and whatever jobs started."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]

@@ -24,14 +24,14 @@ from tests.slurm_cluster import SlurmCluster
 from tests.small_recipe import small_recipe
 
 pytestmark = pytest.mark.timeout(900)
-STEPS_PER_EPOCH, BATCH = 20, 64
+EPOCHS, STEPS_PER_EPOCH, BATCH = 15, 20, 64
 
 
 def recipe_on(data: Path, nodes: int) -> Recipe:
     phase = {"epochs": 1, "lr": 0.05}
     return small_recipe(
         data,
-        phases={"pretrain": {"epochs": 4, "lr": 0.05}, "prune": phase, "finetune": phase},
+        phases={"pretrain": {"epochs": EPOCHS, "lr": 0.05}, "prune": phase, "finetune": phase},
         sparsity={"magnitude_baseline": "none"},
         checkpoint={"every_steps": 5, "keep": 2},
         tracking={"log_every_steps": 1},
@@ -71,10 +71,10 @@ def test_two_then_one_then_four_nodes(
     by_step: dict[int, dict[int, set[int]]] = {}
     for row in rows:  # a step that was computed twice, on two numbers of workers, must have had the same images
         by_step.setdefault(row["step"], {}).setdefault(row["world"], set()).update(row["ids"])
-    assert sorted(by_step) == list(range(4 * STEPS_PER_EPOCH))
+    assert sorted(by_step) == list(range(EPOCHS * STEPS_PER_EPOCH))
     whole = {step: next(ids for ids in worlds.values() if len(ids) == BATCH) for step, worlds in by_step.items()}
     assert all(ids <= whole[step] for step, worlds in by_step.items() for ids in worlds.values())
-    for epoch in range(4):  # and an epoch shows every image once
+    for epoch in range(EPOCHS):  # and an epoch shows every image once
         steps = [whole[epoch * STEPS_PER_EPOCH + step] for step in range(STEPS_PER_EPOCH)]
         assert len(set.union(*steps)) == STEPS_PER_EPOCH * BATCH
 

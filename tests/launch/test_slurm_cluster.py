@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
 import pytest
 import submitit
 
@@ -14,10 +13,10 @@ from tests.slurm_cluster import CPUS, FEATURE, GPUS, SlurmCluster
 
 STEP = """#!/bin/bash
 # Writes down how it starts and which signals it gets. When it is warned, its first task has the job requeued.
-# It ends when it is told to, unless it is stubborn.
+# It ends when it is told to.
 note() { echo "$1 $SLURM_PROCID ${SLURM_RESTART_COUNT:-0} $SLURMD_NODENAME $$" >>"$EVENTS"; }
 trap 'note USR2; [[ $SLURM_PROCID != 0 ]] || scontrol requeue "$SLURM_JOB_ID"' USR2
-trap 'note TERM; [[ ${STUBBORN:-} ]] || exit' TERM
+trap 'note TERM; exit' TERM
 note START
 while :; do sleep 0.1; done
 """
@@ -51,13 +50,6 @@ def accounted(slurm: SlurmCluster, job: str, field: str) -> list[str]:
     ).split("\n")[:-1]
 
 
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_srun_runs_on_two_nodes(slurm: SlurmCluster) -> None:
     said = slurm.client("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME")
     assert len(set(said.split()) & set(slurm.nodes)) == 2
@@ -87,47 +79,6 @@ def test_a_warned_job_is_requeued_before_its_end(slurm: SlurmCluster, tmp_path: 
     first = {event[1]: event[0] for event in reversed(job.all(restart=0)) if event[0] != "START"}
     assert first == dict.fromkeys("0123", "USR2")
     assert accounted(slurm, job.id, "State")[0] == "REQUEUED"
-
-
-def test_an_unwarned_job_gets_a_term_and_is_requeued_after_its_end(slurm: SlurmCluster, tmp_path: Path) -> None:
-    slurm.set_warning(False)
-    wishes = ["--nodes=4", f"--cpus-per-task={CPUS}", "--signal=USR2@60", "--export=ALL,STUBBORN=yes"]
-    job = Noted(slurm, tmp_path, *wishes)
-    job.wait_started(tasks=4)
-    urgent = slurm.submit("--output=/dev/null", "--partition=high", "--wrap=true")
-    wait_until(lambda: len(job.all("TERM")) >= 4, 20, "all tasks were told to end")
-    assert slurm.job_state(job.id) == "RUNNING"
-    assert slurm.job_state(urgent) == "PENDING"
-    slurm.wait_for_state(urgent, "COMPLETED")
-    job.wait_started(tasks=4, restart=1)
-    assert not job.all("USR2")
-    assert accounted(slurm, job.id, "State")[0] == "PREEMPTED"
-
-
-def test_a_job_leaves_a_lost_node_but_its_processes_stay_there(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job = Noted(slurm, tmp_path, "--nodes=2")
-    job.wait_started(tasks=2)
-    lost = slurm.job_nodes(job.id)[1]
-    ghost = next(psutil.Process(int(event[4])) for event in job.all("START") if event[3] == lost)
-    slurm.kill_slurmd(lost)
-    slurm.wait_for_node(lost, "down", 90)
-    job.wait_started(tasks=2, restart=1)
-    assert lost not in slurm.job_nodes(job.id)
-    assert alive(ghost)
-    assert accounted(slurm, job.id, "State")[0] == "NODE_FAIL"
-    slurm.start_slurmd(lost)
-    slurm.wait_for_node(lost, "idle")
-    wait_until(lambda: not alive(ghost), 20, "the end of what ran on the lost node")
-
-
-def test_a_killed_node_keeps_nothing_of_a_job(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job = Noted(slurm, tmp_path, "--nodes=2")
-    job.wait_started(tasks=2)
-    dead, other = slurm.job_nodes(job.id)
-    processes = {event[3]: psutil.Process(int(event[4])) for event in job.all("START")}
-    slurm.kill_node(dead)
-    assert not alive(processes[dead])
-    assert alive(processes[other])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 FOLDER = "HYDRA_TEST_THROTTLE"
 """Names the folder in which a file `full-speed` ends the throttling."""
-_PAUSE_S = 0.15
+_PAUSE_S = 0.3
 _never = threading.Event()
 
 

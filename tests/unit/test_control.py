@@ -38,12 +38,12 @@ def test_lost_nodes_belong_to_generations(start: Control) -> None:
 
 
 def test_a_node_is_silent_when_its_last_word_is_old(start: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not start.silent(1), "a node that was never heard of has its own deadline"
+    assert not start.silent(1, 30), "a node that was never heard of has its own deadline"
     start.beat(1)
-    assert not start.silent(1)
-    later = time.time() + control.SILENT_AFTER_S + 1
+    assert not start.silent(1, 30)
+    later = time.time() + 31
     monkeypatch.setattr(control.time, "time", lambda: later)
-    assert start.silent(1)
+    assert start.silent(1, 30)
 
 
 def test_the_end_is_said_once_and_for_all(start: Control) -> None:
