@@ -20,8 +20,8 @@ from tests.slurm_cluster import SlurmCluster
 from tests.small_recipe import small_recipe
 
 SHORT = ("warning", "kill_step", "kill_driver", "kill_worker")
-"""One of each way back: submitit's requeue, the batch script's, a new generation, a restart in place. `make soak` does all
-kinds, many times."""
+"""One of each way back: submitit's requeue, the batch script's, a new generation, a restart in place. `make soak` does
+all kinds, many times."""
 STAGES = ["pretrain", "keep-0.1/prune", "keep-0.1/finetune"]
 SEED = 20261122
 pytestmark = pytest.mark.timeout(1800)
