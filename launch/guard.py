@@ -1,14 +1,16 @@
 """Ends a Ray cluster's processes when the process that answers for them is gone, however it ended.
 
-Every process of a cluster carries a mark in its environment, which orphans keep. The guard is a small process in a
-session of its own that waits for the end of a pipe: when its owner closes it or dies, SIGKILL included, it ends all
-that carry the mark and deletes the cluster's temporary folder. Nothing else of this machine is touched.
+Every process of a cluster carries a mark in its environment, which orphans keep, and so do its descendants; some of
+them write their title over their environment, so the guard also remembers who was whose child. It is a small process in
+a session of its own that waits for the end of a pipe: when its owner closes it or dies, SIGKILL included, it ends them
+all and deletes the cluster's temporary folder. Nothing else of this machine is touched.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -21,35 +23,62 @@ from pathlib import Path
 MARK = "HYDRA_CLUSTER"
 END_S = 20.0
 POLL_S = 0.1
+LOOK_S = 1.0
+"""How often the guard looks who is new."""
 
 
-def marked(mark: str) -> list[int]:
-    """Living processes that were started with the mark, this one left out."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+Process = tuple[int, int]
+"""pid and start time in clock ticks, which tells a pid from its later reuse."""
+
+
+class Family:
+    """The processes of one mark: those that carry it, and their descendants."""
+
+    def __init__(self, mark: str) -> None:
+        self._wanted = f"{MARK}={mark}".encode()
+        self._seen: set[Process] = set()
+        self._ours: set[Process] = set()
+
+    def look(self) -> list[int]:
+        """Take in who is new; returns the pids of all that live, this process left out."""
+        living, parents = set[Process](), dict[Process, int]()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                except OSError:  # it has just ended
+                    continue
+                process = int(entry.name), int(fields[19])
+                if fields[0] not in "ZX":
+                    living.add(process)
+                    parents[process] = int(fields[1])
+        self._ours &= living
+        pids = {pid for pid, _ in self._ours}
+        # By start time: a parent is judged before its children. Environments are read once.
+        for process in sorted(living - self._seen, key=lambda one: (one[1], one[0])):
+            if parents[process] in pids or self._carries(process[0]):
+                self._ours.add(process)
+                pids.add(process[0])
+        self._seen = living
+        return sorted(pids)
+
+    def _carries(self, pid: int) -> bool:
         try:
-            environment = (entry / "environ").read_bytes()
+            return self._wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:  # it has ended, or is another user's
-            continue
-        if wanted in environment.split(b"\0"):
-            found.append(int(entry.name))
-    return found
+            return False
 
-
-def end_marked(mark: str, deadline_s: float = END_S) -> list[int]:
-    """SIGKILL all that carry the mark, again until none is left (they may be starting others). Returns who stays."""
-    end, pause = time.monotonic() + deadline_s, threading.Event()
-    while left := marked(mark):
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > end:
-            break
-        pause.wait(POLL_S)
-    return left
+    def end(self, deadline_s: float = END_S) -> list[int]:
+        """SIGKILL all of them, again until none is left (they may be starting others). Returns who stays."""
+        end, pause = time.monotonic() + deadline_s, threading.Event()
+        while left := self.look():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > end:
+                break
+            pause.wait(POLL_S)
+        return left
 
 
 class Guard:
@@ -81,10 +110,12 @@ def ignore_job_signals() -> None:
 
 
 def main(mark: str, folder: str) -> int:
-    """Wait for the end of standard input, then clean up."""
+    """Watch until the end of standard input, then clean up."""
     ignore_job_signals()
-    sys.stdin.buffer.read()
-    left = end_marked(mark)
+    family = Family(mark)
+    while not select.select([sys.stdin], [], [], LOOK_S)[0]:
+        family.look()
+    left = family.end()
     shutil.rmtree(folder, ignore_errors=True)
     return 1 if left else 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.guard import MARK, Guard, end_marked, marked
+from launch.guard import MARK, Family, Guard
 from tests.commands import ROOT, wait_until
 
 SLEEP = [sys.executable, "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"]
@@ -38,7 +38,7 @@ def test_closing_ends_the_marked_and_removes_the_folder(tmp_path: Path, bystande
     stubborn = subprocess.Popen(SLEEP, env={**os.environ, MARK: guard.mark}, start_new_session=True)
     stopped = subprocess.Popen(SLEEP, env={**os.environ, MARK: guard.mark})
     stopped.send_signal(signal.SIGSTOP)
-    wait_until(lambda: set(marked(guard.mark)) == {stubborn.pid, stopped.pid}, 20, "both are marked")
+    wait_until(lambda: set(Family(guard.mark).look()) == {stubborn.pid, stopped.pid}, 20, "both are marked")
     guard.close()
     assert (stubborn.wait(5), stopped.wait(5)) == (-signal.SIGKILL, -signal.SIGKILL)
     assert not folder.exists()
@@ -69,5 +69,28 @@ def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: 
     assert bystander.poll() is None
 
 
+def test_a_child_that_hides_its_environment_is_remembered(tmp_path: Path) -> None:
+    """As Ray's agents do, which write their title over it; its parent is gone when it has to be found."""
+    told = tmp_path / "told"
+    parent = textwrap.dedent(f"""
+        import os, subprocess, sys
+        child = subprocess.Popen({SLEEP!r}, env={{}}, start_new_session=True)
+        open({str(told)!r} + ".tmp", "w").write(str(child.pid))
+        os.rename({str(told)!r} + ".tmp", {str(told)!r})
+        sys.stdin.read()
+    """)
+    family = Family("hidden")
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], env={**os.environ, MARK: "hidden"}, stdin=subprocess.PIPE
+    )
+    wait_until(told.exists, 20, "the child has begun")
+    child = int(told.read_text())
+    assert set(family.look()) == {process.pid, child}
+    process.communicate()
+    assert family.look() == [child]
+    assert family.end() == []
+    wait_until(lambda: gone(child), 5, "the child has ended")
+
+
 def test_nothing_marked_is_nothing_to_do() -> None:
-    assert end_marked("nobody-has-this") == []
+    assert Family("nobody-has-this").end() == []
