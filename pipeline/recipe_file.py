@@ -16,7 +16,12 @@ NOT_DECIDING = ("workers", "checkpoint", "tracking", "slurm")
 
 
 class _Reader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, of which YAML's own would silently drop the first."""
+    """SafeLoader that refuses a key written twice, of which YAML's own would silently drop the first, and that leaves
+    12:00:00 a text, which YAML 1.1 takes for a number to the base of 60."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        tag = super().resolve(kind, value, implicit)
+        return "tag:yaml.org,2002:str" if tag.endswith((":int", ":float")) and ":" in value else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

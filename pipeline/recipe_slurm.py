@@ -26,7 +26,7 @@ def _minutes(value: Any) -> int:
         return int(text)
     match = _TIME.match(text)
     if match is None or (match["d"] is None and match["s"] is None):
-        raise ValueError("expected minutes, hours:minutes:seconds or days-hours:minutes, such as 12:00:00; quote it")
+        raise ValueError("expected minutes, hours:minutes:seconds or days-hours:minutes, such as 12:00:00")
     days, hours, minutes, seconds = (int(match[key] or 0) for key in "dhms")
     return (days * 24 + hours) * 60 + minutes + (seconds > 0)
 

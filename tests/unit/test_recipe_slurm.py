@@ -27,6 +27,15 @@ def test_times_are_minutes(written: Any, minutes: int) -> None:
     assert Slurm(time=written, signal_s=10).time == minutes
 
 
+def test_a_time_in_yaml_needs_no_quotes(tmp_path: Path) -> None:
+    """YAML 1.1 would read 12:00:00 as the number 43,200."""
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("time: 12:00:00\n")
+    for recipe in (load_recipe(DEMO, [], profile), load_recipe(DEMO, ["slurm.time=12:00:00"])):
+        assert recipe.slurm is not None
+        assert recipe.slurm.time == 720
+
+
 @pytest.mark.parametrize("written", ["1:30", "soon", "-5", "1-2", "", 0])
 def test_other_times_are_refused(written: Any) -> None:
     with pytest.raises(ValidationError, match="time"):
