@@ -23,7 +23,7 @@ from pipeline.engine import Engine
 from pipeline.group import Group
 from pipeline.keys import sample_keys
 from pipeline.models import Network
-from pipeline.objectives import Objective
+from pipeline.objectives import COUNTS, Given, Objective
 from pipeline.phases import Stage
 from pipeline.progress import Progress, Window
 from pipeline.recipe import Recipe
@@ -139,7 +139,9 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
             )
             return engine.forward(fed)
 
-        outcome = training.objective(training.network, forward, images, labels, keys, engine.autocast)
+        elapsed = step / progress.total_steps
+        given = Given(training.network, forward, images, labels, keys, engine.autocast, elapsed)
+        outcome = training.objective(given)
         engine.backward(outcome.loss)
         counts = [outcome.loss.detach(), outcome.clean_correct, outcome.robust_correct, len(labels)]
         sums[:STOP] += torch.stack(
@@ -188,7 +190,7 @@ def _log_window(training: Training, progress: Progress, seconds: float) -> None:
     if training.rows is None:
         return
     window, recipe = progress.window, training.recipe
-    objective = recipe.objective.name
+    counts_clean, counts_robust = COUNTS[recipe.objective.name]
     training.rows.log(
         {
             "kind": "train",
@@ -196,8 +198,8 @@ def _log_window(training: Training, progress: Progress, seconds: float) -> None:
             "epoch": progress.step / progress.steps_per_epoch,
             "lr": lr_at(training.stage.optimisation, progress.step - 1, progress.steps_per_epoch),
             "loss": window.loss_sum / (window.steps * recipe.batch.micro_batches_per_step),
-            "clean_accuracy": window.clean_correct / window.images if objective in ("clean", "trades") else None,
-            "robust_accuracy": window.robust_correct / window.images if objective != "clean" else None,
+            "clean_accuracy": window.clean_correct / window.images if counts_clean else None,
+            "robust_accuracy": window.robust_correct / window.images if counts_robust else None,
             "images": window.images,
             "timing": {"images_per_s": window.images / max(seconds, 1e-9), "seconds": seconds},
         }

@@ -5,10 +5,18 @@ from __future__ import annotations
 from pipeline import recipe
 from pipeline.attacks import ball_of
 from pipeline.objectives.adversarial import adversarial_training, clean_training
-from pipeline.objectives.outcome import Autocast, Forward, Objective, Outcome
+from pipeline.objectives.outcome import Autocast, Forward, Given, Objective, Outcome
 from pipeline.objectives.trades import trades_training
 
-__all__ = ["Autocast", "Forward", "Objective", "Outcome", "build_objective"]
+__all__ = ["COUNTS", "Autocast", "Forward", "Given", "Objective", "Outcome", "build_objective"]
+
+COUNTS = {
+    "clean": (True, False),
+    "pgd": (False, True),
+    "fgsm": (False, True),
+    "trades": (True, True),
+}
+"""objective.name -> whether its outcomes count (clean, robust) correct predictions."""
 
 
 def build_objective(objective: recipe.Objective, threat_model: recipe.ThreatModel | None) -> Objective:

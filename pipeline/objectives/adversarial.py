@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.attacks import Ball, crafting, pgd
-from pipeline.objectives.outcome import Autocast, Forward, Objective, Outcome, count_correct, craft_forward
+from pipeline.objectives.outcome import Given, Objective, Outcome, count_correct, craft_forward
 
 
-def clean_training(
-    network: nn.Module, forward: Forward, x: Tensor, y: Tensor, keys: Tensor, autocast: Autocast
-) -> Outcome:
+def clean_training(given: Given) -> Outcome:
     """Empirical risk minimisation: cross-entropy on the images as they are."""
-    logits = forward(x).float()
-    return Outcome(F.cross_entropy(logits, y), count_correct(logits, y), None)
+    logits = given.forward(given.x).float()
+    return Outcome(F.cross_entropy(logits, given.y), count_correct(logits, given.y), None)
 
 
 def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
@@ -24,20 +21,19 @@ def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
     (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
     """
 
-    def objective(
-        network: nn.Module, forward: Forward, x: Tensor, y: Tensor, keys: Tensor, autocast: Autocast
-    ) -> Outcome:
-        with crafting(network):
+    def objective(given: Given) -> Outcome:
+        x, y = given.x, given.y
+        with crafting(given.network):
             x_adv = pgd(
-                craft_forward(network, autocast),
+                craft_forward(given.network, given.autocast),
                 x,
                 lambda logits: F.cross_entropy(logits, y, reduction="none"),
                 ball=ball,
                 steps=steps,
                 step_size=step_size,
-                start=ball.random_start(x, keys),
+                start=ball.random_start(x, given.keys),
             )
-        logits = forward(x_adv).float()
+        logits = given.forward(x_adv).float()
         return Outcome(F.cross_entropy(logits, y), None, count_correct(logits, y))
 
     return objective

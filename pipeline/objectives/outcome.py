@@ -1,9 +1,9 @@
-"""What an objective is and what it returns."""
+"""What an objective is, what it is given and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,18 +28,32 @@ class Outcome:
     robust_correct: Tensor | None
 
 
+@dataclass(frozen=True)
+class Given:
+    """One micro-batch, and what an objective may do with it.
+
+    `network` is the bare module that adversarial examples are crafted on; `forward` is what the update's forwards go
+    through, an engine with its own autocast. Both lead to the same weights.
+    """
+
+    network: nn.Module
+    forward: Forward
+    x: Tensor
+    """Images [n, ...] float32 in [0, 1]."""
+    y: Tensor
+    """Classes [n] int64."""
+    keys: Tensor
+    """One random stream per sample, [n] int64."""
+    autocast: Autocast = nullcontext
+    elapsed: float = 0.0
+    """Share of the phase's steps that are done, in [0, 1): what schedules of eps and of mixing go by."""
+
+
 class Objective(Protocol):
     """A robust training technique, as a function."""
 
-    def __call__(
-        self, network: nn.Module, forward: Forward, x: Tensor, y: Tensor, keys: Tensor, autocast: Autocast
-    ) -> Outcome:
-        """The loss of one micro-batch.
-
-        x [n, ...] float32 in [0, 1], y [n] int64, keys [n] int64 (one random stream per sample). `network` is the bare
-        module that adversarial examples are crafted on; `forward` is what the update's forwards go through, an engine
-        with its own autocast. Both lead to the same weights. The caller calls backward, once.
-        """
+    def __call__(self, given: Given) -> Outcome:
+        """The loss of one micro-batch. The caller calls backward, once."""
         ...
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.attacks import Ball, crafting, gaussian_noise, pgd
-from pipeline.objectives.outcome import Autocast, Forward, Objective, Outcome, count_correct, craft_forward
+from pipeline.objectives.outcome import Given, Objective, Outcome, count_correct, craft_forward
 
 START_SIGMA = 0.001
 """Standard deviation of the start's noise, in pixels (algorithm 1). At x itself the KL has no gradient."""
@@ -26,11 +26,10 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
     not by those of a mixture that no evaluation ever sees.
     """
 
-    def objective(
-        network: nn.Module, forward: Forward, x: Tensor, y: Tensor, keys: Tensor, autocast: Autocast
-    ) -> Outcome:
-        with crafting(network):
-            logits_of = craft_forward(network, autocast)
+    def objective(given: Given) -> Outcome:
+        x, y = given.x, given.y
+        with crafting(given.network):
+            logits_of = craft_forward(given.network, given.autocast)
             with torch.no_grad():
                 log_p = logits_of(x).log_softmax(dim=1)
             x_adv = pgd(
@@ -40,9 +39,9 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
                 ball=ball,
                 steps=steps,
                 step_size=step_size,
-                start=ball.project(x + START_SIGMA * gaussian_noise(keys, x.shape[1:]), x),
+                start=ball.project(x + START_SIGMA * gaussian_noise(given.keys, x.shape[1:]), x),
             )
-        clean, adversarial = forward(x).float(), forward(x_adv).float()
+        clean, adversarial = given.forward(x).float(), given.forward(x_adv).float()
         divergence = kl_divergence(clean.log_softmax(dim=1), adversarial.log_softmax(dim=1))
         loss = F.cross_entropy(clean, y) + beta * divergence.mean()
         return Outcome(loss, count_correct(clean, y), count_correct(adversarial, y))

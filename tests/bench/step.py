@@ -10,13 +10,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from decimal import Decimal
 
 import torch
 
 from pipeline.models import build_network
-from pipeline.objectives import build_objective
+from pipeline.objectives import Given, build_objective
 from pipeline.recipe_sections import Model, Objective, ThreatModel
 from pipeline.sparsity import attach_scores, refresh_masks, train_only
 
@@ -50,7 +49,7 @@ def main() -> None:
             forwards = steps + 1 if masks_per_forward else 1
             for _ in range(forwards):
                 refresh_masks(network)
-            objective(network, network, images, labels, keys, nullcontext).loss.backward()
+            objective(Given(network, network, images, labels, keys)).loss.backward()
 
         return step
 

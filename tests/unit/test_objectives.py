@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from decimal import Decimal
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pipeline import keys, sparsity
 from pipeline.attacks import LinfBall
 from pipeline.models import Network, build_network
-from pipeline.objectives import Objective, Outcome, build_objective
+from pipeline.objectives import COUNTS, Given, Objective, Outcome, build_objective
 from pipeline.objectives.trades import kl_divergence as kl_of_log_probabilities
 from pipeline.recipe_sections import Model, ThreatModel
 from pipeline.recipe_sections import Objective as ObjectiveRecipe
@@ -56,7 +56,7 @@ class Recorder:
 
 def run(objective: Objective, network: nn.Module) -> tuple[Outcome, Recorder]:
     forward = Recorder(network)
-    return objective(network, forward, X, Y, KEYS, contextlib.nullcontext), forward
+    return objective(Given(network, forward, X, Y, KEYS)), forward
 
 
 def count(logits: Tensor) -> int:
@@ -156,7 +156,7 @@ def test_the_noise_is_a_function_of_the_keys(name: str) -> None:
     def fed(some_keys: Tensor) -> Tensor:
         network = scored_network()
         forward = Recorder(network)
-        objective_named(name)(network, forward, X, Y, some_keys, contextlib.nullcontext)
+        objective_named(name)(Given(network, forward, X, Y, some_keys))
         return forward.fed[-1]
 
     first = fed(KEYS)
@@ -200,3 +200,9 @@ def test_a_few_steps_lower_the_loss(name: str) -> None:
         optimizer.step()
         losses.append(outcome.loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", get_args(ObjectiveRecipe.model_fields["name"].annotation))
+def test_what_an_objective_counts_is_what_the_metrics_take_from_it(name: str) -> None:
+    outcome, _ = run(objective_named(name), scored_network())
+    assert COUNTS[name] == (outcome.clean_correct is not None, outcome.robust_correct is not None)
