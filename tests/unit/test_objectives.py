@@ -178,7 +178,7 @@ def test_under_autocast_losses_are_float32_and_near(name: str) -> None:
         dtypes.append(logits.dtype)
         return logits
 
-    outcome = objective_named(name)(network, forward, X, Y, KEYS, autocast)
+    outcome = objective_named(name)(Given(network, forward, X, Y, KEYS, autocast))
     assert set(dtypes) == {torch.bfloat16}
     assert outcome.loss.dtype == torch.float32
     outcome.loss.backward()
