@@ -10,11 +10,9 @@ SLURM's to requeue. No torch and no Ray here: the heavy imports are the children
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,14 +23,15 @@ from typing import Any
 from launch.control import ALIVE_EVERY_S, Control, Starts
 from launch.guard import MARK, Guard, ignore_job_signals
 from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
+from launch.scratch import new_scratch
 from pipeline.committed import progress_marks
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.recipe_slurm import Slurm
 
 POLL_S = 0.5
-OVER, UNFORESEEN, STOPPED = 1, 70, 75
-"""The driver's exit codes: over for good, an error that another attempt may mend, stopped as asked."""
+STOPPED = 75
+"""The driver's exit code once it has stopped as asked (EX_TEMPFAIL)."""
 LEAVE_S = 20.0
 """How long the leader waits for the others when a start is over."""
 
@@ -49,17 +48,18 @@ class Share:
     group: str
     stages: list[str]
     observer: str | None = None
-    _driver: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _task: _Task | None = field(default=None, repr=False)
 
     def __call__(self) -> None:
-        _Task(self).run()
+        self._task = _Task(self)
+        self._task.run()
 
     def checkpoint(self) -> Any:
         """submitit calls this in the leader's main thread when the job is about to be ended; then it queues again."""
         import submitit
 
-        task = _Task(self)
-        task.stop_driver(self._driver)
+        if self._task is not None:
+            self._task.stop_driver()
         return submitit.helpers.DelayedSubmission(Share(self.run_folder, self.group, self.stages, self.observer))
 
 
@@ -98,6 +98,7 @@ class _Task:
         assert self.recipe.slurm is not None
         self.slurm: Slurm = self.recipe.slurm
         self.host = os.environ.get("SLURMD_NODENAME", f"node {self.node}")
+        self._driver: subprocess.Popen[bytes] | None = None
         self._parent = os.getppid()
         self._beat_at = float("-inf")
 
@@ -135,7 +136,7 @@ class _Task:
     def _start(self, guard: Guard, *command: str) -> subprocess.Popen[bytes]:
         """A child that carries the guard's mark, and is deaf to what SLURM sends to the job."""
         gpu = self.recipe.workers.device != "cpu"
-        environment = {**os.environ, **ray_environment(self.control.token, gpu), MARK: guard.mark}
+        environment = {**os.environ, **ray_environment(self.control.token, guard.folder, gpu), MARK: guard.mark}
         return subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=ignore_job_signals)
 
     def _start_ray(self, guard: Guard, *where: str) -> subprocess.Popen[bytes]:
@@ -180,7 +181,7 @@ class _Task:
 
     def _lead_generation(self, generation: int) -> tuple[int | None, str]:
         """One Ray cluster from start to end. Returns (the driver's final exit code or None to go on, what happened)."""
-        guard = Guard(Path(tempfile.mkdtemp(prefix="hydra-")))
+        guard = Guard(new_scratch(f"{self.job} {self.host}"))
         try:
             head = self._start_ray(guard, "--head", "--port", "0", "--include-dashboard", "false")
             address = guard.folder / "ray_current_cluster"
@@ -193,33 +194,26 @@ class _Task:
                 *("-m", "launch.drive", self.share.run_folder, ",".join(self.share.stages)),
                 *(str(self.control.folder), str(generation), str(self.nodes), self.share.observer or "-"),
             )
-            self.share._driver = driver
-            while True:
-                self._wait(
-                    lambda: any(
-                        (
-                            driver.poll() is not None,
-                            head.poll() is not None,
-                            self.control.lost(generation),
-                            self._silent(),
-                        )
-                    ),
-                    float("inf"),
-                )
-                if (code := driver.poll()) in (0, STOPPED):
-                    return code, ""
-                if (ended := self.control.ended()) is not None:
-                    return OVER, ended["message"]
-                if code is not None:
-                    return None, f"the driver ended with {code}"
-                if head.poll() is not None:
-                    return None, f"the Ray head on {self.host} ended"
-                if lost := self.control.lost(generation):
-                    return None, f"Ray ended on node {', '.join(map(str, lost))}"
-                raise JobFailed(f"nothing was heard of node {', '.join(map(str, self._silent()))}")
+            self._driver = driver
+
+            def over() -> bool:
+                gone = driver.poll() is not None or head.poll() is not None
+                return gone or bool(self.control.lost(generation) or self._silent())
+
+            self._wait(over, float("inf"))
+            if (code := driver.poll()) in (0, STOPPED):
+                return code, ""
+            if (ended := self.control.ended()) is not None:
+                return ended["code"], ended["message"]
+            if code is not None:
+                return None, f"the driver ended with {code}"
+            if head.poll() is not None:
+                return None, f"the Ray head on {self.host} ended"
+            if lost := self.control.lost(generation):
+                return None, f"Ray ended on node {', '.join(map(str, lost))}"
+            raise JobFailed(f"nothing was heard of node {', '.join(map(str, self._silent()))}")
         finally:
             guard.close()
-            shutil.rmtree(guard.folder, ignore_errors=True)
 
     def _silent(self) -> list[int]:
         return [node for node in range(1, self.nodes) if self._is_silent(node)]
@@ -240,14 +234,14 @@ class _Task:
             self.control.end(1, why)
             raise JobFailed(why)
 
-    def stop_driver(self, driver: subprocess.Popen[bytes] | None) -> None:
+    def stop_driver(self) -> None:
         """Have the workers write a checkpoint, and wait for it, but not beyond the time that SLURM gives."""
         self.control.stop.touch()
-        if driver is None:
+        if self._driver is None:
             return
         self.say("asked to stop: the workers write a checkpoint at the next step")
         try:
-            driver.wait(self.slurm.signal_s * 0.8)
+            self._driver.wait(self.slurm.signal_s * 0.8)
             self.say("stopped with a checkpoint")
         except subprocess.TimeoutExpired:
             self.say("no checkpoint in time: the job will go on from the one before")
@@ -276,7 +270,7 @@ class _Task:
 
     def _follow_generation(self, generation: int) -> None:
         """Join one Ray cluster, until the next one is there or all is over."""
-        guard = Guard(Path(tempfile.mkdtemp(prefix="hydra-")))
+        guard = Guard(new_scratch(f"{self.job} {self.host}"))
         try:
             address = self.control.address(generation)
             assert address is not None
@@ -293,4 +287,3 @@ class _Task:
                 self.control.lose(generation, self.node)
         finally:
             guard.close()
-            shutil.rmtree(guard.folder, ignore_errors=True)

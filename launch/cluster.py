@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
 from launch.control import Control
 from launch.guard import MARK, Guard
 from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
+from launch.scratch import new_scratch
 from pipeline.driver import Cluster, RunFailed, uses_gpu
 from pipeline.recipe import Recipe
 from pipeline.recipe_sections import divisors
@@ -66,14 +67,12 @@ def joined_cluster(recipe: Recipe, control: Control, generation: int, nodes: int
     assert recipe.slurm is not None
     workers = workers_for(recipe, nodes)
     address = control.address(generation)
-    with (
-        _environment(ray_environment(control.token, uses_gpu(recipe))),
-        tempfile.TemporaryDirectory(prefix="hydra-") as scratch,
-    ):
+    scratch = Path(os.environ["TMPDIR"])  # the guard's, that this process was started in
+    with _environment(ray_environment(control.token, scratch, uses_gpu(recipe))):
         _connect(address=address)
         try:
             _wait_for_nodes(nodes, recipe.slurm.node_start_s)
-            yield Cluster(workers, Path(scratch))
+            yield Cluster(workers, scratch)
         finally:
             ray.shutdown()
 
@@ -100,14 +99,25 @@ def _wait_for_nodes(nodes: int, deadline_s: float) -> None:
         pause.wait(0.5)
 
 
+def _check_devices(recipe: Recipe) -> None:
+    """Errors: ValueError where Ray would wait for devices that this machine does not have."""
+    devices = torch.cuda.device_count()
+    if uses_gpu(recipe) and recipe.workers.count > devices:
+        raise ValueError(
+            f"workers.count {recipe.workers.count}: this machine has {devices} GPUs, and every worker takes one; "
+            "lower workers.count, or set workers.device=cpu"
+        )
+
+
 @contextmanager
 def local_cluster(recipe: Recipe) -> Iterator[Cluster]:
     """A Ray cluster of this process alone, behind a random token."""
-    folder = Path(tempfile.mkdtemp(prefix="hydra-"))  # short and private: Ray's sockets lie in it
+    _check_devices(recipe)
+    folder = new_scratch()
     guard = Guard(folder)
     try:
         write_token(folder / "token")
-        environment = ray_environment(folder / "token", uses_gpu(recipe)) | {MARK: guard.mark}
+        environment = ray_environment(folder / "token", folder, uses_gpu(recipe)) | {MARK: guard.mark}
         with _environment(environment):
             _connect(
                 address="local",

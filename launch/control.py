@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_write_json, atomic_write_text, read_json
+from pipeline.files import atomic_write_json, atomic_write_text, read_json, read_rows
 
 ALIVE_EVERY_S = 2.0
 """How often a task renews its heartbeat."""
@@ -92,11 +92,7 @@ class Starts:
         return Starts(run_folder / "control" / "starts.jsonl")
 
     def read(self) -> list[dict[str, Any]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return read_rows(self.path)
 
     def without_progress(self, group: str, marks: list[int]) -> int:
         """How many starts in a row, the newest first, found exactly what is there now."""

@@ -6,7 +6,6 @@ metric rows beyond its checkpoint) at any moment.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from pipeline.files import read_json
+from pipeline.files import parse_row, read_json
 
 Row = dict[str, Any]
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
@@ -79,7 +78,7 @@ class _Tail:
             stream.seek(self._offset)
             whole, newline, _ = stream.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [row for line in whole.splitlines() if (row := _parse(line)) is not None], anew
+        return [row for line in (whole + newline).splitlines(keepends=True) if (row := _parse(line)) is not None], anew
 
 
 @dataclass
@@ -233,16 +232,13 @@ def _verdict(evaluation: Row) -> str:
 
 def _parse(line: bytes) -> Row | None:
     """A metrics row; None for a damaged line, which the next resume removes."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "kind" in row and "step" in row else None
+    row = parse_row(line)
+    return row if row is not None and "kind" in row and "step" in row else None
 
 
 def _read_if_whole(path: Path) -> Row | None:
     """The file's value; None if it is not there (yet), or not to be read at this moment."""
     try:
         return read_json(path)
-    except ValueError:
+    except (OSError, ValueError):
         return None

@@ -2,18 +2,17 @@
 
     python -m launch.drive RUN_FOLDER STAGE[,STAGE] CONTROL_FOLDER GENERATION NODES OBSERVER|-
 
-Started by `launch.allocation`, which acts on the exit code: 0 done, 1 over for good (ended.json says why), 75 stopped.
-Any other end, an exception that nobody foresaw included, leads to another attempt.
+Started by `launch.allocation`: 0 means done, 75 stopped as asked. Any other end leads to another attempt, an exception
+that nobody foresaw included, unless ended.json says that it would be in vain.
 """
 
 from __future__ import annotations
 
 import sys
-import traceback
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from launch.allocation import OVER, STOPPED, UNFORESEEN
+from launch.allocation import STOPPED
 from launch.cluster import NodesMissing, joined_cluster
 from launch.control import Control
 from launch.local import run_and_show
@@ -47,14 +46,11 @@ def main(run_folder: str, stages: str, control_folder: str, generation: str, nod
         return STOPPED
     except NodesMissing as error:
         print(error, file=sys.stderr)
-        return UNFORESEEN
+        return 1
     except (ValueError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         control.end(1, str(error))
-        return OVER
-    except Exception:
-        traceback.print_exc()
-        return UNFORESEEN
+        return 1
     return 0
 
 

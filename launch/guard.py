@@ -20,6 +20,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from launch.ray_settings import ROOT
+
 MARK = "HYDRA_CLUSTER"
 END_S = 20.0
 POLL_S = 0.1
@@ -87,10 +89,9 @@ class Guard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = secrets.token_hex(8)
-        root = str(Path(__file__).resolve().parent.parent)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "launch.guard", self.mark, str(folder)],
-            cwd=root,
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

@@ -11,11 +11,15 @@ OBJECT_STORE_BYTES = 128 * 1024 * 1024
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def ray_environment(token: Path, gpu: bool) -> dict[str, str]:
-    """What every process of a cluster needs: head, nodes, driver, and through them the workers."""
+def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
+    """What every process of a cluster needs: head, nodes, driver, and through them the workers.
+
+    `scratch` is the cluster's temporary folder on this node, where libraries put theirs too.
+    """
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "TMPDIR": str(scratch),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.allocation import Report, Share
+from launch.ray_settings import ROOT
 from pipeline.committed import is_done
 from pipeline.files import atomic_write_json, read_json
 from pipeline.phases import Stage, stages_of
@@ -25,7 +26,6 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.recipe_slurm import Slurm
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIENT_S = 60
 """How long a SLURM command may take."""
 REPORT = "report"

@@ -7,7 +7,6 @@ file that cannot be read is named under its run's table, and counts as missing.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from launch import run_folder
 from launch.control import Starts
 from launch.slurm import Submitted, groups_of
 from pipeline.committed import is_done
-from pipeline.files import read_json
+from pipeline.files import read_json, read_rows
 from pipeline.lease import Holder, is_stale
 from pipeline.phases import Stage
 from pipeline.recipe_file import load_recipe
@@ -137,7 +136,7 @@ class _Run:
         """What `take` makes of a file; None if it is not there. A damaged one is noted."""
         try:
             return take(read_json(path))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OSError, TypeError, ValueError) as error:
             if path.exists():
                 self.notes.append(f"{path} is damaged: {str(error).removeprefix(f'{path} cannot be read: ')}")
             return None
@@ -271,9 +270,9 @@ def _duration(seconds: float) -> str:
 def _rows(path: Path, take: Callable[[Any], Value]) -> list[Value]:
     """What `take` makes of each line; lines that are torn or damaged are passed over, as a resume cuts them."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for row in read_rows(path):
         try:
-            rows.append(take(json.loads(line)))
+            rows.append(take(row))
         except (KeyError, TypeError, ValueError):
             continue
     return rows

@@ -197,11 +197,6 @@ def read_newest(stage: Path) -> Snapshot | None:
     return None
 
 
-def newest_step(stage: Path) -> int:
-    """Step of the newest checkpoint that has a manifest, 0 if none: cheap, for progress, not for loading."""
-    return max((s for s in steps_on_disk(stage) if (folder_of(stage, s) / "MANIFEST.json").exists()), default=0)
-
-
 def prune(stage: Path, keep: int, protected: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the `protected` step (the best one)."""
     steps = [s for s in steps_on_disk(stage) if s != protected]

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import TRANSIENT
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
@@ -46,13 +48,35 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Errors: ValueError naming the file if it is missing or damaged."""
+    """Parse a JSON file.
+
+    Errors: ValueError naming the file if it is missing or damaged; OSError if another attempt may read it.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
+            raise
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """One line of a JSON-lines file; None for one that is torn (no newline yet) or no object."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:  # covers bad UTF-8 as well
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file, in order; damaged ones are left out, and a missing file has none."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [row for line in lines if (row := parse_row(line)) is not None]
 
 
 def sha256_of(path: Path) -> str:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import retried
 from pipeline.files import atomic_write_json, read_json
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def _started_ticks(pid: int) -> int | None:
 
 
 def read_holder(folder: Path) -> Holder | None:
-    """Who holds the stage. Errors: ValueError for a lease that is damaged."""
+    """Who holds the stage. Errors: ValueError for a lease that is damaged; OSError if it could not be read now."""
     path = folder / "lease.json"
     if not path.exists():
         return None
@@ -90,7 +91,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 def check_token(folder: Path, token: str) -> None:
     """Raise LeaseHeld unless `token` still holds the stage."""
-    holder = read_holder(folder)
+    holder = retried(lambda _: read_holder(folder), f"reading the lease of {folder}")
     if holder is None or holder.token != token:
         who = "nobody" if holder is None else f"pid {holder.pid} on {holder.host}"
         raise LeaseHeld(f"{folder} is no longer ours (held by {who}); nothing was written")

@@ -12,9 +12,10 @@ import logging
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from pipeline.files import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -101,25 +102,9 @@ def record_failure(run_folder: Path, failure: Failure) -> None:
 
 def read_failures(run_folder: Path) -> list[Failure]:
     """All recorded failures of a run, oldest first; damaged lines are left out."""
-    try:
-        lines = _failures_of(run_folder).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    failures = []
-    for line in lines:
-        values = _parse(line)
-        if values is not None:
-            values.pop("time", None)
-            failures.append(Failure(**values))
-    return failures
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) else None
+    names = [field.name for field in fields(Failure)]
+    rows = read_rows(_failures_of(run_folder))
+    return [Failure(**{name: row[name] for name in names}) for row in rows if row.keys() >= set(names)]
 
 
 def repeated_failure(run_folder: Path) -> Failure | None:

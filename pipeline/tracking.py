@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.files import atomic_write_text
+from pipeline.files import atomic_write_text, parse_row
 
 if TYPE_CHECKING:
     import wandb
@@ -47,21 +47,12 @@ def cut_rows(path: Path, step: int) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = []
     for line in lines:
-        row = _parse(line) if line.endswith(b"\n") else None
-        if row is not None and row["step"] <= step:
+        row = parse_row(line)
+        if row is not None and isinstance(row.get("step"), int) and row["step"] <= step:
             kept.append(line.decode())
     if len(kept) < len(lines):
         atomic_write_text(path, "".join(kept))
     return len(lines) - len(kept)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """One metrics row, or None for a line that is not one."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # covers bad UTF-8 as well
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from launch.__main__ import main
-from pipeline.checkpoint import newest_step
+from pipeline.committed import progress_marks
 from pipeline.files import read_json
 from pipeline.lease import read_holder
 from tests.commands import Command, Finished, launch, wait_until
@@ -75,15 +75,17 @@ def story(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story
         wait_until(lambda: (run / "pretrain" / "lease.json").exists(), RUN_S, "the lease of the first start")
         holder = read_holder(run / "pretrain")
         started_again = launch(place, *start, deadline_s=RUN_S)
-        wait_until(lambda: newest_step(run / "pretrain") > 0, RUN_S, "the first checkpoint")
+        wait_until(lambda: progress_marks(run, ["pretrain"])[0] > 0, RUN_S, "the first checkpoint")
         first.signal(signal.SIGINT)
         interrupted = first.finish(RUN_S)
-        step = newest_step(run / "pretrain")
+        step = progress_marks(run, ["pretrain"])[0]
     finally:
         first.kill()
     second = Command(place, "resume", "life")
     try:
-        wait_until(lambda: newest_step(run / "keep-0.1/prune") > 0, RUN_S, "the first checkpoint of the next phase")
+        wait_until(
+            lambda: progress_marks(run, ["keep-0.1/prune"])[0] > 0, RUN_S, "the first checkpoint of the next phase"
+        )
         second.signal(signal.SIGTERM)
         terminated = second.finish(RUN_S)
     finally:

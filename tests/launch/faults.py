@@ -118,7 +118,9 @@ class Victim:
 
     def _preemption(self, index: int) -> Callable[[], None]:
         nodes = len(self.cluster.nodes)
-        rival = self.cluster.submit("--partition=high", f"--nodes={nodes}", "--exclusive", "--wrap=srun sleep 5")
+        rival = self.cluster.submit(
+            "--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=srun sleep 5"
+        )
 
         def ended() -> None:
             self.cluster.wait_for_state(rival, "COMPLETED", 60)

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointDamaged, Snapshot, Writer
+from pipeline.committed import progress_marks
 from pipeline.disk import PAUSES_S, DiskFull
 from pipeline.files import read_json
 from pipeline.lease import LeaseHeld
@@ -60,6 +61,11 @@ def allow(step: int) -> None:
     """A guard that refuses nothing."""
 
 
+def committed(stage: Path) -> int:
+    """The newest step, as watchers see it."""
+    return progress_marks(stage.parent, [stage.name])[0]
+
+
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     folder = checkpoint.write(tmp_path, snapshot(7))
     assert same(checkpoint.read(folder), snapshot(7))
@@ -68,19 +74,19 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "LATEST").read_text() == "step-0000000007\n"
     checkpoint.write(tmp_path, snapshot(12))
     assert (tmp_path / "LATEST").read_text() == "step-0000000012\n"
-    assert newest(tmp_path) == checkpoint.newest_step(tmp_path) == 12
+    assert newest(tmp_path) == committed(tmp_path) == 12
 
 
 def test_an_empty_stage_has_no_checkpoint(tmp_path: Path) -> None:
     for stage in (tmp_path, tmp_path / "absent"):
         assert newest(stage) is None
-        assert checkpoint.newest_step(stage) == 0
+        assert committed(stage) == 0
 
 
 def test_without_manifest_it_does_not_exist(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint.write(tmp_path, snapshot(5))
     (checkpoint.write(tmp_path, snapshot(10)) / "MANIFEST.json").unlink()
-    assert checkpoint.newest_step(tmp_path) == 5
+    assert committed(tmp_path) == 5
     assert newest(tmp_path) == 5
     assert "step-0000000010 was being written" in caplog.text
     checkpoint.write(tmp_path, snapshot(10))  # the resumed run comes by again
@@ -111,17 +117,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stage
 
 
-@settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_every_flipped_bit_and_every_cut_is_noticed(pair: Path, name: str, where: float, bit: int, cut: bool) -> None:
+def is_passed_over(pair: Path, name: str, changed: bytes) -> None:
+    """With these bytes in the file the newer checkpoint is damaged and the older one taken; then it is whole again."""
     path = checkpoint.folder_of(pair, 10) / name
     whole = path.read_bytes()
-    place = int(where * len(whole))
-    changed = whole[:place] if cut else whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
-    if cut and name == "MANIFEST.json" and changed.rstrip() == whole.rstrip():
-        return  # only the newline behind it is gone
     try:
         path.write_bytes(changed)
         with pytest.raises(CheckpointDamaged, match="step-0000000010"):
@@ -130,6 +129,19 @@ def test_every_flipped_bit_and_every_cut_is_noticed(pair: Path, name: str, where
     finally:
         path.write_bytes(whole)
     checkpoint.check(path.parent)
+
+
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_every_flipped_bit_and_every_cut_is_noticed(pair: Path, name: str, where: float, bit: int, cut: bool) -> None:
+    whole = (checkpoint.folder_of(pair, 10) / name).read_bytes()
+    place = int(where * len(whole))
+    changed = whole[:place] if cut else whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
+    if cut and name == "MANIFEST.json" and changed.rstrip() == whole.rstrip():
+        return  # only the newline behind it is gone
+    is_passed_over(pair, name, changed)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -213,7 +225,7 @@ def test_submit_does_not_wait_for_the_disk_and_never_writes_two_at_once(tmp_path
     writer = Writer(tmp_path, 2, guard)
     writer.submit(snapshot(1))  # returns while the guard still holds the manifest back
     assert begun.wait(DEADLINE_S)
-    assert checkpoint.newest_step(tmp_path) == 0
+    assert committed(tmp_path) == 0
     go.set()
     writer.submit(snapshot(2))
     writer.wait()
@@ -242,7 +254,7 @@ def test_a_refusing_guard_leaves_no_checkpoint(tmp_path: Path) -> None:
     writer.submit(snapshot(2))
     with pytest.raises(LeaseHeld, match="not yours at 2"):
         writer.wait()
-    assert newest(tmp_path) == checkpoint.newest_step(tmp_path) == 1
+    assert newest(tmp_path) == committed(tmp_path) == 1
     assert (tmp_path / "LATEST").read_text() == "step-0000000001\n"
 
 
@@ -328,15 +340,7 @@ def test_the_last_good_one_is_taken_whatever_happened_to_the_others(
     "said", ["", "[]", "null", "7", '"x"', "{}", '{"files": 3}', '{"files": [1]}', '{"files": {}}']
 )
 def test_a_manifest_that_says_something_else_is_damage(pair: Path, said: str) -> None:
-    path = checkpoint.folder_of(pair, 10) / "MANIFEST.json"
-    whole = path.read_text()
-    try:
-        path.write_text(said)
-        with pytest.raises(CheckpointDamaged, match="step-0000000010"):
-            checkpoint.check(path.parent)
-        assert newest(pair) == 5
-    finally:
-        path.write_text(whole)
+    is_passed_over(pair, "MANIFEST.json", said.encode())
 
 
 def test_the_manifest_is_of_what_was_meant_not_of_what_the_disk_gave_back(

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from launch.display import follow
 from pipeline.tracking import cut_rows
+from tests.script import Script
 
 PLAN = {"stage": "", "phase": "prune", "total_steps": 700, "steps_per_epoch": 235, "batch_per_step": 128}
 ROBUST = {"value": 0.612, "low": 0.6024, "high": 0.6215}
@@ -24,21 +24,6 @@ EVALUATION = {
     "robust_accuracy": ROBUST,
 }
 Action = Callable[[], object]
-
-
-class Script(threading.Event):
-    """A stop event whose every wait does the next thing that happens to the run; set when all has happened."""
-
-    def __init__(self, *actions: Action) -> None:
-        super().__init__()
-        self.actions = list(actions)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None, "a wait without deadline"
-        if self.actions:
-            self.actions.pop(0)()
-            return False
-        return True
 
 
 class Terminal(io.StringIO):

@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = """
-recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys files phases committed stopping
-disk models.small_cnn models.network models masks sparsity attacks
+recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys
+disk files phases committed stopping
+models.small_cnn models.network models masks sparsity attacks
 objectives.outcome objectives.adversarial objectives.trades objectives
 data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
@@ -25,9 +26,10 @@ loop job health evaluation stage
 results figures report
 worker driver
 """
-"""Every module of pipeline/; each imports only from those before it. The first line loads no torch."""
+"""Every module of pipeline/; each imports only from those before it."""
 ORDER = tuple(LAYERS.split())
-WITHOUT_TORCH = LAYERS.strip().splitlines()[0].split()
+WITHOUT_TORCH = ORDER[: ORDER.index("stopping") + 1]
+"""What a login node runs."""
 
 DOORS = {
     "ray": {"pipeline.worker", "pipeline.driver", "launch.cluster"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import lease
+from pipeline import disk, lease
 from pipeline.lease import STALE_AFTER_S, LeaseHeld, Leases, check_token, read_holder
 
 DEADLINE_S = 60
@@ -232,3 +233,21 @@ def test_of_racing_processes_exactly_one_wins(tmp_path: Path) -> None:
                 racer.kill()
                 racer.communicate(timeout=DEADLINE_S)
         assert read_holder(tmp_path) is None
+
+
+def test_a_file_system_that_hiccups_does_not_take_the_lease_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = Leases([tmp_path])
+    read, failures = lease.read_json, [errno.EIO, errno.ESTALE]
+
+    def hiccup(path: Path) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "the server is away")
+        return read(path)
+
+    monkeypatch.setattr(lease, "read_json", hiccup)
+    monkeypatch.setattr(disk, "PAUSES_S", (0.0, 0.0))
+    check_token(tmp_path, leases.token)
+    assert failures == []
+    leases.release()

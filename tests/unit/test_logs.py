@@ -19,6 +19,7 @@ from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from tests.commands import wait_until
+from tests.script import Script
 
 DEMO = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"
 DEADLINE_S = 30
@@ -157,21 +158,6 @@ def test_a_log_that_cannot_be_read_is_named(run: Run) -> None:
     (run.folder / "logs" / "worker-0.log").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"worker-0\.log cannot be read: "):
         shown(run)
-
-
-class Script(threading.Event):
-    """A stop event whose every wait does the next thing that happens to the run; set when all has happened."""
-
-    def __init__(self, *actions: Callable[[], object]) -> None:
-        super().__init__()
-        self.actions = list(actions)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None, "a wait without deadline"
-        if self.actions:
-            self.actions.pop(0)()
-            return False
-        return True
 
 
 def followed(run: Run, *actions: Callable[[], object], lines: int = 20) -> list[str]:
