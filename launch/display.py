@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from pipeline.committed import evaluation_path
 from pipeline.files import parse_row, read_json
 
 Row = dict[str, Any]
@@ -25,6 +26,7 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 def follow(
     run_folder: Path,
     stage_names: list[str],
+    measure: str,
     stop: threading.Event,
     stream: TextIO,
     *,
@@ -33,14 +35,16 @@ def follow(
 ) -> None:
     """Show the stages of a run until `stop` is set, and then once more, so that the last results are seen.
 
+    `measure` is how finished networks are judged: `phases.Stage.measure`.
+
     Looks every `interval_s` seconds; without a terminal a training stage prints at most one line per `line_every_s`.
     """
-    stages = [_Stage(name, run_folder / name) for name in stage_names]
+    stages = [_Stage(name, run_folder / name, measure) for name in stage_names]
     show = _Bars(stream) if stream.isatty() else _Lines(stream, line_every_s)
     for stage in stages:
         if (stage.folder / "result.json").exists():
             stage.finished = True
-            stage.evaluated = (stage.folder / "evaluate" / "pgd.json").exists()
+            stage.evaluated = evaluation_path(stage.folder, measure).exists()
             show.say(f"{stage.name}  already finished")
         stage.tail.read()  # what was written before is not news
     stopping = False
@@ -85,6 +89,7 @@ class _Tail:
 class _Stage:
     name: str
     folder: Path
+    measure: str
     finished: bool = False
     evaluated: bool = False
     plan: Row | None = None
@@ -167,7 +172,7 @@ def _look(stage: _Stage, show: _Lines | _Bars) -> None:
     if not stage.finished:
         _look_at_training(stage, show)
     elif not stage.evaluated:
-        evaluation = _read_if_whole(stage.folder / "evaluate" / "pgd.json")
+        evaluation = _read_if_whole(evaluation_path(stage.folder, stage.measure))
         progress = _read_if_whole(stage.folder / "evaluate" / "progress.json")
         if evaluation is not None:
             stage.evaluated = True

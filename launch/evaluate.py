@@ -68,11 +68,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from pipeline.data.loader import Loader
     from pipeline.data.order import evaluation_crops
-    from pipeline.evaluate.pgd import Attack, evaluate, summarise
+    from pipeline.evaluate.chunks import evaluate
+    from pipeline.evaluate.measure import summarise
+    from pipeline.evaluate.pgd import Pgd
     from pipeline.export import load_model
     from pipeline.group import Group, make_repeatable, pick_device
 
-    attack = Attack.of(recipe.threat_model, recipe.evaluation, recipe.seed)
+    attack = Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
     given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
     attack = replace(attack, **{k: float(v) if k == "step_size" else v for k, v in given.items() if v is not None})
     if min(attack.steps, attack.restarts, attack.step_size) <= 0:
@@ -91,14 +93,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
         for path in files:
             network = load_model(path).to(device)
-            verdicts = evaluate(
-                network,
-                loader,
-                np.arange(count),
-                lambda ids: crops[ids],
-                attack,
-                recipe.evaluation.chunk,
-                Group(0, 1, device),
-            )
+            chunk, group = recipe.evaluation.chunk, Group(0, 1, device)
+            verdicts = evaluate(network, loader, np.arange(count), lambda ids: crops[ids], attack, chunk, group)
             print(json.dumps({"file": str(path), **{k: str(v) for k, v in given.items() if v}, **summarise(verdicts)}))
     return 0

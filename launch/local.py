@@ -41,9 +41,8 @@ def run_and_show(order: Order, connect: Connect) -> None:
     recipe = load_recipe(order.run_folder / "recipe.yaml")
     stop = threading.Event()
     names = [stage.name for stage in stages_of(recipe) if order.stages is None or stage.name in order.stages]
-    display = threading.Thread(
-        target=follow, args=(order.run_folder, names, stop, sys.stderr), name="display", daemon=True
-    )
+    shown = (order.run_folder, names, recipe.objective.measure, stop, sys.stderr)
+    display = threading.Thread(target=follow, args=shown, name="display", daemon=True)
     display.start()
     try:
         run(order, connect)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from launch import run_folder
 from launch.control import Starts
 from launch.slurm import Submitted, groups_of
-from pipeline.committed import is_done
+from pipeline.committed import evaluation_path, is_done
 from pipeline.files import read_json, read_rows
 from pipeline.lease import Holder, is_stale
 from pipeline.phases import Stage
@@ -147,7 +147,7 @@ class _Run:
         signs = (folder / "stage.json", folder / "evaluate")
         rows = _rows(folder / "metrics.jsonl", _metric)
         held_out = [f"{100 * value:.1f} held-out" for kind, _, value in rows if kind == "validation"]
-        tested = self._read(folder / "evaluate" / "pgd.json", _interval)
+        tested = self._read(evaluation_path(folder, stage.measure), _interval) if stage.measure else None
         attacked = self._read(folder / "evaluate" / "progress.json", lambda row: (int(row["done"]), int(row["total"])))
         return _Part(
             stage,

@@ -24,7 +24,8 @@ class Stage:
     """Stage whose last (or best) checkpoint this one begins with."""
     scores_from: Literal["none", "weights", "source"]
     """No scores; scaled initialisation from the weights (HYDRA eq. 3); or the scores of the source stage."""
-    evaluated: bool
+    measure: str | None
+    """How the finished network is judged on the test set; None for one that only the next stage needs."""
     first_epoch: int
     """Epochs that came before: data order and crops go on from there instead of repeating pretraining's."""
 
@@ -45,9 +46,9 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     The magnitude baseline (the paper's LWM) finetunes under the mask that the scaled initialisation gives, with the
     finetune phase's learning rate; by default for as many epochs as prune and finetune have together.
     """
-    phases, sparsity = recipe.phases, recipe.sparsity
+    phases, sparsity, measure = recipe.phases, recipe.sparsity, recipe.objective.measure
     dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
-    stages = [Stage("pretrain", "pretrain", "weights", None, phases.pretrain, None, "none", True, 0)]
+    stages = [Stage("pretrain", "pretrain", "weights", None, phases.pretrain, None, "none", measure, 0)]
     baseline_epochs = phases.finetune.epochs
     if sparsity.magnitude_baseline == "same_total_epochs":
         baseline_epochs += phases.prune.epochs
@@ -55,7 +56,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     for keep in sparsity.keep_fractions:
         folder = f"keep-{canonical_decimal(keep)}"
         stages += [
-            Stage(f"{folder}/prune", "prune", "scores", keep, phases.prune, "pretrain", "weights", False, dense),
+            Stage(f"{folder}/prune", "prune", "scores", keep, phases.prune, "pretrain", "weights", None, dense),
             Stage(
                 f"{folder}/finetune",
                 "finetune",
@@ -64,12 +65,22 @@ def stages_of(recipe: Recipe) -> list[Stage]:
                 phases.finetune,
                 f"{folder}/prune",
                 "source",
-                True,
+                measure,
                 pruned,
             ),
         ]
         if sparsity.magnitude_baseline != "none":
             stages.append(
-                Stage(f"{folder}/magnitude", "magnitude", "weights", keep, baseline, "pretrain", "weights", True, dense)
+                Stage(
+                    f"{folder}/magnitude",
+                    "magnitude",
+                    "weights",
+                    keep,
+                    baseline,
+                    "pretrain",
+                    "weights",
+                    measure,
+                    dense,
+                )
             )
     return stages

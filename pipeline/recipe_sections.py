@@ -83,6 +83,11 @@ class Objective(Section):
     beta: float = Field(default=6.0, gt=0)
     """Weight of the robust term of TRADES (Zhang et al. 2019, eq. 5: beta is their 1/lambda); unused otherwise."""
 
+    @property
+    def measure(self) -> str:
+        """How a network that was trained so is judged: the name of its evaluation's files."""
+        return "pgd"
+
     @model_validator(mode="after")
     def _steps_fit(self) -> Objective:
         if self.name == "fgsm" and self.steps != 1:

@@ -98,9 +98,8 @@ def _accuracy_rows(runs: list[Run], comparisons: Comparisons) -> list[dict[str, 
                 "pruned_percent": network.pruned.removesuffix(" %"),
             }
             facts = network.evaluation or {}
-            row |= {
-                key: facts.get(key) for key in ("attack", "norm", "eps", "steps", "step_size", "restarts", "images")
-            }
+            row |= {key: facts.get(key) for key in ("attack", "title", "images")}
+            row |= {key: facts.get("settings", {}).get(key) for key in ("norm", "eps")}
             for kind in ("clean", "robust"):
                 row[f"{kind}_correct"] = facts.get(f"{kind}_correct")
                 for part in ("value", "low", "high"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.committed import evaluation_path
 from pipeline.evaluate.statistics import McNemar, mcnemar
 from pipeline.files import read_json
 from pipeline.phases import stages_of
@@ -18,8 +19,8 @@ from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import load_recipe, recipe_hash
 
 NETWORK_OF_PHASE = {"pretrain": "dense", "finetune": "HYDRA", "magnitude": "magnitude"}
-ATTACK_FACTS = ("attack", "norm", "eps", "steps", "restarts", "step_size", "images", "data_sha256")
-"""What must agree before two accuracies may stand in one table."""
+ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
+"""What must agree, beside the attack's settings, before two accuracies may stand in one table."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Network:
     """dense, HYDRA or magnitude"""
     keep_fraction: Decimal
     evaluation: dict[str, Any] | None
-    """evaluate/pgd.json, or None while it is missing."""
+    """What the stage's measure found (evaluate/pgd.json, for example), or None while it is missing."""
     layers: list[dict[str, Any]]
     """name, kept and total per masked layer; empty while the stage is unfinished."""
 
@@ -79,8 +80,10 @@ def compare(run: Run, keep_fraction: Decimal) -> McNemar | None:
     verdicts = []
     for name in ("HYDRA", "magnitude"):
         network = run.find(name, keep_fraction)
-        path = network.folder / "evaluate" / "pgd.parquet" if network is not None else None
-        if network is None or network.evaluation is None or path is None or not path.exists():
+        if network is None or network.evaluation is None:
+            return None
+        path = network.folder / "evaluate" / f"{network.evaluation['attack']}.parquet"
+        if not path.exists():
             return None
         table = pq.read_table(path, columns=["sample_id", "robust_correct"])
         verdicts.append((path, *(table[column].to_numpy() for column in table.column_names)))
@@ -95,9 +98,7 @@ def attack_text(runs: list[Run]) -> str:
     facts = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)
     if facts is None:
         return "nothing is evaluated yet"
-    restarts = f" with {facts['restarts']} restarts" if facts["restarts"] > 1 else ""
-    ball = f"{facts['norm']} eps {facts['eps']}" if facts["norm"] else "no adversary"
-    return f"{facts['attack'].upper()}-{facts['steps']}{restarts}, {ball}, {facts['images']:,} test images"
+    return f"{facts['title']}, {facts['images']:,} test images"
 
 
 def _read_run(folder: Path) -> Run:
@@ -107,14 +108,15 @@ def _read_run(folder: Path) -> Run:
     recipe = load_recipe(path)
     networks = []
     for stage in stages_of(recipe):
-        if not stage.evaluated:
+        if stage.measure is None:
             continue
         stage_folder = folder / stage.name
-        evaluation = _read_if_there(stage_folder / "evaluate" / "pgd.json")
+        evaluated = evaluation_path(stage_folder, stage.measure)
+        evaluation = _read_if_there(evaluated)
         result = _read_if_there(stage_folder / "result.json")
         if evaluation and result and evaluation["model_sha256"] != result["model_sha256"]:
             raise ValueError(
-                f"{stage_folder / 'evaluate' / 'pgd.json'} is of another model than {stage_folder / 'result.json'}; "
+                f"{evaluated} is of another model than {stage_folder / 'result.json'}; "
                 "delete it and resume the run, which evaluates again"
             )
         keep = Decimal(1) if stage.keep_fraction is None else stage.keep_fraction
@@ -133,14 +135,16 @@ def _hash_without_seed(recipe: Recipe) -> str:
 
 
 def _check_one_attack(runs: list[Run]) -> None:
-    evaluated = [n for run in runs for n in run.networks if n.evaluation is not None]
-    for network in evaluated[1:]:
-        first = evaluated[0]
-        assert first.evaluation is not None
-        assert network.evaluation is not None
-        for fact in ATTACK_FACTS:
-            if first.evaluation[fact] != network.evaluation[fact]:
+    evaluated = [(n, _attack_facts(n.evaluation)) for run in runs for n in run.networks if n.evaluation is not None]
+    for network, facts in evaluated[1:]:
+        first, expected = evaluated[0]
+        for fact in {**expected, **facts}:
+            if expected.get(fact) != facts.get(fact):
                 raise ValueError(
                     f"{first.folder} and {network.folder} were evaluated differently: {fact} is "
-                    f"{first.evaluation[fact]!r} and {network.evaluation[fact]!r}; evaluate both alike"
+                    f"{expected.get(fact)!r} and {facts.get(fact)!r}; evaluate both alike"
                 )
+
+
+def _attack_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {fact: evaluation[fact] for fact in ATTACK_FACTS} | evaluation["settings"]

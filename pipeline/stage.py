@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Snapshot, Writer
+from pipeline.committed import evaluation_path
 from pipeline.data import order
 from pipeline.data.loader import Loader
 from pipeline.engine import Engine
@@ -62,7 +63,7 @@ def run_stages(job: Job, stages: list[Stage]) -> None:
 def _run_stage(job: Job, stage: Stage) -> None:
     folder = job.folder(stage)
     to_train = job.group.broadcast(not (folder / "result.json").exists())
-    to_evaluate = stage.evaluated and job.group.broadcast(not (folder / "evaluate" / "pgd.json").exists())
+    to_evaluate = stage.measure is not None and job.group.broadcast(not evaluation_path(folder, stage.measure).exists())
     if not to_train and not to_evaluate:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,8 @@ def test_the_evaluation_counts_every_image_once(story: Story, stage: str) -> Non
         for name in ("clean_correct", "clean_top5_correct", "robust_correct", "robust_top5_correct")
     }
     assert {name: facts[name] for name in counts} == counts
-    assert (facts["images"], facts["eps"], facts["steps"], facts["restarts"]) == (CLASSES, "4/255", 1, 1)
+    settings = facts["settings"]
+    assert (facts["images"], settings["eps"], settings["steps"], settings["restarts"]) == (CLASSES, "4/255", 1, 1)
     assert not (columns["robust_correct"] & ~columns["clean_correct"]).any()
     assert not (story.run / "keep-0.1/prune" / "evaluate").exists()
 

@@ -68,11 +68,13 @@ def test_starts_without_progress_are_those_of_the_group_since_the_marks_changed(
 
 def test_marks_grow_with_whatever_is_committed(tmp_path: Path) -> None:
     stage, seen = tmp_path / "pretrain", [progress_marks(tmp_path, ["pretrain"])]
-    for name in ("step-0000000009/MANIFEST.json", "step-0000000018/MANIFEST.json", "result.json", "evaluate/pgd.json"):
+    committed = ["step-0000000009/MANIFEST.json", "step-0000000018/MANIFEST.json", "result.json"]
+    committed += ["evaluate/pgd.chunks/chunk-000000.parquet", "evaluate/pgd.parquet"]
+    for name in committed:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         (stage / name).touch()
         seen.append(progress_marks(tmp_path, ["pretrain"]))
     assert seen == sorted(seen)
-    assert len({tuple(marks) for marks in seen}) == 5
+    assert len({tuple(marks) for marks in seen}) == 6
     (stage / "step-0000000027").mkdir()  # without its manifest it does not exist
     assert progress_marks(tmp_path, ["pretrain"]) == seen[-1]

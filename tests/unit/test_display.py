@@ -71,7 +71,7 @@ class Writer:
 
 def shown(run: Path, names: list[str], *actions: Action, stream: io.StringIO | None = None, every: float = 0.0) -> str:
     stream = stream or io.StringIO()
-    follow(run, names, Script(*actions), stream, interval_s=0.01, line_every_s=every)
+    follow(run, names, "pgd", Script(*actions), stream, interval_s=0.01, line_every_s=every)
     return stream.getvalue()
 
 

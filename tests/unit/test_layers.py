@@ -20,8 +20,8 @@ models.small_cnn models.network models masks sparsity attacks
 objectives.outcome objectives.adversarial objectives.trades objectives
 data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
-tracking export checkpoint lease evaluate evaluate.statistics
-group evaluate.pgd engine batch_statistics
+tracking export checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
+group evaluate.chunks engine batch_statistics
 loop job health evaluation stage
 results figures report
 worker driver

@@ -39,11 +39,11 @@ def test_all_stages_follow_what_they_start_from() -> None:
 
 def test_what_each_stage_trains_and_starts_from() -> None:
     stages = by_name(recipe_with())
-    facts = {name: (s.phase, s.trains, s.starts_from, s.scores_from, s.evaluated) for name, s in stages.items()}
-    assert facts["pretrain"] == ("pretrain", "weights", None, "none", True)
-    assert facts["keep-0.1/prune"] == ("prune", "scores", "pretrain", "weights", False)
-    assert facts["keep-0.1/finetune"] == ("finetune", "weights", "keep-0.1/prune", "source", True)
-    assert facts["keep-0.1/magnitude"] == ("magnitude", "weights", "pretrain", "weights", True)
+    facts = {name: (s.phase, s.trains, s.starts_from, s.scores_from, s.measure) for name, s in stages.items()}
+    assert facts["pretrain"] == ("pretrain", "weights", None, "none", "pgd")
+    assert facts["keep-0.1/prune"] == ("prune", "scores", "pretrain", "weights", None)
+    assert facts["keep-0.1/finetune"] == ("finetune", "weights", "keep-0.1/prune", "source", "pgd")
+    assert facts["keep-0.1/magnitude"] == ("magnitude", "weights", "pretrain", "weights", "pgd")
     assert facts["keep-0.01/finetune"][2] == "keep-0.01/prune"
     assert stages["pretrain"].keep_fraction is None
     assert {str(s.keep_fraction) for n, s in stages.items() if n.startswith("keep-0.01/")} == {"0.01"}

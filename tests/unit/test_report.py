@@ -33,8 +33,9 @@ ACCURACY = {
 
 
 def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {"attack": "pgd", "norm": "linf", "eps": "1/10", "steps": 20, "restarts": 1}
-    facts |= {"step_size": "1/40", "images": len(clean), "model_sha256": model, "data_sha256": "d" * 64}
+    settings = {"norm": "linf", "eps": "1/10", "steps": 20, "restarts": 1, "step_size": 0.025}
+    facts: dict[str, Any] = {"attack": "pgd", "title": "PGD-20, linf eps 1/10", "settings": settings, "chunk": 250}
+    facts |= {"images": len(clean), "model_sha256": model, "data_sha256": "d" * 64}
     for name, verdicts in (("clean", clean), ("robust", robust)):
         correct = int(verdicts.sum())
         low, high = wilson_interval(correct, len(verdicts))
@@ -205,7 +206,7 @@ def test_other_attacks_recipes_seeds_images_and_models_are_not_mixed(tmp_path: P
         report([run, again])
 
     evaluated = again / "keep-0.1" / "magnitude" / "evaluate" / "pgd.json"
-    edit(evaluated, lambda values: values.update(steps=50))
+    edit(evaluated, lambda values: values["settings"].update(steps=50))
     with pytest.raises(ValueError, match=r"evaluated differently: steps is 20 and 50"):
         report([again])
 

@@ -21,17 +21,20 @@ from torch.nn import functional as F
 from pipeline.attacks import ball_of, pgd
 from pipeline.data.loader import Loader
 from pipeline.data.order import whole_image_crops
-from pipeline.evaluate.pgd import Attack, Verdicts, evaluate, summarise
+from pipeline.evaluate.chunks import ChunkStore, evaluate
+from pipeline.evaluate.measure import Verdicts, summarise
+from pipeline.evaluate.pgd import Pgd
 from pipeline.group import Group
 from pipeline.keys import sample_keys
 from pipeline.recipe_sections import Evaluation, ThreatModel
+from pipeline.stopping import StopRequested
 
 SIDE, IMAGES, CHUNK, WORLD = 28, 300, 64, 3
 CPU = torch.device("cpu")
 ALONE = Group(0, 1, CPU)
 LINF = ThreatModel(norm="linf", eps=Fraction(1, 20))
 # So few and small steps that it matters where they start.
-ATTACK = Attack(LINF, steps=2, step_size=0.01, restarts=1, seed=0)
+ATTACK = Pgd(LINF, steps=2, step_size=0.01, restarts=1, seed=0)
 DEADLINE_S = 60
 
 
@@ -45,7 +48,12 @@ class InThreads(Group):
     def gather(self, value: Any) -> list[Any]:
         self.values[self.rank] = value
         self.meeting.wait(DEADLINE_S)
-        return [self.values[rank] for rank in range(self.world)]
+        values = [self.values[rank] for rank in range(self.world)]
+        self.meeting.wait(DEADLINE_S)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def network(loader: Loader) -> nn.Module:
     return nn.Sequential(nn.Flatten(), linear, nn.Dropout(0.5))
 
 
-def judge(network: nn.Module, loader: Loader, attack: Attack = ATTACK, group: Group = ALONE) -> Verdicts:
+def judge(network: nn.Module, loader: Loader, attack: Pgd = ATTACK, group: Group = ALONE) -> Verdicts:
     return evaluate(network, loader, np.arange(IMAGES), crops, attack, CHUNK, group)
 
 
@@ -202,6 +210,51 @@ def test_counts_are_exact_and_the_network_is_left_as_it_was(network: nn.Module, 
         assert interval["low"] < interval["value"] < interval["high"]
 
 
+class Interrupted(RuntimeError):
+    """What killed an evaluation."""
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
+    network: nn.Module, loader: Loader, tmp_path: Path, how: str
+) -> None:
+    ids, header = np.arange(IMAGES), {"model_sha256": "m"}
+    judged: list[int] = []
+
+    def after_two(done: int, total: int) -> bool:
+        if done == 2 and how == "killed":
+            raise Interrupted
+        return done == 2
+
+    def count(done: int, total: int) -> bool:
+        judged.append(total)
+        return False
+
+    store = ChunkStore(tmp_path / "pgd.chunks", header)
+    with pytest.raises((StopRequested, Interrupted)):
+        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, after_two, store)
+    assert len(list(tmp_path.glob("pgd.chunks/chunk-*"))) == 2
+    (tmp_path / "pgd.chunks" / "chunk-000001.parquet").write_bytes(b"PAR1")  # half a file is no chunk
+    verdicts = evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, count, ChunkStore(store.folder, header))
+    assert judged == [4] * 4  # of five
+    assert differing(verdicts, judge(network, loader)) == []
+    store.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chunks_of_another_network_or_attack_are_not_taken(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+    ids, judged = np.arange(IMAGES), []
+    for header in ({"model_sha256": "m"}, {"model_sha256": "m"}, {"model_sha256": "other"}):
+        judged.append(0)
+
+        def count(done: int, total: int) -> bool:
+            judged[-1] = done
+            return False
+
+        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, count, ChunkStore(tmp_path / "chunks", header))
+    assert judged == [5, 0, 5]
+
+
 def test_nothing_to_judge_is_an_error(network: nn.Module, loader: Loader) -> None:
     with pytest.raises(ValueError, match="no image to evaluate"):
         evaluate(network, loader, np.arange(0), crops, ATTACK, CHUNK, ALONE)
@@ -209,4 +262,4 @@ def test_nothing_to_judge_is_an_error(network: nn.Module, loader: Loader) -> Non
 
 def test_the_recipe_says_the_attack() -> None:
     evaluation = Evaluation(steps=9, step_size=Fraction(1, 8), restarts=3)
-    assert Attack.of(LINF, evaluation, 5) == Attack(LINF, 9, 0.125, 3, 5)
+    assert Pgd.of(LINF, evaluation, 5) == Pgd(LINF, 9, 0.125, 3, 5)
