@@ -20,7 +20,7 @@ from typing import Any
 from launch.allocation import Report, Share
 from launch.ray_settings import ROOT
 from pipeline.committed import is_done
-from pipeline.files import atomic_write_json, read_json
+from pipeline.files import atomic_write_json, exclusive, read_json
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
@@ -202,6 +202,11 @@ def submit(run_folder: Path, after: str | None = None, observer: str | None = No
 
     Errors: ValueError for what SLURM refuses, naming what it says.
     """
+    with exclusive(run_folder / ".jobs.lock"):  # two at once would submit everything twice
+        return _submit_what_is_left(run_folder, after, observer)
+
+
+def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | None) -> list[Submitted]:
     recipe = load_recipe(run_folder / "recipe.yaml")
     _section(recipe).workers_of_a_node(recipe.workers.threads)
     known = read_jobs(run_folder)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,14 @@ def read_json(path: Path) -> Any:
         if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Serialise what processes do with something, by a lock on the file `path` beside it."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -7,21 +7,18 @@ token before they commit, so that a holder that was replaced while it was frozen
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.disk import retried
-from pipeline.files import atomic_write_json, read_json
+from pipeline.files import atomic_write_json, exclusive, read_json
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +78,6 @@ def refuse_if_held(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Serialise the read-check-write of a lease among processes."""
-    with (folder / ".lease.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def check_token(folder: Path, token: str) -> None:
     """Raise LeaseHeld unless `token` still holds the stage."""
     holder = retried(lambda _: read_holder(folder), f"reading the lease of {folder}")
@@ -133,7 +122,7 @@ class Leases:
 
     def _acquire(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder):
+        with exclusive(folder / ".lease.lock"):
             refuse_if_held(folder)
             atomic_write_json(folder / "lease.json", self._record())
             self._folders.append(folder)
@@ -142,7 +131,7 @@ class Leases:
         while self._folders and not self._stop.wait(HEARTBEAT_S):
             for folder in list(self._folders):
                 try:
-                    with _exclusive(folder):
+                    with exclusive(folder / ".lease.lock"):
                         check_token(folder, self.token)
                         atomic_write_json(folder / "lease.json", self._record())
                 except LeaseHeld as error:
@@ -156,7 +145,7 @@ class Leases:
         if self._thread.is_alive():
             self._thread.join(timeout=HEARTBEAT_S)
         for folder in self._folders:
-            with _exclusive(folder):
+            with exclusive(folder / ".lease.lock"):
                 holder = read_holder(folder)
                 if holder is not None and holder.token == self.token:
                     (folder / "lease.json").unlink()

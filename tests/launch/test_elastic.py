@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from launch.control import Starts
 from launch.slurm import living, read_jobs, submit
 from pipeline.files import read_json
 from pipeline.recipe import Recipe
-from tests.commands import ROOT, launch, wait_until
+from tests.commands import launch, wait_until
 from tests.launch.faults import Victim
 from tests.launch.test_faults import job_of, new_run
 from tests.launch.throttle import FOLDER
@@ -87,17 +84,7 @@ def test_two_then_one_then_four_nodes(
 
 
 def _refuses_others(folder: Path) -> None:
-    """While the job trains: a second writer is refused by name, and so is a stranger's token."""
+    """While the job trains, a second writer is refused by name."""
     done = launch(folder.parent.parent, "resume", str(folder), "--on", "local")
     assert done.code == 2
     assert "pretrain is being written by pid" in done.err
-    address = read_json(next(folder.glob("control/*/cluster-0.json")))["address"]
-    stranger = folder.parent / "stranger-token"
-    stranger.write_text("0" * 64)
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stranger)}
-    code = f"import ray; ray.init(address={address!r}, log_to_driver=False); print('joined')"
-    tried = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert "joined" not in tried.stdout
-    assert "InvalidAuthToken" in tried.stderr or "Authentication" in tried.stderr, tried.stderr[-1500:]
