@@ -122,10 +122,16 @@ class Phases(Section):
     finetune: Phase
 
 
+Allocation = Literal["uniform", "erk", "global"]
+
+
 class Sparsity(Section):
     """Which networks are made of the dense one."""
 
     keep_fractions: tuple[KeepFraction, ...]
+    allocation: Allocation = "uniform"
+    """How connections are dealt to layers: the same fraction of each (the paper), Erdos-Renyi-kernel densities (Evci et
+    al. 2020), or by rank among the scores of all layers, so that the prune phase learns the allocation too."""
     magnitude_baseline: Literal["same_total_epochs", "finetune_epochs", "none"] = "same_total_epochs"
     """Epochs of the magnitude baseline: HYDRA's prune + finetune (fair), the paper's finetune only, or no baseline."""
 

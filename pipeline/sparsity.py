@@ -20,11 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pipeline.masks import kept_count, scaled_scores, topk_mask
+from pipeline.allocation import erdos_renyi_kernel, global_masks, layer_masks, total_kept, uniform
+from pipeline.masks import scaled_scores
 from pipeline.models.network import Network
+from pipeline.recipe_sections import Allocation
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+COUNTS = {"uniform": uniform, "erk": erdos_renyi_kernel}
+"""Allocations that depend on shapes alone -> connections per layer."""
 
 _ORIGINAL = "parametrizations.weight.original"
 _SCORE = "parametrizations.weight.0.score"
@@ -63,11 +68,14 @@ class Masked(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, score: Tensor, kept: int) -> None:
+    def __init__(self, score: Tensor, kept: int | None, budget: int) -> None:
         super().__init__()
         self.kept = kept
+        """Connections of this layer; None if all layers share one budget by their scores."""
+        self.budget = budget
+        """Connections of the whole network."""
         self.score = nn.Parameter(score)
-        self.register_buffer("mask", topk_mask(score, kept), persistent=False)
+        self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, self.score, self.mask)  # pyright: ignore[reportReturnType]
@@ -118,25 +126,32 @@ def has_scores(network: nn.Module) -> bool:
     return bool(_masked(network))
 
 
-def attach_scores(network: nn.Module, keep_fraction: Decimal) -> None:
+def attach_scores(network: nn.Module, keep_fraction: Decimal, allocation: Allocation = "uniform") -> None:
     """Give every maskable weight its scores, at the scaled initialisation, and the mask that they make.
 
-    Errors: ValueError when there is nothing to mask, when scores are there already, or naming an all-zero weight.
+    `allocation` deals the connections to layers: the same fraction of each (the paper), ERK, or by rank among the
+    scores of all layers. Errors: ValueError when there is nothing to mask, when scores are there already, or naming an
+    all-zero weight.
     """
     layers = maskable(network)
     if not layers:
         raise ValueError("the network has no Conv2d and no Linear, so there is nothing to prune")
     if has_scores(network):
         raise ValueError("the network has scores already; attach them once")
+    shapes = {name: _original(layer).shape for name, layer in layers.items()}
+    counts: Mapping[str, int | None] = dict.fromkeys(shapes)
+    if allocation != "global":
+        counts = COUNTS[allocation](shapes, keep_fraction)
+    budget = sum(count or 0 for count in counts.values()) or total_kept(shapes, keep_fraction)
     for name, layer in layers.items():
-        weight = _original(layer)
         try:
-            score = scaled_scores(weight)
+            score = scaled_scores(_original(layer))
         except ValueError as error:
             raise ValueError(f"{name}: {error}; start from a trained network") from None
-        masked = Masked(score, kept_count(weight.numel(), keep_fraction))
+        masked = Masked(score, counts[name], budget)
         masked.train(layer.training)
         parametrize.register_parametrization(layer, "weight", masked)
+    refresh_masks(network)
 
 
 @torch.no_grad()
@@ -145,11 +160,13 @@ def refresh_masks(network: nn.Module) -> None:
 
     Errors: ValueError naming the weight whose scores are NaN.
     """
-    for name, masked in _masked(network).items():
-        try:
-            masked.mask.copy_(topk_mask(masked.score, masked.kept))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    masked = _masked(network)
+    scores = {name: entry.score for name, entry in masked.items()}
+    counts = {name: entry.kept for name, entry in masked.items() if entry.kept is not None}
+    budget = next((entry.budget for entry in masked.values()), 0)
+    masks = global_masks(scores, budget) if masked and not counts else layer_masks(scores, counts)
+    for name, entry in masked.items():
+        entry.mask.copy_(masks[name])
 
 
 def train_only(network: nn.Module, what: Literal["weights", "scores"]) -> None:

@@ -100,7 +100,7 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
     if step:
         own = own or checkpoint.read(checkpoint.folder_of(folder, step))
         if stage.keep_fraction is not None:
-            attach_scores(network, stage.keep_fraction)
+            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
         load_state(network, own.model)
     elif stage.starts_from is not None:
         source = job.run_folder / stage.starts_from
@@ -108,11 +108,11 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
         tensors = checkpoint.read(checkpoint.folder_of(source, selected)).model
         assert stage.keep_fraction is not None
         if stage.scores_from == "source":
-            attach_scores(network, stage.keep_fraction)
+            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
             load_state(network, tensors)
         else:
             load_state(network, tensors)
-            attach_scores(network, stage.keep_fraction)
+            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
     return own, step
 
 

@@ -1,0 +1,87 @@
+"""How a budget of connections is dealt to layers: pure functions of shapes and, where it is global, of scores.
+
+Every allocation keeps at least one connection of each layer, so that signal can pass, and an exact total.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from pipeline.masks import kept_count, topk_mask
+
+
+def uniform(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
+    """The same fraction of every layer, as in the paper."""
+    return {name: kept_count(shape.numel(), keep_fraction) for name, shape in shapes.items()}
+
+
+def total_kept(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> int:
+    """The budget of the allocations that are not uniform: of all connections taken together, one per layer at least."""
+    return max(kept_count(sum(shape.numel() for shape in shapes.values()), keep_fraction), len(shapes))
+
+
+def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
+    """ERK (Evci et al., ICML 2020, section 3): the density of a layer is proportional to the sum of its dimensions
+    over their product, and at most 1; small layers stay denser.
+
+    Fractions are rounded so that the total is exact: the largest remainders are rounded up, ties in order of layers.
+    """
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    raw = {name: Fraction(sum(shape), shape.numel()) for name, shape in shapes.items()}
+    budget = total_kept(shapes, keep_fraction)
+    dense: set[str] = set()
+    while True:  # a layer whose share is more than it has stays dense, and the others share what is left
+        open_ = [name for name in sizes if name not in dense]
+        room = budget - sum(sizes[name] for name in dense)
+        scale = room / sum((raw[name] * sizes[name] for name in open_), Fraction(0)) if open_ else Fraction(0)
+        over = {name for name in open_ if scale * raw[name] > 1}
+        if not over:
+            break
+        dense |= over
+    wanted = {name: Fraction(sizes[name]) if name in dense else scale * raw[name] * sizes[name] for name in sizes}
+    return _rounded(wanted, sizes, budget)
+
+
+def _rounded(wanted: Mapping[str, Fraction], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Whole numbers that sum to `budget`, near `wanted`, each from 1 to the layer's size."""
+    counts = {name: min(max(math.floor(value), 1), sizes[name]) for name, value in wanted.items()}
+    order = sorted(counts, key=lambda name: math.floor(wanted[name]) - wanted[name])  # largest remainder first; stable
+    while (missing := budget - sum(counts.values())) != 0:
+        step = 1 if missing > 0 else -1
+        for name in order if step > 0 else reversed(order):
+            if missing and 1 <= counts[name] + step <= sizes[name]:
+                counts[name] += step
+                missing -= step
+    return counts
+
+
+def global_masks(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """The `budget` connections of largest |score| of all layers together, as one bool mask per layer.
+
+    Every layer keeps its strongest connection. Among equals, earlier layers and lower row-major indices win.
+    Errors: ValueError for NaN, naming the layer, or a budget that the layers cannot hold.
+    """
+    strongest = {name: _mask(name, score, 1) for name, score in scores.items()}
+    magnitudes = [
+        score.detach().abs().masked_fill(strongest[name], math.inf).reshape(-1) for name, score in scores.items()
+    ]
+    parts = topk_mask(torch.cat(magnitudes), budget).split([part.numel() for part in magnitudes])
+    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def layer_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The top `counts` of each layer on its own. Errors: ValueError for NaN, naming the layer."""
+    return {name: _mask(name, score, counts[name]) for name, score in scores.items()}
+
+
+def _mask(name: str, score: Tensor, kept: int) -> Tensor:
+    try:
+        return topk_mask(score, kept)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
