@@ -29,7 +29,7 @@ keep_fraction = st.integers(1, 1000).map(lambda thousandths: Decimal(thousandths
 
 def densities(shapes: dict[str, torch.Size], budget: int) -> dict[str, float]:
     """ERK's densities by bisection on their common factor, instead of by closing layers one by one."""
-    low, high = 0.0, 1e9
+    low, high, found = 0.0, 1e9, dict[str, float]()
     for _ in range(200):
         factor = (low + high) / 2
         found = {name: min(1.0, factor * sum(s) / math.prod(s)) for name, s in shapes.items()}
