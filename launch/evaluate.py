@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import run_folder
+from pipeline.phases import stages_of
 from pipeline.recipe_fields import parse_fraction
 from pipeline.recipe_file import load_recipe
 
@@ -57,8 +58,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         folder, files = _run_of(target), [target]
     else:
         folder = run_folder.find(arguments.target)
-        files = sorted(folder.glob("**/model.safetensors"))
-        files = [f for f in files if not f.parent.name.startswith("step-") and f.parent.name != "prune"]
+        stages = [stage for stage in stages_of(load_recipe(folder / "recipe.yaml")) if stage.measure is not None]
+        files = [path for stage in stages if (path := folder / stage.name / "model.safetensors").exists()]
         if not files:
             raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
     run_folder.check_same_data(folder)

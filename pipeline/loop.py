@@ -190,7 +190,7 @@ def _log_window(training: Training, progress: Progress, seconds: float) -> None:
     if training.rows is None:
         return
     window, recipe = progress.window, training.recipe
-    counts_clean, counts_robust = COUNTS[recipe.objective.name]
+    counts_clean, counts_robust = COUNTS[training.stage.objective.name]
     training.rows.log(
         {
             "kind": "train",

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
-from pipeline.recipe_sections import Phase
+from pipeline.recipe_sections import Objective, Phase
+
+PhaseName = Literal["pretrain", "prune", "finetune", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -16,18 +18,19 @@ class Stage:
     """One phase at one sparsity; `name` is its folder in the run directory."""
 
     name: str
-    phase: Literal["pretrain", "prune", "finetune", "magnitude"]
-    trains: Literal["weights", "scores"]
-    keep_fraction: Decimal | None
+    phase: PhaseName
     optimisation: Phase
-    starts_from: str | None
-    """Stage whose last (or best) checkpoint this one begins with."""
-    scores_from: Literal["none", "weights", "source"]
-    """No scores; scaled initialisation from the weights (HYDRA eq. 3); or the scores of the source stage."""
-    measure: str | None
-    """How the finished network is judged on the test set; None for one that only the next stage needs."""
+    objective: Objective
     first_epoch: int
     """Epochs that came before: data order and crops go on from there instead of repeating pretraining's."""
+    trains: Literal["weights", "scores"] = "weights"
+    keep_fraction: Decimal | None = None
+    starts_from: str | None = None
+    """Stage whose last (or best) checkpoint this one begins with."""
+    scores_from: Literal["none", "weights", "source"] = "none"
+    """No scores; scaled initialisation from the weights (HYDRA eq. 3); or the scores of the source stage."""
+    measure: str | None = None
+    """How the finished network is judged on the test set; None for one that only the next stage needs."""
 
     def describe(self, steps_per_epoch: int) -> dict[str, Any]:
         """What `stage.json` says for people and for the progress display."""
@@ -44,43 +47,29 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     """All stages of a recipe in an order in which each follows what it starts from.
 
     The magnitude baseline (the paper's LWM) finetunes under the mask that the scaled initialisation gives, with the
-    finetune phase's learning rate; by default for as many epochs as prune and finetune have together.
+    finetune phase's learning rate; by default for as many epochs as prune and finetune have together. Without a
+    finetune phase the pruned network itself is judged.
     """
     phases, sparsity, measure = recipe.phases, recipe.sparsity, recipe.objective.measure
     dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
-    stages = [Stage("pretrain", "pretrain", "weights", None, phases.pretrain, None, "none", measure, 0)]
-    baseline_epochs = phases.finetune.epochs
-    if sparsity.magnitude_baseline == "same_total_epochs":
-        baseline_epochs += phases.prune.epochs
-    baseline = phases.finetune.model_copy(update={"epochs": baseline_epochs})
+
+    def stage(name: str, phase: PhaseName, optimisation: Phase, first_epoch: int, **facts: Any) -> Stage:
+        objective = optimisation.objective or recipe.objective
+        return Stage(name, phase, optimisation, objective, first_epoch, **facts)
+
+    stages = [stage("pretrain", "pretrain", phases.pretrain, 0, measure=measure)]
     for keep in sparsity.keep_fractions:
         folder = f"keep-{canonical_decimal(keep)}"
-        stages += [
-            Stage(f"{folder}/prune", "prune", "scores", keep, phases.prune, "pretrain", "weights", None, dense),
-            Stage(
-                f"{folder}/finetune",
-                "finetune",
-                "weights",
-                keep,
-                phases.finetune,
-                f"{folder}/prune",
-                "source",
-                measure,
-                pruned,
-            ),
-        ]
+        from_dense = {"keep_fraction": keep, "starts_from": "pretrain", "scores_from": "weights"}
+        search = measure if phases.finetune is None else None
+        prune = stage(f"{folder}/prune", "prune", phases.prune, dense, trains="scores", measure=search, **from_dense)
+        stages.append(prune)
+        if phases.finetune is None:
+            continue
+        from_pruned = {"keep_fraction": keep, "starts_from": prune.name, "scores_from": "source"}
+        stages.append(stage(f"{folder}/finetune", "finetune", phases.finetune, pruned, measure=measure, **from_pruned))
         if sparsity.magnitude_baseline != "none":
-            stages.append(
-                Stage(
-                    f"{folder}/magnitude",
-                    "magnitude",
-                    "weights",
-                    keep,
-                    baseline,
-                    "pretrain",
-                    "weights",
-                    measure,
-                    dense,
-                )
-            )
+            fair = phases.prune.epochs if sparsity.magnitude_baseline == "same_total_epochs" else 0
+            longer = phases.finetune.model_copy(update={"epochs": fair + phases.finetune.epochs})
+            stages.append(stage(f"{folder}/magnitude", "magnitude", longer, dense, measure=measure, **from_dense))
     return stages

@@ -63,10 +63,21 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _objective_has_its_threat(self) -> Recipe:
-        if self.threat_model is None and self.objective.name != "clean":
+        phases = {f"phases.{name}.": phase.objective for name, phase in self.phases if phase is not None}
+        for where, objective in {"": self.objective, **phases}.items():
+            if self.threat_model is None and objective is not None and objective.name != "clean":
+                raise ValueError(
+                    f"{where}objective.name {objective.name} needs a threat_model; "
+                    f"add threat_model: {{norm: linf, eps: 4/255}} or use {where}objective.name=clean"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_is_finetuned(self) -> Recipe:
+        if self.phases.finetune is None and self.sparsity.magnitude_baseline != "none":
             raise ValueError(
-                f"objective.name {self.objective.name} needs a threat_model; "
-                "add threat_model: {norm: linf, eps: 4/255} or use objective.name=clean"
+                f"sparsity.magnitude_baseline {self.sparsity.magnitude_baseline} is finetuned, and phases.finetune is "
+                "null; set sparsity.magnitude_baseline=none"
             )
         return self
 

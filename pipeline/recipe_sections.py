@@ -108,6 +108,8 @@ class Phase(Section):
     weight_decay: float = Field(default=1e-4, ge=0)
     warmup_epochs: float = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
+    objective: Objective | None = None
+    """Training technique of this phase alone; null means the recipe's."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Phase:
@@ -119,7 +121,8 @@ class Phase(Section):
 class Phases(Section):
     pretrain: Phase
     prune: Phase
-    finetune: Phase
+    finetune: Phase | None
+    """null: the networks that pruning finds are the result, as in a search for sub-networks (HYDRA, section 5.2)."""
 
 
 Allocation = Literal["uniform", "erk", "global"]

@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import load_recipe, recipe_hash
 
-NETWORK_OF_PHASE = {"pretrain": "dense", "finetune": "HYDRA", "magnitude": "magnitude"}
+NETWORK_OF_PHASE = {"pretrain": "dense", "prune": "HYDRA", "finetune": "HYDRA", "magnitude": "magnitude"}
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """What must agree, beside the attack's settings, before two accuracies may stand in one table."""
 

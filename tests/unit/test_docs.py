@@ -36,7 +36,8 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
-        if inner is not None:
+        repeats_another = bool(prefix) and not field.is_required() and field.default is None
+        if inner is not None and not repeats_another:
             keys |= keys_of(inner, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)

@@ -73,6 +73,14 @@ def test_no_baseline() -> None:
     assert not [name for name in by_name(recipe_with("sparsity.magnitude_baseline=none")) if "magnitude" in name]
 
 
+def test_a_search_judges_what_pruning_finds_in_a_network_trained_otherwise() -> None:
+    search = ["phases.finetune=null", "sparsity.magnitude_baseline=none"]
+    stages = by_name(recipe_with(*search, "phases.pretrain.objective={name: clean}"))
+    assert list(stages) == ["pretrain", "keep-0.1/prune", "keep-0.01/prune"]
+    assert {stage.measure for stage in stages.values()} == {"pgd"}
+    assert [stage.objective.name for stage in stages.values()] == ["clean", "pgd", "pgd"]
+
+
 def test_what_stage_json_says() -> None:
     stages = by_name(recipe_with())
     expected: dict[str, Any] = {"stage": "keep-0.01/prune", "phase": "prune", "keep_fraction": "0.01"}

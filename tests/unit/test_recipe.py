@@ -48,7 +48,7 @@ def test_shipped_recipes_load_and_come_back_from_their_dump(path: Path, tmp_path
     assert again == recipe
     assert recipe_hash(again) == recipe_hash(recipe)
     assert dump_recipe(again) == dump_recipe(recipe)
-    assert recipe.phases.pretrain.schedule == recipe.phases.finetune.schedule == "cosine"
+    assert {phase.schedule for _, phase in recipe.phases if phase is not None} == {"cosine"}
 
 
 pixels = st.fractions(min_value=Fraction(1, 10**6), max_value=Fraction(99, 100), max_denominator=10**6)
@@ -109,6 +109,11 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["threat_model=linf"], "threat_model = 'linf': expected a section with the keys norm, eps"),
         (["phases.prune={lr: 0.1}"], "phases.prune.epochs: missing; add it"),
         (["threat_model=null"], "objective.name pgd needs a threat_model; add threat_model: {norm: linf, eps: 4/255}"),
+        (
+            ["threat_model=null", "objective={name: clean}", "phases.prune.objective={name: fgsm, step_size: 1/10}"],
+            "phases.prune.objective.name fgsm needs a threat_model",
+        ),
+        (["phases.finetune=null"], "set sparsity.magnitude_baseline=none"),
         (["threat_model.eps=4"], "eps 4 lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"),
         (["threat_model.eps=0"], "eps 0 must be positive; use objective.name=clean"),
         (["threat_model.eps=1/0"], "threat_model.eps = '1/0': expected a number or a fraction such as 4/255"),
