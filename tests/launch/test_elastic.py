@@ -21,7 +21,8 @@ from tests.slurm_cluster import SlurmCluster
 from tests.small_recipe import small_recipe
 
 pytestmark = pytest.mark.timeout(900)
-EPOCHS, STEPS_PER_EPOCH, BATCH = 15, 20, 64
+EPOCHS, STEPS_PER_EPOCH, BATCH = 8, 20, 64
+NODES = (2, 1, 4, 1)
 
 
 def recipe_on(data: Path, nodes: int) -> Recipe:
@@ -41,20 +42,20 @@ def fed(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["stage"] == "pretrain"]
 
 
-def test_two_then_one_then_four_nodes(
+def test_two_then_one_then_four_nodes_and_back(
     slurm: SlurmCluster, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     folder = tmp_path / "runs" / "elastic"
-    for nodes in (2, 1, 4):
+    for number, nodes in enumerate(NODES):
         recipe = recipe_on(fashion_data, nodes)
         run_folder.write(folder, recipe, run_folder.check_data(recipe))
         submit(folder, observer="tests.launch.record:ids")
         victim = Victim(slurm, folder, job_of(folder, "pretrain"), "pretrain")
-        if nodes == 4:
+        if number == len(NODES) - 1:
             break
         victim.wait_for_step(victim.step() + 8)
-        if nodes == 2:
+        if number == 0:
             _refuses_others(folder)
         assert launch(tmp_path, "cancel", str(folder)).code == 0
         wait_until(lambda: not living(read_jobs(folder)), 60, "the end of all jobs")
@@ -62,7 +63,7 @@ def test_two_then_one_then_four_nodes(
     wait_until(lambda: not living(read_jobs(folder)), 400, "the end of all jobs")
 
     starts = [start["nodes"] for start in Starts.of(folder).read() if start["group"] == "pretrain"]
-    assert starts == [2, 1, 4]
+    assert tuple(starts) == NODES
     rows = fed(tmp_path)
     assert {row["world"] for row in rows} == {1, 2, 4}
     by_step: dict[int, dict[int, set[int]]] = {}
