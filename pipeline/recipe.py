@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.recipe_fields import DeepSpeedOptions, Section, explain
 from pipeline.recipe_sections import (
+    SMOOTHING,
     Batch,
     Checkpoint,
     Data,
@@ -63,10 +64,24 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _objective_has_its_threat(self) -> Recipe:
-        if self.threat_model is None and self.objective.name != "clean":
+        if self.threat_model is None and self.objective.name not in ("clean", *SMOOTHING):
             raise ValueError(
                 f"objective.name {self.objective.name} needs a threat_model; "
                 "add threat_model: {norm: linf, eps: 4/255} or use objective.name=clean"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits_the_norm(self) -> Recipe:
+        name, norm = self.objective.name, self.threat_model.norm if self.threat_model else None
+        if name in SMOOTHING and norm != "l2":
+            raise ValueError(
+                f"objective.name {name} is for randomized smoothing, which certifies l2 radii, and threat_model.norm "
+                f"is {norm}; set threat_model={{norm: l2, eps: 1/4}} with the radius that counts as robust"
+            )
+        if name == "nfgsm" and norm != "linf":
+            raise ValueError(
+                f"objective.name nfgsm is defined for linf, and threat_model.norm is {norm}; use objective.name=fgsm"
             )
         return self
 
