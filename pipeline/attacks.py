@@ -66,6 +66,15 @@ def gaussian_noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
     return _box_muller(_stream(keys, count + count % 2))[:, :count].reshape(-1, *shape)
 
 
+def derived_keys(keys: Tensor, numbers: Tensor) -> Tensor:
+    """Streams for several independent draws per sample: keys [n] and numbers [m], both int64 -> [n, m] int64.
+
+    Mixed as `pipeline.keys.sample_keys` mixes sample ids into a scope: a draw's stream neither depends on which other
+    draws are made nor overlaps with theirs.
+    """
+    return _mix64(keys[:, None] ^ _mix64(numbers * _signed(GOLDEN_GAMMA) + 1))
+
+
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import read_manifest
+from pipeline.evaluate.certify import Certified, Noisy
 from pipeline.evaluate.chunks import ChunkStore, evaluate, write_verdicts
 from pipeline.evaluate.measure import Measure, summarise
 from pipeline.evaluate.pgd import Pgd
@@ -23,10 +24,9 @@ from pipeline.recipe import Recipe
 
 
 def validation_of(job: Job, network: Network, loader: Loader, ids: NDArray[np.int64]) -> Callable[[], dict[str, Any]]:
-    """Clean and PGD accuracy on the held-out images, as a metrics row without its position. Collective."""
+    """Clean and robust accuracy on the held-out images, as a metrics row without its position. Collective."""
     recipe = job.recipe
-    steps = recipe.evaluation.validation_steps
-    measure = Pgd(recipe.threat_model, steps, _validation_step_size(recipe), restarts=1, seed=recipe.seed)
+    measure = _validation_measure(recipe)
 
     def on_chunk(done: int, total: int) -> bool:
         job.observe("chunk", {"stage": None, "done": done})
@@ -44,13 +44,6 @@ def validation_of(job: Job, network: Network, loader: Loader, ids: NDArray[np.in
     return validate
 
 
-def _validation_step_size(recipe: Recipe) -> float:
-    """2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross."""
-    if recipe.threat_model is None:
-        return float(recipe.evaluation.step_size)
-    return 2.5 * float(recipe.threat_model.eps) / max(recipe.evaluation.validation_steps, 1)
-
-
 def evaluate_stage(job: Job, stage: Stage) -> dict[str, Any] | None:
     """The finished file, as anybody would load it, on the whole test set; rank 0 returns the counts. Collective.
 
@@ -61,19 +54,18 @@ def evaluate_stage(job: Job, stage: Stage) -> dict[str, Any] | None:
     network = load_model(model).to(job.group.device)
     loader = job.loader(recipe.data.test_file)
     measure = measure_of(recipe)
+    ids = spread(loader.num_samples, recipe.evaluation.images)
 
     def on_chunk(done: int, total: int) -> bool:
         job.observe("chunk", {"stage": stage.name, "done": done})
         if job.group.is_first:  # the others are about as far
-            images = loader.num_samples * done // total
-            shown = {"attack": measure.name, "done": images, "total": loader.num_samples}
+            shown = {"attack": measure.name, "done": len(ids) * done // total, "total": len(ids)}
             atomic_write_json(folder / "evaluate" / "progress.json", shown)
         return job.stop_requested()
 
     (folder / "evaluate").mkdir(exist_ok=True)
-    facts = facts_of(measure, recipe.evaluation.chunk, loader, sha256_of(model))
+    facts = facts_of(measure, recipe.evaluation.chunk, loader, sha256_of(model)) | {"images": len(ids)}
     store = ChunkStore(folder / "evaluate" / f"{measure.name}.chunks", facts)
-    ids = np.arange(loader.num_samples, dtype=np.int64)
     crops, chunk = job.evaluation_crops(loader), recipe.evaluation.chunk
     verdicts = evaluate(network, loader, ids, crops, measure, chunk, job.group, on_chunk, store)
     facts |= summarise(verdicts)
@@ -88,8 +80,28 @@ def evaluate_stage(job: Job, stage: Stage) -> dict[str, Any] | None:
 
 
 def measure_of(recipe: Recipe) -> Measure:
-    """How the networks of a recipe are judged."""
+    """How the finished networks of a recipe are judged."""
+    if recipe.objective.measure == "certified":
+        assert recipe.threat_model is not None
+        assert recipe.objective.sigma is not None
+        return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
     return Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
+
+
+def _validation_measure(recipe: Recipe) -> Measure:
+    """The same, as cheap as a look between epochs must be."""
+    steps = recipe.evaluation.validation_steps
+    if recipe.objective.measure == "certified":
+        assert recipe.objective.sigma is not None
+        return Noisy(float(recipe.objective.sigma), steps, recipe.seed)
+    # 2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross.
+    size = 2.5 * float(recipe.threat_model.eps) / max(steps, 1) if recipe.threat_model is not None else 0.0
+    return Pgd(recipe.threat_model, steps, size, restarts=1, seed=recipe.seed)
+
+
+def spread(total: int, count: int | None) -> NDArray[np.int64]:
+    """`count` of `total` samples, evenly spread over the file, which may be sorted by class; None means all."""
+    return np.arange(total) if count is None or count >= total else np.arange(count) * total // count
 
 
 def facts_of(measure: Measure, chunk: int, loader: Loader, model_sha256: str) -> dict[str, Any]:

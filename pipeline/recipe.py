@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.recipe_fields import DeepSpeedOptions, Section, explain
 from pipeline.recipe_sections import (
+    SMOOTHING,
     Batch,
     Checkpoint,
     Data,
@@ -61,14 +62,19 @@ class Recipe(Section):
     slurm: Slurm | None = None
     """What jobs ask SLURM for; only --on slurm reads it."""
 
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """Key -> objective, for the recipe's own and those of single phases."""
+        phases = {f"phases.{name}.objective": phase.objective for name, phase in self.phases if phase is not None}
+        return {"objective": self.objective} | {key: one for key, one in phases.items() if one is not None}
+
     @model_validator(mode="after")
-    def _objective_has_its_threat(self) -> Recipe:
-        phases = {f"phases.{name}.": phase.objective for name, phase in self.phases if phase is not None}
-        for where, objective in {"": self.objective, **phases}.items():
-            if self.threat_model is None and objective is not None and objective.name != "clean":
+    def _objectives_have_their_threat(self) -> Recipe:
+        for key, objective in self.objectives.items():
+            if self.threat_model is None and objective.name not in ("clean", *SMOOTHING):
                 raise ValueError(
-                    f"{where}objective.name {objective.name} needs a threat_model; "
-                    f"add threat_model: {{norm: linf, eps: 4/255}} or use {where}objective.name=clean"
+                    f"{key}.name {objective.name} needs a threat_model; "
+                    f"add threat_model: {{norm: linf, eps: 4/255}} or use {key}.name=clean"
                 )
         return self
 
@@ -78,6 +84,31 @@ class Recipe(Section):
             raise ValueError(
                 f"sparsity.magnitude_baseline {self.sparsity.magnitude_baseline} is finetuned, and phases.finetune is "
                 "null; set sparsity.magnitude_baseline=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_fit_the_norm(self) -> Recipe:
+        norm = self.threat_model.norm if self.threat_model else None
+        for key, objective in self.objectives.items():
+            if objective.name in SMOOTHING and norm != "l2":
+                raise ValueError(
+                    f"{key}.name {objective.name} is for randomized smoothing, which certifies l2 radii, and "
+                    f"threat_model.norm is {norm}; set threat_model={{norm: l2, eps: 1/4}} with the radius that counts "
+                    "as robust"
+                )
+            if objective.name == "nfgsm" and norm != "linf":
+                raise ValueError(
+                    f"{key}.name nfgsm is defined for linf, and threat_model.norm is {norm}; use {key}.name=fgsm"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _pgd_has_its_step(self) -> Recipe:
+        if self.objective.measure == "pgd" and self.evaluation.step_size is None:
+            raise ValueError(
+                f"evaluation.step_size is missing: networks trained with {self.objective.name} are judged by PGD; "
+                "add it, for example evaluation.step_size=1/255"
             )
         return self
 

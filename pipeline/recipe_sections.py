@@ -74,28 +74,52 @@ class ThreatModel(Section):
         return self
 
 
+ATTACKING = ("pgd", "fgsm", "nfgsm", "trades", "smoothadv")
+"""Objectives that craft adversarial examples."""
+SMOOTHING = ("noise", "stability", "smoothadv")
+"""Objectives whose network is smoothed with Gaussian noise, and certified so."""
+
+
 class Objective(Section):
     """The robust training technique."""
 
-    name: Literal["clean", "pgd", "fgsm", "trades"]
+    name: Literal["clean", "pgd", "fgsm", "nfgsm", "trades", "noise", "stability", "smoothadv"]
     steps: int = Field(default=1, ge=1)
     step_size: Pixels | None = None
+    eps_warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the pretrain phase over which eps and step_size grow from zero, linearly; 0 is the whole eps at once."""
     beta: float = Field(default=6.0, gt=0)
-    """Weight of the robust term of TRADES (Zhang et al. 2019, eq. 5: beta is their 1/lambda); unused otherwise."""
+    """Weight of the KL term of TRADES (Zhang et al. 2019, eq. 5: beta is their 1/lambda) and of stability training."""
+    noise_magnitude: float = Field(default=2.0, gt=0)
+    """Largest noise per pixel of N-FGSM, in multiples of eps (k in de Jorge et al. 2022)."""
+    sigma: Pixels | None = None
+    """Standard deviation of the Gaussian noise that the network is smoothed with."""
+    noise_samples: int = Field(default=1, ge=1)
+    """Noises per image of SmoothAdv (m in Salman et al. 2019): a forward has that many times as many images."""
 
     @property
     def measure(self) -> str:
         """How a network that was trained so is judged: the name of its evaluation's files."""
-        return "pgd"
+        return "certified" if self.name in SMOOTHING else "pgd"
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Objective:
-        if self.name == "fgsm" and self.steps != 1:
-            raise ValueError(f"fgsm takes one step, got steps={self.steps}; use name: pgd for more")
-        if self.name != "clean" and self.step_size is None:
+        if self.name in ("fgsm", "nfgsm") and self.steps != 1:
+            raise ValueError(f"{self.name} takes one step, got steps={self.steps}; use name: pgd for more")
+        if self.name in ATTACKING and self.step_size is None:
             raise ValueError(f"{self.name} needs step_size, for example 1/255")
         if self.step_size is not None and self.step_size <= 0:
             raise ValueError(f"step_size {self.step_size} must be positive")
+        if self.eps_warmup and self.name not in ATTACKING:
+            raise ValueError(f"eps_warmup {self.eps_warmup}: {self.name} has no attack to warm up; remove this key")
+        return self
+
+    @model_validator(mode="after")
+    def _sigma_fits(self) -> Objective:
+        if self.name in SMOOTHING and self.sigma is None:
+            raise ValueError(f"{self.name} needs sigma, for example 1/4")
+        if self.sigma is not None and self.sigma <= 0:
+            raise ValueError(f"sigma {self.sigma} must be positive")
         return self
 
 
@@ -208,19 +232,30 @@ class Checkpoint(Section):
 
 
 class Evaluation(Section):
-    """PGD on the test set, the worst case over restarts per image; fp32."""
+    """How finished networks are judged on the test set, in fp32: by PGD, the worst case over restarts per image, or by
+    certificates, whichever the objective trains for."""
 
+    images: int | None = Field(default=None, ge=1)
+    """How many test images, evenly spread over the file; null means all of them."""
     steps: int = Field(default=20, ge=1)
-    step_size: Pixels
+    step_size: Pixels | None = None
     restarts: int = Field(default=1, ge=1)
+    n0: int = Field(default=100, ge=1)
+    """Draws of noise that choose the class to certify (Cohen et al. 2019)."""
+    n: int = Field(default=100_000, ge=1)
+    """Draws of noise, others, that bound its probability."""
+    alpha: float = Field(default=0.001, gt=0, lt=1)
+    """How probable a wrong certificate may be, per image."""
+    noise_batch: int = Field(default=500, ge=1)
+    """Draws in one forward; part of the result, as arithmetic depends on shapes."""
     chunk: int = Field(default=250, ge=1)
     """Images in one forward, in file order; part of the result, as arithmetic depends on shapes."""
     validation_steps: int = Field(default=5, ge=0)
-    """PGD steps on the held-out images at every epoch's end; 0 means that they are not looked at."""
+    """PGD steps, or draws of noise, on the held-out images at every epoch's end; 0: they are not looked at."""
 
     @model_validator(mode="after")
     def _step_size_positive(self) -> Evaluation:
-        if self.step_size <= 0:
+        if self.step_size is not None and self.step_size <= 0:
             raise ValueError(f"step_size {self.step_size} must be positive, for example 1/255")
         return self
 

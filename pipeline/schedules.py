@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the position in a phase; nothing counts inside itself."""
+"""Learning rates and attack strengths as pure functions of the position in a phase; nothing counts inside itself."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
     if phase.schedule == "constant":
         return phase.lr
     return phase.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def strength_at(elapsed: float, warmup: float) -> float:
+    """Share of its eps that an attack has when `elapsed` (in [0, 1)) of the phase is done: linear from 0 to 1.
+
+    It is 1 from `warmup` (in [0, 1)) on, throughout if that is 0.
+    """
+    return min(1.0, elapsed / warmup) if warmup else 1.0

@@ -63,4 +63,8 @@ def summarise(verdicts: Verdicts) -> dict[str, Any]:
             low, high = wilson_interval(correct, total)
             summary[f"{name}_correct"] = correct
             summary[f"{name}_accuracy"] = {"value": correct / total, "low": low, "high": high}
+    if "radius" in verdicts:
+        # Over all images; one that is not right counts as 0 (Zhai et al., ICLR 2020, "ACR").
+        summary["mean_certified_radius"] = float((verdicts["radius"] * verdicts["clean_correct"]).mean())
+        summary["abstained"] = int((verdicts["clean_prediction"] < 0).sum())
     return summary

@@ -32,6 +32,7 @@ class Pgd:
 
     @staticmethod
     def of(threat_model: ThreatModel | None, evaluation: Evaluation, seed: int) -> Pgd:
+        assert evaluation.step_size is not None
         return Pgd(threat_model, evaluation.steps, float(evaluation.step_size), evaluation.restarts, seed)
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -21,6 +21,19 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
         raise ValueError(f"confidence {confidence} must lie between 0 and 1, for example 0.95")
     interval = binomtest(int(correct), int(total)).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
+    """Clopper and Pearson's one-sided lower bound of a probability (Biometrika 1934), exact for the binomial.
+
+    At most alpha of all experiments give a bound above the true probability. Errors: ValueError unless
+    0 <= successes <= trials, trials > 0 and 0 < alpha < 1.
+    """
+    if trials <= 0 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} of {trials} is no count of successes; give 0 <= successes <= trials, trials > 0")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha {alpha} must lie between 0 and 1, for example 0.001")
+    return float(beta.ppf(alpha, successes, trials - successes + 1)) if successes else 0.0
 
 
 @dataclass(frozen=True)

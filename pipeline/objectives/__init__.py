@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline import recipe
-from pipeline.attacks import ball_of
-from pipeline.objectives.adversarial import adversarial_training, clean_training
+from pipeline.attacks import L2Ball, LinfBall, ball_of
+from pipeline.objectives.adversarial import adversarial_training, clean_training, nfgsm_training
 from pipeline.objectives.outcome import Autocast, Forward, Given, Objective, Outcome
+from pipeline.objectives.smoothing import noise_training, smoothadv_training, stability_training
 from pipeline.objectives.trades import trades_training
+from pipeline.schedules import strength_at
 
 __all__ = ["COUNTS", "Autocast", "Forward", "Given", "Objective", "Outcome", "build_objective"]
 
@@ -14,21 +18,52 @@ COUNTS = {
     "clean": (True, False),
     "pgd": (False, True),
     "fgsm": (False, True),
+    "nfgsm": (False, True),
     "trades": (True, True),
+    "noise": (False, True),
+    "stability": (True, True),
+    "smoothadv": (False, True),
 }
-"""objective.name -> whether its outcomes count (clean, robust) correct predictions."""
+"""objective.name -> whether its outcomes count (clean, robust) correct predictions.
+
+Robust is correct on attacked images, on noisy ones for noise and stability.
+"""
 
 
-def build_objective(objective: recipe.Objective, threat_model: recipe.ThreatModel | None) -> Objective:
-    """The objective that a recipe names; eps and step_size are in pixels.
+def build_objective(objective: recipe.Objective, threat_model: recipe.ThreatModel | None, phase: str) -> Objective:
+    """The objective that a recipe names, for a phase; eps, step_size and sigma are in pixels.
 
-    A recipe without threat_model or step_size for an objective that needs them is refused when it is read.
+    Only pretraining warms eps up: the other phases begin with a network that withstands the whole of it. A recipe
+    without what its objective needs is refused when it is read.
     """
     if objective.name == "clean":
         return clean_training
+    if objective.name == "noise":
+        return noise_training(_sigma(objective))
+    if objective.name == "stability":
+        return stability_training(_sigma(objective), objective.beta)
     assert threat_model is not None, objective.name
+    if phase != "pretrain" or not objective.eps_warmup:
+        return _with_attack(objective, threat_model, 1.0)
+    return lambda given: _with_attack(objective, threat_model, strength_at(given.elapsed, objective.eps_warmup))(given)
+
+
+def _sigma(objective: recipe.Objective) -> float:
+    assert objective.sigma is not None, objective.name
+    return float(objective.sigma)
+
+
+def _with_attack(objective: recipe.Objective, threat_model: recipe.ThreatModel, strength: float) -> Objective:
+    """eps and step_size times `strength`: in proportion, as N-FGSM's step is not held back by any ball."""
     assert objective.step_size is not None, objective.name
-    ball, step_size = ball_of(threat_model), float(objective.step_size)
+    ball, step_size = ball_of(threat_model), strength * float(objective.step_size)
+    ball = replace(ball, eps=strength * ball.eps)
     if objective.name == "trades":
         return trades_training(ball, objective.steps, step_size, objective.beta)
+    if objective.name == "nfgsm":
+        assert isinstance(ball, LinfBall), threat_model.norm
+        return nfgsm_training(ball, step_size, objective.noise_magnitude)
+    if objective.name == "smoothadv":
+        assert isinstance(ball, L2Ball), threat_model.norm
+        return smoothadv_training(ball, objective.steps, step_size, _sigma(objective), objective.noise_samples)
     return adversarial_training(ball, objective.steps, step_size)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.attacks import Ball, crafting, pgd
+from pipeline.attacks import Ball, LinfBall, crafting, pgd, uniform_noise
 from pipeline.objectives.outcome import Given, Objective, Outcome, count_correct, craft_forward
 
 
@@ -22,18 +25,38 @@ def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
     """
 
     def objective(given: Given) -> Outcome:
-        x, y = given.x, given.y
-        with crafting(given.network):
-            x_adv = pgd(
-                craft_forward(given.network, given.autocast),
-                x,
-                lambda logits: F.cross_entropy(logits, y, reduction="none"),
-                ball=ball,
-                steps=steps,
-                step_size=step_size,
-                start=ball.random_start(x, given.keys),
-            )
-        logits = given.forward(x_adv).float()
-        return Outcome(F.cross_entropy(logits, y), None, count_correct(logits, y))
+        return _attacked(given, ball, steps, step_size, ball.random_start(given.x, given.keys))
 
     return objective
+
+
+def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Objective:
+    """Cross-entropy on N-FGSM examples (de Jorge et al., NeurIPS 2022, algorithm 1).
+
+    Uniform noise of up to magnitude * eps per pixel, then one signed step. Nothing is projected onto the ball, so an
+    example may lie magnitude * eps + step_size away; noisy image and example are clipped to [0, 1].
+    """
+
+    def objective(given: Given) -> Outcome:
+        noise = 2.0 * uniform_noise(given.keys, given.x.shape[1:]) - 1.0
+        start = (given.x + magnitude * ball.eps * noise).clamp_(0.0, 1.0)
+        return _attacked(given, LinfBall(math.inf), 1, step_size, start)
+
+    return objective
+
+
+def _attacked(given: Given, ball: Ball, steps: int, step_size: float, start: Tensor) -> Outcome:
+    """Cross-entropy on what PGD makes of the start."""
+    y = given.y
+    with crafting(given.network):
+        x_adv = pgd(
+            craft_forward(given.network, given.autocast),
+            given.x,
+            lambda logits: F.cross_entropy(logits, y, reduction="none"),
+            ball=ball,
+            steps=steps,
+            step_size=step_size,
+            start=start,
+        )
+    logits = given.forward(x_adv).float()
+    return Outcome(F.cross_entropy(logits, y), None, count_correct(logits, y))

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 LAYERS = """
 recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys
 disk files phases committed stopping
-models.small_cnn models.network models masks allocation sparsity attacks
-objectives.outcome objectives.adversarial objectives.trades objectives
+models.small_cnn models.network models masks allocation sparsity averaging attacks
+objectives.outcome objectives.adversarial objectives.trades objectives.smoothing objectives
 data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
-tracking export checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
+tracking export checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.certify
 group evaluate.chunks engine batch_statistics
 loop job health evaluation stage
 results figures report

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline import keys
-from pipeline.attacks import gaussian_noise, uniform_noise
+from pipeline.attacks import derived_keys, gaussian_noise, uniform_noise
 
 
 def keys_of(count: int, *scope: int | str) -> Tensor:
@@ -48,5 +48,24 @@ def test_noise_has_its_distribution(noise: Callable[..., Tensor], distribution: 
     assert scipy.stats.kstest(numbers.ravel(), distribution.cdf).pvalue > 1e-3
     flat = numbers.reshape(50, -1)
     for first, second in ((flat[:, :-1], flat[:, 1:]), (flat[:, :199], flat[:, 200:]), (flat[:-1], flat[1:])):
+        correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
+        assert abs(correlation) < 4 / math.sqrt(first.size)
+
+
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 2**40), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_derived_keys_are_mixed_as_sample_keys_are(seed: int, numbers: list[int]) -> None:
+    scopes = np.array([keys.scope_key(seed, "certify"), keys.scope_key(seed, "attack")], dtype=np.uint64)
+    derived = derived_keys(torch.from_numpy(scopes.view(np.int64)), torch.tensor(numbers))
+    for row, purpose in zip(derived, ("certify", "attack"), strict=True):
+        expected = keys.sample_keys(np.array(numbers), seed, purpose)
+        assert np.array_equal(row.numpy().view(np.uint64), expected)
+
+
+def test_draws_of_one_sample_are_independent() -> None:
+    draws = gaussian_noise(derived_keys(keys_of(4), torch.arange(50)).flatten(), (3, 7, 19)).double().numpy()
+    assert scipy.stats.kstest(draws.ravel(), scipy.stats.norm.cdf).pvalue > 1e-3
+    flat = draws.reshape(200, -1)
+    for first, second in ((flat[:-1], flat[1:]), (flat[:-1, 1:], flat[1:, :-1]), (flat[:150], flat[50:])):
         correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
         assert abs(correlation) < 4 / math.sqrt(first.size)

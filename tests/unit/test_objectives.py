@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import get_args
+from fractions import Fraction
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,16 +21,18 @@ from pipeline.objectives.trades import kl_divergence as kl_of_log_probabilities
 from pipeline.recipe_sections import Model, ThreatModel
 from pipeline.recipe_sections import Objective as ObjectiveRecipe
 
-NAMES = ["clean", "pgd", "fgsm", "trades"]
+NAMES = ["clean", "pgd", "fgsm", "nfgsm", "trades", "noise", "stability", "smoothadv"]
+SMOOTHING = NAMES[-3:]
 X, Y = torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(8)
 KEYS = torch.from_numpy(keys.sample_keys(np.arange(8), 0, "attack").view(np.int64))
 
 
-def objective_named(name: str, norm: str = "linf", beta: float = 6.0) -> Objective:
-    steps = 1 if name in ("clean", "fgsm") else 3
-    spec = {"name": name, "steps": steps, "step_size": "1/20", "beta": beta}
+def objective_named(name: str, norm: str = "linf", phase: str = "pretrain", **values: Any) -> Objective:
+    steps = 1 if name in ("clean", "fgsm", "nfgsm") else 3
+    spec = {"name": name, "steps": steps, "step_size": "1/20", "sigma": "1/4", "noise_samples": 2, **values}
+    norm = "l2" if name in SMOOTHING else norm
     threat_model = ThreatModel.model_validate({"norm": norm, "eps": "1/10"})
-    return build_objective(ObjectiveRecipe.model_validate(spec), None if name == "clean" else threat_model)
+    return build_objective(ObjectiveRecipe.model_validate(spec), None if name == "clean" else threat_model, phase)
 
 
 def scored_network(seed: int = 0) -> Network:
@@ -54,9 +57,9 @@ class Recorder:
         return self.logits[-1]
 
 
-def run(objective: Objective, network: nn.Module) -> tuple[Outcome, Recorder]:
+def run(objective: Objective, network: nn.Module, elapsed: float = 0.0) -> tuple[Outcome, Recorder]:
     forward = Recorder(network)
-    return objective(Given(network, forward, X, Y, KEYS)), forward
+    return objective(Given(network, forward, X, Y, KEYS, elapsed=elapsed)), forward
 
 
 def count(logits: Tensor) -> int:
@@ -94,6 +97,55 @@ def test_adversarial_training_is_cross_entropy_on_worse_images(name: str, norm: 
     network.eval()
     with torch.no_grad():
         assert float(F.cross_entropy(network(x_adv), Y)) > float(F.cross_entropy(network(X), Y))
+
+
+def linear_network(classes: int) -> tuple[nn.Module, Tensor]:
+    """A network without state, and its weights [classes, pixels]."""
+    weight = 0.01 * torch.randn(classes, X[0].numel(), generator=torch.Generator().manual_seed(1))
+    layer = nn.Linear(X[0].numel(), classes, bias=False)
+    layer.weight = nn.Parameter(weight.clone())
+    return nn.Sequential(nn.Flatten(), layer), weight
+
+
+def test_nfgsm_steps_from_noise_and_leaves_the_ball() -> None:
+    """On a linear network every gradient is known: the example is two clips written out here."""
+    network, weight = linear_network(classes=2)
+    labels, forward = Y % 2, Recorder(network)
+    outcome = objective_named("nfgsm", noise_magnitude=1.5)(Given(network, forward, X, labels, KEYS))
+    noise = torch.from_numpy(keys.uniforms(KEYS.numpy().view(np.uint64), X[0].numel())).view_as(X)
+    towards_the_other = (weight[1] - weight[0]).sign().view_as(X[0]) * torch.where(labels == 0, 1, -1).view(-1, 1, 1, 1)
+    start = (X + 1.5 * 0.1 * (2 * noise - 1)).clip(0, 1)
+    expected = (start + 0.05 * towards_the_other).clip(0, 1)
+    torch.testing.assert_close(forward.fed[0].double(), expected, rtol=0, atol=1e-6)
+    reach = (forward.fed[0] - X).abs()
+    assert 0.19 < float(reach.max()) <= 1.5 * 0.1 + 0.05 + 1e-6
+    assert outcome.loss.item() == pytest.approx(F.cross_entropy(forward.logits[0], labels).item())
+
+
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "nfgsm", "trades", "smoothadv"])
+def test_eps_warms_up_over_its_share_of_pretraining(name: str) -> None:
+    """The whole attack is scaled: eps and step_size as if the recipe had said that much less."""
+    network, _ = linear_network(classes=10)
+
+    def fed(elapsed: float, phase: str = "pretrain", **values: Any) -> Tensor:
+        return run(objective_named(name, phase=phase, **values), network, elapsed)[1].fed[-1]
+
+    def at_once(eps: Fraction, step_size: Fraction) -> Tensor:
+        spec = {"name": name, "step_size": step_size, "steps": 1 if "fgsm" in name else 3}
+        spec |= {"sigma": "1/4", "noise_samples": 2}
+        threat_model = ThreatModel(norm="l2" if name == "smoothadv" else "linf", eps=eps)
+        objective = build_objective(ObjectiveRecipe.model_validate(spec), threat_model, "pretrain")
+        return run(objective, network)[1].fed[-1]
+
+    whole = at_once(Fraction(1, 10), Fraction(1, 20))
+    assert torch.equal(fed(0.25, eps_warmup=0.5), at_once(Fraction(1, 20), Fraction(1, 40)))
+    for elapsed in (0.5, 0.99):
+        assert torch.equal(fed(elapsed, eps_warmup=0.5), whole)
+    for phase in ("prune", "finetune", "magnitude"):
+        assert torch.equal(fed(0.0, phase, eps_warmup=0.5), whole)
+    assert torch.equal(fed(0.0), whole)
+    if name != "smoothadv":
+        torch.testing.assert_close(fed(0.0, eps_warmup=0.5), X, rtol=0, atol=0)
 
 
 def test_trades_loss_is_that_of_torch_distributions() -> None:

@@ -1,4 +1,4 @@
-"""Learning rates: end points, shape, closed form."""
+"""Learning rates and attack strengths: end points, shape, closed form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.recipe_sections import Phase
-from pipeline.schedules import lr_at
+from pipeline.schedules import lr_at, strength_at
 
 
 @st.composite
@@ -61,3 +61,14 @@ def test_constant_stays_after_the_warm_up() -> None:
 def test_a_step_outside_the_phase_is_refused(step: int) -> None:
     with pytest.raises(ValueError, match=f"step {step} is outside the phase's 20 steps"):
         lr_at(Phase(epochs=10, lr=0.1), step, 2)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_min=True, exclude_max=True))
+@settings(deadline=None)
+def test_an_attack_grows_in_proportion_to_the_share_of_its_warm_up(elapsed: float, warmup: float) -> None:
+    strength = strength_at(elapsed, warmup)
+    if elapsed >= warmup:
+        assert strength == 1.0
+    else:
+        assert strength * warmup == pytest.approx(elapsed, rel=1e-12, abs=1e-300)
+    assert strength_at(elapsed, 0.0) == 1.0

@@ -1,4 +1,4 @@
-"""Wilson's interval against its closed form, McNemar's p against a sum over all outcomes."""
+"""Wilson's interval against its closed form, Clopper-Pearson against scipy's, McNemar's p against all outcomes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluate.statistics import mcnemar, wilson_interval
+from pipeline.evaluate.statistics import clopper_pearson_lower, mcnemar, wilson_interval
 
 
 @settings(deadline=None)
@@ -43,6 +44,38 @@ def test_wilson_refuses_what_is_no_proportion(correct: int, total: int) -> None:
 def test_wilson_refuses_a_confidence_in_percent(confidence: float) -> None:
     with pytest.raises(ValueError, match=r"for example 0\.95"):
         wilson_interval(1, 2, confidence)
+
+
+counts = st.integers(1, 100_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+alphas = st.sampled_from([0.001, 0.01, 0.05, 0.5])
+
+
+@settings(deadline=None)
+@given(counts, alphas)
+def test_clopper_pearson_is_scipys_exact_interval(count: tuple[int, int], alpha: float) -> None:
+    successes, trials = count
+    test = scipy.stats.binomtest(successes, trials, alternative="greater")
+    expected = test.proportion_ci(confidence_level=1 - alpha, method="exact").low
+    assert clopper_pearson_lower(successes, trials, alpha) == pytest.approx(expected, rel=1e-7, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 200), alphas, st.floats(0.001, 0.999))
+def test_clopper_pearson_is_too_high_in_at_most_alpha_of_all_experiments(n: int, alpha: float, p: float) -> None:
+    """Summed over every possible outcome, not sampled."""
+    too_high = np.array([clopper_pearson_lower(k, n, alpha) > p for k in range(n + 1)])
+    assert float(scipy.stats.binom.pmf(np.arange(n + 1), n, p)[too_high].sum()) <= alpha + 1e-9
+
+
+def test_clopper_pearson_at_its_ends() -> None:
+    assert clopper_pearson_lower(0, 50, 0.001) == 0.0
+    assert clopper_pearson_lower(50, 50, 0.001) == pytest.approx(0.001 ** (1 / 50), rel=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "trials", "alpha"), [(0, 0, 0.1), (6, 5, 0.1), (1, 5, 0.0), (1, 5, 1.0)])
+def test_clopper_pearson_refuses_what_is_no_count(successes: int, trials: int, alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"is no count|alpha .* for example 0\.001"):
+        clopper_pearson_lower(successes, trials, alpha)
 
 
 def brute_force_p(first: int, second: int) -> float:
