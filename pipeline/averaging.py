@@ -58,6 +58,11 @@ def update_average(average: Mapping[str, Tensor], network: nn.Module, decay: flo
             mean.copy_(tensor)
 
 
+def overlaid(model: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's state with the average in place of what it is an average of; as it is where there is none."""
+    return {name: average.get(PREFIX + name, tensor) for name, tensor in model.items()}
+
+
 @contextmanager
 def averaged(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
     """The network with the average in place of what trains, and masks made from it; put back bit for bit afterwards.
@@ -66,7 +71,7 @@ def averaged(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None
     """
     _check_names(average, _averaged_part(network))
     own = {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
-    load_state(network, {name: average.get(PREFIX + name, tensor) for name, tensor in own.items()})
+    load_state(network, overlaid(own, average))
     try:
         yield
     finally:

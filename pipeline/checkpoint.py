@@ -23,7 +23,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Snapshot:
     model: Tensors
     optimizer: Tensors
     progress: Progress
+    carried: Tensors = field(default_factory=dict)
+    """What else training goes on with, such as an average of the weights; its names do not begin with 'optim/'."""
 
 
 def folder_of(stage: Path, step: int) -> Path:
@@ -90,7 +92,7 @@ def _write_file(path: Path, data: bytes) -> dict[str, Any]:
 
 def needed_bytes(snapshot: Snapshot) -> int:
     """Room that a checkpoint takes on disk, a little too much rather than too little."""
-    tensors = (*snapshot.model.values(), *snapshot.optimizer.values())
+    tensors = (*snapshot.model.values(), *snapshot.optimizer.values(), *snapshot.carried.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + MARGIN_BYTES
 
 
@@ -122,7 +124,7 @@ def write(
     progress = json.dumps(snapshot.progress.to_json(), indent=1) + "\n"
     files = {
         CONTENT[0]: _write_file(folder / CONTENT[0], save(snapshot.model)),
-        CONTENT[1]: _write_file(folder / CONTENT[1], save(snapshot.optimizer)),
+        CONTENT[1]: _write_file(folder / CONTENT[1], save({**snapshot.optimizer, **snapshot.carried})),
         CONTENT[2]: _write_file(folder / CONTENT[2], progress.encode()),
     }
     fsync_folder(folder)
@@ -165,11 +167,13 @@ def check(folder: Path) -> None:
 def _read(folder: Path) -> Snapshot:
     contents = _contents(folder)
     try:
-        model, optimizer = load(contents[CONTENT[0]]), load(contents[CONTENT[1]])
+        model, state = load(contents[CONTENT[0]]), load(contents[CONTENT[1]])
         progress = Progress.from_json(json.loads(contents[CONTENT[2]]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder} cannot be read: {error}") from None
-    return Snapshot(model, optimizer, progress)
+    optimizer = {name: tensor for name, tensor in state.items() if name.startswith("optim/")}
+    carried = {name: tensor for name, tensor in state.items() if name not in optimizer}
+    return Snapshot(model, optimizer, progress, carried)
 
 
 def read(folder: Path, pause: Pause | None = None) -> Snapshot:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from pipeline.averaging import averaged
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import read_manifest
 from pipeline.evaluate.certify import Certified, Noisy
@@ -23,8 +26,13 @@ from pipeline.phases import Stage
 from pipeline.recipe import Recipe
 
 
-def validation_of(job: Job, network: Network, loader: Loader, ids: NDArray[np.int64]) -> Callable[[], dict[str, Any]]:
-    """Clean and robust accuracy on the held-out images, as a metrics row without its position. Collective."""
+def validation_of(
+    job: Job, network: Network, average: dict[str, Tensor], loader: Loader, ids: NDArray[np.int64]
+) -> Callable[[], dict[str, Any]]:
+    """Clean and robust accuracy on the held-out images, as a metrics row without its position. Collective.
+
+    They are those of the average, for a phase that has one, as it is the phase's result.
+    """
     recipe = job.recipe
     measure = _validation_measure(recipe)
 
@@ -34,7 +42,8 @@ def validation_of(job: Job, network: Network, loader: Loader, ids: NDArray[np.in
 
     def validate() -> dict[str, Any]:
         crops, chunk = job.evaluation_crops(loader), recipe.evaluation.chunk
-        verdicts = evaluate(network, loader, ids, crops, measure, chunk, job.group, on_chunk)
+        with averaged(network, average) if average else nullcontext():
+            verdicts = evaluate(network, loader, ids, crops, measure, chunk, job.group, on_chunk)
         return {
             "clean_accuracy": float(verdicts["clean_correct"].mean()),
             "robust_accuracy": float(verdicts["robust_correct"].mean()),

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pipeline.averaging import update_average
 from pipeline.batch_statistics import BatchStatistics
 from pipeline.checkpoint import Snapshot
 from pipeline.data.loader import Batch
@@ -70,6 +71,8 @@ class Training:
     save: Callable[[Snapshot], None]
     """Called on every rank; rank 0 writes."""
     observe: Observer
+    average: dict[str, torch.Tensor]
+    """The moving average of what trains, for phases that have one; empty otherwise."""
     stop_requested: Callable[[], bool]
     """Asked at every step; what any worker answers, all do."""
 
@@ -81,10 +84,11 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
         for name, tensor in named_state(training.network).items()
     }
     optimizer = training.engine.optimizer_state()
-    for name, tensor in {**model, **optimizer}.items():
+    carried = {name: tensor.detach().to("cpu", copy=True) for name, tensor in training.average.items()}
+    for name, tensor in {**model, **optimizer, **carried}.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFinite(f"{training.stage.name}: {name} is not finite at step {progress.step}")
-    return Snapshot(model, optimizer, progress)
+    return Snapshot(model, optimizer, progress, carried)
 
 
 def train(training: Training, progress: Progress) -> Progress:
@@ -160,6 +164,8 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
             refresh_masks(training.network)
         except ValueError as error:
             raise NonFinite(f"{stage.name}: after step {step}: {error}; {_advice(training)}") from None
+    if stage.optimisation.ema_decay is not None:
+        update_average(training.average, training.network, stage.optimisation.ema_decay, step + 1)
     return sums
 
 

@@ -134,6 +134,8 @@ class Phase(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     objective: Objective | None = None
     """Training technique of this phase alone; null means the recipe's."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of the exponential moving average of what trains, which is then the phase's result; null: none."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Phase:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline import checkpoint
+from pipeline.averaging import overlaid, start_average
 from pipeline.checkpoint import Snapshot, Writer
 from pipeline.committed import evaluation_path
 from pipeline.data import order
@@ -37,6 +39,7 @@ from pipeline.sparsity import (
     layer_counts,
     load_state,
     mask_sha256,
+    named_state,
     refresh_masks,
     train_only,
     trained_parameters,
@@ -105,7 +108,8 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
     elif stage.starts_from is not None:
         source = job.run_folder / stage.starts_from
         selected = read_json(source / "result.json")["selected_step"]
-        tensors = checkpoint.read(checkpoint.folder_of(source, selected)).model
+        snapshot = checkpoint.read(checkpoint.folder_of(source, selected))
+        tensors = overlaid(snapshot.model, snapshot.carried)
         assert stage.keep_fraction is not None
         if stage.scores_from == "source":
             attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
@@ -124,8 +128,10 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
     train_only(network, stage.trains)
     refresh_masks(network)
     engine = Engine(network, trained_parameters(network), stage.optimisation, recipe, group)
+    average = start_average(network) if stage.optimisation.ema_decay is not None else {}
     if own is not None:
         engine.load_optimizer_state(own.optimizer)
+        average = {name: tensor.to(group.device) for name, tensor in own.carried.items()}
 
     loader = job.loader(recipe.data.train_file)
     train_ids, validation_ids = order.held_out(loader.num_samples, recipe.data.validation_images)
@@ -165,7 +171,8 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
         objective=build_objective(stage.objective, recipe.threat_model, stage.phase),
         micro_batches=batches,
         rows=tracker,
-        validate=validation_of(job, network, loader, validation_ids),
+        average=average,
+        validate=validation_of(job, network, average, loader, validation_ids),
         save=save,
         observe=job.observe,
         stop_requested=job.stop_requested,
@@ -177,7 +184,7 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
         writer.wait()
         if not progress.finished:
             raise StopRequested(f"{stage.name} was asked to stop, and has a checkpoint of step {progress.step}")
-        _finish(job, stage, network, progress)
+        _finish(job, stage, network, average, progress)
 
 
 def _tracker(job: Job, stage: Stage) -> Tracker:
@@ -213,12 +220,14 @@ def _plan(
     )
 
 
-def _finish(job: Job, stage: Stage, network: Network, progress: Progress) -> None:
+def _finish(job: Job, stage: Stage, network: Network, average: dict[str, Tensor], progress: Progress) -> None:
     """Write model.safetensors, then result.json: the stage is finished when that exists. Rank 0 writes."""
     folder, selected = job.folder(stage), progress.best_step or progress.step
+    model: dict[str, Tensor] = named_state(network)
     if selected != progress.step:
-        load_state(network, checkpoint.read(checkpoint.folder_of(folder, selected)).model)
-        refresh_masks(network)
+        snapshot = checkpoint.read(checkpoint.folder_of(folder, selected))
+        model, average = snapshot.model, snapshot.carried
+    load_state(network, overlaid(model, average))
     if job.group.is_first:
         keep = stage.describe(progress.steps_per_epoch)["keep_fraction"]
         facts = {"keep_fraction": keep, "mask_sha256": mask_sha256(network), "recipe_sha256": recipe_hash(job.recipe)}

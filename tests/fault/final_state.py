@@ -27,12 +27,13 @@ def final_state(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
         snapshot = checkpoint.read_newest(stage)
         assert snapshot is not None
         assert snapshot.progress.finished
-        for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.optimizer):
+        for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.optimizer, snapshot.carried):
             state |= {f"{name}: {key}": tensor for key, tensor in part.items()}
         state[f"{name}: metrics"] = _rows(stage)
         state[f"{name}: result"] = read_json(stage / "result.json")
         if (stage / "evaluate").exists():
-            state[f"{name}: verdicts"] = read_json(stage / "evaluate" / "pgd.json")
+            for evaluation in (stage / "evaluate").glob("*.json"):
+                state[f"{name}: {evaluation.stem} verdicts"] = read_json(evaluation)
     assert any("score/" in key for key in state)
     return state
 

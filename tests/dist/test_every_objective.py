@@ -1,0 +1,128 @@
+"""Every objective, allocation and average: a run that is stopped amid an epoch and resumed equals one that is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.files import atomic_write_text, read_json
+from pipeline.group import Group
+from pipeline.job import Job
+from pipeline.lease import Leases
+from pipeline.phases import stages_of
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import dump_recipe
+from pipeline.stage import run_stages
+from pipeline.stopping import StopRequested
+from tests.dist.processes import run_group
+from tests.fault.final_state import differences, final_state
+from tests.small_recipe import small_recipe
+
+STOPS = (2, 5, 9)
+"""Steps after which the run is stopped: amid an epoch of each phase. A phase has 4, an epoch 2."""
+ATTACK = {"steps": 2, "step_size": "1/15"}
+LINF, L2 = {"norm": "linf", "eps": "1/10"}, {"norm": "l2", "eps": "1/4"}
+AVERAGED = {phase: {"ema_decay": 0.9} for phase in ("pretrain", "prune", "finetune")}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clean": {"objective": {"name": "clean"}},
+    "pgd, averaged": {"objective": {"name": "pgd", **ATTACK}, "phases": AVERAGED},
+    "fgsm, eps warm-up": {"objective": {"name": "fgsm", "step_size": "1/10", "eps_warmup": 0.7}},
+    "nfgsm": {"objective": {"name": "nfgsm", "step_size": "1/10"}},
+    "trades, global": {"objective": {"name": "trades", **ATTACK}, "sparsity": {"allocation": "global"}},
+    "noise": {"objective": {"name": "noise", "sigma": "1/4"}, "threat_model": L2},
+    "stability, erk": {
+        "objective": {"name": "stability", "sigma": "1/4"},
+        "threat_model": L2,
+        "sparsity": {"allocation": "erk"},
+    },
+    "smoothadv": {
+        "objective": {"name": "smoothadv", "sigma": "1/4", "noise_samples": 2, **ATTACK},
+        "threat_model": L2,
+    },
+    "search": {"phases": {"pretrain": {"objective": {"name": "clean"}}, "finetune": None}},
+}
+
+
+def variant(data: Path, name: str) -> Recipe:
+    chosen = VARIANTS[name]
+    phase = {"epochs": 2, "lr": 0.05, "weight_decay": 1.0e-4}
+    phases = {one: phase for one in ("pretrain", "prune", "finetune")}
+    for one, values in chosen.get("phases", {}).items():
+        phases[one] = values and phase | values
+    return small_recipe(
+        data,
+        phases=phases,
+        objective=chosen.get("objective", {"name": "pgd", **ATTACK}),
+        threat_model=chosen.get("threat_model", LINF),
+        sparsity={"magnitude_baseline": "none", **chosen.get("sparsity", {})},
+        data={"train_images": 128, "validation_images": 50},
+        evaluation={"images": 40, "chunk": 20, "n0": 10, "n": 50, "noise_batch": 50},
+        tracking={"log_every_steps": 1},
+    )
+
+
+def _run(group: Group, recipe: Recipe, folder: Path, token: str, stops: tuple[int, ...]) -> int:
+    """Do all stages, beginning anew whenever one of the stops has ended it; returns how often it was stopped."""
+    left, done, stopped = list(stops), 0, 0
+
+    def observe(event: str, facts: dict[str, Any]) -> None:
+        nonlocal done
+        done += event == "step"
+
+    def stop_requested() -> bool:
+        return bool(left) and done >= left[0]
+
+    while True:
+        try:
+            run_stages(Job(recipe, folder, token, group, observe, stop_requested), stages_of(recipe))
+            return stopped
+        except StopRequested:
+            left.pop(0)
+            stopped += 1
+
+
+def _run_all(group: Group, jobs: list[tuple[Recipe, Path, str, tuple[int, ...]]]) -> list[int]:
+    return [_run(group, *job) for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `<variant>/straight` and `<variant>/stopped`, all run in one process: its start is what takes time."""
+    root = tmp_path_factory.mktemp("objectives")
+    jobs, leases = [], []
+    for name in VARIANTS:
+        recipe = variant(fashion_data, name)
+        for way, stops in (("straight", ()), ("stopped", STOPS)):
+            folder = root / name / way
+            folder.mkdir(parents=True)
+            atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
+            leases.append(Leases([folder / stage.name for stage in stages_of(recipe)]))
+            jobs.append((recipe, folder, leases[-1].token, stops))
+    try:
+        (stopped,) = run_group(1, _run_all, jobs)
+    finally:
+        for lease in leases:
+            lease.release()
+    phases = [len(stages_of(recipe)) for recipe, *_ in jobs]
+    assert stopped == [min(len(stops), count) for (*_, stops), count in zip(jobs, phases, strict=True)]
+    return root
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stopped_and_resumed_equals_straight(runs: Path, fashion_data: Path, name: str) -> None:
+    stages = [stage.name for stage in stages_of(variant(fashion_data, name))]
+    straight, stopped = (final_state(runs / name / way, stages) for way in ("straight", "stopped"))
+    assert differences(straight, stopped) == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_networks_are_judged_by_what_they_were_trained_for(runs: Path, fashion_data: Path, name: str) -> None:
+    recipe = variant(fashion_data, name)
+    for stage in stages_of(recipe):
+        if stage.measure is not None:
+            facts = read_json(runs / name / "straight" / stage.name / "evaluate" / f"{recipe.objective.measure}.json")
+            assert facts["images"] == 40
+            assert 0 <= facts["robust_correct"] <= facts["clean_correct"] <= 40
+            assert facts["settings"]["norm"] == (recipe.threat_model.norm if recipe.threat_model else None)
