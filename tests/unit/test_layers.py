@@ -17,7 +17,8 @@ LAYERS = """
 recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys files phases committed stopping
 disk models.small_cnn models.network models masks sparsity attacks
 objectives.outcome objectives.adversarial objectives.trades objectives
-data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
+data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
+data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export checkpoint lease evaluate evaluate.statistics
 group evaluate.pgd engine batch_statistics
