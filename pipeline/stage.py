@@ -195,10 +195,12 @@ def _plan(
     job: Job, stage: Stage, loader: Loader, train_ids: NDArray[np.int64], start: int, total: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32]]]:
     recipe = job.recipe
+    per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
+    assert per_epoch * stage.optimisation.epochs == total, "stage and plan count the same steps"
     crops = order.training_crops(
         recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size, recipe.seed
     )
-    offset = stage.first_epoch * (total // stage.optimisation.epochs)
+    offset = stage.first_epoch * per_epoch
     return order.training_plan(
         train_ids,
         crops,
@@ -209,6 +211,8 @@ def _plan(
         micro_batch=recipe.batch.micro_batch,
         rank=job.group.rank,
         world=job.group.world,
+        extra_ids=np.arange(loader.num_samples, loader.num_samples + loader.num_extra),
+        extra_per_step=recipe.extra_per_step,
     )
 
 
