@@ -1,4 +1,4 @@
-"""`python -m launch data write|verify|info`: FFCV files from image folders, and what is in them."""
+"""`python -m launch data write|verify|info`: FFCV files from data sets as they are distributed, and what is in them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.data.manifest import Manifest
 
 WRITE = """\
 Write train.beton and test.beton, each with a manifest beside it that holds hashes, counts and the class list.
 
   python -m launch data write fashion_mnist --out data/fashion_mnist
-  python -m launch data write image_folder --source /data/imagenet --out data/imagenet
+  python -m launch data write cifar10 --extra ti_500K_pseudo_labeled.pickle --out data/cifar10_extra
+  python -m launch data write imagenet --source /data/ilsvrc2012 --out data/imagenet
+  python -m launch data write image_folder --source /data/birds --classes robin,wren --out data/two_birds
 
-fashion_mnist  comes from Debian's package dataset-fashion-mnist, else from a folder with its four idx files (--source),
-               else it is downloaded.
-image_folder   is any tree DIR/train/<class>/<image> and DIR/val/<class>/<image> (ImageNet is one): val becomes test.
+fashion_mnist      comes from Debian's package dataset-fashion-mnist, else from a folder with its four idx files
+                   (--source), else it is downloaded.
+cifar10, cifar100  come from the authors' python archive, or the folder it unpacks to, else they are downloaded.
+svhn               comes from a folder with train_32x32.mat and test_32x32.mat, else it is downloaded.
+imagenet           comes from a folder with the three official archives (ILSVRC2012_img_train.tar, _img_val.tar and
+                   _devkit_t12.tar.gz), which are read without being unpacked, or with train/ and val/.
+image_folder       is any tree DIR/train/<class>/<image> and DIR/val/<class>/<image>: val becomes test.
+
+--classes leaves the other classes out. These are numbered in the order given, from 0; @FILE reads one name per line.
+--extra puts pseudo-labelled images behind the training images: a .pickle with data and extrapolated_targets (Carmon et
+al.), a .npz with image and label, or SVHN's extra_32x32.mat. The recipe's data.extra_fraction says how many are used.
 
 Every image is decoded before anything is written. Grey, CMYK and mis-named images are converted to RGB; those that
 cannot be decoded are listed, all of them, and nothing is written unless --skip-broken is given. Images of up to 64 x 64
@@ -35,6 +48,7 @@ Print what a file holds: counts per class, image sizes, source, conversions, has
 
   python -m launch data info data/fashion_mnist/train.beton
 """
+DATASETS = ("fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder")
 SHOWN_SAMPLES = 100
 Progress = Callable[[str, int, int], None]
 
@@ -45,8 +59,10 @@ def add_parser(subparsers: Any) -> None:
     commands = data.add_subparsers(required=True, metavar="COMMAND")
 
     write = _command(commands, "write", "make the FFCV files of a data set", WRITE, _write)
-    write.add_argument("dataset", choices=("fashion_mnist", "image_folder"))
+    write.add_argument("dataset", choices=DATASETS)
     write.add_argument("--source", type=Path, metavar="DIR", help="where the images are")
+    write.add_argument("--classes", metavar="A,B|@FILE", help="only these classes")
+    write.add_argument("--extra", type=Path, metavar="FILE", help="pseudo-labelled images to train on besides")
     write.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for train.beton and test.beton")
     write.add_argument("--workers", type=int, metavar="N", help="writing processes (default: one per usable core)")
     write.add_argument(
@@ -71,6 +87,22 @@ def _command(
     )
     parser.set_defaults(handler=handler)
     return parser
+
+
+def class_list(value: str | None) -> tuple[str, ...]:
+    """Names from 'a,b', or from the lines of FILE for '@FILE'; none for None. Errors: DataError if none is named."""
+    from pipeline.data.manifest import DataError
+
+    if value is None:
+        return ()
+    try:
+        given = Path(value[1:]).read_text(encoding="utf-8").splitlines() if value[:1] == "@" else value.split(",")
+    except (OSError, ValueError) as error:
+        raise DataError(f"--classes {value}: {error}") from None
+    names = tuple(name.strip() for name in given if name.strip())
+    if not names:
+        raise DataError(f"--classes {value!r} names no class; write --classes a,b or @FILE with one name per line")
+    return names
 
 
 @contextmanager
@@ -114,7 +146,16 @@ def _write(arguments: argparse.Namespace) -> int:
             skip_broken=arguments.skip_broken,
         )
         with shown_progress() as progress:
-            files = write(arguments.dataset, arguments.source, arguments.out, options, arguments.force, progress)
+            files = write(
+                arguments.dataset,
+                arguments.source,
+                arguments.out,
+                options,
+                arguments.force,
+                progress,
+                classes=class_list(arguments.classes),
+                extra=arguments.extra,
+            )
     except (DataError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1
@@ -124,11 +165,19 @@ def _write(arguments: argparse.Namespace) -> int:
             f"{file.path}: {'already written' if file.was_there else 'written'}, {manifest.num_samples} images, "
             f"{manifest.num_classes} classes, {manifest.file_size / 1e6:.1f} MB, stored as {manifest.image_mode}"
         )
+        if manifest.num_extra:
+            print(f"  the last {manifest.num_extra} images are extra, from {manifest.extra_source}")
+        for name in _not_the_authors(manifest):
+            print(f"  warning: {name} is not its authors' file: its MD5 is not the published one", file=sys.stderr)
         if manifest.converted:
             print(f"  converted to RGB: {_counts(manifest.converted)}")
         for image in manifest.skipped:
             print(f"  skipped {image.path}: {image.reason}")
     return 0
+
+
+def _not_the_authors(manifest: Manifest) -> list[str]:
+    return [name for name, published in manifest.authors_md5.items() if not published]
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -184,6 +233,13 @@ def _info(arguments: argparse.Namespace) -> int:
         stored = f"JPEG, quality {manifest.jpeg_quality}, longer side at most {manifest.max_resolution}"
     print(f"{arguments.file}")
     print(f"  data set   {manifest.dataset}, split {manifest.split}, from {manifest.source}")
+    if manifest.authors_md5:
+        others = ", ".join(_not_the_authors(manifest))
+        print(f"  MD5        {f'not as published: {others}' if others else 'as its authors published'}")
+    if manifest.extra_source:
+        print(f"  extra      the last {manifest.num_extra} images, from {manifest.extra_source}")
+    if manifest.chosen_from:
+        print(f"  classes    {manifest.num_classes} chosen from {len(manifest.chosen_from)}")
     print(f"  written    {manifest.written_at} with {', '.join(f'{n} {v}' for n, v in manifest.versions.items())}")
     print(f"  images     {manifest.num_samples} in {manifest.num_classes} classes, {manifest.file_size / 1e6:.1f} MB")
     print(f"  stored as  {stored}")

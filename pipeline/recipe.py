@@ -6,6 +6,7 @@ pairs are refused; the message names key, value and fix. No torch here: a login 
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -129,6 +130,21 @@ class Recipe(Section):
                 f"workers.count {self.workers.count} does not divide the {total} micro-batches of a step "
                 f"(batch_per_step {self.batch.batch_per_step} / micro_batch {self.batch.micro_batch}); "
                 f"legal counts: {divisors(total)}"
+            )
+        return self
+
+    @property
+    def extra_per_step(self) -> int:
+        """Images of every step that come from the training file's extra ones, the same number in each micro-batch."""
+        return int(Fraction(self.data.extra_fraction or 0) * self.batch.batch_per_step)
+
+    @model_validator(mode="after")
+    def _extra_images_are_whole(self) -> Recipe:
+        fraction, micro_batch = self.data.extra_fraction, self.batch.micro_batch
+        if fraction is not None and (Fraction(fraction) * micro_batch).denominator != 1:
+            raise ValueError(
+                f"data.extra_fraction {fraction} of a micro-batch of {micro_batch} is {fraction * micro_batch} images; "
+                f"it must be a whole number of them: a multiple of 1/{micro_batch}"
             )
         return self
 

@@ -49,6 +49,16 @@ def _parse_keep_fraction(value: Any) -> Decimal:
     return number
 
 
+def _parse_extra_fraction(value: Any) -> Decimal:
+    try:
+        number = Decimal(str(value))
+    except InvalidOperation:
+        raise ValueError("expected a decimal such as 0.5") from None
+    if not number.is_finite() or not 0 < number < 1:
+        raise ValueError("an extra_fraction is extra / all images of a step: it must lie in (0, 1), or be null")
+    return number
+
+
 def canonical_decimal(number: Decimal) -> str:
     """The one spelling of a decimal: 0.10 and 1E-1 are both '0.1'. Folder names use it."""
     return format(number.normalize(), "f")
@@ -59,6 +69,9 @@ Pixels = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(st
 
 KeepFraction = Annotated[Decimal, BeforeValidator(_parse_keep_fraction), PlainSerializer(canonical_decimal)]
 """Kept / all connections, exact as written."""
+
+ExtraFraction = Annotated[Decimal, BeforeValidator(_parse_extra_fraction), PlainSerializer(canonical_decimal)]
+"""Extra / all images of a micro-batch, exact as written."""
 
 
 DECIDED_ELSEWHERE = {

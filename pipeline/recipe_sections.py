@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.recipe_fields import KeepFraction, Pixels, Section, canonical_decimal
+from pipeline.recipe_fields import ExtraFraction, KeepFraction, Pixels, Section, canonical_decimal
 
 
 def divisors(number: int) -> list[int]:
@@ -20,7 +20,7 @@ def divisors(number: int) -> list[int]:
 class Data(Section):
     """The two FFCV files and how images are fed."""
 
-    dataset: Literal["fashion_mnist", "image_folder"]
+    dataset: Literal["fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder"]
     train_file: str
     """FFCV file of the training set; `python -m launch data write` makes it."""
     test_file: str
@@ -32,8 +32,18 @@ class Data(Section):
     """Training images held out for choosing checkpoints; the same ones for every seed."""
     train_images: int | None = Field(default=None, gt=0)
     """Train on this many of the images that are left; null means all of them."""
+    extra_fraction: ExtraFraction | None = None
+    """Share of every micro-batch that is taken from the training file's extra images; null means none."""
     stage_to: str | None = None
     """Folder on each node's own disk that the files are copied to and read from; null reads them where they are."""
+
+    @model_validator(mode="after")
+    def _digits_are_not_mirrored(self) -> Data:
+        if self.dataset == "svhn" and self.augmentation in ("pad_crop_flip", "random_resized_crop"):
+            raise ValueError(
+                f"augmentation {self.augmentation} mirrors images, and a mirrored digit of svhn is none; use pad_crop"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stage_to_is_absolute(self) -> Data:

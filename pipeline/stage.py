@@ -136,7 +136,7 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
     loader = job.loader(recipe.data.train_file)
     train_ids, validation_ids = order.held_out(loader.num_samples, recipe.data.validation_images)
     train_ids = order.train_subset(train_ids, recipe.data.train_images)
-    per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step)
+    per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
     total = per_epoch * stage.optimisation.epochs
     progress = own.progress if own is not None else Progress(0, per_epoch, total)
     if (progress.steps_per_epoch, progress.total_steps) != (per_epoch, total):
@@ -203,10 +203,12 @@ def _plan(
     job: Job, stage: Stage, loader: Loader, train_ids: NDArray[np.int64], start: int, total: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32]]]:
     recipe = job.recipe
+    per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
+    assert per_epoch * stage.optimisation.epochs == total, "stage and plan count the same steps"
     crops = order.training_crops(
         recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size, recipe.seed
     )
-    offset = stage.first_epoch * (total // stage.optimisation.epochs)
+    offset = stage.first_epoch * per_epoch
     return order.training_plan(
         train_ids,
         crops,
@@ -217,6 +219,8 @@ def _plan(
         micro_batch=recipe.batch.micro_batch,
         rank=job.group.rank,
         world=job.group.world,
+        extra_ids=np.arange(loader.num_samples, loader.num_samples + loader.num_extra),
+        extra_per_step=recipe.extra_per_step,
     )
 
 

@@ -1,7 +1,7 @@
-"""Where images come from: Fashion-MNIST's idx files, or any tree with one folder per class.
+"""Where images come from: the data sets there are, Fashion-MNIST's idx files, any tree with one folder per class.
 
-A `Source` lists one split without reading its images; sample i is always the same image, as files are sorted by class
-and then by name. What is decoded from a file, and how, is `pipeline.data.images`.
+A `Source` lists one split; sample i is always the same image: of a folder, files are sorted by class and then by name;
+of a file of many images, they keep its order. What is decoded from a file, and how, is `pipeline.data.images`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.cifar import LAYOUTS, cifar
+from pipeline.data.extra import add_extra
+from pipeline.data.imagenet import imagenet
 from pipeline.data.images import read_image
 from pipeline.data.manifest import DataError
+from pipeline.data.source import Source, cache_folder, choose_classes, listing_sha256, some
+from pipeline.data.svhn import svhn
 
-DATASETS = ("fashion_mnist", "image_folder")
+DATASETS = ("fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder")
 SPLITS = ("train", "test")
 """What the two FFCV files are called; `FOLDERS` says what an image folder calls them."""
 FOLDERS = {"train": "train", "test": "val"}
@@ -47,41 +51,37 @@ FASHION_CLASSES = (
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """One split of a data set, listed but not read."""
+def open_source(
+    dataset: str, split: str, source: Path | None, classes: Sequence[str] = (), extra: Path | None = None
+) -> Source:
+    """List one split; `source` may be None for data sets that can be had without.
 
-    dataset: str
-    split: str
-    location: str
-    class_names: tuple[str, ...]
-    labels: NDArray[np.int64]
-    """Shape [n], in [0, len(class_names))."""
-    names: list[str]
-    """What to call image i in a message: its path below `location`, or its place in an idx file."""
-    sha256: str
-    """Over the names and sizes of the source files."""
-    read: Callable[[int], tuple[NDArray[np.uint8], str]]
-    """Image i as (pixels uint8 [height, width, 3], kind); OSError or BrokenImage as `images.read_image`."""
-
-
-def open_source(dataset: str, split: str, source: Path | None) -> Source:
-    """List one split. `source` may be None for fashion_mnist. Errors: DataError naming the place and the fix."""
+    `classes` leaves the others out and numbers these in the order given; none means all. The images of the file
+    `extra` come behind the training images. Errors: DataError naming the place and the fix.
+    """
     if split not in SPLITS:
         raise DataError(f"split {split!r} is none of {', '.join(SPLITS)}")
+    try:
+        opened = _open_whole(dataset, split, source)
+        if extra is not None and split == "train":
+            opened = add_extra(opened, extra)
+    except OSError as error:
+        raise DataError(f"{error.filename or source or dataset} cannot be read: {error.strerror or error}") from None
+    return choose_classes(opened, classes) if classes else opened
+
+
+def _open_whole(dataset: str, split: str, source: Path | None) -> Source:
     if dataset == "fashion_mnist":
         return _fashion_mnist(find_fashion_mnist(source), split)
-    if dataset == "image_folder":
-        return _image_folder(image_root(source), split)
+    if dataset in LAYOUTS:
+        return cifar(dataset, split, source)
+    if dataset == "svhn":
+        return svhn(split, source)
+    if dataset == "imagenet" and not (source is not None and (source / FOLDERS["train"]).is_dir()):
+        return imagenet(split, source)
+    if dataset in ("image_folder", "imagenet"):
+        return _image_folder(dataset, image_root(source), split)
     raise DataError(f"data set {dataset!r} is none of {', '.join(DATASETS)}")
-
-
-def listing_sha256(entries: Iterable[tuple[str, int]]) -> str:
-    """Hash of (name, bytes) pairs in the given order."""
-    digest = hashlib.sha256()
-    for name, size in entries:
-        digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def image_root(source: Path | None) -> Path:
@@ -92,8 +92,8 @@ def image_root(source: Path | None) -> Path:
     if train != val:
         only_train, only_val = sorted(train - val), sorted(val - train)
         raise DataError(
-            f"{source}: train/ and val/ must have the same classes; only in train/: {_some(only_train)}; "
-            f"only in val/: {_some(only_val)}"
+            f"{source}: train/ and val/ must have the same classes; only in train/: {some(only_train)}; "
+            f"only in val/: {some(only_val)}"
         )
     return source
 
@@ -109,7 +109,7 @@ def class_folders(folder: Path) -> list[str]:
     return classes
 
 
-def _image_folder(root: Path, split: str) -> Source:
+def _image_folder(dataset: str, root: Path, split: str) -> Source:
     folder = root / FOLDERS[split]
     classes = class_folders(folder)
     names: list[str] = []
@@ -125,11 +125,11 @@ def _image_folder(root: Path, split: str) -> Source:
         labels.extend([label] * len(found))
     if empty:
         raise DataError(
-            f"{folder}: no images in {len(empty)} of {len(classes)} classes: {_some(empty)}; "
+            f"{folder}: no images in {len(empty)} of {len(classes)} classes: {some(empty)}; "
             f"remove these folders or add images ({', '.join(EXTENSIONS)})"
         )
     return Source(
-        dataset="image_folder",
+        dataset=dataset,
         split=split,
         location=str(folder.resolve()),
         class_names=tuple(classes),
@@ -153,11 +153,6 @@ def _raise(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be listed: {error.strerror}")
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:10]) or "none"
-    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown
-
-
 def find_fashion_mnist(source: Path | None) -> Path:
     """The folder with the four idx files: `source`, else Debian's package, else a download into the user's cache."""
     if source is not None:
@@ -171,7 +166,7 @@ def find_fashion_mnist(source: Path | None) -> Path:
 
 
 def _download_fashion_mnist() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-pipeline"
+    cache = cache_folder()
     # Imported here, as it brings torch and is needed at most once per machine.
     from torchvision.datasets import FashionMNIST
 

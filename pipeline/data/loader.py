@@ -76,8 +76,9 @@ class Batch:
 class Loader:
     """An FFCV file with its manifest, read by `threads` threads of its own into images of `image_size` squared.
 
-    Has `num_samples`, `class_names`, and `labels`, `heights`, `widths` int64 [num_samples]. A context manager; the
-    first one in a process takes seconds longer (the kernel's compilation).
+    Has `num_samples`, the images of the data set; `num_extra`, the extra ones, whose ids follow; `class_names`; and
+    `labels`, `heights`, `widths` int64 [num_samples + num_extra]. A context manager; the first one in a process takes
+    seconds longer (the kernel's compilation).
 
     Errors: DataError for a file that `open_checked` refuses.
     """
@@ -85,7 +86,8 @@ class Loader:
     def __init__(self, path: str | Path, *, image_size: int, threads: int, ahead: int = 4) -> None:
         self.path = Path(path)
         manifest = open_checked(self.path)
-        self.num_samples = manifest.num_samples
+        self.num_samples = manifest.num_samples - manifest.num_extra
+        self.num_extra = manifest.num_extra
         self.class_names = manifest.class_names
         self.image_size = image_size
         self._threads = threads
@@ -125,10 +127,10 @@ class Loader:
             raise LoaderError(f"{self.path}: the loader is closed")
         ids = np.array(ids, np.int64)
         crops = np.ascontiguousarray(crops, np.int32)
-        outside = (ids < 0) | (ids >= self.num_samples)
+        outside = (ids < 0) | (ids >= len(self._table))
         if outside.any():
             raise CorruptSample(
-                f"{self.path}: no sample {_some(ids[outside])}; its {self.num_samples} samples count from 0"
+                f"{self.path}: no sample {_some(ids[outside])}; its {len(self._table)} samples count from 0"
             )
         table = self._table[ids]
         self._check_crops(ids, crops, table)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.files import read_json
 
@@ -93,11 +93,18 @@ class Manifest(BaseModel):
     split: str
     source: str
     source_sha256: str
-    """Over the names and sizes of the source files: tells whether a file is up to date."""
+    """Over the names and sizes of the source files, or their content: tells whether a file is up to date."""
+    authors_md5: dict[str, bool] = {}
+    """Source file -> whether its MD5 is the one its authors published; without those that have none."""
     num_samples: int
+    num_extra: int = Field(default=0, ge=0)
+    """How many of the samples, the last ones, are extra training images whose labels a network gave."""
+    extra_source: str | None = None
     num_classes: int
     class_names: list[str]
     """By label."""
+    chosen_from: list[str] | None = None
+    """All classes of the data set, by their labels there, if `class_names` is a choice of them."""
     label_histogram: list[int]
     image_mode: str
     """'raw' (bit-exact pixels) or 'jpg'."""
@@ -130,6 +137,8 @@ class Manifest(BaseModel):
         for name, length in expected.items():
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, not {length}")
+        if self.num_extra >= self.num_samples:
+            raise ValueError(f"num_extra {self.num_extra} leaves none of {self.num_samples} samples")
         if len(self.crc32_of_samples()) != self.num_samples or sum(self.label_histogram) != self.num_samples:
             raise ValueError(f"sample_crc32 or label_histogram does not cover {self.num_samples} samples")
         return self

@@ -169,14 +169,41 @@ def evaluation_crops(augmentation: str, heights: NDArray[np.integer], widths: ND
     return whole_image_crops(heights, widths)
 
 
-def steps_per_epoch(train_images: int, batch_per_step: int) -> int:
-    """Full steps in one epoch; images that fill no step are left out of it. Errors: ValueError if none is full."""
-    if train_images < batch_per_step:
+def steps_per_epoch(train_images: int, batch_per_step: int, extra_per_step: int = 0) -> int:
+    """Full steps in one epoch; images that fill no step are left out of it. Errors: ValueError if none is full.
+
+    An epoch visits the data set's own images, of which a step takes batch_per_step - extra_per_step.
+    """
+    own_per_step = batch_per_step - extra_per_step
+    if train_images < own_per_step:
+        extra = f" and the {extra_per_step} extra ones of a step" if extra_per_step else ""
         raise ValueError(
-            f"batch.batch_per_step {batch_per_step} is more than the {train_images} training images: no step is full; "
-            "lower it"
+            f"batch.batch_per_step {batch_per_step} is more than the {train_images} training images{extra}: no step is "
+            "full; lower it"
         )
-    return train_images // batch_per_step
+    return train_images // own_per_step
+
+
+class _Passes:
+    """Extra images in one endless sequence: pass after pass over all of them, each in an order of its own.
+
+    It knows no epochs, so all extra images are seen equally often, however many of them an epoch of the others takes.
+    """
+
+    def __init__(self, ids: Ids, seed: int) -> None:
+        self._ids, self._seed = ids, seed
+        self._order, self._number = ids, -1
+
+    def at(self, start: int, count: int) -> Iterator[tuple[Ids, int]]:
+        """Positions start..start+count-1 as (ids, number of the pass), in as many parts as there are passes."""
+        while count > 0:
+            number, first = divmod(start, len(self._ids))
+            if number != self._number:
+                drawn = keys.sample_keys(self._ids, self._seed, "extra_order", number)
+                self._order, self._number = self._ids[np.argsort(drawn, kind="stable")], number
+            part = self._order[first : first + count]
+            yield part, number
+            start, count = start + len(part), count - len(part)
 
 
 def training_plan(
@@ -190,20 +217,37 @@ def training_plan(
     micro_batch: int,
     rank: int = 0,
     world: int = 1,
+    extra_ids: Ids | None = None,
+    extra_per_step: int = 0,
 ) -> Iterator[tuple[Ids, Crops]]:
     """This rank's micro-batches (ids [micro_batch], crops [micro_batch, 5]) of steps start_step..stop_step-1.
 
-    A step is `batch_per_step` consecutive ids of its epoch's order, cut into micro-batches; rank r owns the r-th run of
-    them, so the ranks' micro-batches, concatenated, are the same for every world size.
+    A step is cut into micro-batches, each of which takes the next of its epoch's order and then, the same number in
+    every micro-batch, the next of the extra images (Carmon et al. 2019, section 5: a stated share of every batch).
+    Rank r owns the r-th run of them, so the ranks' micro-batches, concatenated, are the same for every world size. An
+    extra image's crops are those of its pass, as it may come twice in an epoch.
 
-    Errors: ValueError (at the call) if micro-batches do not divide the step or workers the micro-batches.
+    Errors: ValueError (at the call) if micro-batches do not divide the step, workers the micro-batches or micro-batches
+    the extra images; if there are none of these, or none of the others in a step.
     """
-    if batch_per_step % micro_batch or (batch_per_step // micro_batch) % world:
+    micro_batches = batch_per_step // micro_batch
+    if batch_per_step % micro_batch or micro_batches % world:
         raise ValueError(
             f"batch_per_step {batch_per_step} is not cut evenly by micro_batch {micro_batch} and {world} workers"
         )
-    per_epoch = steps_per_epoch(len(train_ids), batch_per_step)
-    own = batch_per_step // world
+    if extra_per_step % micro_batches or not 0 <= extra_per_step < batch_per_step:
+        raise ValueError(
+            f"{extra_per_step} extra images of {batch_per_step} are not shared evenly by micro-batches of {micro_batch}"
+        )
+    if extra_per_step and (extra_ids is None or not len(extra_ids)):
+        raise ValueError(
+            "data.extra_fraction: the training file holds no extra images; write it with "
+            "`python -m launch data write ... --extra FILE`, or set data.extra_fraction=null"
+        )
+    per_epoch = steps_per_epoch(len(train_ids), batch_per_step, extra_per_step)
+    extra = extra_per_step // micro_batches
+    own = micro_batch - extra
+    passes = _Passes(train_ids if extra_ids is None else extra_ids, seed)
 
     def plan() -> Iterator[tuple[Ids, Crops]]:
         order, order_epoch = train_ids, -1
@@ -211,9 +255,10 @@ def training_plan(
             epoch = step // per_epoch
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(train_ids, seed, epoch), epoch
-            first = (step % per_epoch) * batch_per_step + rank * own
-            for begin in range(first, first + own, micro_batch):
-                ids = order[begin : begin + micro_batch]
-                yield ids, crops(ids, epoch)
+            for n in range(rank * micro_batches // world, (rank + 1) * micro_batches // world):
+                begin = ((step % per_epoch) * micro_batches + n) * own
+                parts = [(order[begin : begin + own], epoch), *passes.at((step * micro_batches + n) * extra, extra)]
+                ids = np.concatenate([part for part, _ in parts])
+                yield ids, np.concatenate([crops(part, number) for part, number in parts])
 
     return plan()

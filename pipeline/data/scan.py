@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.datasets import Source
 from pipeline.data.images import BrokenImage, fitted_size
 from pipeline.data.manifest import DataError
+from pipeline.data.source import Source
 from pipeline.data.verify import CHUNK, Progress, available_cores, threads
 
 RAW_LIMIT = 64

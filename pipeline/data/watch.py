@@ -53,6 +53,8 @@ class WriteJob:
 
     dataset: str
     source: str | None
+    classes: list[str]
+    extra: str | None
     splits: list[SplitJob]
     workers: int
     max_resolution: int

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.datasets import SPLITS, Source, open_source
+from pipeline.data.datasets import SPLITS, open_source
 from pipeline.data.manifest import DataError, Manifest, manifest_path, open_checked
+from pipeline.data.source import Source
 from pipeline.data.verify import available_cores
 from pipeline.data.watch import SplitJob, WriteJob, remove_temporary, run_watched
 from pipeline.files import fsync_folder
@@ -64,14 +65,18 @@ def write(
     options: WriteOptions,
     force: bool,
     progress: Callable[[str, int, int], None],
+    *,
+    classes: Sequence[str] = (),
+    extra: Path | None = None,
 ) -> list[Written]:
     """Write out/train.beton and out/test.beton; a good file of the same source and options is left as it is.
 
+    `classes` and `extra` as `datasets.open_source`: some of the classes only, and a file of extra training images.
     progress is called with (stage, done, total), stage being for example 'train scan'. Errors: DataError if the source
     or an existing file stands in the way, with all broken images in one message; watch.WriteError if writing failed.
     After an error neither a new final file nor a temporary one is left, except for a split that was complete before.
     """
-    sources = {split: open_source(dataset, split, source) for split in SPLITS}
+    sources = {split: open_source(dataset, split, source, classes, extra) for split in SPLITS}
     out.mkdir(parents=True, exist_ok=True)
     paths = {split: out / f"{split}.beton" for split in SPLITS}
     done = {} if force else {s: m for s in SPLITS if (m := existing(paths[s], sources[s], options)) is not None}
@@ -82,6 +87,8 @@ def write(
             job = WriteJob(
                 dataset=dataset,
                 source=str(source) if source else None,
+                classes=list(classes),
+                extra=str(extra) if extra else None,
                 splits=[SplitJob(split, str(temporaries[split]), sources[split].sha256) for split in to_do],
                 workers=options.workers or available_cores(),
                 max_resolution=options.max_resolution,
@@ -110,6 +117,8 @@ def existing(path: Path, source: Source, options: WriteOptions) -> Manifest | No
     wanted = {
         "dataset": source.dataset,
         "split": source.split,
+        "class_names": list(source.class_names),
+        "extra_source": source.extra_location,
         "source_sha256": source.sha256,
         "max_resolution": options.max_resolution,
         "jpeg_quality": options.jpeg_quality,

@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.datasets import Source, open_source
+from pipeline.data.datasets import open_source
 from pipeline.data.images import fit_longer_side
 from pipeline.data.manifest import (
     DataError,
@@ -37,6 +37,7 @@ from pipeline.data.manifest import (
     read_index,
 )
 from pipeline.data.scan import Scan, refuse_broken, scan
+from pipeline.data.source import Source
 from pipeline.data.verify import check_samples, hash_file
 from pipeline.data.watch import SplitJob, WriteError, WriteJob, remove_temporary
 from pipeline.files import atomic_write_json
@@ -183,9 +184,13 @@ def finish(path: Path, source: Source, scanned: Scan, job: WriteJob, reporter: R
         split=source.split,
         source=source.location,
         source_sha256=source.sha256,
+        authors_md5=source.authors_md5,
         num_samples=structure.num_samples,
+        num_extra=int((scanned.kept >= len(source.labels) - source.num_extra).sum()),
+        extra_source=source.extra_location,
         num_classes=len(source.class_names),
         class_names=list(source.class_names),
+        chosen_from=list(source.chosen_from) if source.chosen_from else None,
         label_histogram=np.bincount(labels, minlength=len(source.class_names)).tolist(),
         image_mode=scanned.image_mode,
         max_resolution=job.max_resolution,
@@ -214,7 +219,8 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 
 def open_listed(job: WriteJob, part: SplitJob) -> Source:
-    source = open_source(job.dataset, part.split, Path(job.source) if job.source else None)
+    place, extra = (Path(name) if name else None for name in (job.source, job.extra))
+    source = open_source(job.dataset, part.split, place, job.classes, extra)
     if source.sha256 != part.source_sha256:
         raise DataError(f"{source.location} changed while it was being listed; wait until it is complete")
     return source

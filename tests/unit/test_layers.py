@@ -18,7 +18,8 @@ recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules
 disk files phases committed stopping
 models.small_cnn models.network models masks allocation sparsity averaging attacks
 objectives.outcome objectives.adversarial objectives.trades objectives.smoothing objectives
-data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
+data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
+data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.certify
 group evaluate.chunks engine batch_statistics

@@ -24,11 +24,12 @@ def everything(ids, _epoch):
     return order.whole_image_crops(np.full(len(ids), 8), np.full(len(ids), 8))
 
 
-def plan(train_ids, seed=3, start=0, stop=7, batch=8, micro=2, rank=0, world=1, crops=everything):
+def plan(train_ids, seed=3, start=0, stop=7, batch=8, micro=2, rank=0, world=1, crops=everything, extra=(), share=0):
     return list(
         order.training_plan(
             train_ids, crops, seed=seed, start_step=start, stop_step=stop,
             batch_per_step=batch, micro_batch=micro, rank=rank, world=world,
+            extra_ids=np.array(extra, np.int64), extra_per_step=share,
         )
     )  # fmt: skip
 
@@ -135,11 +136,75 @@ def test_an_epoch_of_a_plan_is_its_order_without_the_last_partial_batch():
 
 def test_impossible_plans_are_refused_at_the_call():
     ids = np.arange(30, dtype=np.int64)
-    common = {"seed": 0, "start_step": 0, "stop_step": 1}
-    with pytest.raises(ValueError, match="batch_per_step 32 is more than the 30 training images"):
-        order.training_plan(ids, everything, batch_per_step=32, micro_batch=2, **common)
-    with pytest.raises(ValueError, match="batch_per_step 8 is not cut evenly by micro_batch 2 and 3 workers"):
-        order.training_plan(ids, everything, batch_per_step=8, micro_batch=2, world=3, **common)
+    for options, words in (
+        ({"batch": 32}, "batch_per_step 32 is more than the 30 training images: no step is full"),
+        ({"world": 3}, "batch_per_step 8 is not cut evenly by micro_batch 2 and 3 workers"),
+        ({"extra": [30], "share": 3}, "3 extra images of 8 are not shared evenly by micro-batches of 2"),
+        ({"extra": [30], "share": 8}, "8 extra images of 8 are not shared evenly"),
+        ({"share": 4}, "extra_fraction: the training file holds no extra images; write it with .* --extra FILE"),
+        ({"batch": 64, "extra": [30], "share": 32}, "the 30 training images and the 32 extra ones of a step: no step"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan(ids, **options)
+
+
+@settings(deadline=None)
+@given(
+    own=st.integers(1, 3), share=st.integers(1, 3), micro_batches=st.integers(1, 4), train=st.integers(12, 40),
+    extra=st.integers(1, 30), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_every_micro_batch_has_the_stated_share_and_both_kinds_come_in_turn(
+    own, share, micro_batches, train, extra, seed
+):
+    """Against the two sequences written down whole: epochs of the training images, passes over the extra ones."""
+    ids, extra_ids = np.arange(train, dtype=np.int64) * 2, np.arange(extra, dtype=np.int64) + 1000
+
+    def stamped(ids, number):
+        return np.stack([ids, np.full_like(ids, number), *[ids * 0] * 3], axis=1).astype(np.int32)
+
+    batch, per_epoch = (own + share) * micro_batches, train // (own * micro_batches)
+    stop = 2 * per_epoch + 1
+    batches = plan(
+        ids, seed, 0, stop, batch, own + share, crops=stamped, extra=extra_ids, share=share * micro_batches
+    )  # fmt: skip
+    assert len(batches) == stop * micro_batches
+    for chosen, crops in batches:
+        assert np.array_equal(crops[:, 0], chosen)
+        assert (chosen[:own] < 1000).all()
+        assert (chosen[own:] >= 1000).all()
+        assert len(chosen) == own + share
+    used = per_epoch * own * micro_batches
+    expected = np.concatenate([order.epoch_order(ids, seed, epoch)[:used] for epoch in range(3)])
+    found = np.concatenate([np.stack([chosen, crops[:, 1]], 1)[:own] for chosen, crops in batches])
+    assert np.array_equal(found[:, 0], expected[: len(found)])
+    assert np.array_equal(found[:, 1], np.arange(len(found)) // used)
+    found = np.concatenate([np.stack([chosen, crops[:, 1]], 1)[own:] for chosen, crops in batches])
+    assert np.array_equal(found[:, 1], np.arange(len(found)) // extra)
+    for begin in range(0, len(found) - extra + 1, extra):
+        assert np.array_equal(np.sort(found[begin : begin + extra, 0]), extra_ids)
+
+
+@settings(deadline=None, max_examples=30)
+@given(extra=st.integers(1, 40), start=st.integers(0, 12), seed=st.integers(0, 99))
+def test_a_mixed_plan_is_the_same_from_every_step_and_for_every_world_size(extra, start, seed):
+    options = {"seed": seed, "stop": 12, "batch": 16, "micro": 4, "extra": np.arange(extra) + 50, "share": 4}
+    ids = np.arange(50, dtype=np.int64)
+    crops = order.training_crops("pad_crop_flip", np.full(200, 8), np.full(200, 8), 8, seed)
+    whole = plan(ids, crops=crops, **options)
+    assert same(plan(ids, crops=crops, start=start, **options), whole[4 * start :])
+    for world in (2, 4):
+        ranks = [plan(ids, crops=crops, rank=rank, world=world, **options) for rank in range(world)]
+        own = 4 // world
+        assert same([ranks[r][s * own + m] for s in range(12) for r in range(world) for m in range(own)], whole)
+
+
+def test_passes_over_extra_images_are_different_orders():
+    ids, extra = np.arange(8, dtype=np.int64), np.arange(300) + 8
+    orders = set()
+    for seed in range(3):
+        seen = np.concatenate([chosen[1:] for chosen, _ in plan(ids, seed, 0, 225, extra=extra, share=4)])
+        orders |= {seen[begin : begin + 300].tobytes() for begin in range(0, 900, 300)}
+    assert len(orders) == 9
 
 
 def test_pad_crops_move_uniformly_by_four_pixels_each_way():

@@ -162,6 +162,12 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             ["select=best_validation_robust", "evaluation.validation_steps=0"],
             "set evaluation.validation_steps=5 or select=last",
         ),
+        (["data.dataset=svhn", "data.augmentation=pad_crop_flip"], "a mirrored digit of svhn is none; use pad_crop"),
+        (["data.dataset=svhn", "data.augmentation=random_resized_crop"], "random_resized_crop mirrors images"),
+        (["data.extra_fraction=0.3"], "data.extra_fraction 0.3 of a micro-batch of 64 is 19.2 images"),
+        (["data.extra_fraction=0.3"], "it must be a whole number of them: a multiple of 1/64"),
+        (["data.extra_fraction=1"], "an extra_fraction is extra / all images of a step: it must lie in (0, 1)"),
+        (["data.extra_fraction=half"], "data.extra_fraction = 'half': expected a decimal such as 0.5"),
         (["data.test_file=x", "data.train_file=x"], "data.train_file and data.test_file are both x"),
         (["model.std=[0.1,0,1]"], "std [0.1, 0.0, 1.0] must be positive in every channel"),
         (["name=../elsewhere"], "name = '../elsewhere'"),
@@ -206,6 +212,16 @@ def test_the_legal_micro_batches_of_the_message_are_the_legal_ones(batch_per_ste
             assert Batch(batch_per_step=batch_per_step, micro_batch=divisor).micro_batch == divisor
     else:
         assert batch.micro_batches_per_step * micro_batch == batch_per_step
+
+
+def test_extra_images_of_a_step_are_counted_exactly() -> None:
+    assert load_recipe(DEMO).extra_per_step == 0
+    for fraction, images in (("0.5", 64), ("0.25", 32), ("0.015625", 2), ("0.984375", 126)):
+        assert load_recipe(DEMO, [f"data.extra_fraction={fraction}"]).extra_per_step == images
+    almost = "0.5" + "0" * 40 + "1"
+    assert "is 32.0" in refusal(f"data.extra_fraction='{almost}'")
+    tenth = load_recipe(DEMO, ["data.extra_fraction=0.1", "batch={batch_per_step: 100, micro_batch: 10}"])
+    assert tenth.extra_per_step == 10, "the float 0.1 is a little more than a tenth"
 
 
 def test_overrides_reach_into_sections_and_leave_the_rest() -> None:
