@@ -14,20 +14,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = """
-recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys files phases committed stopping
-disk models.small_cnn models.network models masks sparsity attacks
+architectures recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys files phases
+committed stopping
+
+disk models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
+models.ra_resnet models.from_torchvision models.network models masks sparsity attacks
 objectives.outcome objectives.adversarial objectives.trades objectives
 data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
-tracking export checkpoint lease evaluate evaluate.statistics
+tracking export import_weights checkpoint lease evaluate evaluate.statistics
 group evaluate.pgd engine batch_statistics
 loop job health evaluation stage
 results figures report
 worker driver
 """
-"""Every module of pipeline/; each imports only from those before it. The first line loads no torch."""
+"""Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""
 ORDER = tuple(LAYERS.split())
-WITHOUT_TORCH = LAYERS.strip().splitlines()[0].split()
+WITHOUT_TORCH = LAYERS.split("\n\n")[0].split()
 
 DOORS = {
     "ray": {"pipeline.worker", "pipeline.driver", "launch.cluster"},
