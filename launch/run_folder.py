@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.manifest import read_manifest
-from pipeline.files import atomic_write_json, atomic_write_text, read_json
+from pipeline.files import atomic_write_json, atomic_write_text, read_json, sha256_of
 from pipeline.lease import refuse_if_held
 from pipeline.phases import stages_of
 from pipeline.recipe import NAME, Recipe
@@ -66,7 +66,11 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """A restart may come from another folder, and Ray's workers have one of their own."""
     data = recipe.data
     files = {"train_file": str(Path(data.train_file).absolute()), "test_file": str(Path(data.test_file).absolute())}
-    return recipe.model_copy(update={"data": data.model_copy(update=files)})
+    recipe = recipe.model_copy(update={"data": data.model_copy(update=files)})
+    if recipe.model.weights is not None:
+        weights = {"weights": str(Path(recipe.model.weights).absolute())}
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=weights)})
+    return recipe
 
 
 def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]) -> Path:
@@ -103,12 +107,12 @@ def write(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
 
 
 def check_data(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 that the data files' manifests state. Errors: ValueError naming the command that mends it."""
+    """The SHA-256 that the data files' manifests state, and of foreign weights. Errors: ValueError naming the command that mends it."""
     data, hashes = recipe.data, {}
     for key, name in (("data.train_file", data.train_file), ("data.test_file", data.test_file)):
         path = Path(name)
         if not path.is_file():
-            source = "" if data.dataset == "fashion_mnist" else " --source IMAGE_FOLDER"
+            source = " --source DIR" if data.dataset in ("image_folder", "imagenet") else ""
             raise ValueError(
                 f"{key} = {path} does not exist; write it with: "
                 f"python -m launch data write {data.dataset}{source} --out {path.parent}"
@@ -120,6 +124,16 @@ def check_data(recipe: Recipe) -> dict[str, str]:
                 f"set data.dataset={manifest.dataset}, or name another file"
             )
         hashes[key] = manifest.sha256
+        if key == "data.train_file" and data.extra_fraction is not None and manifest.num_extra == 0:
+            raise ValueError(
+                f"data.extra_fraction = {data.extra_fraction}: {path} holds no extra images; write it again with --extra "
+                "FILE, or leave the key out"
+            )
+    if recipe.model.weights is not None:
+        weights = Path(recipe.model.weights)
+        if not weights.is_file():
+            raise ValueError(f"model.weights = {weights} does not exist; name a file, or leave the key out")
+        hashes["model.weights"] = sha256_of(weights)
     return hashes
 
 

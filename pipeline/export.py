@@ -24,12 +24,18 @@ from pipeline.recipe_sections import Model
 
 METADATA_KEY = "network"
 """Architecture, mean, std, keep_fraction and hashes, as one JSON object."""
+ORIGIN = {"weights", "weights_keep_fraction"}
+"""Keys of the recipe's model that say where training started; no part of the finished network."""
 
 
 def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, facts: dict[str, Any]) -> None:
-    """Write the finished network atomically; `facts` (JSON values) join architecture, mean and std in the metadata."""
+    """Write the finished network atomically; `facts` (JSON values) join architecture, mean and std in the metadata.
+
+    An `image_size` among the facts is what `load_model` builds the network for; networks of one size need it.
+    """
+    described = model.model_dump(mode="json", exclude=ORIGIN)
     # One entry: safetensors writes several in a random order, and equal networks should be equal files.
-    metadata = {METADATA_KEY: json.dumps({**model.model_dump(mode="json"), **facts}, sort_keys=True)}
+    metadata = {METADATA_KEY: json.dumps({**described, **facts}, sort_keys=True)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -52,8 +58,8 @@ def load_model(path: Path) -> Network:
         raise ValueError(f"{path} does not exist; a stage writes it when it is finished")
     try:
         metadata = read_metadata(path)
-        model = Model.model_validate({key: metadata[key] for key in Model.model_fields})
-        network = build_network(model, seed=0)
+        model = Model.model_validate({key: metadata[key] for key in Model.model_fields if key not in ORIGIN})
+        network = build_network(model, seed=0, image_size=metadata.get("image_size"))
         network.backbone.load_state_dict(load_file(path))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

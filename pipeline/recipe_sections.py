@@ -5,10 +5,11 @@ What two sections must agree on is checked where they meet, in `recipe`. No torc
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.architectures import known_architecture
 from pipeline.recipe_fields import ExtraFraction, KeepFraction, Pixels, Section, canonical_decimal
 
 
@@ -55,15 +56,25 @@ class Data(Section):
 class Model(Section):
     """The network; its normalisation is a layer inside it, so that images are [0, 1] everywhere else."""
 
-    arch: Literal["small_cnn", "resnet18", "resnet50"]
+    arch: Annotated[str, AfterValidator(known_architecture)]
     num_classes: int = Field(gt=1)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    weights: str | None = None
+    """File of weights that pretrain starts from; null starts from the seed."""
+    weights_keep_fraction: KeepFraction | None = None
+    """Take only these connections of a masked file of HYDRA's reference, by its scores; null takes all of them."""
 
     @model_validator(mode="after")
     def _std_positive(self) -> Model:
         if min(self.std) <= 0:
             raise ValueError(f"std {list(self.std)} must be positive in every channel")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_of_something(self) -> Model:
+        if self.weights_keep_fraction is not None and self.weights is None:
+            raise ValueError("weights_keep_fraction is there without weights; name the file or remove it")
         return self
 
 

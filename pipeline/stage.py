@@ -25,6 +25,7 @@ from pipeline.evaluation import evaluate_stage, validation_of
 from pipeline.export import write_model
 from pipeline.files import atomic_write_json, read_json, sha256_of
 from pipeline.health import check_worker
+from pipeline.import_weights import load_foreign
 from pipeline.job import Job
 from pipeline.lease import check_token
 from pipeline.loop import Training, train
@@ -96,7 +97,8 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
 
     1. The stage's own newest whole checkpoint, which rank 0 has read.
     2. The selected checkpoint of the stage it starts from.
-    3. Fresh initialisation from the seed.
+    3. The foreign weights that the recipe names.
+    4. Fresh initialisation from the seed.
     """
     folder = job.folder(stage)
     step = job.group.broadcast(own.progress.step if own else 0)
@@ -117,12 +119,14 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
         else:
             load_state(network, tensors)
             attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
+    elif job.recipe.model.weights is not None:
+        load_foreign(network, Path(job.recipe.model.weights), job.recipe.model)
     return own, step
 
 
 def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker | None) -> None:
     recipe, group, folder = job.recipe, job.group, job.folder(stage)
-    network = build_network(recipe.model, recipe.seed)
+    network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
     own, start = _starting_point(job, stage, network, own)
     network.to(group.device)
     train_only(network, stage.trains)
@@ -235,6 +239,7 @@ def _finish(job: Job, stage: Stage, network: Network, average: dict[str, Tensor]
     if job.group.is_first:
         keep = stage.describe(progress.steps_per_epoch)["keep_fraction"]
         facts = {"keep_fraction": keep, "mask_sha256": mask_sha256(network), "recipe_sha256": recipe_hash(job.recipe)}
+        facts["image_size"] = job.recipe.data.image_size
         write_model(folder / "model.safetensors", effective_state(network), job.recipe.model, facts)
         check_token(folder, job.token)
         result = {

@@ -1,4 +1,4 @@
-"""Networks: torchvision's ResNets and a small CNN, each with its normalisation inside."""
+"""Networks: the paper's, small ones for verification, torchvision's; each with its normalisation inside."""
 
 from pipeline.models.network import Network, build_network
 

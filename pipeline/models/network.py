@@ -7,20 +7,36 @@ through the same normalisation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from pipeline.architectures import TORCHVISION
+from pipeline.models.from_torchvision import cifar_resnet, torchvision_classifier
+from pipeline.models.ra_resnet import RaResNet50
 from pipeline.models.small_cnn import small_cnn
+from pipeline.models.verified_cnn import cnn_large, cnn_small
+from pipeline.models.vgg_cifar import WIDTHS, CifarVGG
+from pipeline.models.wide_resnet import WideResNet
 from pipeline.recipe_sections import Model
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
+BACKBONES: dict[str, Callable[[int], nn.Module]] = {
     "small_cnn": small_cnn,
-    "resnet18": torchvision.models.resnet18,
-    "resnet50": torchvision.models.resnet50,
+    **{f"vgg{depth}_cifar": partial(CifarVGG, depth, False) for depth in WIDTHS},
+    **{f"vgg{depth}_bn_cifar": partial(CifarVGG, depth, True) for depth in WIDTHS},
+    "wrn_28_4": partial(WideResNet, 28, 4),
+    "wrn_28_10": partial(WideResNet, 28, 10),
+    "wrn_34_10": partial(WideResNet, 34, 10),
+    **{f"{name}_cifar": partial(cifar_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
+    "ra_resnet50": RaResNet50,
+    **{name: partial(torchvision_classifier, name) for name in TORCHVISION},
 }
 """arch of the recipe -> constructor that takes num_classes."""
+
+BACKBONES_OF_ONE_SIZE: dict[str, Callable[[int, int], nn.Module]] = {"cnn_small": cnn_small, "cnn_large": cnn_large}
+"""arch of the recipe -> constructor that takes num_classes and image_size."""
 
 
 class Network(nn.Module):
@@ -43,12 +59,37 @@ class Network(nn.Module):
         return self.backbone((images - self.mean) / self.std)
 
 
-def build_network(model: Model, seed: int) -> Network:
+def build_network(model: Model, seed: int, image_size: int | None = None) -> Network:
     """The network that `model` names, freshly initialised on the CPU in float32.
 
-    The weights are a function of `seed` alone; the caller's random state is left as it was.
+    The weights are a function of `seed` alone; the caller's random state is left as it was. With an `image_size`, in
+    pixels, the network is known to take images of that size. Without, no such promise is made.
+    Errors: ValueError for an image size that the network cannot take, or none where it must be known.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = BACKBONES[model.arch](num_classes=model.num_classes)
+        if (sized := BACKBONES_OF_ONE_SIZE.get(model.arch)) is None:
+            backbone = BACKBONES[model.arch](model.num_classes)
+        elif image_size is None:
+            raise ValueError(f"{model.arch} is built for images of one size; give image_size")
+        else:
+            backbone = sized(model.num_classes, image_size)
+    if image_size is not None:
+        _check_size(backbone, model.arch, image_size)
     return Network(backbone, model.mean, model.std)
+
+
+def _check_size(backbone: nn.Module, arch: str, image_size: int) -> None:
+    """Pass the shape of one image through. Errors: ValueError in place of what a layer would say at the first step."""
+    shapes = {name: tensor.to("meta") for name, tensor in backbone.state_dict().items()}
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    backbone.eval()
+    try:
+        functional_call(backbone, shapes, image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model.arch {arch} cannot take images of data.image_size {image_size} ({reason}); change one of them"
+        ) from None
+    finally:
+        backbone.train()

@@ -58,7 +58,7 @@ def test_plain_torchvision_loads_the_file_and_gives_the_same_logits(tmp_path: Pa
     for layer in layer_counts(network):
         assert int(state[layer["name"]].count_nonzero()) == layer["kept"]
     metadata = export.read_metadata(path)
-    assert metadata == {**RESNET.model_dump(mode="json"), **FACTS}
+    assert metadata == {**RESNET.model_dump(mode="json", exclude={"weights", "weights_keep_fraction"}), **FACTS}
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
@@ -84,7 +84,7 @@ def foreign(path: Path, kind: str) -> None:
     elif kind == "with metadata of others":
         save_file(state, path, {"format": "pt"})
     elif kind == "with an unknown architecture":
-        export.write_model(path, state, SMALL, {"arch": "vgg11"})
+        export.write_model(path, state, SMALL, {"arch": "vgg12"})
     elif kind == "with the tensors of another":
         export.write_model(path, state, RESNET, {})
     elif kind == "cut":
