@@ -107,7 +107,10 @@ def write(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
 
 
 def check_data(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 that the data files' manifests state, and of foreign weights. Errors: ValueError naming the command that mends it."""
+    """The SHA-256 that the data files' manifests state, and that of foreign weights.
+
+    Errors: ValueError naming the command that mends it.
+    """
     data, hashes = recipe.data, {}
     for key, name in (("data.train_file", data.train_file), ("data.test_file", data.test_file)):
         path = Path(name)
@@ -126,8 +129,8 @@ def check_data(recipe: Recipe) -> dict[str, str]:
         hashes[key] = manifest.sha256
         if key == "data.train_file" and data.extra_fraction is not None and manifest.num_extra == 0:
             raise ValueError(
-                f"data.extra_fraction = {data.extra_fraction}: {path} holds no extra images; write it again with --extra "
-                "FILE, or leave the key out"
+                f"data.extra_fraction = {data.extra_fraction}: {path} holds no extra images; write it again with "
+                "--extra FILE, or leave the key out"
             )
     if recipe.model.weights is not None:
         weights = Path(recipe.model.weights)

@@ -14,8 +14,14 @@ import pytest
 
 from launch import run_folder
 from pipeline import checkpoint
+from pipeline.group import Group
+from pipeline.job import Job
+from pipeline.lease import Leases
+from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
-from tests.fault.cuts import set_cut
+from pipeline.stage import run_stages
+from tests.dist.processes import run_group
+from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.fault.final_state import differences, final_state
 from tests.small_recipe import ROOT, small_recipe
 
@@ -72,49 +78,49 @@ def undisturbed(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return final_state(folder, STAGES)
 
 
-@pytest.mark.timeout(900)
-def test_killed_worker_is_replaced(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    """SIGKILL of one of two workers in the middle of an epoch of the prune phase: the run goes on by itself."""
-    folder = _new_run(tmp_path / "worker", _recipe(fashion_data))
-    set_cut(folder, "step", "keep-0.1/prune", 13, "worker")
-    assert _start(folder, observed=True) == 0
-    assert (folder / "cut-done-0.json").exists(), "nobody was killed"
-    assert " failed: " in (folder / "logs" / "restarts.log").read_text()
-    assert differences(undisturbed, final_state(folder, STAGES)) == []
-
-
-CUTS: list[tuple[str, str, int | None]] = [
-    ("forward", "pretrain", 0),  # in the first step
-    ("step", "pretrain", 13),  # mid-epoch
-    ("step", "keep-0.1/prune", 20),  # at an epoch's end, before anything of it is recorded
-    ("before_manifest", "keep-0.1/prune", 9),  # during a checkpoint
-    ("stage_finished", "keep-0.1/prune", None),  # between two phases
+STARTS: list[list[Cut]] = [
+    [("forward", "pretrain", 0, "run")],  # in the first step
+    [("step", "pretrain", 13, "run")],  # mid-epoch
+    [("before_manifest", "keep-0.1/prune", 9, "run")],  # during a checkpoint
+    [
+        ("step", "keep-0.1/prune", 13, "worker"),  # mid-epoch: the run goes on by itself
+        ("step", "keep-0.1/prune", 20, "run"),  # at an epoch's end, before anything of it is recorded
+    ],
+    [("stage_finished", "keep-0.1/prune", None, "run")],  # between two phases
 ]
-"""(event, stage, step); at least 20 steps follow each."""
+"""What happens to each start of the run; at least 20 steps follow each cut."""
 
 
 @pytest.mark.timeout(1800)
-def test_killed_run_resumes_exactly(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    """One run is killed as a whole (SIGKILL of the driver and a worker) at five places, and resumed after each."""
+def test_killed_workers_and_runs_go_on_exactly(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """SIGKILL of a worker, which is replaced, and at five places of the whole run (driver and worker), then resumed."""
     folder = _new_run(tmp_path / "run", _recipe(fashion_data))
-    in_order = [CUTS[0], CUTS[1], CUTS[3], CUTS[2], CUTS[4]]
-    for number, (event, stage, step) in enumerate(in_order):
-        set_cut(folder, event, stage, step, "run")
-        assert _start(folder, observed=True) == -signal.SIGKILL, (event, stage, step)
-        assert (folder / f"cut-done-{number}.json").exists()
-        if event == "before_manifest":
-            unfinished = checkpoint.folder_of(folder / stage, 9)
+    set_cuts(folder, [cut for cuts in STARTS for cut in cuts])
+    for number, cuts in enumerate(STARTS):
+        assert _start(folder, observed=True) == -signal.SIGKILL, cuts
+        assert done_cuts(folder) == sum(len(cuts) for cuts in STARTS[: number + 1])
+        if cuts[0][0] == "before_manifest":
+            unfinished = checkpoint.folder_of(folder / cuts[0][1], 9)
             assert unfinished.exists()
             assert not (unfinished / "MANIFEST.json").exists()
+    assert (folder / "logs" / "restarts.log").read_text().count(" failed: ") == 1
     assert _start(folder, observed=False) == 0
     assert differences(undisturbed, final_state(folder, STAGES)) == []
 
 
-@pytest.mark.timeout(900)
+def _work(group: Group, recipe: Recipe, folder: Path, token: str) -> None:
+    run_stages(Job(recipe, folder, token, group), stages_of(recipe))
+
+
 def test_another_seed_differs(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """The comparison can fail: with another seed every trained tensor and all metrics differ."""
-    folder = _new_run(tmp_path / "seed", _recipe(fashion_data, seed=1))
-    assert _start(folder, observed=False) == 0
+    recipe = _recipe(fashion_data, seed=1)
+    folder = _new_run(tmp_path / "seed", recipe)
+    leases = Leases([folder / stage for stage in STAGES])
+    try:
+        run_group(recipe.workers.count, _work, recipe, folder, leases.token)
+    finally:
+        leases.release()
     different = set(differences(undisturbed, final_state(folder, STAGES)))
     must = {key for key in undisturbed if "weight/" in key or "score/" in key or key.endswith(("metrics", "result"))}
     assert must <= different
