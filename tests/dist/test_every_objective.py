@@ -28,8 +28,8 @@ AVERAGED = {phase: {"ema_decay": 0.9} for phase in ("pretrain", "prune", "finetu
 VARIANTS: dict[str, dict[str, Any]] = {
     "clean": {"objective": {"name": "clean"}},
     "pgd, averaged": {"objective": {"name": "pgd", **ATTACK}, "phases": AVERAGED},
-    "fgsm, eps warm-up": {"objective": {"name": "fgsm", "step_size": "1/10", "eps_warmup": 0.7}},
-    "nfgsm": {"objective": {"name": "nfgsm", "step_size": "1/10"}},
+    "fgsm, eps warm-up": {"objective": {"name": "fgsm", "steps": 1, "step_size": "1/10", "eps_warmup": 0.7}},
+    "nfgsm": {"objective": {"name": "nfgsm", "steps": 1, "step_size": "1/10"}},
     "trades, global": {"objective": {"name": "trades", **ATTACK}, "sparsity": {"allocation": "global"}},
     "noise": {"objective": {"name": "noise", "sigma": "1/4"}, "threat_model": L2},
     "stability, erk": {
