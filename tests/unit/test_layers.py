@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[2]
 LAYERS = """
 recipe_fields recipe_sections recipe_slurm recipe recipe_file progress schedules keys files phases committed stopping
 disk models.small_cnn models.network models masks sparsity attacks
-objectives.outcome objectives.adversarial objectives.trades objectives
+bounds.operations bounds.layers bounds.graph bounds.propagation bounds
+objectives.outcome objectives.adversarial objectives.trades objectives.certified objectives.mixtrain
+objectives
 data data.order data.manifest data.images data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export checkpoint lease evaluate evaluate.statistics
-group evaluate.pgd engine batch_statistics
+group evaluate.pgd evaluate.verified engine batch_statistics
 loop job health evaluation stage
 results figures report
 worker driver
