@@ -71,6 +71,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _bounds_are_of_linf_balls(self) -> Recipe:
+        certified = self.objective.name in ("ibp", "crown_ibp", "mixtrain")
+        if certified and self.threat_model is not None and self.threat_model.norm != "linf":
+            raise ValueError(
+                f"objective.name {self.objective.name} bounds networks over linf balls, and threat_model.norm is "
+                f"{self.threat_model.norm}; use threat_model.norm=linf"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _selection_has_its_accuracy(self) -> Recipe:
         if self.select == "best_validation_robust" and self.evaluation.validation_steps == 0:
             raise ValueError(

@@ -77,17 +77,35 @@ class ThreatModel(Section):
 class Objective(Section):
     """The robust training technique."""
 
-    name: Literal["clean", "pgd", "fgsm", "trades"]
+    name: Literal["clean", "pgd", "fgsm", "trades", "ibp", "crown_ibp", "mixtrain"]
     steps: int = Field(default=1, ge=1)
     step_size: Pixels | None = None
     beta: float = Field(default=6.0, gt=0)
     """Weight of the robust term of TRADES (Zhang et al. 2019, eq. 5: beta is their 1/lambda); unused otherwise."""
+    eps_ramp: float = Field(default=0.6, ge=0, le=1)
+    """ibp, crown_ibp, mixtrain: share of pretrain over which eps rises from 0; it is whole in the other phases."""
+    kappa_start: float = Field(default=1.0, ge=0, le=1)
+    """ibp, crown_ibp: weight of clean cross-entropy as the ramp begins; the worst case has the rest."""
+    kappa_end: float = Field(default=0.5, ge=0, le=1)
+    """The same from the ramp's end on (Gowal et al. 2018, section 4)."""
+    crown_start: float = Field(default=1.0, ge=0, le=1)
+    """crown_ibp: share of the linear bound in the margins as the ramp begins; intervals have the rest."""
+    crown_end: float = Field(default=0.0, ge=0, le=1)
+    """The same from the ramp's end on (Zhang et al. 2020, section 4: beta)."""
+    robust_samples: int = Field(default=1, ge=1)
+    """mixtrain: images of a micro-batch that are bounded (k; HYDRA: 1 for large networks, 5 for small ones)."""
+    robust_probability: float = Field(default=0.8, gt=0, le=1)
+    """mixtrain: chance of a micro-batch to have a robust term."""
+    robust_weight_start: float = Field(default=0.1, gt=0)
+    """mixtrain: weight of the robust term against the clean one's 1 during the ramp."""
+    robust_weight_end: float = Field(default=50.0, gt=0)
+    """The weight that it has grown to at the end, geometrically."""
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Objective:
         if self.name == "fgsm" and self.steps != 1:
             raise ValueError(f"fgsm takes one step, got steps={self.steps}; use name: pgd for more")
-        if self.name != "clean" and self.step_size is None:
+        if self.name in ("pgd", "fgsm", "trades") and self.step_size is None:
             raise ValueError(f"{self.name} needs step_size, for example 1/255")
         if self.step_size is not None and self.step_size <= 0:
             raise ValueError(f"step_size {self.step_size} must be positive")

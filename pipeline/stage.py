@@ -161,7 +161,7 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
         group=group,
         network=network,
         engine=engine,
-        objective=build_objective(recipe.objective, recipe.threat_model),
+        objective=build_objective(recipe.objective, recipe.threat_model, stage.phase),
         micro_batches=batches,
         rows=tracker,
         validate=validation_of(job, network, loader, validation_ids),

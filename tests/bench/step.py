@@ -43,7 +43,7 @@ def main() -> None:
 
     def step_of(name: str, steps: int, masks_per_forward: bool) -> Callable[[], None]:
         values = {"name": name, "steps": steps, "step_size": "2/255"}
-        objective = build_objective(Objective.model_validate(values), THREAT)
+        objective = build_objective(Objective.model_validate(values), THREAT, "prune")
 
         def step() -> None:
             forwards = steps + 1 if masks_per_forward else 1

@@ -29,7 +29,7 @@ def objective_named(name: str, norm: str = "linf", beta: float = 6.0) -> Objecti
     steps = 1 if name in ("clean", "fgsm") else 3
     spec = {"name": name, "steps": steps, "step_size": "1/20", "beta": beta}
     threat_model = ThreatModel.model_validate({"norm": norm, "eps": "1/10"})
-    return build_objective(ObjectiveRecipe.model_validate(spec), None if name == "clean" else threat_model)
+    return build_objective(ObjectiveRecipe.model_validate(spec), None if name == "clean" else threat_model, "prune")
 
 
 def scored_network(seed: int = 0) -> Network:
