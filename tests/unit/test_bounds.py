@@ -644,3 +644,51 @@ def test_dropout_in_training_is_refused_when_bounds_are_taken() -> None:
 def test_functions_and_layers_are_the_same_operations() -> None:
     assert FUNCTIONS[F.max_pool2d](3, 2, 1)({}) == MODULES[nn.MaxPool2d](nn.MaxPool2d(3, 2, 1))({})
     assert FUNCTIONS[F.relu]()({}) == MODULES[nn.ReLU](nn.ReLU())({})
+
+
+class Fixed(nn.Module):
+    """A small residual network whose weights are sines, the same in every version of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(1, 3, 3, 2, 1), nn.BatchNorm2d(3)
+        self.conv2, self.conv3 = nn.Conv2d(3, 3, 3, 1, 1), nn.Conv2d(3, 4, 3)
+        self.hidden, self.fc = nn.Linear(4, 5), nn.Linear(5, 3)
+        with torch.no_grad():
+            for seed, (name, tensor) in enumerate(sorted(self.state_dict().items())):
+                if tensor.is_floating_point():
+                    tensor.copy_(0.5 * torch.sin(torch.arange(tensor.numel()) * 1.7 + seed).view_as(tensor))
+                if name == "norm.running_var":
+                    tensor.abs_().add_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv1(x)))
+        x = torch.relu(self.conv2(x)) + x
+        x = torch.flatten(torch.relu(self.conv3(x)), 1)
+        return self.fc(torch.relu(self.hidden(x)))
+
+
+FIXED_IMAGES = 0.5 + 0.5 * torch.sin(torch.arange(2 * 6 * 6) * 0.9).view(2, 1, 6, 6)
+FIXED_LABELS = torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize(
+    ("eps", "ibp", "crown_ibp"),
+    [
+        (
+            0.01,
+            [[0.0, -0.169465, 0.746961], [-0.287447, -0.607036, 0.0]],
+            [[0.0, -0.048691, 0.865761], [-0.22243, -0.57673, 0.0]],
+        ),
+        (
+            0.05,
+            [[0.0, -1.189276, -0.286779], [-1.063846, -1.242024, 0.0]],
+            [[0.0, -0.6346, 0.427158], [-0.605652, -0.970389, 0.0]],
+        ),
+    ],
+)
+def test_margins_are_those_of_auto_lirpa(eps: float, ibp: list[list[float]], crown_ibp: list[list[float]]) -> None:
+    """Numbers of auto_LiRPA 0.3 (methods IBP and CROWN-IBP, the same boxes), whose pins keep it out of this suite."""
+    margins = all_margins(Fixed().eval(), FIXED_IMAGES, FIXED_LABELS, eps)
+    torch.testing.assert_close(margins["ibp"], torch.tensor(ibp), rtol=0, atol=5e-6)
+    torch.testing.assert_close(margins["crown_ibp"], torch.tensor(crown_ibp), rtol=0, atol=5e-6)
