@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.keys import GOLDEN_GAMMA, MIX_1, MIX_2
-from pipeline.recipe_sections import ThreatModel
+from pipeline.recipe_objective import ThreatModel
 from pipeline.sparsity import cached_weights
 
 TINY = torch.finfo(torch.float32).tiny

@@ -17,6 +17,7 @@ from pipeline.evaluate.certify import Certified, Noisy
 from pipeline.evaluate.chunks import ChunkStore, evaluate, write_verdicts
 from pipeline.evaluate.measure import Measure, summarise
 from pipeline.evaluate.pgd import Pgd
+from pipeline.evaluate.verified import Proved
 from pipeline.export import load_model
 from pipeline.files import atomic_write_json, sha256_of
 from pipeline.job import Job
@@ -94,6 +95,9 @@ def measure_of(recipe: Recipe) -> Measure:
         assert recipe.threat_model is not None
         assert recipe.objective.sigma is not None
         return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
+    if recipe.objective.measure == "verified":
+        assert recipe.threat_model is not None
+        return Proved(recipe.threat_model, recipe.evaluation.bounds == "symbolic")
     return Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
 
 
@@ -103,6 +107,9 @@ def _validation_measure(recipe: Recipe) -> Measure:
     if recipe.objective.measure == "certified":
         assert recipe.objective.sigma is not None
         return Noisy(float(recipe.objective.sigma), steps, recipe.seed)
+    if recipe.objective.measure == "verified":
+        assert recipe.threat_model is not None
+        return Proved(recipe.threat_model, symbolic=False)
     # 2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross.
     size = 2.5 * float(recipe.threat_model.eps) / max(steps, 1) if recipe.threat_model is not None else 0.0
     return Pgd(recipe.threat_model, steps, size, restarts=1, seed=recipe.seed)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
-from pipeline.recipe_sections import Objective, Phase
+from pipeline.recipe_objective import Objective
+from pipeline.recipe_sections import Phase
 
 PhaseName = Literal["pretrain", "prune", "finetune", "magnitude"]
 

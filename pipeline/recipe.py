@@ -12,18 +12,16 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.recipe_fields import DeepSpeedOptions, Section, explain
+from pipeline.recipe_objective import PROVING, SMOOTHING, Objective, ThreatModel
 from pipeline.recipe_sections import (
-    SMOOTHING,
     Batch,
     Checkpoint,
     Data,
     Engine,
     Evaluation,
     Model,
-    Objective,
     Phases,
     Sparsity,
-    ThreatModel,
     Tracking,
     Workers,
     divisors,
@@ -97,6 +95,11 @@ class Recipe(Section):
                     f"{key}.name {objective.name} is for randomized smoothing, which certifies l2 radii, and "
                     f"threat_model.norm is {norm}; set threat_model={{norm: l2, eps: 1/4}} with the radius that counts "
                     "as robust"
+                )
+            if objective.name in PROVING and norm != "linf":
+                raise ValueError(
+                    f"{key}.name {objective.name} bounds networks over linf balls, and threat_model.norm is {norm}; "
+                    "use threat_model.norm=linf"
                 )
             if objective.name == "nfgsm" and norm != "linf":
                 raise ValueError(

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.architectures import known_architecture
 from pipeline.recipe_fields import ExtraFraction, KeepFraction, Pixels, Section, canonical_decimal
+from pipeline.recipe_objective import Objective
 
 
 def divisors(number: int) -> list[int]:
@@ -75,72 +76,6 @@ class Model(Section):
     def _kept_of_something(self) -> Model:
         if self.weights_keep_fraction is not None and self.weights is None:
             raise ValueError("weights_keep_fraction is there without weights; name the file or remove it")
-        return self
-
-
-class ThreatModel(Section):
-    """Norm and radius of the ball that an adversary may move an image in."""
-
-    norm: Literal["linf", "l2"]
-    eps: Pixels
-
-    @model_validator(mode="after")
-    def _eps_positive(self) -> ThreatModel:
-        if self.eps <= 0:
-            raise ValueError(f"eps {self.eps} must be positive; use objective.name=clean to train without attack")
-        if self.norm == "linf" and self.eps >= 1:
-            raise ValueError(
-                f"eps {self.eps} lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"
-            )
-        return self
-
-
-ATTACKING = ("pgd", "fgsm", "nfgsm", "trades", "smoothadv")
-"""Objectives that craft adversarial examples."""
-SMOOTHING = ("noise", "stability", "smoothadv")
-"""Objectives whose network is smoothed with Gaussian noise, and certified so."""
-
-
-class Objective(Section):
-    """The robust training technique."""
-
-    name: Literal["clean", "pgd", "fgsm", "nfgsm", "trades", "noise", "stability", "smoothadv"]
-    steps: int = Field(default=1, ge=1)
-    step_size: Pixels | None = None
-    eps_warmup: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the pretrain phase over which eps and step_size grow from zero, linearly; 0 is the whole eps at once."""
-    beta: float = Field(default=6.0, gt=0)
-    """Weight of the KL term of TRADES (Zhang et al. 2019, eq. 5: beta is their 1/lambda) and of stability training."""
-    noise_magnitude: float = Field(default=2.0, gt=0)
-    """Largest noise per pixel of N-FGSM, in multiples of eps (k in de Jorge et al. 2022)."""
-    sigma: Pixels | None = None
-    """Standard deviation of the Gaussian noise that the network is smoothed with."""
-    noise_samples: int = Field(default=1, ge=1)
-    """Noises per image of SmoothAdv (m in Salman et al. 2019): a forward has that many times as many images."""
-
-    @property
-    def measure(self) -> str:
-        """How a network that was trained so is judged: the name of its evaluation's files."""
-        return "certified" if self.name in SMOOTHING else "pgd"
-
-    @model_validator(mode="after")
-    def _steps_fit(self) -> Objective:
-        if self.name in ("fgsm", "nfgsm") and self.steps != 1:
-            raise ValueError(f"{self.name} takes one step, got steps={self.steps}; use name: pgd for more")
-        if self.name in ATTACKING and self.step_size is None:
-            raise ValueError(f"{self.name} needs step_size, for example 1/255")
-        if self.step_size is not None and self.step_size <= 0:
-            raise ValueError(f"step_size {self.step_size} must be positive")
-        if self.eps_warmup and self.name not in ATTACKING:
-            raise ValueError(f"eps_warmup {self.eps_warmup}: {self.name} has no attack to warm up; remove this key")
-        return self
-
-    @model_validator(mode="after")
-    def _sigma_fits(self) -> Objective:
-        if self.name in SMOOTHING and self.sigma is None:
-            raise ValueError(f"{self.name} needs sigma, for example 1/4")
-        if self.sigma is not None and self.sigma <= 0:
-            raise ValueError(f"sigma {self.sigma} must be positive")
         return self
 
 
@@ -273,6 +208,9 @@ class Evaluation(Section):
     """Draws in one forward; part of the result, as arithmetic depends on shapes."""
     chunk: int = Field(default=250, ge=1)
     """Images in one forward, in file order; part of the result, as arithmetic depends on shapes."""
+    bounds: Literal["crown_ibp", "symbolic"] = "crown_ibp"
+    """What proofs are made with: IBP and CROWN-IBP, or also symbolic intervals, image by image: seconds for each image
+    that the others leave open."""
     validation_steps: int = Field(default=5, ge=0)
     """PGD steps, or draws of noise, on the held-out images at every epoch's end; 0: they are not looked at."""
 

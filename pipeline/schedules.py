@@ -1,4 +1,4 @@
-"""Learning rates and attack strengths as pure functions of the position in a phase; nothing counts inside itself."""
+"""Learning rates, attack strengths and mixtures as pure functions of the position in a phase."""
 
 from __future__ import annotations
 
@@ -30,3 +30,25 @@ def strength_at(elapsed: float, warmup: float) -> float:
     It is 1 from `warmup` (in [0, 1)) on, throughout if that is 0.
     """
     return min(1.0, elapsed / warmup) if warmup else 1.0
+
+
+def ramp_at(start: float, end: float, ramp: float, elapsed: float) -> float:
+    """From `start` to `end` linearly over the share `ramp` of a phase, then `end`; `elapsed` is the share that is done.
+
+    eps and the mixing of certified training go by it (Zhang et al., ICLR 2020, section 4).
+    """
+    return end if elapsed >= ramp else start + (end - start) * elapsed / ramp
+
+
+WHOLE = 0.25
+"""MixTrain: share of what is left after the ramp that has the whole robust weight (HYDRA: about 10 of 45 epochs)."""
+
+
+def weight_at(start: float, end: float, ramp: float, elapsed: float) -> float:
+    """MixTrain's weight of the robust loss: `start` over the ramp of eps, then geometric growth to `end`.
+
+    HYDRA multiplies it by 2.5 every five epochs; here it grows at every step, at the rate that gets to `end`.
+    """
+    if elapsed < ramp:
+        return start
+    return start * (end / start) ** ramp_at(0.0, 1.0, (1.0 - ramp) * (1.0 - WHOLE), elapsed - ramp)

@@ -25,7 +25,8 @@ from pipeline.attacks import crafting, derived_keys, gaussian_noise
 from pipeline.evaluate.measure import Verdicts, ranked
 from pipeline.evaluate.statistics import clopper_pearson_lower, wilson_interval
 from pipeline.keys import sample_keys
-from pipeline.recipe_sections import Evaluation, ThreatModel
+from pipeline.recipe_objective import ThreatModel
+from pipeline.recipe_sections import Evaluation
 
 ABSTAIN = -1
 """The class of an image for which nothing is answered."""

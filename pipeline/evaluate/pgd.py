@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from pipeline.attacks import ball_of, pgd
 from pipeline.evaluate.measure import hits, ranked
 from pipeline.keys import sample_keys
-from pipeline.recipe_sections import Evaluation, ThreatModel
+from pipeline.recipe_objective import ThreatModel
+from pipeline.recipe_sections import Evaluation
 
 
 @dataclass(frozen=True)

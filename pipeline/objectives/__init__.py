@@ -7,9 +7,12 @@ from dataclasses import replace
 from pipeline import recipe
 from pipeline.attacks import L2Ball, LinfBall, ball_of
 from pipeline.objectives.adversarial import adversarial_training, clean_training, nfgsm_training
+from pipeline.objectives.certified import certified_training
+from pipeline.objectives.mixtrain import mixtrain_training
 from pipeline.objectives.outcome import Autocast, Forward, Given, Objective, Outcome
 from pipeline.objectives.smoothing import noise_training, smoothadv_training, stability_training
 from pipeline.objectives.trades import trades_training
+from pipeline.recipe_objective import PROVING
 from pipeline.schedules import strength_at
 
 __all__ = ["COUNTS", "Autocast", "Forward", "Given", "Objective", "Outcome", "build_objective"]
@@ -23,18 +26,21 @@ COUNTS = {
     "noise": (False, True),
     "stability": (True, True),
     "smoothadv": (False, True),
+    "ibp": (True, True),
+    "crown_ibp": (True, True),
+    "mixtrain": (True, False),
 }
 """objective.name -> whether its outcomes count (clean, robust) correct predictions.
 
-Robust is correct on attacked images, on noisy ones for noise and stability.
+Robust is correct on attacked images, on noisy ones for noise and stability, and proved robust for ibp and crown_ibp.
 """
 
 
 def build_objective(objective: recipe.Objective, threat_model: recipe.ThreatModel | None, phase: str) -> Objective:
     """The objective that a recipe names, for a phase; eps, step_size and sigma are in pixels.
 
-    Only pretraining warms eps up: the other phases begin with a network that withstands the whole of it. A recipe
-    without what its objective needs is refused when it is read.
+    Schedules of eps and of mixing run in pretrain only: the other phases begin with a network that withstands the whole
+    of it. A recipe without what its objective needs is refused when it is read.
     """
     if objective.name == "clean":
         return clean_training
@@ -43,6 +49,9 @@ def build_objective(objective: recipe.Objective, threat_model: recipe.ThreatMode
     if objective.name == "stability":
         return stability_training(_sigma(objective), objective.beta)
     assert threat_model is not None, objective.name
+    if objective.name in PROVING:
+        proving = _proving(objective, float(threat_model.eps))
+        return proving if phase == "pretrain" else _settled(proving)
     if phase != "pretrain" or not objective.eps_warmup:
         return _with_attack(objective, threat_model, 1.0)
     return lambda given: _with_attack(objective, threat_model, strength_at(given.elapsed, objective.eps_warmup))(given)
@@ -67,3 +76,21 @@ def _with_attack(objective: recipe.Objective, threat_model: recipe.ThreatModel, 
         assert isinstance(ball, L2Ball), threat_model.norm
         return smoothadv_training(ball, objective.steps, step_size, _sigma(objective), objective.noise_samples)
     return adversarial_training(ball, objective.steps, step_size)
+
+
+def _proving(objective: recipe.Objective, eps: float) -> Objective:
+    if objective.name == "mixtrain":
+        weight = (objective.robust_weight_start, objective.robust_weight_end)
+        return mixtrain_training(
+            eps, objective.eps_ramp, objective.robust_samples, objective.robust_probability, weight
+        )
+    kappa = (objective.kappa_start, objective.kappa_end)
+    crown = (objective.crown_start, objective.crown_end) if objective.name == "crown_ibp" else (0.0, 0.0)
+    return certified_training(eps, objective.eps_ramp, kappa, crown)
+
+
+def _settled(objective: Objective) -> Objective:
+    def settled(given: Given) -> Outcome:
+        return objective(replace(given, elapsed=1.0))
+
+    return settled

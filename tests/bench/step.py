@@ -16,7 +16,8 @@ import torch
 
 from pipeline.models import build_network
 from pipeline.objectives import Given, build_objective
-from pipeline.recipe_sections import Model, Objective, ThreatModel
+from pipeline.recipe_objective import Objective, ThreatModel
+from pipeline.recipe_sections import Model
 from pipeline.sparsity import attach_scores, refresh_masks, train_only
 
 REPEATS = 5
@@ -43,7 +44,7 @@ def main() -> None:
 
     def step_of(name: str, steps: int, masks_per_forward: bool) -> Callable[[], None]:
         values = {"name": name, "steps": steps, "step_size": "2/255"}
-        objective = build_objective(Objective.model_validate(values), THREAT, "pretrain")
+        objective = build_objective(Objective.model_validate(values), THREAT, "prune")
 
         def step() -> None:
             forwards = steps + 1 if masks_per_forward else 1

@@ -41,6 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective": {"name": "smoothadv", "sigma": "1/4", "noise_samples": 2, **ATTACK},
         "threat_model": L2,
     },
+    "ibp": {"objective": {"name": "ibp"}},
+    "crown_ibp": {"objective": {"name": "crown_ibp"}},
+    "mixtrain": {"objective": {"name": "mixtrain"}},
     "search": {"phases": {"pretrain": {"objective": {"name": "clean"}}, "finetune": None}},
 }
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from pipeline import attacks, keys, sparsity
 from pipeline.attacks import Ball, L2Ball, LinfBall, crafting, pgd
 from pipeline.models import build_network
-from pipeline.recipe_sections import Model, ThreatModel
+from pipeline.recipe_objective import ThreatModel
+from pipeline.recipe_sections import Model
 
 BALLS = [LinfBall(0.1), L2Ball(0.7)]
 

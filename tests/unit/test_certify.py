@@ -29,7 +29,8 @@ from pipeline.evaluate.certify import (
 from pipeline.evaluate.measure import summarise
 from pipeline.evaluate.statistics import clopper_pearson_lower, wilson_interval
 from pipeline.keys import sample_keys
-from pipeline.recipe_sections import Evaluation, ThreatModel
+from pipeline.recipe_objective import ThreatModel
+from pipeline.recipe_sections import Evaluation
 
 SIDE = 4
 PIXELS = 3 * SIDE * SIDE

@@ -26,7 +26,8 @@ from pipeline.evaluate.measure import Verdicts, summarise
 from pipeline.evaluate.pgd import Pgd
 from pipeline.group import Group
 from pipeline.keys import sample_keys
-from pipeline.recipe_sections import Evaluation, ThreatModel
+from pipeline.recipe_objective import ThreatModel
+from pipeline.recipe_sections import Evaluation
 from pipeline.stopping import StopRequested
 
 SIDE, IMAGES, CHUNK, WORLD = 28, 300, 64, 3

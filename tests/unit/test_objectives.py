@@ -18,8 +18,9 @@ from pipeline.attacks import LinfBall
 from pipeline.models import Network, build_network
 from pipeline.objectives import COUNTS, Given, Objective, Outcome, build_objective
 from pipeline.objectives.trades import kl_divergence as kl_of_log_probabilities
-from pipeline.recipe_sections import Model, ThreatModel
-from pipeline.recipe_sections import Objective as ObjectiveRecipe
+from pipeline.recipe_objective import Objective as ObjectiveRecipe
+from pipeline.recipe_objective import ThreatModel
+from pipeline.recipe_sections import Model
 
 NAMES = ["clean", "pgd", "fgsm", "nfgsm", "trades", "noise", "stability", "smoothadv"]
 SMOOTHING = NAMES[-3:]

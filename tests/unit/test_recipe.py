@@ -19,7 +19,8 @@ from pipeline.phases import stages_of
 from pipeline.recipe import RecipeError, parse_recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import apply_overrides, deciding_values, dump_recipe, load_recipe, recipe_hash
-from pipeline.recipe_sections import Batch, Objective
+from pipeline.recipe_objective import Objective
+from pipeline.recipe_sections import Batch
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 DEMO = next(path for path in RECIPES if path.stem == "fashion_mnist")
