@@ -23,7 +23,6 @@ from typing import Any
 from launch.control import ALIVE_EVERY_S, Control, Starts
 from launch.guard import MARK, Guard, ignore_job_signals
 from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
-from launch.scratch import new_scratch
 from pipeline.committed import progress_marks
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
@@ -181,7 +180,7 @@ class _Task:
 
     def _lead_generation(self, generation: int) -> tuple[int | None, str]:
         """One Ray cluster from start to end. Returns (the driver's final exit code or None to go on, what happened)."""
-        guard = Guard(new_scratch(f"{self.job} {self.host}"))
+        guard = Guard()
         try:
             head = self._start_ray(guard, "--head", "--port", "0", "--include-dashboard", "false")
             address = guard.folder / "ray_current_cluster"
@@ -270,7 +269,7 @@ class _Task:
 
     def _follow_generation(self, generation: int) -> None:
         """Join one Ray cluster, until the next one is there or all is over."""
-        guard = Guard(new_scratch(f"{self.job} {self.host}"))
+        guard = Guard()
         try:
             address = self.control.address(generation)
             assert address is not None

@@ -19,7 +19,6 @@ from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[rep
 from launch.control import Control
 from launch.guard import MARK, Guard
 from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
-from launch.scratch import new_scratch
 from pipeline.driver import Cluster, RunFailed, uses_gpu
 from pipeline.recipe import Recipe
 from pipeline.recipe_sections import divisors
@@ -113,8 +112,8 @@ def _check_devices(recipe: Recipe) -> None:
 def local_cluster(recipe: Recipe) -> Iterator[Cluster]:
     """A Ray cluster of this process alone, behind a random token."""
     _check_devices(recipe)
-    folder = new_scratch()
-    guard = Guard(folder)
+    guard = Guard()
+    folder = guard.folder
     try:
         write_token(folder / "token")
         environment = ray_environment(folder / "token", folder, uses_gpu(recipe)) | {MARK: guard.mark}

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.ray_settings import ROOT
+from launch.scratch import new_scratch
 
 MARK = "HYDRA_CLUSTER"
 END_S = 20.0
@@ -86,16 +87,18 @@ class Family:
 class Guard:
     """A mark for the processes of one cluster, its private temporary folder, and the process that ends both."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        self.folder, lock = new_scratch()
         self.mark = secrets.token_hex(8)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch.guard", self.mark, str(folder)],
+            [sys.executable, "-m", "launch.guard", self.mark, str(self.folder)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=[lock],
         )
+        os.close(lock)  # now the guard's alone: the folder is held for as long as it lives
 
     def close(self) -> None:
         """End everything that carries the mark, and return when it has ended. Closing twice is fine."""

@@ -1,31 +1,54 @@
-"""Temporary folders of clusters: private, short enough for Ray's sockets, and removed even when all were killed.
+"""Temporary folders of clusters: private, short enough for Ray's sockets, and removed even if all were killed.
 
-A cluster's guard removes its folder. Where SLURM killed the guard too, the next start on the same node does.
+A cluster's guard removes its folder when the cluster is over. Where the guard was killed too, as SLURM may do, the next
+start on that machine does: a folder whose lock nobody holds is nobody's.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 LONGEST = 42
-"""Characters of a path below which Ray's sockets stay within the 107 that Linux allows."""
+"""Characters of a path up to which Ray's sockets stay within the 107 that Linux allows."""
+PREFIX = "hydra-"
+LOCK = "lock"
+YOUNG_S = 60.0
+"""A folder without a lock may still be in the making for so long."""
 
 
-def new_scratch(owner: str = "") -> Path:
-    """A new folder that only this user can enter, below TMPDIR if that is short enough and below /tmp otherwise.
+def new_scratch() -> tuple[Path, int]:
+    """A new folder that only this user can enter, and the descriptor of the locked file that keeps it.
 
-    `owner` names whoever has only one at a time, such as a job's task on one node: what an earlier one of the same
-    owner left behind is removed.
+    It is below TMPDIR if that is short enough, and below /tmp otherwise. What killed ones of this user left is removed.
     """
-    prefix = f"hydra-{hashlib.sha256(owner.encode()).hexdigest()[:12]}-" if owner else "hydra-"
     parent = Path(tempfile.gettempdir())
-    if len(str(parent / prefix)) + 8 > LONGEST:
+    if len(str(parent / PREFIX)) + 8 > LONGEST:
         parent = Path("/tmp")
-    for left in parent.glob(f"{prefix}*") if owner else []:
-        if left.stat().st_uid == os.getuid():
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    for left in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # somebody else's, or just being removed
+            if left.stat().st_uid == os.getuid() and not _is_held(left):
+                shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return time.time() - folder.stat().st_mtime < YOUNG_S
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False

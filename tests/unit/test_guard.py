@@ -31,38 +31,40 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_closing_ends_the_marked_and_removes_the_folder(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
-    folder = tmp_path / "ray"
-    folder.mkdir()
-    guard = Guard(folder)
+def test_closing_ends_the_marked_and_removes_the_folder(bystander: subprocess.Popen[bytes]) -> None:
+    guard = Guard()
     stubborn = subprocess.Popen(SLEEP, env={**os.environ, MARK: guard.mark}, start_new_session=True)
     stopped = subprocess.Popen(SLEEP, env={**os.environ, MARK: guard.mark})
     stopped.send_signal(signal.SIGSTOP)
     wait_until(lambda: set(Family(guard.mark).look()) == {stubborn.pid, stopped.pid}, 20, "both are marked")
     guard.close()
     assert (stubborn.wait(5), stopped.wait(5)) == (-signal.SIGKILL, -signal.SIGKILL)
-    assert not folder.exists()
+    assert not guard.folder.exists()
     assert bystander.poll() is None
     guard.close()
 
 
 def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
-    folder, told = tmp_path / "ray", tmp_path / "told"
-    folder.mkdir()
+    told = tmp_path / "told"
     owner = textwrap.dedent(f"""
         import os, signal, subprocess
         from pathlib import Path
         from launch.guard import MARK, Guard
-        guard = Guard(Path({str(folder)!r}))
+        guard = Guard()
         child = subprocess.Popen({SLEEP!r}, env={{**os.environ, MARK: guard.mark}}, start_new_session=True)
-        Path({str(told)!r}).with_suffix(".tmp").write_text(str(child.pid))
+        Path({str(told)!r}).with_suffix(".tmp").write_text(f"{{child.pid}} {{guard.folder}}")
         os.rename({str(told)!r} + ".tmp", {str(told)!r})
         signal.pause()
     """)
     process = subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT)
     wait_until(told.exists, 20, "the owner has begun")
-    child = int(told.read_text())
+    said, _, place = told.read_text().partition(" ")
+    child, folder = int(said), Path(place)
     assert not gone(child)
+    assert folder.exists()
+    other = Guard()  # a start beside it leaves the folder alone
+    assert folder.exists()
+    other.close()
     process.kill()
     process.wait()
     wait_until(lambda: gone(child) and not folder.exists(), 20, "the guard has cleaned up")

@@ -1,7 +1,8 @@
-"""Temporary folders of clusters: private, short, and cleaned up after their owner's earlier ones."""
+"""Temporary folders of clusters: private, short, and removed once nobody holds them."""
 
 from __future__ import annotations
 
+import os
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.scratch import LONGEST, new_scratch
+from launch.scratch import LOCK, LONGEST, YOUNG_S, new_scratch
 
 RAY_SOCKET = "/session_2026-11-22_22-45-25_123456_1234567/sockets/plasma_store.1"
 
@@ -22,29 +23,44 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_it_is_private_and_new_each_time(short: Path) -> None:
-    one, other = new_scratch(), new_scratch()
+    (one, lock), (other, other_lock) = new_scratch(), new_scratch()
     assert one != other
     assert one.parent == other.parent == short
     assert [stat.S_IMODE(path.stat().st_mode) for path in (one, other)] == [0o700, 0o700]
+    os.close(lock)
+    os.close(other_lock)
 
 
-def test_only_the_same_owners_earlier_one_is_removed(short: Path) -> None:
-    killed, neighbour, local = new_scratch("7 n1"), new_scratch("7 n2"), new_scratch()
+def test_what_nobody_holds_is_removed_at_the_next_start(short: Path) -> None:
+    (killed, killed_lock), (living, living_lock) = new_scratch(), new_scratch()
     (killed / "session").mkdir()
-    assert new_scratch("7 n1") != killed
-    assert not killed.exists()
-    assert neighbour.exists()
-    assert local.exists()
+    being_made, abandoned, foreign = short / "hydra-young", short / "hydra-old", short / "other"
+    for folder in (being_made, abandoned, foreign):
+        folder.mkdir()
+    os.utime(abandoned, (0, abandoned.stat().st_mtime - 2 * YOUNG_S))
+    os.close(killed_lock)  # as the kernel does when its holder is killed
+    _, lock = new_scratch()
+    assert [folder.exists() for folder in (killed, living, being_made, abandoned, foreign)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert (living / LOCK).exists()
+    os.close(living_lock)
+    os.close(lock)
 
 
-@pytest.mark.parametrize("owner", ["", "123456789_1234 a-long-name-of-a-node.cluster.example.org"])
-def test_rays_sockets_fit_wherever_tmpdir_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
+def test_rays_sockets_fit_wherever_tmpdir_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = tmp_path / ("a-folder-per-job-" * 4)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    folder = new_scratch(owner)
+    folder, lock = new_scratch()
     try:
         assert len(str(folder)) <= LONGEST
         assert len(f"{folder}{RAY_SOCKET}") <= 107
     finally:
+        os.close(lock)
+        (folder / LOCK).unlink()
         folder.rmdir()
