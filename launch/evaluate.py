@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from pipeline.export import load_model
     from pipeline.group import Group, make_repeatable, pick_device
 
-    attack = Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
     given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
-    attack = replace(attack, **{k: float(v) if k == "step_size" else v for k, v in given.items() if v is not None})
-    if min(attack.steps, attack.restarts, attack.step_size) <= 0:
+    strength = recipe.evaluation.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if strength.step_size is None:
+        raise ValueError(f"{folder}: its recipe has no step size for PGD; give one, for example --step-size 1/255")
+    if min(strength.steps, strength.restarts, strength.step_size) <= 0:
         raise ValueError("--steps, --restarts and --step-size must be positive")
+    attack = Pgd.of(recipe.threat_model, strength, recipe.seed)
     device = pick_device(recipe.workers.device)
     with Loader(
         Path(recipe.data.test_file), image_size=recipe.data.image_size, threads=recipe.workers.threads

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.committed import evaluation_path
 from pipeline.files import atomic_write_text, read_json
 from pipeline.group import Group
 from pipeline.job import Job
 from pipeline.lease import Leases
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
-from pipeline.recipe_file import dump_recipe
+from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.stage import run_stages
 from pipeline.stopping import StopRequested
 from tests.dist.processes import run_group
@@ -46,6 +47,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixtrain": {"objective": {"name": "mixtrain"}},
     "search": {"phases": {"pretrain": {"objective": {"name": "clean"}}, "finetune": None}},
 }
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+TINY = [
+    "data.dataset=fashion_mnist",
+    "data.image_size=28",
+    "data.validation_images=20",
+    "data.train_images=16",
+    "batch={batch_per_step: 8, micro_batch: 4}",
+    "model.num_classes=10",
+    "sparsity.keep_fractions=[0.1]",
+    "workers={count: 1, device: cpu}",
+    "evaluation.images=8",
+    "evaluation.chunk=4",
+    "evaluation.n=20",
+    "tracking.wandb=disabled",
+]
+"""What makes a shipped recipe take two steps of each phase on a few images."""
+
+
+def shipped(data: Path, path: Path) -> Recipe:
+    files = [f"data.{part}_file={data / part}.beton" for part in ("train", "test")]
+    recipe = load_recipe(path, [*TINY, *files])
+    for phase in ("pretrain", "prune", "finetune"):
+        if getattr(recipe.phases, phase) is not None:
+            files += [f"phases.{phase}.epochs=1", f"phases.{phase}.warmup_epochs=0"]
+    steps = ["objective.steps=2"] if recipe.objective.steps > 2 else []
+    return load_recipe(path, [*TINY, *files, *steps])
 
 
 def variant(data: Path, name: str) -> Recipe:
@@ -103,6 +132,12 @@ def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
             leases.append(Leases([folder / stage.name for stage in stages_of(recipe)]))
             jobs.append((recipe, folder, leases[-1].token, stops))
+    for path in RECIPES:
+        recipe, folder = shipped(fashion_data, path), root / path.stem
+        folder.mkdir()
+        atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        leases.append(Leases([folder / stage.name for stage in stages_of(recipe)]))
+        jobs.append((recipe, folder, leases[-1].token, ()))
     try:
         (stopped,) = run_group(1, _run_all, jobs)
     finally:
@@ -120,12 +155,20 @@ def test_stopped_and_resumed_equals_straight(runs: Path, fashion_data: Path, nam
     assert differences(straight, stopped) == []
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_takes_two_steps_of_each_phase(runs: Path, fashion_data: Path, path: Path) -> None:
+    for stage in stages_of(shipped(fashion_data, path)):
+        folder = runs / path.stem / stage.name
+        assert read_json(folder / "result.json")["steps"] == 2 * stage.optimisation.epochs
+        assert stage.measure is None or read_json(evaluation_path(folder, stage.measure))["images"] == 8
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_networks_are_judged_by_what_they_were_trained_for(runs: Path, fashion_data: Path, name: str) -> None:
     recipe = variant(fashion_data, name)
     for stage in stages_of(recipe):
         if stage.measure is not None:
-            facts = read_json(runs / name / "straight" / stage.name / "evaluate" / f"{recipe.objective.measure}.json")
+            facts = read_json(evaluation_path(runs / name / "straight" / stage.name, stage.measure))
             assert facts["images"] == 40
             assert 0 <= facts["robust_correct"] <= facts["clean_correct"] <= 40
             assert facts["settings"]["norm"] == (recipe.threat_model.norm if recipe.threat_model else None)
