@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 
-from pipeline.results import Network, Run, attack_text
+from pipeline.results import Network, Run, attack_text, claim
 
 COLOURS = {"dense": "#444444", "HYDRA": "#0072B2", "magnitude": "#D55E00"}
 """From Okabe and Ito's palette: told apart with any colour vision."""
@@ -126,7 +126,8 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
     axes.set_xlim(positions[keeps[0]] - 0.18 * span, positions[keeps[-1]] + 0.18 * span)
     axes.set_xticks([positions[k] for k in keeps], [f"{_percent(1 - k)} %" for k in keeps])
     axes.set_xlabel("connections pruned (log scale of what is kept)")
-    axes.set_title(f"{kind.capitalize()} accuracy, %", loc="left", fontsize=12, fontweight="bold")
+    word = claim(runs) if kind == "robust" else kind
+    axes.set_title(f"{word.capitalize()} accuracy, %", loc="left", fontsize=12, fontweight="bold")
     axes.margins(y=0.16)
     axes.autoscale_view()
     _label_ends(axes, ends)

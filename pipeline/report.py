@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.evaluate.statistics import McNemar
 from pipeline.figures import draw_accuracy, draw_layers
-from pipeline.results import Run, attack_text, compare, read_runs
+from pipeline.results import Run, attack_text, claim, compare, read_runs
 
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
 Comparisons = dict[tuple[int, Decimal], McNemar | None]
@@ -44,7 +44,7 @@ def table(runs: list[Run], comparisons: Comparisons) -> str:
     single = len(runs) == 1
     seeds = [run.recipe.seed for run in runs]
     bounds = "95 % interval" if single else "[lowest, highest]"
-    header = ["network", "pruned", "clean %", bounds, "robust %", bounds]
+    header = ["network", "pruned", "clean %", bounds, f"{claim(runs)} %", bounds]
     header += ["HYDRA - magnitude", "p"] if single else [f"difference, seed {seed}" for seed in seeds]
     rows = [header]
     for network in runs[0].networks:
@@ -61,7 +61,9 @@ def table(runs: list[Run], comparisons: Comparisons) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     who = f"seed {seeds[0]}" if single else f"means over the seeds {', '.join(map(str, seeds))}"
     notes = [f"{attack_text(runs)}; {who}"]
-    notes.append("differences: HYDRA - magnitude, robust accuracy in points, p by McNemar's exact two-sided test")
+    notes.append(
+        f"differences: HYDRA - magnitude, {claim(runs)} accuracy in points, p by McNemar's exact two-sided test"
+    )
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 

@@ -93,6 +93,12 @@ def compare(run: Run, keep_fraction: Decimal) -> McNemar | None:
     return mcnemar(hydra, magnitude)
 
 
+def claim(runs: list[Run]) -> str:
+    """What it means here that an image counts as robust: robust (to an attack), certified or verified."""
+    attacks = {n.evaluation["attack"] for run in runs for n in run.networks if n.evaluation}
+    return next(iter(attacks & {"certified", "verified"}), "robust")
+
+
 def attack_text(runs: list[Run]) -> str:
     """The attack and the images that all accuracies of `runs` were measured with, in words."""
     facts = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)

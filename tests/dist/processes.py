@@ -48,7 +48,9 @@ def _enter(rank: int, world: int, port: int, threads: int, function: Callable[..
         raise
 
 
-def run_group(world: int, function: Callable[..., Any], *arguments: Any, threads: int = 1) -> list[Any]:
+def run_group(
+    world: int, function: Callable[..., Any], *arguments: Any, threads: int = 1, deadline_s: float = DEADLINE_S
+) -> list[Any]:
     """`function(group, *arguments)` in `world` processes; their results in rank order. Results are plain values."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
@@ -62,7 +64,7 @@ def run_group(world: int, function: Callable[..., Any], *arguments: Any, threads
         results: dict[int, Any] = {}
         while len(results) < world:
             try:
-                rank, fine, result = out.get(timeout=DEADLINE_S)
+                rank, fine, result = out.get(timeout=deadline_s)
             except Empty:
                 raise AssertionError(f"{world - len(results)} of {world} processes gave no answer") from None
             assert fine, f"rank {rank}:\n{result}"

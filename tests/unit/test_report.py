@@ -51,10 +51,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.report.draw_layers", lambda run, path: None)
 
 
-def write_run(folder: Path, seed: int = 0, stages: list[str] | None = None) -> Path:
+def write_run(
+    folder: Path, seed: int = 0, stages: list[str] | None = None, measure: str = "pgd", overrides: tuple[str, ...] = ()
+) -> Path:
     """A finished run, or one in which only `stages` are."""
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, [f"seed={seed}"])))
+    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, [f"seed={seed}", *overrides])))
     generator = np.random.default_rng(seed)
     hardness = generator.random(IMAGES)
     for stage in ACCURACY if stages is None else stages:
@@ -65,9 +67,10 @@ def write_run(folder: Path, seed: int = 0, stages: list[str] | None = None) -> P
         clean, robust = (hardness + generator.normal(0, 0.1, IMAGES) < a + shift for a in ACCURACY[stage])
         robust &= clean
         model = f"{stage}-{seed}"
-        (path / "evaluate" / "pgd.json").write_text(json.dumps(evaluation(clean, robust, model)))
+        facts = evaluation(clean, robust, model) | {"attack": measure}
+        (path / "evaluate" / f"{measure}.json").write_text(json.dumps(facts))
         columns = {"sample_id": np.arange(IMAGES), "clean_correct": clean, "robust_correct": robust}
-        pq.write_table(pa.table(columns), path / "evaluate" / "pgd.parquet")
+        pq.write_table(pa.table(columns), path / "evaluate" / f"{measure}.parquet")
         keep = stage.split("/")[0].removeprefix("keep-") if "/" in stage else None
         kept = {name: total if keep is None else math.ceil(float(keep) * total) for name, total in LAYERS.items()}
         layers = [{"name": name, "kept": kept[name], "total": total} for name, total in LAYERS.items()]
@@ -219,3 +222,14 @@ def test_other_attacks_recipes_seeds_images_and_models_are_not_mixed(tmp_path: P
     pq.write_table(pq.read_table(other).set_column(0, "sample_id", ids), other)
     with pytest.raises(ValueError, match="different images"):
         report([run])
+
+
+def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
+    smoothed = ("objective={name: noise, sigma: 1/4}", "threat_model={norm: l2, eps: 1/4}")
+    run = write_run(tmp_path / "smoothed", measure="certified", overrides=smoothed)
+    text = report([run])
+    assert "certified %" in text
+    assert "certified accuracy in points" in text
+    assert "robust" not in text
+    plain = write_run(tmp_path / "plain")
+    assert "robust %" in report([plain])
