@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pipeline.bounds.layers import FUNCTIONS, MODULES, Bind, Statistics, Unsupported, constantly
 from pipeline.bounds.operations import Operation, Scale, Sum
@@ -96,7 +97,7 @@ def _layer(network: nn.Module, node: fx.Node, values: dict[fx.Node, int]) -> Lay
         if _changes_its_input(node, module) and len(node.all_input_nodes[0].users) > 1:
             raise Unsupported("it changes in place what another layer reads as well; give it its own copy")
         if module is not None:
-            build = next((MODULES[kind] for kind in MODULES if isinstance(module, kind)), None)
+            build = MODULES.get(type_before_parametrizations(module))  # a subclass may do anything in its forward
             bind = None if build is None else build(module)
         elif node.target in FUNCTIONS and len(inputs) == 1:
             bind = FUNCTIONS[node.target](*node.args[1:], **node.kwargs)

@@ -607,9 +607,17 @@ class Odd(nn.Module):
         return self.what(self, x)  # pyright: ignore[reportCallIssue]
 
 
+class Standardised(nn.Conv2d):
+    """A convolution by name, and another function by its forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight - self.weight.mean(), self.bias)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
+        (nn.Sequential(Standardised(3, 4, 3)), r"0 \(Standardised\) .*no bounds"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU()), r"1 \(SiLU\) cannot be bounded.*supported are Conv2d, Linear, "),
         (nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")), r"0 \(Conv2d\) .*'same'"),
         (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), r"0 \(Conv2d\) .*'reflect'"),
