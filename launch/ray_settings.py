@@ -22,6 +22,7 @@ def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
         "TMPDIR": str(scratch),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
