@@ -25,8 +25,6 @@ from tests.small_recipe import small_recipe
 
 pytestmark = pytest.mark.timeout(900)
 SLOW = "tests.launch.throttle:slow"
-NOBODY = 65534
-READ = "import sys; print(open(sys.argv[1]).read())"
 JOIN = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined')"
 
 
@@ -82,7 +80,7 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
 
 
 def _strangers_are_refused(one: Path, other: Path) -> None:
-    """With the token of another run of the same user; and another user cannot read it."""
+    """With the token of another run of the same user; and other users cannot read tokens."""
     tokens = [next(folder.glob("control/*/token")) for folder in (one, other)]
     address = read_json(next(one.glob("control/*/cluster-0.json")))["address"]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens[1])}
@@ -91,6 +89,3 @@ def _strangers_are_refused(one: Path, other: Path) -> None:
     assert "InvalidAuthToken" in tried.stderr or "Authentication" in tried.stderr, tried.stderr[-1500:]
     assert tokens[0].read_text() != tokens[1].read_text()
     assert {stat.S_IMODE(token.stat().st_mode) for token in tokens} == {0o600}
-    if os.geteuid() == 0:
-        refused = python(READ, str(tokens[0]), user=NOBODY)
-        assert "PermissionError" in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,11 @@ def test_the_loading_snippet_gives_the_networks_own_logits(tmp_path: Path, monke
     torch.testing.assert_close(names["logits"], expected, rtol=0, atol=0)
     assert expected.std() > 0
     assert names["facts"]["keep_fraction"] == "0.1"
+
+
+def test_every_test_file_is_collected(request: pytest.FixtureRequest) -> None:
+    """pytest leaves out folders of some names, dist among them, unless it is told not to."""
+    left_out = request.config.getini("norecursedirs")
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert "dist" in folders
+    assert [name for name in folders for pattern in left_out if fnmatch(name, pattern)] == []

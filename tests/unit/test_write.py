@@ -142,7 +142,11 @@ def test_imagenet_shape_with_broken_images(tmp_path: Path) -> None:
 
 
 def writer_processes() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """The writer first, then all that it started; not what other tests have left to this process."""
+    for child in psutil.Process().children():
+        if "write_worker" in " ".join(child.cmdline()):
+            return [child, *child.children(recursive=True)]
+    return []
 
 
 def shared_memory(processes: list[psutil.Process]) -> set[str]:
