@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.recipe_sections import DATASETS
+
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
 
@@ -48,7 +50,6 @@ Print what a file holds: counts per class, image sizes, source, conversions, has
 
   python -m launch data info data/fashion_mnist/train.beton
 """
-DATASETS = ("fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder")
 SHOWN_SAMPLES = 100
 Progress = Callable[[str, int, int], None]
 

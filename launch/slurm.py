@@ -57,9 +57,14 @@ def read_jobs(run_folder: Path) -> list[Submitted]:
     """The jobs of a run, oldest first; empty for a run of this machine."""
     path = run_folder / "jobs.json"
     try:
-        return [Submitted(**job) for job in read_json(path)["jobs"]] if path.exists() else []
+        return parse_jobs(read_json(path)) if path.exists() else []
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no list of jobs ({error}); remove it to begin a new one") from None
+
+
+def parse_jobs(value: Any) -> list[Submitted]:
+    """What jobs.json holds. Errors: KeyError or TypeError if it is no list of jobs."""
+    return [Submitted(**job) for job in value["jobs"]]
 
 
 def _client(*command: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from launch import run_folder
 from launch.control import Starts
-from launch.slurm import Submitted, groups_of
+from launch.slurm import groups_of, parse_jobs
 from pipeline.committed import evaluation_path, is_done
 from pipeline.files import read_json, read_rows
 from pipeline.lease import Holder, is_stale
@@ -119,7 +119,7 @@ class _Run:
         self.notes: list[str] = []
         recipe = load_recipe(folder / "recipe.yaml")
         self.batch = recipe.batch.batch_per_step
-        jobs = self._read(folder / "jobs.json", lambda value: [Submitted(**job) for job in value["jobs"]])
+        jobs = self._read(folder / "jobs.json", parse_jobs)
         self.jobs = {job.group: job for job in jobs or []}  # a group's last one counts
         self.starts = _rows(Starts.of(folder).path, lambda row: (row["group"], int(row["job"])))
         self.failures = _rows(folder / "logs" / "failures.jsonl", _failure)

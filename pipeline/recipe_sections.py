@@ -5,7 +5,7 @@ What two sections must agree on is checked where they meet, in `recipe`. No torc
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -19,10 +19,15 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+Dataset = Literal["fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder"]
+DATASETS: tuple[str, ...] = get_args(Dataset)
+"""What `data write` reads."""
+
+
 class Data(Section):
     """The two FFCV files and how images are fed."""
 
-    dataset: Literal["fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder"]
+    dataset: Dataset
     train_file: str
     """FFCV file of the training set; `python -m launch data write` makes it."""
     test_file: str

@@ -265,8 +265,13 @@ class SlurmCluster:
     def wait_for_node(self, node: str, state: str, deadline_s: float = 60) -> None:
         wait_until(lambda: self.node_state(node) == state, deadline_s, f"node {node} is {state}")
 
+    @property
+    def warns(self) -> bool:
+        """Whether a job's --signal is sent when it is about to be preempted."""
+        return self._warn
+
     def set_warning(self, on: bool) -> None:
-        """Whether a job's --signal is sent when it is about to be preempted, from now on.
+        """What `warns` is from now on.
 
         Waits until no job runs: a message that reaches slurmctld while it reads its configuration anew is lost, and a
         node whose job has just ended then stays `completing` for half a minute.

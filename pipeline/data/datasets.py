@@ -24,8 +24,8 @@ from pipeline.data.images import read_image
 from pipeline.data.manifest import DataError
 from pipeline.data.source import Source, cache_folder, choose_classes, listing_sha256, some
 from pipeline.data.svhn import svhn
+from pipeline.recipe_sections import DATASETS
 
-DATASETS = ("fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder")
 SPLITS = ("train", "test")
 """What the two FFCV files are called; `FOLDERS` says what an image folder calls them."""
 FOLDERS = {"train": "train", "test": "val"}

@@ -12,15 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import run_folder
 from pipeline import checkpoint
-from pipeline.group import Group
-from pipeline.job import Job
-from pipeline.lease import Leases
-from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
-from pipeline.stage import run_stages
-from tests.dist.processes import run_group
+from tests.calm import calm_run, new_run
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.fault.final_state import differences, final_state
 from tests.small_recipe import ROOT, small_recipe
@@ -40,11 +34,6 @@ def _recipe(data: Path, seed: int = 0) -> Recipe:
         workers={"count": 2},
         checkpoint={"every_steps": 9, "keep": 2},
     )
-
-
-def _new_run(folder: Path, recipe: Recipe) -> Path:
-    run_folder.write(folder, recipe, run_folder.check_data(recipe))
-    return folder
 
 
 def _start(folder: Path, *, observed: bool) -> int:
@@ -73,9 +62,7 @@ def _start(folder: Path, *, observed: bool) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = _new_run(tmp_path_factory.mktemp("runs") / "undisturbed", _recipe(fashion_data))
-    assert _start(folder, observed=False) == 0
-    return final_state(folder, STAGES)
+    return final_state(calm_run(tmp_path_factory.mktemp("runs") / "undisturbed", _recipe(fashion_data)), STAGES)
 
 
 STARTS: list[list[Cut]] = [
@@ -94,7 +81,7 @@ STARTS: list[list[Cut]] = [
 @pytest.mark.timeout(1800)
 def test_killed_workers_and_runs_go_on_exactly(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """SIGKILL of a worker, which is replaced, and at five places of the whole run (driver and worker), then resumed."""
-    folder = _new_run(tmp_path / "run", _recipe(fashion_data))
+    folder = new_run(tmp_path / "run", _recipe(fashion_data))
     set_cuts(folder, [cut for cuts in STARTS for cut in cuts])
     for number, cuts in enumerate(STARTS):
         assert _start(folder, observed=True) == -signal.SIGKILL, cuts
@@ -108,19 +95,9 @@ def test_killed_workers_and_runs_go_on_exactly(fashion_data: Path, tmp_path: Pat
     assert differences(undisturbed, final_state(folder, STAGES)) == []
 
 
-def _work(group: Group, recipe: Recipe, folder: Path, token: str) -> None:
-    run_stages(Job(recipe, folder, token, group), stages_of(recipe))
-
-
 def test_another_seed_differs(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """The comparison can fail: with another seed every trained tensor and all metrics differ."""
-    recipe = _recipe(fashion_data, seed=1)
-    folder = _new_run(tmp_path / "seed", recipe)
-    leases = Leases([folder / stage for stage in STAGES])
-    try:
-        run_group(recipe.workers.count, _work, recipe, folder, leases.token)
-    finally:
-        leases.release()
+    folder = calm_run(tmp_path / "seed", _recipe(fashion_data, seed=1))
     different = set(differences(undisturbed, final_state(folder, STAGES)))
     must = {key for key in undisturbed if "weight/" in key or "score/" in key or key.endswith(("metrics", "result"))}
     assert must <= different

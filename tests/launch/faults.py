@@ -127,6 +127,10 @@ class Victim:
 
         return ended
 
+    def _unwarned_preemption(self, index: int) -> Callable[[], None]:
+        """On a cluster whose warnings are off, which it must be set to while no job runs."""
+        return self._preemption(index)
+
     def _time_limit(self, index: int) -> Callable[[], None]:
         def limit(minutes: int) -> None:
             self.cluster.client("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
@@ -179,6 +183,7 @@ KINDS = (
     "warning",
     "requeue",
     "preemption",
+    "unwarned_preemption",
     "time_limit",
     "node_down",
     "kill_step",

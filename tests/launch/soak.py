@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.slurm import living, read_jobs, submit
+from tests.calm import calm_run, new_run
 from tests.commands import launch, wait_until
 from tests.fault.final_state import differences, final_state
 from tests.launch.faults import KINDS, Outcome, Victim, as_row
-from tests.launch.test_faults import STAGES, job_of, new_run, two_node_recipe
+from tests.launch.test_faults import STAGES, job_of, two_node_recipe
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 
+UNWARNED = "unwarned_preemption"
 AT_LEAST = 3
 """How often every kind strikes."""
 STEPS_PER_FAULT = 25
@@ -32,12 +34,12 @@ STEPS_PER_FAULT = 25
 
 
 def drawn(count: int, seed: int) -> list[str]:
-    """`count` kinds in random order, each at least AT_LEAST times."""
+    """`count` kinds in random order, each at least AT_LEAST times; first those that need the cluster's warnings off."""
     chance = random.Random(seed)
     kinds = [*KINDS] * AT_LEAST
     kinds += chance.choices(KINDS, k=max(0, count - len(kinds)))
     chance.shuffle(kinds)
-    return kinds
+    return sorted(kinds, key=lambda kind: kind != UNWARNED)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -57,6 +59,17 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def _started(cluster: SlurmCluster, folder: Path) -> Victim:
+    submit(folder, observer="tests.launch.throttle:slow")
+    return Victim(cluster, folder, job_of(folder, "pretrain"), "pretrain")
+
+
+def _ended(folder: Path) -> None:
+    if launch(folder.parent.parent, "cancel", str(folder)).code:
+        raise RuntimeError(f"{folder} could not be cancelled")
+    wait_until(lambda: not living(read_jobs(folder)), 60, "the end of all jobs")
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.beton and test.beton")
@@ -72,10 +85,14 @@ def main(arguments: Sequence[str]) -> int:
         with SlurmCluster(place / "s") as cluster:
             os.environ.update(cluster.environment)
             folder = new_run(place / "runs" / "struck", recipe)
-            submit(folder, observer="tests.launch.throttle:slow")
-            victim = Victim(cluster, folder, job_of(folder, "pretrain"), "pretrain")
+            cluster.set_warning(False)
+            victim = _started(cluster, folder)
             outcomes = []
             for kind in drawn(options.faults, options.seed):
+                if kind != UNWARNED and not cluster.warns:
+                    _ended(folder)
+                    cluster.set_warning(True)
+                    victim = _started(cluster, folder)
                 victim.wait_for_step(victim.step() + chance.randint(2, 8))
                 outcomes.append(victim.strike(kind, chance.randrange(4)))
                 print(json.dumps(as_row(outcomes[-1])), flush=True)
@@ -85,11 +102,7 @@ def main(arguments: Sequence[str]) -> int:
             (place / "full-speed").touch()
             wait_until(lambda: not living(read_jobs(folder)), 900, "the end of all jobs")
         print(table(outcomes))
-        calm = new_run(place / "runs" / "calm", recipe)
-        done = launch(place, "resume", str(calm), "--on", "local", deadline_s=1800)
-        if done.code:
-            print(done.err, file=sys.stderr)
-            return 1
+        calm = calm_run(place / "runs" / "calm", recipe)
         unlike = differences(final_state(calm, STAGES), final_state(folder, STAGES))
         print(
             f"{len(outcomes)} faults, seed {options.seed}: "

@@ -13,9 +13,10 @@ from launch.control import Starts
 from launch.slurm import living, read_jobs, submit
 from pipeline.files import read_json
 from pipeline.recipe import Recipe
+from tests.calm import calm_run
 from tests.commands import launch, wait_until
 from tests.launch.faults import Victim
-from tests.launch.test_faults import job_of, new_run
+from tests.launch.test_faults import job_of
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 from tests.small_recipe import small_recipe
@@ -76,8 +77,7 @@ def test_two_then_one_then_four_nodes_and_back(
         steps = [whole[epoch * STEPS_PER_EPOCH + step] for step in range(STEPS_PER_EPOCH)]
         assert len(set.union(*steps)) == STEPS_PER_EPOCH * BATCH
 
-    calm = new_run(tmp_path / "runs" / "calm", recipe_on(fashion_data, 1))
-    assert launch(tmp_path, "resume", "calm", "--on", "local", deadline_s=300).code == 0
+    calm = calm_run(tmp_path / "runs" / "calm", recipe_on(fashion_data, 1))
     for stage in ("pretrain", "keep-0.1/finetune"):
         one, other = (read_json(run / stage / "evaluate" / "pgd.json")["robust_accuracy"] for run in (folder, calm))
         assert one["low"] <= other["high"]

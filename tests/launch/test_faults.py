@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from launch import run_folder
 from launch.slurm import living, read_jobs, submit
 from pipeline.recipe import Recipe
+from tests.calm import calm_run, new_run
 from tests.commands import launch, wait_until
 from tests.fault.final_state import differences, final_state
 from tests.launch.faults import Victim, as_row
@@ -41,23 +41,14 @@ def two_node_recipe(data: Path, pretrain_steps: int = 160) -> Recipe:
     )
 
 
-def new_run(folder: Path, recipe: Recipe) -> Path:
-    run_folder.write(folder, recipe, run_folder.check_data(recipe))
-    return folder
-
-
 def job_of(folder: Path, group: str) -> str:
     return [job.id for job in read_jobs(folder) if job.group == group][-1]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same recipe on one machine, left alone."""
-    place = tmp_path_factory.mktemp("undisturbed")
-    folder = new_run(place / "runs" / "calm", two_node_recipe(fashion_data))
-    done = launch(place, "resume", str(folder), "--on", "local", deadline_s=400)
-    assert done.code == 0, done.err
-    return final_state(folder, STAGES)
+    """The same recipe, left alone."""
+    return final_state(calm_run(tmp_path_factory.mktemp("calm") / "run", two_node_recipe(fashion_data)), STAGES)
 
 
 def test_faults_are_survived(
@@ -70,7 +61,7 @@ def test_faults_are_survived(
     cluster.set_warning(False)
     submit(folder, observer="tests.launch.throttle:slow")
     chance = random.Random(SEED)
-    outcomes = [_strike(cluster, folder, "preemption", chance)]  # without a warning
+    outcomes = [_strike(cluster, folder, "unwarned_preemption", chance)]
     assert launch(tmp_path, "cancel", str(folder)).code == 0
     wait_until(lambda: not living(read_jobs(folder)), 60, "the end of all jobs")
     cluster.set_warning(True)

@@ -15,10 +15,11 @@ import pytest
 from launch.slurm import living, read_jobs, submit
 from pipeline.files import read_json, read_rows
 from pipeline.recipe import Recipe
+from tests.calm import new_run
 from tests.commands import ROOT, Command, wait_until
 from tests.fault.final_state import differences, final_state
 from tests.launch.faults import Victim
-from tests.launch.test_faults import STAGES, job_of, new_run
+from tests.launch.test_faults import STAGES, job_of
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 from tests.small_recipe import small_recipe

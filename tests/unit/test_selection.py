@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from pipeline.data import datasets, order
 from pipeline.data.datasets import open_source
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import DataError, open_checked
-from pipeline.recipe_sections import Data
+from pipeline.recipe_sections import DATASETS
 from tests.authors_files import CIFAR10_NAMES, cifar_files, write_svhn
 from tests.unit.test_write import launch_data, stored
 
@@ -197,8 +196,11 @@ def test_a_choice_with_extra_images_is_written_and_dealt_in_the_stated_share(
         assert count == 2 * per_epoch > 0
 
 
-def test_commands_recipes_and_readers_know_the_same_data_sets() -> None:
-    assert commands.DATASETS == datasets.DATASETS == get_args(Data.model_fields["dataset"].annotation)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_data_set_of_recipes_has_a_reader(tmp_path: Path, dataset: str) -> None:
+    with pytest.raises(DataError) as error:
+        datasets.open_source(dataset, "train", tmp_path / "nowhere")
+    assert "is none of" not in str(error.value)
 
 
 def test_a_list_of_classes_that_cannot_be_read_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
