@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 
-from pipeline.results import Network, Run, attack_text, claim
+from pipeline.results import CertifiedCurves, Network, Run, attack_text, claim
 
 COLOURS = {"dense": "#444444", "HYDRA": "#0072B2", "magnitude": "#D55E00"}
 """From Okabe and Ito's palette: told apart with any colour vision."""
 MARKERS = {"HYDRA": "o", "magnitude": "s"}
+LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+"""One per sparsity, from the first one on."""
 Kind = Literal["clean", "robust"]
 
 
@@ -65,6 +67,39 @@ def draw_layers(run: Run, path: Path) -> None:
         if name in done:
             where = {"xycoords": "axes fraction", "xytext": (80 * column, 20), "textcoords": "offset points"}
             axes.annotate(f"{sign} {name}", (0, 1), va="bottom", color=COLOURS[name], **where)
+    _strip(axes)
+    figure.savefig(path, dpi=160)
+
+
+def draw_certified(runs: list[Run], curves: CertifiedCurves, path: Path) -> None:
+    """Certified accuracy of every network against the radius as a PNG; means over seeds, and for one run bands of 95 %
+    intervals."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    styles = dict(zip(runs[0].recipe.sparsity.keep_fractions, LINES, strict=False))
+    for network in runs[0].networks:
+        points = [curve for (_, *key), curve in curves.items() if key == [network.name, network.keep_fraction]]
+        if not points:
+            continue
+        radii, colour = [point["radius"] for point in points[0]], COLOURS[network.name]
+        means = [100 * fmean(point["value"] for point in at_radius) for at_radius in zip(*points, strict=True)]
+        style = "--" if network.name == "dense" else styles.get(network.keep_fraction, ":")
+        label = network.name if network.name == "dense" else f"{network.name}, {network.pruned} pruned"
+        axes.plot(radii, means, color=colour, linestyle=style, linewidth=1.6, label=label)
+        if len(runs) == 1:
+            low, high = ([100 * point[bound] for point in points[0]] for bound in ("low", "high"))
+            axes.fill_between(radii, low, high, color=colour, alpha=0.1, linewidth=0)
+    threat = runs[0].recipe.threat_model
+    if threat is not None:
+        axes.axvline(float(threat.eps), color="#999999", linewidth=0.8, linestyle=":")
+        axes.annotate(f"radius {threat.eps}", (float(threat.eps), 1), xycoords=("data", "axes fraction"), fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("l2 radius")
+    axes.set_title("Certified accuracy, %", loc="left", fontsize=12, fontweight="bold", pad=14)
+    axes.legend(frameon=False, loc="upper right")
+    figure.suptitle(attack_text(runs), fontsize=10, color="#333333")
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     _strip(axes)
     figure.savefig(path, dpi=160)
 

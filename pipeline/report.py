@@ -1,4 +1,4 @@
-"""The report of one or several runs: a table, two CSV files, two pictures.
+"""The report of one or several runs: a table, CSV files, pictures.
 
 Robust and clean accuracy per sparsity, HYDRA beside the magnitude baseline and the dense network, each with its 95 %
 Wilson interval; per sparsity McNemar's exact test on the same images; kept connections per layer.
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate.statistics import McNemar
-from pipeline.figures import draw_accuracy, draw_layers
-from pipeline.results import Run, attack_text, claim, compare, read_runs
+from pipeline.figures import draw_accuracy, draw_certified, draw_layers
+from pipeline.results import CertifiedCurves, Run, attack_text, certified_curves, claim, compare, read_runs
 
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
 Comparisons = dict[tuple[int, Decimal], McNemar | None]
@@ -22,6 +22,7 @@ Comparisons = dict[tuple[int, Decimal], McNemar | None]
 
 def report(run_folders: list[Path]) -> str:
     """Write robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return the table.
+    Runs that are judged by certificates have certified_accuracy.{png,csv} too.
 
     Several runs are seeds of one recipe: means, and every seed's own difference and p. What is not evaluated yet is
     shown as missing. Errors: ValueError, see `results.read_runs`.
@@ -36,6 +37,10 @@ def report(run_folders: list[Path]) -> str:
     _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
     draw_accuracy(runs, folder / "robust_accuracy.png")
     draw_layers(runs[0], folder / "kept_fraction.png")
+    if curves := certified_curves(runs):
+        rows = _curve_rows(runs, curves)
+        _write_csv(folder / "certified_accuracy.csv", tuple(rows[0]), rows)
+        draw_certified(runs, curves, folder / "certified_accuracy.png")
     return table(runs, comparisons)
 
 
@@ -113,6 +118,20 @@ def _accuracy_rows(runs: list[Run], comparisons: Comparisons) -> list[dict[str, 
             row["mcnemar_p"] = test.p_value if test else None
             rows.append(row)
     return rows
+
+
+def _curve_rows(runs: list[Run], curves: CertifiedCurves) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": runs[i].folder.name,
+            "seed": runs[i].recipe.seed,
+            "network": name,
+            "keep_fraction": keep,
+            **{"radius" if key == "radius" else f"certified_accuracy_{key}": value for key, value in point.items()},
+        }
+        for (i, name, keep), points in curves.items()
+        for point in points
+    ]
 
 
 def _layer_rows(runs: list[Run]) -> list[dict[str, Any]]:

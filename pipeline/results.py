@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.committed import evaluation_path
-from pipeline.evaluate.statistics import McNemar, mcnemar
+from pipeline.evaluate.statistics import McNemar, certified_curve, mcnemar
 from pipeline.files import read_json
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
@@ -91,6 +91,28 @@ def compare(run: Run, keep_fraction: Decimal) -> McNemar | None:
     if not np.array_equal(ids, other_ids):
         raise ValueError(f"{path} and {other_path} hold different images; evaluate both networks again")
     return mcnemar(hydra, magnitude)
+
+
+CURVE_POINTS = 101
+CertifiedCurves = dict[tuple[int, str, Decimal], list[dict[str, float]]]
+"""(index of the run, network's name, keep_fraction) -> points of `statistics.certified_curve`."""
+
+
+def certified_curves(runs: list[Run]) -> CertifiedCurves:
+    """Certified accuracies at radii from 0 to the largest one found; empty for runs that have no certificates."""
+    found = {}
+    for i, run in enumerate(runs):
+        for network in run.networks:
+            path = evaluation_path(network.folder, "certified").with_suffix(".parquet")
+            if network.evaluation is not None and network.evaluation["attack"] == "certified" and path.exists():
+                table = pq.read_table(path, columns=["clean_correct", "radius"])
+                columns = [table[column].to_numpy() for column in table.column_names]
+                found[i, network.name, network.keep_fraction] = columns
+    if not found:
+        return {}
+    largest = max(float(radius.max()) for _, radius in found.values())
+    radii = np.linspace(0.0, largest, CURVE_POINTS).tolist()
+    return {key: certified_curve(correct, radius, radii) for key, (correct, radius) in found.items()}
 
 
 def claim(runs: list[Run]) -> str:

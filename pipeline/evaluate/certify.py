@@ -10,20 +10,19 @@ So a verdict depends on neither the other images nor who judges it; on the size 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.attacks import crafting, derived_keys, gaussian_noise
-from pipeline.evaluate.measure import Verdicts, ranked
-from pipeline.evaluate.statistics import clopper_pearson_lower, wilson_interval
+from pipeline.evaluate.measure import ranked
+from pipeline.evaluate.statistics import clopper_pearson_lower
 from pipeline.keys import sample_keys
 from pipeline.recipe_objective import ThreatModel
 from pipeline.recipe_sections import Evaluation
@@ -45,11 +44,6 @@ class Smoothing:
     """How probable a wrong certificate may be, per image."""
     batch: int
     """Draws in one forward."""
-
-    @property
-    def largest_radius(self) -> float:
-        """The radius that is certified when all n draws agree."""
-        return _radius(self.n, self)
 
 
 @dataclass(frozen=True)
@@ -97,18 +91,6 @@ def certify(network: nn.Module, image: Tensor, key: Tensor, smoothing: Smoothing
     votes = int(_count(network, image, key, range(n0, n0 + n), smoothing)[selected])
     radius = _radius(votes, smoothing)
     return Certificate(selected, votes, selected if radius > 0 else ABSTAIN, radius)
-
-
-def predict(network: nn.Module, image: Tensor, key: Tensor, smoothing: Smoothing) -> int:
-    """PREDICT (Cohen et al., section 3.2.1): the smoothed network's class, from n draws, or ABSTAIN.
-
-    Arguments as for `certify`. The class is wrong with probability alpha at most: the two most frequent classes are
-    told apart by a two-sided binomial test.
-    """
-    counts = _count(network, image, key, range(smoothing.n), smoothing)
-    first, second = np.argsort(-counts, kind="stable")[:2]
-    p_value = binomtest(int(counts[first]), int(counts[first] + counts[second]), 0.5).pvalue
-    return int(first) if p_value <= smoothing.alpha else ABSTAIN
 
 
 @dataclass(frozen=True)
@@ -185,26 +167,3 @@ class Noisy:
             votes = votes + answers if draw else answers
         clean, voted = ranked(network(x))[:, 0], ranked(votes)[:, 0]
         return {"clean_prediction": clean, "clean_correct": clean == y, "robust_correct": voted == y}
-
-
-def certified(verdicts: Verdicts, radius: float) -> NDArray[np.bool_]:
-    """Which images are right, provably so for every perturbation of l2 norm <= radius; abstaining is not right."""
-    return verdicts["clean_correct"] & (verdicts["radius"] > radius)
-
-
-def certified_accuracy(verdicts: Verdicts, radius: float) -> dict[str, float]:
-    """The share of images that are `certified` at the radius: value, and its 95 % Wilson interval low, high."""
-    right = certified(verdicts, radius)
-    low, high = wilson_interval(int(right.sum()), len(right))
-    return {"value": float(right.mean()), "low": low, "high": high}
-
-
-def certified_curve(verdicts: Verdicts, radii: Sequence[float]) -> dict[str, list[float]]:
-    """Certified accuracy against radius, as columns: radius, accuracy, low, high."""
-    points = [certified_accuracy(verdicts, radius) for radius in radii]
-    return {
-        "radius": list(radii),
-        "accuracy": [point["value"] for point in points],
-        "low": [point["low"] for point in points],
-        "high": [point["high"] for point in points],
-    }

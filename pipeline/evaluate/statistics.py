@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,23 @@ def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
     if not 0 < alpha < 1:
         raise ValueError(f"alpha {alpha} must lie between 0 and 1, for example 0.001")
     return float(beta.ppf(alpha, successes, trials - successes + 1)) if successes else 0.0
+
+
+def certified_curve(
+    correct: NDArray[np.bool_], radius: NDArray[np.float64], radii: Sequence[float]
+) -> list[dict[str, float]]:
+    """Certified accuracy against radius (Cohen et al., ICML 2019, section 4): the share of images that are right,
+    provably so for every perturbation of l2 norm <= radius.
+
+    `correct` and `radius`: what was found for each image, shape [n]; a radius is that of the open ball. Returns one
+    point per asked radius: radius, value, and its 95 % Wilson interval low, high.
+    """
+    points = []
+    for asked in radii:
+        count = int(np.count_nonzero(correct & (radius > asked)))
+        low, high = wilson_interval(count, correct.size)
+        points.append({"radius": float(asked), "value": count / correct.size, "low": low, "high": high})
+    return points
 
 
 @dataclass(frozen=True)

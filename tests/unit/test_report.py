@@ -70,6 +70,8 @@ def write_run(
         facts = evaluation(clean, robust, model) | {"attack": measure}
         (path / "evaluate" / f"{measure}.json").write_text(json.dumps(facts))
         columns = {"sample_id": np.arange(IMAGES), "clean_correct": clean, "robust_correct": robust}
+        if measure == "certified":
+            columns["radius"] = np.where(clean, 0.5 * np.clip(1 - hardness, 0, 1), 0.0)
         pq.write_table(pa.table(columns), path / "evaluate" / f"{measure}.parquet")
         keep = stage.split("/")[0].removeprefix("keep-") if "/" in stage else None
         kept = {name: total if keep is None else math.ceil(float(keep) * total) for name, total in LAYERS.items()}
@@ -231,5 +233,18 @@ def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
     assert "certified %" in text
     assert "certified accuracy in points" in text
     assert "robust" not in text
+    rows = read_csv(run / "report" / "certified_accuracy.csv")
+    assert {(row["network"], row["keep_fraction"]) for row in rows} == {
+        ("dense", "1"), ("HYDRA", "0.1"), ("magnitude", "0.1"), ("HYDRA", "0.01"), ("magnitude", "0.01")
+    }  # fmt: skip
+    found = pq.read_table(run / "keep-0.01" / "finetune" / "evaluate" / "certified.parquet").to_pydict()
+    for row in [row for row in rows if (row["network"], row["keep_fraction"]) == ("HYDRA", "0.01")]:
+        pairs = zip(found["clean_correct"], found["radius"], strict=True)
+        count = sum(correct and radius > float(row["radius"]) for correct, radius in pairs)
+        assert float(row["certified_accuracy_value"]) == count / IMAGES
+        bounds = (float(row["certified_accuracy_low"]), float(row["certified_accuracy_high"]))
+        assert bounds == wilson_interval(count, IMAGES)
+    width, height = png_size(run / "report" / "certified_accuracy.png")
+    assert width > height > 500
     plain = write_run(tmp_path / "plain")
     assert "robust %" in report([plain])

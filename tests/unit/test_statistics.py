@@ -12,7 +12,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluate.statistics import clopper_pearson_lower, mcnemar, wilson_interval
+from pipeline.evaluate.statistics import certified_curve, clopper_pearson_lower, mcnemar, wilson_interval
 
 
 @settings(deadline=None)
@@ -117,3 +117,13 @@ def test_mcnemar_of_a_known_example() -> None:
 def test_mcnemar_refuses_arrays_that_are_not_paired_verdicts(first: np.ndarray, second: np.ndarray) -> None:
     with pytest.raises(ValueError, match="_correct"):
         mcnemar(first, second)
+
+
+def test_the_certified_curve_falls_from_the_smoothed_accuracy_to_nothing() -> None:
+    """Right, and for the whole closed ball: the radius that was found is that of the open one."""
+    correct, radius = np.array([True, True, False, False, True]), np.array([0.1, 0.25, 0.0, 0.9, 0.4])
+    curve = certified_curve(correct, radius, [0.0, 0.2, 0.249, 0.25, 0.5])
+    assert [point["radius"] for point in curve] == [0.0, 0.2, 0.249, 0.25, 0.5]
+    counts = [3, 2, 2, 1, 0]
+    assert [point["value"] for point in curve] == [count / 5 for count in counts]
+    assert [(point["low"], point["high"]) for point in curve] == [wilson_interval(count, 5) for count in counts]
