@@ -21,11 +21,13 @@ from launch.slurm import living, read_jobs, submit
 from tests.calm import calm_run, new_run
 from tests.commands import launch, wait_until
 from tests.fault.final_state import differences, final_state
-from tests.launch.faults import KINDS, Outcome, Victim, as_row
+from tests.launch.faults import KINDS, RECOVERY_S, Outcome, Victim, as_row
 from tests.launch.test_faults import STAGES, job_of, two_node_recipe
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 
+WITHOUT_PROGRESS = 2
+"""Faults in a row that the run is let recover from without a checkpoint in between."""
 UNWARNED = "unwarned_preemption"
 AT_LEAST = 3
 """How often every kind strikes."""
@@ -57,6 +59,14 @@ def table(outcomes: Sequence[Outcome]) -> str:
                 f"| {statistics.median(seconds):.0f} ({max(seconds):.0f}) |"
             )
     return "\n".join(lines)
+
+
+def _let_it_progress(victim: Victim, outcomes: Sequence[Outcome]) -> None:
+    """A run that never gets from one checkpoint to the next gives up, as it should; so it is not struck for ever."""
+    held = [outcome.resumed_from == victim.checkpoint() for outcome in outcomes[-WITHOUT_PROGRESS:]]
+    if len(held) == WITHOUT_PROGRESS and all(held):
+        before = victim.checkpoint()
+        wait_until(lambda: victim.checkpoint() > before, RECOVERY_S, f"a checkpoint after step {before}")
 
 
 def _started(cluster: SlurmCluster, folder: Path) -> Victim:
@@ -93,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
                     _ended(folder)
                     cluster.set_warning(True)
                     victim = _started(cluster, folder)
+                _let_it_progress(victim, outcomes)
                 victim.wait_for_step(victim.step() + chance.randint(2, 8))
                 outcomes.append(victim.strike(kind, chance.randrange(4)))
                 print(json.dumps(as_row(outcomes[-1])), flush=True)
