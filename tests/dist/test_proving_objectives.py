@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -98,7 +99,7 @@ def _reference(name: str, trains: str) -> dict[str, torch.Tensor]:
     for step in range(STEPS):
         optimizer.zero_grad()
         for number in range(COUNT):
-            given = _given(network, network, Given.autocast, step, number)
+            given = _given(network, network, nullcontext, step, number)
             (objective(given).loss / COUNT).backward()
         optimizer.step()
         refresh_masks(network)
