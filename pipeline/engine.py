@@ -20,7 +20,10 @@ from pipeline.group import Group
 from pipeline.recipe import Recipe
 from pipeline.recipe_sections import Phase
 
-MOMENTUM = "momentum_buffer"
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Adam's constants (Kingma and Ba, ICLR 2015, algorithm 1), which HYDRA's reference leaves as they are."""
+STEP = "step"
+"""Adam's count of its steps, by which it corrects the bias of its averages: a scalar, the same for all that trains."""
 LARGEST_BUCKET = 50_000_000
 """Elements that ZeRO reduces at once at the most."""
 
@@ -54,6 +57,20 @@ def prepare_deepspeed(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def build_optimizer(parameters: list[nn.Parameter], phase: Phase) -> torch.optim.Optimizer:
+    """SGD or Adam, as the phase says. Weight decay is added to the gradient in both: Adam's is not decoupled."""
+    if phase.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=phase.lr, betas=BETAS, eps=EPSILON, weight_decay=phase.weight_decay)
+    return torch.optim.SGD(parameters, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
+
+
+def slots_of(phase: Phase) -> tuple[str, ...]:
+    """Names of the optimizer's state that has its parameter's shape."""
+    if phase.optimizer == "adam":
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if phase.momentum else ()
+
+
 class Engine:
     """One phase's DeepSpeed engine.
 
@@ -64,9 +81,7 @@ class Engine:
         self, network: nn.Module, parameters: dict[str, nn.Parameter], phase: Phase, recipe: Recipe, group: Group
     ) -> None:
         self._parameters = parameters
-        optimizer = torch.optim.SGD(
-            list(parameters.values()), lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay
-        )
+        optimizer = build_optimizer(list(parameters.values()), phase)
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
@@ -74,7 +89,9 @@ class Engine:
             config=deepspeed_config(recipe, group.world, sum(p.numel() for p in parameters.values())),
             dist_init_required=False,
         )
-        self._sgd = optimizer
+        self._optimizer = optimizer  # the one that steps, also inside ZeRO's
+        self._slots = slots_of(phase)
+        self._counts_steps = phase.optimizer == "adam"
         self._zero: DeepSpeedZeroOptimizer | None = None
         if recipe.engine.zero_stage > 0:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
@@ -95,7 +112,7 @@ class Engine:
         self._engine.backward(loss)
 
     def set_lr(self, lr: float) -> None:
-        for group in self._sgd.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
 
     def advance(self) -> None:
@@ -103,35 +120,51 @@ class Engine:
         self._engine.step()
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Full state as CPU copies: `optim/<plain name>/momentum_buffer` -> fp32 [parameter's shape]. Collective."""
+        """Full state as CPU copies, fp32; call it after a step. Collective.
+
+        `optim/<plain name>/<slot>` [parameter's shape]: momentum_buffer of SGD, exp_avg and exp_avg_sq of Adam; and
+        `optim/<plain name>/step` [] of Adam, as a partition of ZeRO has one count for all that it steps.
+        """
         state = {}
         for name, parameter in self._parameters.items():
-            if self._zero is None:
-                full = self._sgd.state[parameter][MOMENTUM]
-            else:
-                full = safe_get_full_optimizer_state(parameter, MOMENTUM)
-            assert full is not None, name
-            state[f"optim/{name}/{MOMENTUM}"] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for slot in self._slots:
+                if self._zero is None:
+                    full = self._optimizer.state[parameter][slot]
+                else:
+                    full = safe_get_full_optimizer_state(parameter, slot)
+                assert full is not None, name
+                state[f"optim/{name}/{slot}"] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+            if self._counts_steps:
+                counts = next(iter(self._optimizer.state.values()))
+                state[f"optim/{name}/{STEP}"] = counts[STEP].detach().to("cpu", torch.float32, copy=True)
         return state
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `optimizer_state` returned, whatever world size or ZeRO stage it came from."""
-        expected = {f"optim/{name}/{MOMENTUM}" for name in self._parameters}
+        slots = (*self._slots, STEP) if self._counts_steps else self._slots
+        expected = {f"optim/{name}/{slot}" for name in self._parameters for slot in slots}
         if set(state) != expected:
             odd = sorted(set(state) ^ expected)
             raise ValueError(f"optimizer state does not fit this phase; first difference: {odd[0]}")
+        counts = [tensor for name, tensor in state.items() if name.endswith(f"/{STEP}")]
+        if any(not torch.equal(count, counts[0]) for count in counts):
+            raise ValueError("optimizer state has different counts of steps, but all that trains moves at every step")
+        # DeepSpeed's flat partitions are what the optimizer steps at ZeRO 1 and 2.
+        for parameter in [p for group in self._optimizer.param_groups for p in group["params"]]:
+            for slot in self._slots:
+                self._optimizer.state[parameter][slot] = torch.zeros_like(parameter)
+            if counts:
+                self._optimizer.state[parameter][STEP] = counts[0].clone()  # torch keeps it on the CPU
         if self._zero is not None:
             # The fragments that safe_set writes to exist only once the inner optimizer has state of its own.
-            for group in self._sgd.param_groups:
-                for flat in group["params"]:
-                    self._sgd.state[flat][MOMENTUM] = torch.zeros_like(flat)
             self._zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._parameters.items():
-            full = state[f"optim/{name}/{MOMENTUM}"].to(parameter.device)
-            if self._zero is None:
-                self._sgd.state[parameter][MOMENTUM] = full.clone()
-            else:
-                safe_set_full_optimizer_state(parameter, full, MOMENTUM)
+            for slot in self._slots:
+                full = state[f"optim/{name}/{slot}"].to(parameter.device)
+                if self._zero is None:
+                    self._optimizer.state[parameter][slot].copy_(full)
+                else:
+                    safe_set_full_optimizer_state(parameter, full, slot)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks on the network, so that the next phase can build an engine of its own."""

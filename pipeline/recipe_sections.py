@@ -85,11 +85,15 @@ class Model(Section):
 
 
 class Phase(Section):
-    """Optimisation of one phase: SGD with momentum, learning rate annealed to zero over these epochs."""
+    """Optimisation of one phase: the learning rate is annealed to zero over these epochs."""
 
     epochs: int = Field(ge=1)
     lr: float = Field(gt=0)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """SGD with momentum, or Adam with betas 0.9 and 0.999, as HYDRA has it for MixTrain and CROWN-IBP. Weight decay is
+    part of the gradient in both."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd; adam has none."""
     weight_decay: float = Field(default=1e-4, ge=0)
     warmup_epochs: float = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from pipeline.sparsity import attach_scores, load_state, named_state, refresh_ma
 from tests.dist.processes import run_group
 from tests.small_recipe import small_recipe
 
-PHASE = Phase(epochs=1, lr=0.05, momentum=0.9, weight_decay=1e-3)
+pytestmark = pytest.mark.timeout(1000)
+DEADLINE_S = 480
+PHASES = {
+    "sgd": Phase(epochs=1, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "no momentum": Phase(epochs=1, lr=0.05, momentum=0.0, weight_decay=1e-3),
+    "adam": Phase(epochs=1, lr=0.001, optimizer="adam", weight_decay=0.05),
+}
+"""Adam's weight decay is large, so that a decoupled one would be seen."""
 MICRO, COUNT, STEPS = 8, 4, 3
 
 State = dict[str, torch.Tensor]
@@ -41,16 +49,17 @@ def _network(recipe: Any, trains: str) -> Any:
 
 
 def _train(
-    group: Group, zero: int, precision: str, trains: str, steps: range, start: tuple[State, State] | None
+    group: Group, setting: tuple[str, str, int, str], steps: range, start: tuple[State, State] | None
 ) -> tuple[State, State]:
     """Some optimizer steps with the engine; returns (plain state, optimizer state)."""
+    optimizer, trains, zero, precision = setting
     batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
     recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero, "precision": precision})
     network = _network(recipe, trains)
     if start is not None:
         load_state(network, start[0])
         refresh_masks(network)
-    engine = Engine(network, trained_parameters(network), PHASE, recipe, group)
+    engine = Engine(network, trained_parameters(network), PHASES[optimizer], recipe, group)
     if start is not None:
         engine.load_optimizer_state(start[1])
     statistics = BatchStatistics(network, group)
@@ -63,9 +72,9 @@ def _train(
         refresh_masks(network)
     statistics.close()
     state = {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
-    optimizer = engine.optimizer_state()
+    optimizer_state = engine.optimizer_state()
     engine.close()
-    return state, optimizer
+    return state, optimizer_state
 
 
 def _keep_input(seen: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any], None]:
@@ -75,12 +84,20 @@ def _keep_input(seen: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any], No
     return hook
 
 
-def _reference(trains: str) -> State:
+def _torch_optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    phase = PHASES[name]
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=phase.lr, weight_decay=phase.weight_decay)
+    return torch.optim.SGD(parameters, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
+
+
+@cache
+def _reference(trained_by: str, trains: str) -> State:
     """The same steps in plain PyTorch: mean loss over the micro-batches, statistics averaged over them."""
     recipe = small_recipe(Path("."))
     network = _network(recipe, trains)
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=PHASE.lr, momentum=PHASE.momentum, weight_decay=PHASE.weight_decay)
+    optimizer = _torch_optimizer(trained_by, parameters)
     layers = {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     buffers = {n: dict(m.named_buffers()) for n, m in layers.items()}
     running = {n: (b["running_mean"].clone(), b["running_var"].clone()) for n, b in buffers.items()}
@@ -107,34 +124,47 @@ def _reference(trains: str) -> State:
     return {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
 
 
-SETTINGS = [(t, z, p) for t in ("weights", "scores") for z in (0, 1, 2) for p in ("fp32", "bf16")]
+SETTINGS = [
+    *(("sgd", t, z, p) for t in ("weights", "scores") for z in (0, 1, 2) for p in ("fp32", "bf16")),
+    *(("adam", "weights", z, p) for z in (0, 1, 2) for p in ("fp32", "bf16")),
+    ("adam", "scores", 1, "fp32"),
+    ("no momentum", "weights", 1, "fp32"),
+]
+"""optimizer, what trains, ZeRO stage, precision"""
+MOVED = [("sgd", "weights"), ("sgd", "scores"), ("adam", "weights")]
+"""optimizer, what trains: continued elsewhere"""
 
 Trained = dict[Any, tuple[State, State]]
 
 
 def _straight(group: Group) -> Trained:
     """Three steps at every setting."""
-    return {(t, z, p): _train(group, z, p, t, range(STEPS), None) for t, z, p in SETTINGS}
+    return {setting: _train(group, setting, range(STEPS), None) for setting in SETTINGS}
 
 
 def _two_workers(group: Group) -> tuple[Trained, Trained, Trained]:
     """Three steps; two steps; and those two continued with the third in a new engine."""
-    cut = {(t, z, p): _train(group, z, p, t, range(2), None) for t, z, p in SETTINGS}
-    resumed = {(t, z, p): _train(group, z, p, t, range(2, STEPS), cut[t, z, p]) for t, z, p in SETTINGS}
+    cut = {setting: _train(group, setting, range(2), None) for setting in SETTINGS}
+    resumed = {setting: _train(group, setting, range(2, STEPS), start) for setting, start in cut.items()}
     return _straight(group), cut, resumed
 
 
-def _one_worker(group: Group, starts: dict[str, tuple[State, State]]) -> tuple[Trained, Trained]:
+def _one_worker(group: Group, starts: Trained) -> tuple[Trained, Trained]:
     """Three steps; and the third step of `starts`, which came from elsewhere, at every ZeRO stage."""
-    moved = {(t, z): _train(group, z, "fp32", t, range(2, STEPS), start) for t, start in starts.items() for z in (0, 1, 2)}
+    moved = {
+        (*how, zero): _train(group, (*how, zero, "fp32"), range(2, STEPS), start)
+        for how, start in starts.items()
+        for zero in (0, 1, 2)
+    }
     return _straight(group), moved
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Trained]:
     """Everything that needs processes, in one group of two and one of one: starting them is what takes time."""
-    two, cut, resumed = run_group(2, _two_workers)[0]
-    one, moved = run_group(1, _one_worker, {t: cut[t, 2, "fp32"] for t in ("weights", "scores")})[0]
+    two, cut, resumed = run_group(2, _two_workers, deadline_s=DEADLINE_S)[0]
+    starts = {how: cut[*how, 2, "fp32"] for how in MOVED}
+    one, moved = run_group(1, _one_worker, starts, deadline_s=DEADLINE_S)[0]
     return {"one": one, "two": two, "cut": cut, "resumed": resumed, "moved": moved}
 
 
@@ -147,17 +177,18 @@ def _assert_close(state: State, reference: State, setting: Any, relative: float,
 
 
 @pytest.mark.parametrize("workers", ["one", "two"])
-@pytest.mark.parametrize(("trains", "zero", "precision"), SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_steps_equal_plain_pytorch(
-    trained: dict[str, Trained], workers: str, trains: str, zero: int, precision: str
+    trained: dict[str, Trained], workers: str, setting: tuple[str, str, int, str]
 ) -> None:
-    state, _ = trained[workers][trains, zero, precision]
+    optimizer, trains, _, precision = setting
+    state, _ = trained[workers][setting]
     relative, absolute = (1e-4, 2e-6) if precision == "fp32" else (0.05, 0.05)
-    _assert_close(state, _reference(trains), (workers, trains, zero, precision), relative, absolute)
+    _assert_close(state, _reference(optimizer, trains), (workers, *setting), relative, absolute)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_resume_is_exact(trained: dict[str, Trained], setting: tuple[str, int, str]) -> None:
+def test_resume_is_exact(trained: dict[str, Trained], setting: tuple[str, str, int, str]) -> None:
     """Stopping after two steps and going on in a new engine equals going straight through, bit for bit."""
     for straight, resumed in zip(trained["two"][setting], trained["resumed"][setting], strict=True):
         assert straight.keys() == resumed.keys()
@@ -168,7 +199,28 @@ def test_resume_is_exact(trained: dict[str, Trained], setting: tuple[str, int, s
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-@pytest.mark.parametrize("trains", ["weights", "scores"])
-def test_state_moves_to_another_world_size_and_stage(trained: dict[str, Trained], trains: str, zero: int) -> None:
-    """Two workers at ZeRO 2 for two steps, then one worker at another stage: the third step agrees with plain PyTorch."""
-    _assert_close(trained["moved"][trains, zero][0], _reference(trains), (trains, zero), 1e-4, 2e-6)
+@pytest.mark.parametrize("how", MOVED)
+def test_state_moves_to_another_world_size_and_stage(
+    trained: dict[str, Trained], how: tuple[str, str], zero: int
+) -> None:
+    """Two workers at ZeRO 2 for two steps, then one worker at another stage: the third step is plain PyTorch's."""
+    _assert_close(trained["moved"][*how, zero][0], _reference(*how), (*how, zero), 1e-4, 2e-6)
+
+
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting[0] == "adam"])
+def test_adam_counts_its_steps(trained: dict[str, Trained], setting: tuple[str, str, int, str]) -> None:
+    """Bias correction is by the count of all steps, also of those before a resume."""
+    counts = {name: int(t) for name, t in trained["resumed"][setting][1].items() if name.endswith("/step")}
+    assert set(counts.values()) == {STEPS}
+    slots = {name.rsplit("/", 1)[1] for name in trained["resumed"][setting][1]}
+    assert slots == {"exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting[:2] == ("adam", "weights")])
+def test_adam_moves_in_pytorchs_direction(trained: dict[str, Trained], setting: tuple[str, str, int, str]) -> None:
+    """Its steps are short, so that in bf16 the way that they go says more than where they end."""
+    network = _network(small_recipe(Path(".")), "weights")
+    end, reference = trained["two"][setting][0], _reference("adam", "weights")
+    for name, start in trained_parameters(network).items():
+        ways = [(state[name] - start.detach()).flatten() for state in (end, reference)]
+        assert F.cosine_similarity(*ways, dim=0) > 0.9, name

@@ -17,12 +17,17 @@ from launch.__main__ import build_parser
 from pipeline.export import write_model
 from pipeline.models import build_network
 from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.recipe_sections import Model
 from pipeline.sparsity import effective_state
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEY_ROW = re.compile(r"^\| `([a-z0-9_.<>]+)` \| [^|]+ \| `?([^|]*?)`? \|", re.MULTILINE)
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPE_ROW = re.compile(
+    r"^\| \[`(\w+)`\]\(\.\./recipes/\1\.yaml\) \| `(\w+)` \| `(\w+)` \| `(\w+)` \| ([\d, ]+) % \|", re.MULTILINE
+)
 COMMAND = re.compile(r"python -m launch\b([^`\n]*)")
 REQUIRED = "required"
 
@@ -67,6 +72,27 @@ def test_documented_defaults_are_the_models_defaults():
     said = {key: default if default == REQUIRED else yaml.safe_load(default) for key, default in documented().items()}
     true = {key: list(value) if isinstance(value, tuple) else value for key, value in keys_of(Recipe).items()}
     assert said == true
+
+
+def test_the_table_of_recipes_is_true():
+    said = {row[0]: row[1:] for row in RECIPE_ROW.findall((ROOT / "docs" / "recipes.md").read_text())}
+    true = {}
+    for path in RECIPES:
+        recipe = load_recipe(path, [])
+        pruned = ", ".join(str(int(100 * (1 - keep))) for keep in recipe.sparsity.keep_fractions)
+        true[path.stem] = (recipe.data.dataset, recipe.model.arch, recipe.objective.name, pruned)
+    assert said == true
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_headers_of_recipes_quote_commands_that_parse(path: Path):
+    header = path.read_text().split("\nname: ")[0]
+    found = [shlex.split(arguments.rstrip(" )")) for arguments in COMMAND.findall(header)]
+    assert ["run", f"recipes/{path.name}"] in found
+    written = [build_parser().parse_args(arguments).out for arguments in found if arguments[:2] == ["data", "write"]]
+    recipe = load_recipe(path, [])
+    for part in ("train", "test"):
+        assert getattr(recipe.data, f"{part}_file") in [f"{out}/{part}.beton" for out in written] or not written
 
 
 def commands() -> list[tuple[str, str]]:
