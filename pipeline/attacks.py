@@ -103,6 +103,10 @@ class LinfBall:
         """Steepest ascent for this norm: step_size times the sign of the gradient."""
         return x_adv + step_size * grad.sign()
 
+    def confine(self, delta: Tensor) -> Tensor:
+        """The nearest difference from an image that the ball allows, whatever the image."""
+        return delta.clamp(-self.eps, self.eps)
+
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point in the ball and in [0, 1]; [0, 1] holds exactly, eps up to one float32 rounding (6e-8)."""
         return torch.clamp(x_adv, x - self.eps, x + self.eps).clamp_(0.0, 1.0)
@@ -126,15 +130,18 @@ class L2Ball:
         """Steepest ascent for this norm: step_size along the gradient's direction."""
         return x_adv + step_size * _unit(grad)
 
+    def confine(self, delta: Tensor) -> Tensor:
+        """The nearest difference from an image that the ball allows, whatever the image."""
+        norm = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        scale = (self.eps / norm.clamp_min(TINY)).clamp_max(1.0)
+        return _per_sample(scale, delta) * delta
+
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Back into the ball, then into [0, 1], which only brings it nearer to x.
 
         [0, 1] holds exactly, eps up to float32 rounding (relative 1e-6).
         """
-        delta = x_adv - x
-        norm = torch.linalg.vector_norm(delta.flatten(1), dim=1)
-        scale = (self.eps / norm.clamp_min(TINY)).clamp_max(1.0)
-        return (x + _per_sample(scale, x) * delta).clamp_(0.0, 1.0)
+        return (x + self.confine(x_adv - x)).clamp_(0.0, 1.0)
 
 
 Ball = LinfBall | L2Ball

@@ -28,6 +28,7 @@ from pipeline.objectives import COUNTS, Given, Objective
 from pipeline.phases import Stage
 from pipeline.progress import Progress, Window
 from pipeline.recipe import Recipe
+from pipeline.replays import carried_noise
 from pipeline.schedules import lr_at
 from pipeline.sparsity import named_state, refresh_masks
 
@@ -73,6 +74,8 @@ class Training:
     observe: Observer
     average: dict[str, torch.Tensor]
     """The moving average of what trains, for phases that have one; empty otherwise."""
+    noise: torch.Tensor | None
+    """The perturbation of this worker's micro-batches [local, micro_batch, ...], for objectives that carry one."""
     stop_requested: Callable[[], bool]
     """Asked at every step; what any worker answers, all do."""
 
@@ -85,6 +88,8 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
     }
     optimizer = training.engine.optimizer_state()
     carried = {name: tensor.detach().to("cpu", copy=True) for name, tensor in training.average.items()}
+    if training.noise is not None:
+        carried |= carried_noise(training.noise, training.group)
     for name, tensor in {**model, **optimizer, **carried}.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFinite(f"{training.stage.name}: {name} is not finite at step {progress.step}")
@@ -144,9 +149,11 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
             return engine.forward(fed)
 
         elapsed = step / progress.total_steps
-        given = Given(training.network, forward, images, labels, keys, engine.autocast, elapsed)
+        carried = None if training.noise is None else training.noise[index]
+        given = Given(training.network, forward, images, labels, keys, engine.autocast, elapsed, carried)
         outcome = training.objective(given)
         engine.backward(outcome.loss)
+        outcome.after_backward()
         counts = [outcome.loss.detach(), outcome.clean_correct, outcome.robust_correct, len(labels)]
         sums[:STOP] += torch.stack(
             [torch.as_tensor(0 if c is None else c, dtype=torch.float64, device=group.device) for c in counts]

@@ -26,7 +26,7 @@ class ThreatModel(Section):
         return self
 
 
-ATTACKING = ("pgd", "fgsm", "nfgsm", "trades", "smoothadv")
+ATTACKING = ("pgd", "fgsm", "nfgsm", "free", "trades", "smoothadv")
 """Objectives that craft adversarial examples."""
 SMOOTHING = ("noise", "stability", "smoothadv")
 """Objectives whose network is smoothed with Gaussian noise, and certified so."""
@@ -38,7 +38,18 @@ class Objective(Section):
     """The robust training technique."""
 
     name: Literal[
-        "clean", "pgd", "fgsm", "nfgsm", "trades", "noise", "stability", "smoothadv", "ibp", "crown_ibp", "mixtrain"
+        "clean",
+        "pgd",
+        "fgsm",
+        "nfgsm",
+        "free",
+        "trades",
+        "noise",
+        "stability",
+        "smoothadv",
+        "ibp",
+        "crown_ibp",
+        "mixtrain",
     ]
     steps: int = Field(default=1, ge=1)
     step_size: Pixels | None = None
@@ -46,6 +57,8 @@ class Objective(Section):
     """Share of the pretrain phase over which eps and step_size grow from zero, linearly; 0 is the whole eps at once."""
     beta: float = Field(default=6.0, gt=0)
     """Weight of the KL term of TRADES (Zhang et al. 2019, eq. 5: beta is their 1/lambda) and of stability training."""
+    replays: int = Field(default=4, ge=1)
+    """free: steps in a row that each batch is taken for (m in Shafahi et al. 2019); an epoch has m times as many."""
     noise_magnitude: float = Field(default=2.0, gt=0)
     """Largest noise per pixel of N-FGSM, in multiples of eps (k in de Jorge et al. 2022)."""
     sigma: Pixels | None = None
@@ -77,9 +90,14 @@ class Objective(Section):
         """How a network that was trained so is judged: the name of its evaluation's files."""
         return "certified" if self.name in SMOOTHING else "verified" if self.name in PROVING else "pgd"
 
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps in a row that are taken on the same images."""
+        return self.replays if self.name == "free" else 1
+
     @model_validator(mode="after")
     def _steps_fit(self) -> Objective:
-        if self.name in ("fgsm", "nfgsm") and self.steps != 1:
+        if self.name in ("fgsm", "nfgsm", "free") and self.steps != 1:
             raise ValueError(f"{self.name} takes one step, got steps={self.steps}; use name: pgd for more")
         if self.name in ATTACKING and self.step_size is None:
             raise ValueError(f"{self.name} needs step_size, for example 1/255")

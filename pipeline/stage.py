@@ -34,6 +34,7 @@ from pipeline.objectives import build_objective
 from pipeline.phases import Stage
 from pipeline.progress import Progress
 from pipeline.recipe_file import recipe_hash
+from pipeline.replays import own_noise, replayed, start_noise
 from pipeline.sparsity import (
     attach_scores,
     effective_state,
@@ -133,14 +134,17 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
     refresh_masks(network)
     engine = Engine(network, trained_parameters(network), stage.optimisation, recipe, group)
     average = start_average(network) if stage.optimisation.ema_decay is not None else {}
+    noise = start_noise(recipe, group) if stage.objective.name == "free" else None
     if own is not None:
         engine.load_optimizer_state(own.optimizer)
-        average = {name: tensor.to(group.device) for name, tensor in own.carried.items()}
+        average = {name: own.carried[name].to(group.device) for name in average}
+        noise = None if noise is None else own_noise(own.carried, group)
 
     loader = job.loader(recipe.data.train_file)
     train_ids, validation_ids = order.held_out(loader.num_samples, recipe.data.validation_images)
     train_ids = order.train_subset(train_ids, recipe.data.train_images)
-    per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
+    replays = stage.objective.steps_per_batch
+    per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step) * replays
     total = per_epoch * stage.optimisation.epochs
     progress = own.progress if own is not None else Progress(0, per_epoch, total)
     if (progress.steps_per_epoch, progress.total_steps) != (per_epoch, total):
@@ -165,7 +169,8 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
             tracker.sync()  # rows first: a checkpoint promises that those up to its step are on disk
             writer.submit(snapshot)
 
-    batches = loader.batches(_plan(job, stage, loader, train_ids, start, total))
+    batches = loader.batches(_plan(job, stage, loader, train_ids, start // replays, total // replays))
+    local = recipe.batch.micro_batches_per_step // group.world
     training = Training(
         stage=stage,
         recipe=recipe,
@@ -173,9 +178,10 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
         network=network,
         engine=engine,
         objective=build_objective(stage.objective, recipe.threat_model, stage.phase),
-        micro_batches=batches,
+        micro_batches=replayed(batches, local, replays, start) if replays > 1 else batches,
         rows=tracker,
         average=average,
+        noise=noise,
         validate=validation_of(job, network, average, loader, validation_ids),
         save=save,
         observe=job.observe,

@@ -8,6 +8,7 @@ from pipeline import recipe
 from pipeline.attacks import L2Ball, LinfBall, ball_of
 from pipeline.objectives.adversarial import adversarial_training, clean_training, nfgsm_training
 from pipeline.objectives.certified import certified_training
+from pipeline.objectives.free import free_training
 from pipeline.objectives.mixtrain import mixtrain_training
 from pipeline.objectives.outcome import Autocast, Forward, Given, Objective, Outcome
 from pipeline.objectives.smoothing import noise_training, smoothadv_training, stability_training
@@ -22,6 +23,7 @@ COUNTS = {
     "pgd": (False, True),
     "fgsm": (False, True),
     "nfgsm": (False, True),
+    "free": (False, True),
     "trades": (True, True),
     "noise": (False, True),
     "stability": (True, True),
@@ -72,6 +74,8 @@ def _with_attack(objective: recipe.Objective, threat_model: recipe.ThreatModel, 
     if objective.name == "nfgsm":
         assert isinstance(ball, LinfBall), threat_model.norm
         return nfgsm_training(ball, step_size, objective.noise_magnitude)
+    if objective.name == "free":
+        return free_training(ball, step_size)
     if objective.name == "smoothadv":
         assert isinstance(ball, L2Ball), threat_model.norm
         return smoothadv_training(ball, objective.steps, step_size, _sigma(objective), objective.noise_samples)

@@ -16,6 +16,10 @@ Autocast = Callable[[], AbstractContextManager[object]]
 Forward = Callable[[Tensor], Tensor]
 
 
+def nothing_left() -> None:
+    """Most objectives are done when they return."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The loss of a micro-batch, a float32 scalar with its graph, and counts of correct predictions, scalar int64.
@@ -26,6 +30,9 @@ class Outcome:
     loss: Tensor
     clean_correct: Tensor | None
     robust_correct: Tensor | None
+    after_backward: Callable[[], None] = nothing_left
+    """Called right after the loss's backward, before the parameters move: for what needs the gradient that this one
+    backward leaves at tensors of the objective's own."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class Given:
     autocast: Autocast = nullcontext
     elapsed: float = 0.0
     """Share of the phase's steps that are done, in [0, 1): what schedules of eps and of mixing go by."""
+    noise: Tensor | None = None
+    """Perturbation [n, ...] float32 of this micro-batch's places in the step, 0 when a stage begins; what is written
+    to it is there again in the next step. For objectives that carry one; None for the others."""
 
 
 class Objective(Protocol):

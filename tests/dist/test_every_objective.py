@@ -23,7 +23,8 @@ from tests.small_recipe import small_recipe
 
 pytestmark = pytest.mark.timeout(900)
 STOPS = (2, 5, 9)
-"""Steps after which the run is stopped: amid an epoch of each phase. A phase has 4, an epoch 2."""
+"""Steps after which the run is stopped: amid an epoch of each phase. A phase has 4, an epoch 2. With free they are
+twice as many, and the last two stops fall between the replays of a batch."""
 ATTACK = {"steps": 2, "step_size": "1/15"}
 LINF, L2 = {"norm": "linf", "eps": "1/10"}, {"norm": "l2", "eps": "1/4"}
 AVERAGED = {phase: {"ema_decay": 0.9} for phase in ("pretrain", "prune", "finetune")}
@@ -31,6 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pgd, averaged": {"objective": {"name": "pgd", **ATTACK}, "phases": AVERAGED},
     "fgsm, eps warm-up": {"objective": {"name": "fgsm", "steps": 1, "step_size": "1/10", "eps_warmup": 0.7}},
     "nfgsm": {"objective": {"name": "nfgsm", "steps": 1, "step_size": "1/10"}},
+    "free, averaged": {
+        "objective": {"name": "free", "steps": 1, "step_size": "1/10", "replays": 2},
+        "phases": AVERAGED,
+    },
     "trades, global": {"objective": {"name": "trades", **ATTACK}, "sparsity": {"allocation": "global"}},
     "noise": {"objective": {"name": "noise", "sigma": "1/4"}, "threat_model": L2},
     "stability, erk": {
@@ -55,6 +60,7 @@ TINY = [
     "data.validation_images=20",
     "data.train_images=16",
     "batch={batch_per_step: 8, micro_batch: 4}",
+    "objective.replays=2",
     "model.num_classes=10",
     "sparsity.keep_fractions=[0.1]",
     "workers={count: 1, device: cpu}",
@@ -63,7 +69,7 @@ TINY = [
     "evaluation.n=20",
     "tracking.wandb=disabled",
 ]
-"""What makes a shipped recipe take two steps of each phase on a few images."""
+"""What makes a shipped recipe take two steps of each phase on a few images; with replays, two batches."""
 
 
 def shipped(data: Path, path: Path) -> Recipe:
@@ -158,7 +164,8 @@ def test_stopped_and_resumed_equals_straight(runs: Path, fashion_data: Path, nam
 def test_every_shipped_recipe_takes_two_steps_of_each_phase(runs: Path, fashion_data: Path, path: Path) -> None:
     for stage in stages_of(shipped(fashion_data, path)):
         folder = runs / path.stem / stage.name
-        assert read_json(folder / "result.json")["steps"] == 2 * stage.optimisation.epochs
+        steps = 2 * stage.objective.steps_per_batch * stage.optimisation.epochs
+        assert read_json(folder / "result.json")["steps"] == steps
         assert stage.measure is None or read_json(evaluation_path(folder, stage.measure))["images"] == 8
 
 

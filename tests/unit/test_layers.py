@@ -20,14 +20,14 @@ disk files phases committed stopping
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
 models.ra_resnet models.from_torchvision models.network models masks allocation sparsity averaging attacks
 bounds.operations bounds.layers bounds.graph bounds.propagation bounds
-objectives.outcome objectives.adversarial objectives.trades objectives.smoothing objectives.certified
+objectives.outcome objectives.adversarial objectives.free objectives.trades objectives.smoothing objectives.certified
 objectives.mixtrain objectives
 data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
 evaluate.certify evaluate.verified group evaluate.chunks engine batch_statistics
-loop job health evaluation stage
+replays loop job health evaluation stage
 results figures report
 worker driver
 """

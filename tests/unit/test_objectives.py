@@ -22,14 +22,16 @@ from pipeline.recipe_objective import Objective as ObjectiveRecipe
 from pipeline.recipe_objective import ThreatModel
 from pipeline.recipe_sections import Model
 
-NAMES = ["clean", "pgd", "fgsm", "nfgsm", "trades", "noise", "stability", "smoothadv"]
+NAMES = ["clean", "pgd", "fgsm", "nfgsm", "free", "trades", "noise", "stability", "smoothadv"]
 SMOOTHING = NAMES[-3:]
 X, Y = torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(8)
 KEYS = torch.from_numpy(keys.sample_keys(np.arange(8), 0, "attack").view(np.int64))
+NOISE = 0.2 * torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(2)) - 0.1
+"""What an objective that carries noise finds."""
 
 
 def objective_named(name: str, norm: str = "linf", phase: str = "pretrain", **values: Any) -> Objective:
-    steps = 1 if name in ("clean", "fgsm", "nfgsm") else 3
+    steps = 1 if name in ("clean", "fgsm", "nfgsm", "free") else 3
     spec = {"name": name, "steps": steps, "step_size": "1/20", "sigma": "1/4", "noise_samples": 2, **values}
     norm = "l2" if name in SMOOTHING else norm
     threat_model = ThreatModel.model_validate({"norm": norm, "eps": "1/10"})
@@ -60,7 +62,7 @@ class Recorder:
 
 def run(objective: Objective, network: nn.Module, elapsed: float = 0.0) -> tuple[Outcome, Recorder]:
     forward = Recorder(network)
-    return objective(Given(network, forward, X, Y, KEYS, elapsed=elapsed)), forward
+    return objective(Given(network, forward, X, Y, KEYS, elapsed=elapsed, noise=NOISE.clone())), forward
 
 
 def count(logits: Tensor) -> int:
@@ -121,6 +123,47 @@ def test_nfgsm_steps_from_noise_and_leaves_the_ball() -> None:
     reach = (forward.fed[0] - X).abs()
     assert 0.19 < float(reach.max()) <= 1.5 * 0.1 + 0.05 + 1e-6
     assert outcome.loss.item() == pytest.approx(F.cross_entropy(forward.logits[0], labels).item())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_free_training_moves_its_noise_by_the_gradient_of_the_one_backward(norm: str) -> None:
+    """On a linear network the gradient is known: (p - onehot(y)) W / n, and none where the sum leaves [0, 1]."""
+    network, weight = linear_network(classes=10)
+    carried, forward = NOISE.clone(), Recorder(network)
+    outcome = objective_named("free", norm)(Given(network, forward, X, Y, KEYS, noise=carried))
+    (fed,) = forward.fed
+    assert torch.equal(fed, (X + NOISE).clip(0, 1))
+    assert outcome.loss.item() == pytest.approx(cross_entropy_by_hand(forward.logits[0]), rel=1e-5)
+    outcome.loss.backward()
+    assert torch.equal(carried, NOISE), "it moves after the backward"
+    outcome.after_backward()
+
+    off = (forward.logits[0].detach().double().softmax(dim=1) - F.one_hot(Y, 10)) / len(X)
+    inside = (X + NOISE >= 0) & (X + NOISE <= 1)
+    grad = (off @ weight.double()).view_as(X) * inside
+    assert 0 < int((~inside).sum()) < inside.numel() / 2
+    if norm == "linf":
+        expected = (NOISE.double() + 0.05 * grad.sign()).clip(-0.1, 0.1)
+    else:
+        moved = NOISE.double() + 0.05 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        length = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        assert float(length.min()) > 0.1
+        expected = moved * 0.1 / length
+    torch.testing.assert_close(carried.double(), expected, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is not None for parameter in network.parameters()), "the same backward trains"
+
+
+def test_the_noise_of_free_training_warms_up_with_eps() -> None:
+    network, weight = linear_network(classes=2)
+    objective, labels = objective_named("free", eps_warmup=0.5), Y % 2
+    ascent = (weight[1] - weight[0]).sign().view_as(X[0]) * torch.where(labels == 0, 1, -1).view(-1, 1, 1, 1)
+    for elapsed, strength in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0)):
+        carried, forward = torch.full_like(X, 0.02), Recorder(network)
+        outcome = objective(Given(network, forward, X * 0.9, labels, KEYS, elapsed=elapsed, noise=carried))
+        outcome.loss.backward()
+        outcome.after_backward()
+        expected = (0.02 + 0.05 * strength * ascent).clip(-0.1 * strength, 0.1 * strength)
+        torch.testing.assert_close(carried, expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["pgd", "fgsm", "nfgsm", "trades", "smoothadv"])
@@ -209,12 +252,12 @@ def test_the_noise_is_a_function_of_the_keys(name: str) -> None:
     def fed(some_keys: Tensor) -> Tensor:
         network = scored_network()
         forward = Recorder(network)
-        objective_named(name)(Given(network, forward, X, Y, some_keys))
+        objective_named(name)(Given(network, forward, X, Y, some_keys, noise=NOISE.clone()))
         return forward.fed[-1]
 
     first = fed(KEYS)
     assert torch.equal(first, fed(KEYS))
-    assert torch.equal(first, fed(KEYS + 1)) == (name == "clean")
+    assert torch.equal(first, fed(KEYS + 1)) == (name in ("clean", "free"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,7 +274,7 @@ def test_under_autocast_losses_are_float32_and_near(name: str) -> None:
         dtypes.append(logits.dtype)
         return logits
 
-    outcome = objective_named(name)(Given(network, forward, X, Y, KEYS, autocast))
+    outcome = objective_named(name)(Given(network, forward, X, Y, KEYS, autocast, noise=NOISE.clone()))
     assert set(dtypes) == {torch.bfloat16}
     assert outcome.loss.dtype == torch.float32
     outcome.loss.backward()
