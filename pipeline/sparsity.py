@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pipeline.allocation import erdos_renyi_kernel, global_masks, layer_masks, total_kept, uniform
+from pipeline.allocation import Deal, deal_of
 from pipeline.masks import scaled_scores
 from pipeline.models.network import Network
 from pipeline.recipe_sections import Allocation
@@ -28,11 +28,10 @@ from pipeline.recipe_sections import Allocation
 MASKABLE = (nn.Conv2d, nn.Linear)
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
-COUNTS = {"uniform": uniform, "erk": erdos_renyi_kernel}
-"""Allocations that depend on shapes alone -> connections per layer."""
-
 _ORIGINAL = "parametrizations.weight.original"
 _SCORE = "parametrizations.weight.0.score"
+_DEAL = "_deal"
+"""Attribute of the backbone: the Deal that makes all its masks."""
 
 
 class LayerCount(TypedDict):
@@ -63,17 +62,13 @@ class _StraightThrough(torch.autograd.Function):
 class Masked(nn.Module):
     """Parametrization of a weight: `score` (a parameter of the weight's shape) and the bool `mask` made from it.
 
-    The mask is no part of the state dict, because the scores and the keep_fraction say all of it.
+    The mask is no part of the state dict, because the scores and what deals them say all of it.
     """
 
     mask: Tensor
 
-    def __init__(self, score: Tensor, kept: int | None, budget: int) -> None:
+    def __init__(self, score: Tensor) -> None:
         super().__init__()
-        self.kept = kept
-        """Connections of this layer; None if all layers share one budget by their scores."""
-        self.budget = budget
-        """Connections of the whole network."""
         self.score = nn.Parameter(score)
         self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
@@ -139,18 +134,15 @@ def attach_scores(network: nn.Module, keep_fraction: Decimal, allocation: Alloca
     if has_scores(network):
         raise ValueError("the network has scores already; attach them once")
     shapes = {name: _original(layer).shape for name, layer in layers.items()}
-    counts: Mapping[str, int | None] = dict.fromkeys(shapes)
-    if allocation != "global":
-        counts = COUNTS[allocation](shapes, keep_fraction)
-    budget = sum(count or 0 for count in counts.values()) or total_kept(shapes, keep_fraction)
     for name, layer in layers.items():
         try:
             score = scaled_scores(_original(layer))
         except ValueError as error:
             raise ValueError(f"{name}: {error}; start from a trained network") from None
-        masked = Masked(score, counts[name], budget)
+        masked = Masked(score)
         masked.train(layer.training)
         parametrize.register_parametrization(layer, "weight", masked)
+    setattr(_root(network), _DEAL, deal_of(shapes, keep_fraction, allocation))
     refresh_masks(network)
 
 
@@ -161,10 +153,10 @@ def refresh_masks(network: nn.Module) -> None:
     Errors: ValueError naming the weight whose scores are NaN.
     """
     masked = _masked(network)
-    scores = {name: entry.score for name, entry in masked.items()}
-    counts = {name: entry.kept for name, entry in masked.items() if entry.kept is not None}
-    budget = next((entry.budget for entry in masked.values()), 0)
-    masks = global_masks(scores, budget) if masked and not counts else layer_masks(scores, counts)
+    if not masked:
+        return
+    deal: Deal = getattr(_root(network), _DEAL)
+    masks = deal({name: entry.score for name, entry in masked.items()})
     for name, entry in masked.items():
         entry.mask.copy_(masks[name])
 
