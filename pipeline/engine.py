@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -54,6 +55,13 @@ def prepare_deepspeed(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What DeepSpeed opens around its own forward, for a forward that bypasses it."""
+    if recipe.engine.precision == "bf16":
+        return partial(torch.autocast, device.type, torch.bfloat16)
+    return nullcontext
+
+
 class Engine:
     """One phase's DeepSpeed engine.
 
@@ -79,17 +87,13 @@ class Engine:
         if recipe.engine.zero_stage > 0:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
             self._zero = self._engine.optimizer
-        self._device_type = group.device.type
-        self._bf16 = recipe.engine.precision == "bf16"
+        self.autocast = autocast_of(recipe, group.device)
+        """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
 
     @property
     def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The update's forward; gradients flow to what trains. Attacks use the bare network instead."""
         return self._engine
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
-        return torch.autocast(self._device_type, torch.bfloat16) if self._bf16 else nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.allocation import Deal, deal_of
-from pipeline.masks import scaled_scores
 from pipeline.models.network import Network
 from pipeline.recipe_sections import Allocation
+from pipeline.score_init import FirstScore, scaled
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -121,12 +121,14 @@ def has_scores(network: nn.Module) -> bool:
     return bool(_masked(network))
 
 
-def attach_scores(network: nn.Module, keep_fraction: Decimal, allocation: Allocation = "uniform") -> None:
-    """Give every maskable weight its scores, at the scaled initialisation, and the mask that they make.
+def attach_scores(
+    network: nn.Module, keep_fraction: Decimal, allocation: Allocation = "uniform", first: FirstScore = scaled
+) -> None:
+    """Give every maskable weight its scores, as `first` says, and the mask that they make.
 
     `allocation` deals the connections to layers: the same fraction of each (the paper), ERK, or by rank among the
-    scores of all layers. Errors: ValueError when there is nothing to mask, when scores are there already, or naming an
-    all-zero weight.
+    scores of all layers. Errors: ValueError when there is nothing to mask, when scores are there already, or those of
+    `first`.
     """
     layers = maskable(network)
     if not layers:
@@ -135,11 +137,7 @@ def attach_scores(network: nn.Module, keep_fraction: Decimal, allocation: Alloca
         raise ValueError("the network has scores already; attach them once")
     shapes = {name: _original(layer).shape for name, layer in layers.items()}
     for name, layer in layers.items():
-        try:
-            score = scaled_scores(_original(layer))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}; start from a trained network") from None
-        masked = Masked(score)
+        masked = Masked(first(name, _original(layer)))
         masked.train(layer.training)
         parametrize.register_parametrization(layer, "weight", masked)
     setattr(_root(network), _DEAL, deal_of(shapes, keep_fraction, allocation))

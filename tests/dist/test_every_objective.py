@@ -87,7 +87,7 @@ def variant(data: Path, name: str) -> Recipe:
         phases=phases,
         objective=chosen.get("objective", {"name": "pgd", **ATTACK}),
         threat_model=chosen.get("threat_model", LINF),
-        sparsity={"magnitude_baseline": "none", **chosen.get("sparsity", {})},
+        sparsity={"baselines": [], **chosen.get("sparsity", {})},
         data={"train_images": 128, "validation_images": 50},
         evaluation={"images": 40, "chunk": 20, "n0": 10, "n": 50, "noise_batch": 50},
         tracking={"log_every_steps": 1},
