@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_objective import Objective
-from pipeline.recipe_sections import Baseline, Phase
+from pipeline.recipe_sections import Baseline, Phase, ScoreInit
 
 PhaseName = Literal["pretrain", "prune", "finetune"] | Baseline
-ScoresFrom = Literal["none", "source", "scaled", "random", "snip"]
+ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
 BASELINE_SCORES: dict[Baseline, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
 
 
@@ -69,8 +69,9 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     for keep in sparsity.keep_fractions:
         folder = f"keep-{canonical_decimal(keep)}"
         from_dense = {"keep_fraction": keep, "starts_from": "pretrain"}
-        learns = {"trains": "scores", "scores_from": "scaled", "measure": measure if phases.finetune is None else None}
-        prune = stage(f"{folder}/prune", "prune", phases.prune, dense, **learns, **from_dense)
+        learns = {"trains": "scores", "scores_from": sparsity.score_init}
+        search = measure if phases.finetune is None else None
+        prune = stage(f"{folder}/prune", "prune", phases.prune, dense, measure=search, **learns, **from_dense)
         stages.append(prune)
         if phases.finetune is None:
             continue

@@ -109,6 +109,7 @@ class Phases(Section):
 
 Allocation = Literal["uniform", "erk", "global"]
 Baseline = Literal["magnitude", "random", "snip"]
+ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
 
 
 class Sparsity(Section):
@@ -118,6 +119,8 @@ class Sparsity(Section):
     allocation: Allocation = "uniform"
     """How connections are dealt to layers: the same fraction of each (the paper), Erdos-Renyi-kernel densities (Evci et
     al. 2020), or by rank among the scores of all layers, so that the prune phase learns the allocation too."""
+    score_init: ScoreInit = "scaled"
+    """Where the prune phase's scores start: scaled from the weights (the paper), or drawn."""
     baselines: tuple[Baseline, ...] = ("magnitude",)
     """What HYDRA is compared with: the dense network finetuned under a mask that nobody learnt."""
     baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"

@@ -43,17 +43,38 @@ def zero(name: str, weight: Tensor) -> Tensor:
     return torch.zeros_like(weight, requires_grad=False)
 
 
-def random(seed: int) -> FirstScore:
-    """|score| uniform in [0, 1): every connection of a layer, and of the network, is as likely to be kept."""
+def _symmetric(keys: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
+    """Uniform in [-1, 1)."""
+    return 2.0 * uniforms(keys, count) - 1.0
+
+
+def _normal(keys: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
+    """Standard normal (Box and Muller 1958)."""
+    first, second = np.split(uniforms(keys, 2 * count), 2, axis=1)
+    return np.sqrt(-2.0 * np.log1p(-first)) * np.cos(2.0 * math.pi * second)
+
+
+DRAWS = {
+    "random": (_symmetric, lambda fan_in, fan_out: 1.0),
+    "kaiming_uniform": (_symmetric, lambda fan_in, fan_out: math.sqrt(6 / fan_in)),
+    "kaiming_normal": (_normal, lambda fan_in, fan_out: math.sqrt(2 / fan_in)),
+    "xavier_uniform": (_symmetric, lambda fan_in, fan_out: math.sqrt(12 / (fan_in + fan_out))),
+    "xavier_normal": (_normal, lambda fan_in, fan_out: math.sqrt(4 / (fan_in + fan_out))),
+}
+"""Kind -> what is drawn and what it is multiplied by: He et al. 2015 and Glorot and Bengio 2010, these with the gain of
+ReLU, sqrt(2), as HYDRA's reference has them. `random` ranks any connection of a network as likely first as another."""
+
+
+def drawn(kind: str, seed: int) -> FirstScore:
+    """Scores of one of DRAWS."""
+    draw, scale_of = DRAWS[kind]
 
     def first(name: str, weight: Tensor) -> Tensor:
-        return _drawn(name, weight, seed, "random", _symmetric)
+        field = weight[0, 0].numel()
+        scale = scale_of(weight.shape[1] * field, weight.shape[0] * field)
+        return _drawn(name, weight, seed, kind, draw, scale)
 
     return first
-
-
-def _symmetric(keys: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
-    return 2.0 * uniforms(keys, count) - 1.0
 
 
 def _drawn(
@@ -62,7 +83,7 @@ def _drawn(
     seed: int,
     kind: str,
     draw: Callable[[NDArray[np.uint64], int], NDArray[np.float64]],
-    scale: float = 1.0,
+    scale: float,
 ) -> Tensor:
     """A number per connection: one stream per output of the layer."""
     outputs, inputs = weight.shape[0], weight[0].numel()

@@ -34,7 +34,7 @@ from pipeline.objectives import build_objective
 from pipeline.phases import Stage
 from pipeline.progress import Progress
 from pipeline.recipe_file import recipe_hash
-from pipeline.score_init import FirstScore, random, scaled, zero
+from pipeline.score_init import FirstScore, drawn, scaled, zero
 from pipeline.snip import connection_sensitivity
 from pipeline.sparsity import (
     attach_scores,
@@ -130,11 +130,10 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
 def _first_scores(job: Job, stage: Stage, network: Network) -> FirstScore:
     """Where a stage's own scores begin; a checkpoint of it has them. SNIP looks at the images of the first step."""
     recipe, group = job.recipe, job.group
-    if stage.scores_from == "random":
-        return random(recipe.seed)
     if stage.scores_from == "scaled":
         return scaled
-    assert stage.scores_from == "snip", stage.scores_from
+    if stage.scores_from != "snip":
+        return drawn(stage.scores_from, recipe.seed)
     loader = job.loader(recipe.data.train_file)
     train_ids, _ = order.held_out(loader.num_samples, recipe.data.validation_images)
     train_ids = order.train_subset(train_ids, recipe.data.train_images)

@@ -85,6 +85,12 @@ def test_baselines_differ_in_their_scores_alone() -> None:
     assert (first.trains, first.starts_from, first.measure) == ("weights", "pretrain", "pgd")
 
 
+def test_drawn_scores_are_for_the_prune_phase_alone() -> None:
+    stages = by_name(recipe_with("sparsity.score_init=xavier_normal"))
+    assert stages["keep-0.1/prune"].scores_from == "xavier_normal"
+    assert stages["keep-0.1/magnitude"].scores_from == "scaled"
+
+
 def test_no_baseline() -> None:
     names = list(by_name(recipe_with("sparsity.baselines=[]")))
     assert names == ["pretrain", *(f"keep-{k}/{kind}" for k in ("0.1", "0.01") for kind in ("prune", "finetune"))]
