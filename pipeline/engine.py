@@ -62,6 +62,11 @@ def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractCo
     return nullcontext
 
 
+def _weight_decay(name: str, phase: Phase, recipe: Recipe) -> float:
+    own = recipe.sparsity.score_weight_decay
+    return own if name.startswith("score/") and own is not None else phase.weight_decay
+
+
 class Engine:
     """One phase's DeepSpeed engine.
 
@@ -72,8 +77,13 @@ class Engine:
         self, network: nn.Module, parameters: dict[str, nn.Parameter], phase: Phase, recipe: Recipe, group: Group
     ) -> None:
         self._parameters = parameters
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            groups.setdefault(_weight_decay(name, phase, recipe), []).append(parameter)
         optimizer = torch.optim.SGD(
-            list(parameters.values()), lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay
+            [{"params": members, "weight_decay": decay} for decay, members in groups.items()],
+            lr=phase.lr,
+            momentum=phase.momentum,
         )
         self._engine, *_ = deepspeed.initialize(
             model=network,

@@ -109,6 +109,7 @@ class Phases(Section):
 
 Allocation = Literal["uniform", "erk", "global"]
 Baseline = Literal["magnitude", "random", "snip"]
+BatchNormMode = Literal["trained", "frozen"]
 ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
 
 
@@ -121,6 +122,10 @@ class Sparsity(Section):
     al. 2020), or by rank among the scores of all layers, so that the prune phase learns the allocation too."""
     score_init: ScoreInit = "scaled"
     """Where the prune phase's scores start: scaled from the weights (the paper), or drawn."""
+    score_weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of the scores; null: that of the prune phase, as in the reference."""
+    batchnorm: BatchNormMode = "trained"
+    """What BatchNorm does in the prune phase: learn and gather statistics, or stay as the dense network has it."""
     baselines: tuple[Baseline, ...] = ("magnitude",)
     """What HYDRA is compared with: the dense network finetuned under a mask that nobody learnt."""
     baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"

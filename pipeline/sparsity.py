@@ -18,11 +18,12 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from pipeline.allocation import Deal, deal_of
 from pipeline.models.network import Network
-from pipeline.recipe_sections import Allocation
+from pipeline.recipe_sections import Allocation, BatchNormMode
 from pipeline.score_init import FirstScore, scaled
 
 MASKABLE = (nn.Conv2d, nn.Linear)
@@ -159,11 +160,14 @@ def refresh_masks(network: nn.Module) -> None:
         entry.mask.copy_(masks[name])
 
 
-def train_only(network: nn.Module, what: Literal["weights", "scores"]) -> None:
-    """Set requires_grad for a phase.
+def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm: BatchNormMode = "trained") -> None:
+    """Set requires_grad for a phase, of a network in training mode.
 
     weights: every weight, bias and normalisation parameter trains, scores are frozen (pretrain, finetune).
     scores: the scores and the affine parameters of normalisation layers train, all else is frozen (prune).
+    scores, with BatchNorm frozen: its affine parameters do not train either, and it is put in eval mode, so that it
+    normalises by its running statistics, which stay. (The reference's --freeze-bn freezes the affine parameters only:
+    its training forwards go on normalising by the batch, and updating the running statistics.)
     Errors: ValueError for "scores" on a network that has none.
     """
     masked = _masked(network)
@@ -173,7 +177,9 @@ def train_only(network: nn.Module, what: Literal["weights", "scores"]) -> None:
         parameter.requires_grad_(what == "weights")
     if what == "scores":
         for module in network.modules():
-            if isinstance(module, NORMALISATION):
+            if isinstance(module, _BatchNorm) and batchnorm == "frozen":
+                module.eval()
+            elif isinstance(module, NORMALISATION):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(True)
     for entry in masked.values():

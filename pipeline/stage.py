@@ -148,8 +148,8 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
     recipe, group, folder = job.recipe, job.group, job.folder(stage)
     network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
     own, start = _starting_point(job, stage, network, own)
-    network.to(group.device)
-    train_only(network, stage.trains)
+    network.to(group.device).train()
+    train_only(network, stage.trains, recipe.sparsity.batchnorm)
     refresh_masks(network)
     engine = Engine(network, trained_parameters(network), stage.optimisation, recipe, group)
     average = start_average(network) if stage.optimisation.ema_decay is not None else {}

@@ -117,6 +117,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["phases.finetune=null"], "phases.finetune is null; set sparsity.baselines=[]"),
         (["sparsity.baselines=[magnitude, magnitude]"], "name one twice; drop the duplicate"),
         (["sparsity.baselines=magnitude"], "expected a list; write [magnitude]"),
+        (["sparsity.score_weight_decay=-1"], "score_weight_decay = -1: Input should be greater than or equal to 0"),
         (["sparsity.baselines=[grasp]"], "Input should be 'magnitude', 'random' or 'snip'"),
         (["threat_model.eps=4"], "eps 4 lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"),
         (["threat_model.eps=0"], "eps 0 must be positive; use objective.name=clean"),
