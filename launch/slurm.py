@@ -1,6 +1,6 @@
 """Runs on SLURM: what is left of a run becomes jobs, submitted through submitit. Needs no torch: a login node does it.
 
-    pretrain  ->  one array: per sparsity prune + finetune, and the magnitude baseline  ->  report
+    pretrain  ->  one array: per sparsity prune + finetune, and each baseline  ->  report
 
 The submitted objects are a few strings (`allocation.Share`); everything else a job reads is in the run directory.
 jobs.json there says which job does what.
@@ -49,7 +49,7 @@ def groups_of(recipe: Recipe) -> dict[str, list[Stage]]:
     groups: dict[str, list[Stage]] = {}
     for stage in stages_of(recipe):
         keep = stage.name.partition("/")[0]
-        groups.setdefault(f"{keep}-magnitude" if stage.phase == "magnitude" else keep, []).append(stage)
+        groups.setdefault(f"{keep}-{stage.phase}" if stage.is_baseline else keep, []).append(stage)
     return groups
 
 

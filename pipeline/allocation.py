@@ -1,4 +1,4 @@
-"""How a budget of connections is dealt to layers: pure functions of shapes and, where it is global, of scores.
+"""How a budget of connections is dealt to layers: from scores to masks, by pure functions of shapes and scores.
 
 Every allocation keeps at least one connection of each layer, so that signal can pass, and an exact total.
 """
@@ -6,14 +6,27 @@ Every allocation keeps at least one connection of each layer, so that signal can
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipeline.masks import kept_count, topk_mask
+from pipeline.recipe_sections import Allocation
+
+Deal = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Scores of every layer -> bool masks of the same shapes. Errors: ValueError for NaN, naming the layer."""
+
+
+def deal_of(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocation: Allocation) -> Deal:
+    """What makes the masks of a network whose weights have `shapes`, by an allocation's rule."""
+    if allocation == "global":
+        return partial(global_masks, budget=total_kept(shapes, keep_fraction))
+    counts = uniform if allocation == "uniform" else erdos_renyi_kernel
+    return partial(layer_masks, counts=counts(shapes, keep_fraction))
 
 
 def uniform(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:

@@ -18,11 +18,12 @@ from pipeline.group import Group
 
 
 class BatchStatistics:
-    """Owns the running statistics of every BatchNorm of a network while a phase trains."""
+    """Owns the running statistics of every BatchNorm of a network that is in training mode, while a phase trains."""
 
     def __init__(self, network: nn.Module, group: Group) -> None:
         self._group = group
-        self._layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training]
+        self._layers = [layer for layer in layers if layer.track_running_stats]
         self._momenta: list[float] = []
         self._caught: list[list[torch.Tensor]] = [[] for _ in self._layers]
         self._running = [self._read(m) for m in self._layers]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -57,11 +58,21 @@ def prepare_deepspeed(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def build_optimizer(parameters: list[nn.Parameter], phase: Phase) -> torch.optim.Optimizer:
-    """SGD or Adam, as the phase says. Weight decay is added to the gradient in both: Adam's is not decoupled."""
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], phase: Phase, score_weight_decay: float | None = None
+) -> torch.optim.Optimizer:
+    """SGD or Adam, as the phase says. Weight decay is added to the gradient in both: Adam's is not decoupled.
+
+    Scores have a group of their own if `score_weight_decay` is another than the phase's.
+    """
+    decays: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        own = score_weight_decay if name.startswith("score/") else None
+        decays.setdefault(phase.weight_decay if own is None else own, []).append(parameter)
+    groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
     if phase.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=phase.lr, betas=BETAS, eps=EPSILON, weight_decay=phase.weight_decay)
-    return torch.optim.SGD(parameters, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
+        return torch.optim.Adam(groups, lr=phase.lr, betas=BETAS, eps=EPSILON)
+    return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum)
 
 
 def slots_of(phase: Phase) -> tuple[str, ...]:
@@ -69,6 +80,13 @@ def slots_of(phase: Phase) -> tuple[str, ...]:
     if phase.optimizer == "adam":
         return "exp_avg", "exp_avg_sq"
     return ("momentum_buffer",) if phase.momentum else ()
+
+
+def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What DeepSpeed opens around its own forward, for a forward that bypasses it."""
+    if recipe.engine.precision == "bf16":
+        return partial(torch.autocast, device.type, torch.bfloat16)
+    return nullcontext
 
 
 class Engine:
@@ -81,7 +99,7 @@ class Engine:
         self, network: nn.Module, parameters: dict[str, nn.Parameter], phase: Phase, recipe: Recipe, group: Group
     ) -> None:
         self._parameters = parameters
-        optimizer = build_optimizer(list(parameters.values()), phase)
+        optimizer = build_optimizer(parameters, phase, recipe.sparsity.score_weight_decay)
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
@@ -96,17 +114,13 @@ class Engine:
         if recipe.engine.zero_stage > 0:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
             self._zero = self._engine.optimizer
-        self._device_type = group.device.type
-        self._bf16 = recipe.engine.precision == "bf16"
+        self.autocast = autocast_of(recipe, group.device)
+        """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
 
     @property
     def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The update's forward; gradients flow to what trains. Attacks use the bare network instead."""
         return self._engine
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
-        return torch.autocast(self._device_type, torch.bfloat16) if self._bf16 else nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)

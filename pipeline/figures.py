@@ -6,7 +6,7 @@ import math
 from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,12 +15,25 @@ from matplotlib.ticker import NullLocator
 
 from pipeline.results import CertifiedCurves, Network, Run, attack_text, claim
 
-COLOURS = {"dense": "#444444", "HYDRA": "#0072B2", "magnitude": "#D55E00"}
+COLOURS = {"dense": "#444444", "HYDRA": "#0072B2", "magnitude": "#D55E00", "random": "#009E73", "SNIP": "#CC79A7"}
 """From Okabe and Ito's palette: told apart with any colour vision."""
-MARKERS = {"HYDRA": "o", "magnitude": "s"}
+MARKERS = {"HYDRA": "o", "magnitude": "s", "random": "^", "SNIP": "D"}
+SIGNS = {"HYDRA": "●", "magnitude": "□", "random": "△", "SNIP": "◇"}
+SIZES = {"HYDRA": 5, "magnitude": 10, "random": 15, "SNIP": 13}
+"""Of the marks of layers, which lie on one another where the networks keep equally many connections."""
 LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 """One per sparsity, from the first one on."""
 Kind = Literal["clean", "robust"]
+
+
+class Mean(NamedTuple):
+    """A number of the picture: where it stands, and from where to where its error bars go."""
+
+    value: float
+    x: float
+    low: float
+    high: float
+    name: str
 
 
 def draw_accuracy(runs: list[Run], path: Path) -> None:
@@ -63,10 +76,9 @@ def draw_layers(run: Run, path: Path) -> None:
     axes.set_xlabel("connections kept, of all in the layer (log scale)")
     done = {network.name for network in networks}
     axes.set_title("" if done else "no pruned network is finished yet", loc="left", fontsize=10)
-    for column, (name, sign) in enumerate({"HYDRA": "●", "magnitude": "□"}.items()):
-        if name in done:
-            where = {"xycoords": "axes fraction", "xytext": (80 * column, 20), "textcoords": "offset points"}
-            axes.annotate(f"{sign} {name}", (0, 1), va="bottom", color=COLOURS[name], **where)
+    for column, name in enumerate(name for name in SIGNS if name in done):
+        where = {"xycoords": "axes fraction", "xytext": (80 * column, 20), "textcoords": "offset points"}
+        axes.annotate(f"{SIGNS[name]} {name}", (0, 1), va="bottom", color=COLOURS[name], **where)
     _strip(axes)
     figure.savefig(path, dpi=160)
 
@@ -113,7 +125,7 @@ def _layer_marks(axes: Axes, network: Network) -> None:
             row,
             MARKERS[network.name],
             color=COLOURS[network.name],
-            markersize=5 if hydra else 10,
+            markersize=SIZES[network.name],
             markerfacecolor=COLOURS[network.name] if hydra else "none",
         )
         if hydra:
@@ -142,21 +154,26 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
         axes.axhline(100 * value, color=COLOURS["dense"], linewidth=1.3, linestyle="--")
         ends.append((100 * value, f"dense {100 * value:.1f}", COLOURS["dense"]))
 
-    found = {(name, keep): _accuracies(runs, name, keep, kind) for name in MARKERS for keep in keeps}
-    for name, shift in (("HYDRA", -0.012 * span), ("magnitude", 0.012 * span)):
-        line: list[tuple[float, float]] = []
+    names = ["HYDRA", *runs[0].baselines]
+    slots = len(names) * len(runs)
+    slot = min(0.024, 0.144 / slots) * span
+    means: dict[Decimal, list[Mean]] = {keep: [] for keep in keeps}
+    for place, name in enumerate(names):
+        line: list[Mean] = []
         for keep in keeps:
-            accuracies = found[name, keep]
+            accuracies = _accuracies(runs, name, keep, kind)
+            # Side by side, so that no error bar hides another: a slot for each network and seed.
+            first = positions[keep] + slot * (place * len(runs) - (slots - 1) / 2)
             for seed, accuracy in enumerate(accuracies):
-                # Side by side, so that no error bar hides another.
-                _interval_mark(axes, positions[keep] + shift * (1 + 2 * seed), accuracy, name, faint=len(runs) > 1)
+                _interval_mark(axes, first + slot * seed, accuracy, name, faint=len(runs) > 1)
             if accuracies:
-                line.append((positions[keep] + shift * len(runs), 100 * fmean(a["value"] for a in accuracies)))
-                rivals = found["magnitude" if name == "HYDRA" else "HYDRA", keep]
-                _number(axes, *line[-1], accuracies, rivals, name)
-        axes.plot([x for x, _ in line], [y for _, y in line], color=COLOURS[name], linewidth=1.8, zorder=2)
+                low, high = min(a["low"] for a in accuracies), max(a["high"] for a in accuracies)
+                value, x = 100 * fmean(a["value"] for a in accuracies), first + slot * (len(runs) - 1) / 2
+                line.append(Mean(value, x, 100 * low, 100 * high, name))
+                means[keep].append(line[-1])
+        axes.plot([m.x for m in line], [m.value for m in line], color=COLOURS[name], linewidth=1.8, zorder=2)
         if line:
-            ends.append((line[-1][1], name, COLOURS[name]))
+            ends.append((line[-1].value, name, COLOURS[name]))
 
     axes.set_xlim(positions[keeps[0]] - 0.18 * span, positions[keeps[-1]] + 0.18 * span)
     axes.set_xticks([positions[k] for k in keeps], [f"{_percent(1 - k)} %" for k in keeps])
@@ -165,6 +182,8 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
     axes.set_title(f"{word.capitalize()} accuracy, %", loc="left", fontsize=12, fontweight="bold")
     axes.margins(y=0.16)
     axes.autoscale_view()
+    for beside in means.values():
+        _label_means(axes, beside)
     _label_ends(axes, ends)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -193,23 +212,27 @@ def _interval_mark(axes: Axes, x: float, accuracy: dict[str, float], name: str, 
     )
 
 
-def _number(
-    axes: Axes, x: float, mean: float, own: list[dict[str, float]], rivals: list[dict[str, float]], name: str
-) -> None:
-    """Write a mean beyond its error bars: above them for the better network of a sparsity, below for the other."""
-    rival = 100 * fmean(a["value"] for a in rivals) if rivals else mean
-    above = mean > rival or (mean == rival and name == "HYDRA")
-    y = 100 * (max(a["high"] for a in own) if above else min(a["low"] for a in own))
-    axes.annotate(
-        f"{mean:.1f}",
-        (x, y),
-        xytext=(0, 9 if above else -9),
-        textcoords="offset points",
-        ha="center",
-        va="center",
-        color=COLOURS[name],
-        path_effects=[withStroke(linewidth=3, foreground="white")],
-    )
+def _label_means(axes: Axes, means: list[Mean]) -> None:
+    """Write the means of one sparsity beyond their error bars: above them for the best network, below for the others.
+
+    Labels that would touch are pushed down; the axes grow with them.
+    """
+    low, high = axes.get_ylim()
+    gap = 0.05 * (high - low)
+    previous = math.inf
+    for place, mean in enumerate(sorted(means, key=lambda m: (-m.value, m.x))):
+        y = mean.high + 0.6 * gap if place == 0 else min(mean.low - 0.6 * gap, previous - gap)
+        previous = y if place else math.inf
+        low = min(low, y - gap)
+        axes.annotate(
+            f"{mean.value:.1f}",
+            (mean.x, y),
+            ha="center",
+            va="center",
+            color=COLOURS[mean.name],
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )
+    axes.set_ylim(low, high)
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:

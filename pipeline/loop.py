@@ -61,6 +61,7 @@ class Training:
     recipe: Recipe
     group: Group
     network: Network
+    """In training mode, but for BatchNorm where it is frozen."""
     engine: Engine
     objective: Objective
     micro_batches: Iterator[Batch]
@@ -100,7 +101,6 @@ def train(training: Training, progress: Progress) -> Progress:
     """Run the steps that are left and return the last position: the end, or where the run was stopped. Collective."""
     recipe, stage, group = training.recipe, training.stage, training.group
     statistics = BatchStatistics(training.network, group)
-    training.network.train()
     window_started = time.monotonic()
     try:
         while not progress.finished:

@@ -1,4 +1,4 @@
-"""Masks as arithmetic: how many connections are kept, which ones, and where scores start.
+"""Masks as arithmetic: how many connections are kept, and which ones.
 
 Pure functions of tensors (HYDRA: Sehwag et al., NeurIPS 2020); `pipeline.sparsity` puts them on networks.
 """
@@ -53,16 +53,3 @@ def topk_mask(score: Tensor, kept: int) -> Tensor:
     rank_among_equals = equal.cumsum(0, dtype=torch.int32)
     mask = above | (equal & (rank_among_equals <= kept - above.sum()))
     return mask.view(score.shape)
-
-
-def scaled_scores(weight: Tensor) -> Tensor:
-    """Scaled initialisation sqrt(6 / fan_in) * w / max|w| (HYDRA's scaled initialisation), of weight's shape.
-
-    Its ranking is the ranking by magnitude. Errors: ValueError for an all-zero weight, which has no ranking.
-    """
-    weight = weight.detach()
-    largest = weight.abs().amax()
-    if not bool(largest > 0):
-        raise ValueError("the largest |weight| is zero or NaN, so scores cannot be scaled by it")
-    fan_in = weight[0].numel()
-    return math.sqrt(6 / fan_in) * weight / largest

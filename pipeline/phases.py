@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_objective import Objective
-from pipeline.recipe_sections import Phase
+from pipeline.recipe_sections import Baseline, Phase, ScoreInit
 
-PhaseName = Literal["pretrain", "prune", "finetune", "magnitude"]
+PhaseName = Literal["pretrain", "prune", "finetune"] | Baseline
+ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
+BASELINE_SCORES: dict[Baseline, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,14 @@ class Stage:
     keep_fraction: Decimal | None = None
     starts_from: str | None = None
     """Stage whose last (or best) checkpoint this one begins with."""
-    scores_from: Literal["none", "weights", "source"] = "none"
-    """No scores; scaled initialisation from the weights (HYDRA eq. 3); or the scores of the source stage."""
+    scores_from: ScoresFrom = "none"
+    """No scores; those of the source stage; scaled from the weights (HYDRA eq. 3); drawn; or connection sensitivity."""
     measure: str | None = None
     """How the finished network is judged on the test set; None for one that only the next stage needs."""
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.phase in get_args(Baseline)
 
     def describe(self, steps_per_epoch: int) -> dict[str, Any]:
         """What `stage.json` says for people and for the progress display."""
@@ -47,9 +53,10 @@ class Stage:
 def stages_of(recipe: Recipe) -> list[Stage]:
     """All stages of a recipe in an order in which each follows what it starts from.
 
-    The magnitude baseline (the paper's LWM) finetunes under the mask that the scaled initialisation gives, with the
-    finetune phase's learning rate; by default for as many epochs as prune and finetune have together. Without a
-    finetune phase the pruned network itself is judged.
+    A baseline finetunes the dense network under a mask that stays, with the finetune phase's learning rate; by default
+    for as many epochs as prune and finetune have together. The mask is that of the scaled initialisation (magnitude,
+    the paper's LWM), of random scores, or of connection sensitivity (snip). Without a finetune phase the pruned network
+    itself is judged.
     """
     phases, sparsity, measure = recipe.phases, recipe.sparsity, recipe.objective.measure
     dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
@@ -61,16 +68,18 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     stages = [stage("pretrain", "pretrain", phases.pretrain, 0, measure=measure)]
     for keep in sparsity.keep_fractions:
         folder = f"keep-{canonical_decimal(keep)}"
-        from_dense = {"keep_fraction": keep, "starts_from": "pretrain", "scores_from": "weights"}
+        from_dense = {"keep_fraction": keep, "starts_from": "pretrain"}
+        learns = {"trains": "scores", "scores_from": sparsity.score_init}
         search = measure if phases.finetune is None else None
-        prune = stage(f"{folder}/prune", "prune", phases.prune, dense, trains="scores", measure=search, **from_dense)
+        prune = stage(f"{folder}/prune", "prune", phases.prune, dense, measure=search, **learns, **from_dense)
         stages.append(prune)
         if phases.finetune is None:
             continue
         from_pruned = {"keep_fraction": keep, "starts_from": prune.name, "scores_from": "source"}
         stages.append(stage(f"{folder}/finetune", "finetune", phases.finetune, pruned, measure=measure, **from_pruned))
-        if sparsity.magnitude_baseline != "none":
-            fair = phases.prune.epochs if sparsity.magnitude_baseline == "same_total_epochs" else 0
-            longer = phases.finetune.model_copy(update={"epochs": fair + phases.finetune.epochs})
-            stages.append(stage(f"{folder}/magnitude", "magnitude", longer, dense, measure=measure, **from_dense))
+        fair = phases.prune.epochs if sparsity.baseline_epochs == "same_total_epochs" else 0
+        longer = phases.finetune.model_copy(update={"epochs": fair + phases.finetune.epochs})
+        for name in sparsity.baselines:
+            frozen = {"scores_from": BASELINE_SCORES[name], "measure": measure}
+            stages.append(stage(f"{folder}/{name}", name, longer, dense, **frozen, **from_dense))
     return stages

@@ -38,7 +38,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class Recipe(Section):
-    """One experiment: pretrain, then prune and finetune per keep_fraction, the baseline, evaluation."""
+    """One experiment: pretrain, then prune and finetune per keep_fraction, baselines, evaluation."""
 
     name: str = Field(pattern=NAME)
     seed: int = Field(default=0, ge=0)
@@ -79,10 +79,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _baseline_is_finetuned(self) -> Recipe:
-        if self.phases.finetune is None and self.sparsity.magnitude_baseline != "none":
+        if self.phases.finetune is None and self.sparsity.baselines:
             raise ValueError(
-                f"sparsity.magnitude_baseline {self.sparsity.magnitude_baseline} is finetuned, and phases.finetune is "
-                "null; set sparsity.magnitude_baseline=none"
+                f"sparsity.baselines {list(self.sparsity.baselines)}: a baseline is a finetuned network, and "
+                "phases.finetune is null; set sparsity.baselines=[]"
             )
         return self
 

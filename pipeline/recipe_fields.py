@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Annotated, Any
@@ -39,24 +40,25 @@ def parse_fraction(value: Any) -> Fraction:
         raise ValueError("expected a number or a fraction such as 4/255") from None
 
 
-def _parse_keep_fraction(value: Any) -> Decimal:
+def _parse_share(value: Any, example: str, fits: Callable[[Decimal], bool], rule: str) -> Decimal:
+    """The exact number as written. Errors: ValueError with `rule` for one that does not fit, NaN and infinity."""
     try:
         number = Decimal(str(value))
     except InvalidOperation:
-        raise ValueError("expected a decimal such as 0.1") from None
-    if not number.is_finite() or not 0 < number <= 1:
-        raise ValueError("a keep_fraction is kept / all connections: it must lie in (0, 1]; write 0.1 for 90 % pruned")
+        raise ValueError(f"expected a decimal such as {example}") from None
+    if not number.is_finite() or not fits(number):
+        raise ValueError(rule)
     return number
+
+
+def _parse_keep_fraction(value: Any) -> Decimal:
+    rule = "a keep_fraction is kept / all connections: it must lie in (0, 1]; write 0.1 for 90 % pruned"
+    return _parse_share(value, "0.1", lambda number: 0 < number <= 1, rule)
 
 
 def _parse_extra_fraction(value: Any) -> Decimal:
-    try:
-        number = Decimal(str(value))
-    except InvalidOperation:
-        raise ValueError("expected a decimal such as 0.5") from None
-    if not number.is_finite() or not 0 < number < 1:
-        raise ValueError("an extra_fraction is extra / all images of a step: it must lie in (0, 1), or be null")
-    return number
+    rule = "an extra_fraction is extra / all images of a step: it must lie in (0, 1), or be null"
+    return _parse_share(value, "0.5", lambda number: 0 < number < 1, rule)
 
 
 def canonical_decimal(number: Decimal) -> str:

@@ -117,6 +117,9 @@ class Phases(Section):
 
 
 Allocation = Literal["uniform", "erk", "global"]
+Baseline = Literal["magnitude", "random", "snip"]
+BatchNormMode = Literal["trained", "frozen"]
+ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
 
 
 class Sparsity(Section):
@@ -126,11 +129,21 @@ class Sparsity(Section):
     allocation: Allocation = "uniform"
     """How connections are dealt to layers: the same fraction of each (the paper), Erdos-Renyi-kernel densities (Evci et
     al. 2020), or by rank among the scores of all layers, so that the prune phase learns the allocation too."""
-    magnitude_baseline: Literal["same_total_epochs", "finetune_epochs", "none"] = "same_total_epochs"
-    """Epochs of the magnitude baseline: HYDRA's prune + finetune (fair), the paper's finetune only, or no baseline."""
+    score_init: ScoreInit = "scaled"
+    """Where the prune phase's scores start: scaled from the weights (the paper), or drawn."""
+    score_weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of the scores; null: that of the prune phase, as in the reference."""
+    batchnorm: BatchNormMode = "trained"
+    """What BatchNorm does in the prune phase: learn and gather statistics, or stay as the dense network has it."""
+    baselines: tuple[Baseline, ...] = ("magnitude",)
+    """What HYDRA is compared with: the dense network finetuned under a mask that nobody learnt."""
+    baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"
+    """Epochs of a baseline: HYDRA's prune + finetune (fair), or the paper's finetune only."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Sparsity:
+        if len(set(self.baselines)) != len(self.baselines):
+            raise ValueError(f"baselines {list(self.baselines)} name one twice; drop the duplicate")
         names = [canonical_decimal(k) for k in self.keep_fractions]
         if not names:
             raise ValueError("keep_fractions is empty; name at least one, for example [0.1]")

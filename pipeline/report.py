@@ -1,7 +1,7 @@
 """The report of one or several runs: a table, CSV files, pictures.
 
-Robust and clean accuracy per sparsity, HYDRA beside the magnitude baseline and the dense network, each with its 95 %
-Wilson interval; per sparsity McNemar's exact test on the same images; kept connections per layer.
+Robust and clean accuracy per sparsity, HYDRA beside the baselines and the dense network, each with its 95 % Wilson
+interval; per baseline and sparsity McNemar's exact test on the same images; kept connections per layer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pipeline.figures import draw_accuracy, draw_certified, draw_layers
 from pipeline.results import CertifiedCurves, Run, attack_text, certified_curves, claim, compare, read_runs
 
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
-Comparisons = dict[tuple[int, Decimal], McNemar | None]
-"""(index of the run, keep_fraction) -> HYDRA against magnitude."""
+Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
+"""(index of the run, baseline, keep_fraction) -> HYDRA against that baseline."""
 
 
 def report(run_folders: list[Path]) -> str:
@@ -28,8 +28,12 @@ def report(run_folders: list[Path]) -> str:
     shown as missing. Errors: ValueError, see `results.read_runs`.
     """
     runs = read_runs(run_folders)
-    keeps = list(runs[0].recipe.sparsity.keep_fractions)
-    comparisons = {(i, keep): compare(run, keep) for i, run in enumerate(runs) for keep in keeps}
+    comparisons: Comparisons = {
+        (i, name, keep): compare(run, keep, name)
+        for i, run in enumerate(runs)
+        for name in run.baselines
+        for keep in run.recipe.sparsity.keep_fractions
+    }
     folder = runs[0].folder / "report"
     folder.mkdir(exist_ok=True)
     accuracies = _accuracy_rows(runs, comparisons)
@@ -50,25 +54,27 @@ def table(runs: list[Run], comparisons: Comparisons) -> str:
     seeds = [run.recipe.seed for run in runs]
     bounds = "95 % interval" if single else "[lowest, highest]"
     header = ["network", "pruned", "clean %", bounds, f"{claim(runs)} %", bounds]
-    header += ["HYDRA - magnitude", "p"] if single else [f"difference, seed {seed}" for seed in seeds]
+    if comparisons:
+        header += ["HYDRA's lead", "p"] if single else [f"HYDRA's lead, seed {seed}" for seed in seeds]
     rows = [header]
+    longest = max(len(network.name) for network in runs[0].networks)
     for network in runs[0].networks:
         same = [run.find(network.name, network.keep_fraction) for run in runs]
-        row = [network.name.ljust(len("magnitude")), network.pruned]
+        row = [network.name.ljust(longest), network.pruned]
         for kind in ("clean", "robust"):
             row += _cells([n.evaluation[f"{kind}_accuracy"] for n in same if n and n.evaluation], len(runs))
-        if network.name == "HYDRA" and runs[0].recipe.sparsity.magnitude_baseline != "none":
+        if network.name in runs[0].baselines:
             for i in range(len(runs)):
-                points, p = _difference_cells(comparisons[i, network.keep_fraction])
+                points, p = _difference_cells(comparisons[i, network.name, network.keep_fraction])
                 row += [points, p] if single else [f"{points}  {p}".rstrip()]
         rows.append(row + [""] * (len(header) - len(row)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     who = f"seed {seeds[0]}" if single else f"means over the seeds {', '.join(map(str, seeds))}"
     notes = [f"{attack_text(runs)}; {who}"]
-    notes.append(
-        f"differences: HYDRA - magnitude, {claim(runs)} accuracy in points, p by McNemar's exact two-sided test"
-    )
+    if comparisons:
+        gained = f"points of {claim(runs)} accuracy over the row's network"
+        notes.append(f"HYDRA's lead: {gained}; p by McNemar's exact two-sided test")
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 
@@ -111,10 +117,10 @@ def _accuracy_rows(runs: list[Run], comparisons: Comparisons) -> list[dict[str, 
                 row[f"{kind}_correct"] = facts.get(f"{kind}_correct")
                 for part in ("value", "low", "high"):
                     row[f"{kind}_accuracy_{part}"] = facts.get(f"{kind}_accuracy", {}).get(part)
-            test = comparisons[i, network.keep_fraction] if network.name == "HYDRA" else None
-            row["robust_difference_to_magnitude"] = test.difference if test else None
+            test = comparisons.get((i, network.name, network.keep_fraction))
+            row["hydra_lead"] = test.difference if test else None
             row["only_hydra_correct"] = test.only_first if test else None
-            row["only_magnitude_correct"] = test.only_second if test else None
+            row["only_this_correct"] = test.only_second if test else None
             row["mcnemar_p"] = test.p_value if test else None
             rows.append(row)
     return rows

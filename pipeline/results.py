@@ -13,12 +13,19 @@ import pyarrow.parquet as pq
 from pipeline.committed import evaluation_path
 from pipeline.evaluate.statistics import McNemar, certified_curve, mcnemar
 from pipeline.files import read_json
-from pipeline.phases import stages_of
+from pipeline.phases import PhaseName, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import load_recipe, recipe_hash
 
-NETWORK_OF_PHASE = {"pretrain": "dense", "prune": "HYDRA", "finetune": "HYDRA", "magnitude": "magnitude"}
+NETWORK_OF_PHASE: dict[PhaseName, str] = {
+    "pretrain": "dense",
+    "prune": "HYDRA",
+    "finetune": "HYDRA",
+    "magnitude": "magnitude",
+    "random": "random",
+    "snip": "SNIP",
+}
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """What must agree, beside the attack's settings, before two accuracies may stand in one table."""
 
@@ -30,7 +37,7 @@ class Network:
     folder: Path
     stage: str
     name: str
-    """dense, HYDRA or magnitude"""
+    """One of NETWORK_OF_PHASE."""
     keep_fraction: Decimal
     evaluation: dict[str, Any] | None
     """What the stage's measure found (evaluate/pgd.json, for example), or None while it is missing."""
@@ -47,6 +54,11 @@ class Run:
     folder: Path
     recipe: Recipe
     networks: list[Network]
+
+    @property
+    def baselines(self) -> list[str]:
+        """What HYDRA is compared with, in the recipe's order."""
+        return [NETWORK_OF_PHASE[baseline] for baseline in self.recipe.sparsity.baselines]
 
     def find(self, name: str, keep_fraction: Decimal) -> Network | None:
         return next((n for n in self.networks if (n.name, n.keep_fraction) == (name, keep_fraction)), None)
@@ -75,10 +87,10 @@ def read_runs(folders: list[Path]) -> list[Run]:
     return runs
 
 
-def compare(run: Run, keep_fraction: Decimal) -> McNemar | None:
-    """HYDRA against magnitude on the same attacked images; None while either is missing."""
+def compare(run: Run, keep_fraction: Decimal, baseline: str) -> McNemar | None:
+    """HYDRA against a baseline on the same attacked images; None while either is missing."""
     verdicts = []
-    for name in ("HYDRA", "magnitude"):
+    for name in ("HYDRA", baseline):
         network = run.find(name, keep_fraction)
         if network is None or network.evaluation is None:
             return None
@@ -87,10 +99,10 @@ def compare(run: Run, keep_fraction: Decimal) -> McNemar | None:
             return None
         table = pq.read_table(path, columns=["sample_id", "robust_correct"])
         verdicts.append((path, *(table[column].to_numpy() for column in table.column_names)))
-    (path, ids, hydra), (other_path, other_ids, magnitude) = verdicts
+    (path, ids, hydra), (other_path, other_ids, other) = verdicts
     if not np.array_equal(ids, other_ids):
         raise ValueError(f"{path} and {other_path} hold different images; evaluate both networks again")
-    return mcnemar(hydra, magnitude)
+    return mcnemar(hydra, other)
 
 
 CURVE_POINTS = 101

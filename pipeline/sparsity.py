@@ -18,21 +18,21 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from pipeline.allocation import erdos_renyi_kernel, global_masks, layer_masks, total_kept, uniform
-from pipeline.masks import scaled_scores
+from pipeline.allocation import Deal, deal_of
 from pipeline.models.network import Network
-from pipeline.recipe_sections import Allocation
+from pipeline.recipe_sections import Allocation, BatchNormMode
+from pipeline.score_init import FirstScore, scaled
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
-COUNTS = {"uniform": uniform, "erk": erdos_renyi_kernel}
-"""Allocations that depend on shapes alone -> connections per layer."""
-
 _ORIGINAL = "parametrizations.weight.original"
 _SCORE = "parametrizations.weight.0.score"
+_DEAL = "_deal"
+"""Attribute of the backbone: the Deal that makes all its masks."""
 
 
 class LayerCount(TypedDict):
@@ -63,17 +63,13 @@ class _StraightThrough(torch.autograd.Function):
 class Masked(nn.Module):
     """Parametrization of a weight: `score` (a parameter of the weight's shape) and the bool `mask` made from it.
 
-    The mask is no part of the state dict, because the scores and the keep_fraction say all of it.
+    The mask is no part of the state dict, because the scores and what deals them say all of it.
     """
 
     mask: Tensor
 
-    def __init__(self, score: Tensor, kept: int | None, budget: int) -> None:
+    def __init__(self, score: Tensor) -> None:
         super().__init__()
-        self.kept = kept
-        """Connections of this layer; None if all layers share one budget by their scores."""
-        self.budget = budget
-        """Connections of the whole network."""
         self.score = nn.Parameter(score)
         self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
@@ -126,12 +122,14 @@ def has_scores(network: nn.Module) -> bool:
     return bool(_masked(network))
 
 
-def attach_scores(network: nn.Module, keep_fraction: Decimal, allocation: Allocation = "uniform") -> None:
-    """Give every maskable weight its scores, at the scaled initialisation, and the mask that they make.
+def attach_scores(
+    network: nn.Module, keep_fraction: Decimal, allocation: Allocation = "uniform", first: FirstScore = scaled
+) -> None:
+    """Give every maskable weight its scores, as `first` says, and the mask that they make.
 
     `allocation` deals the connections to layers: the same fraction of each (the paper), ERK, or by rank among the
-    scores of all layers. Errors: ValueError when there is nothing to mask, when scores are there already, or naming an
-    all-zero weight.
+    scores of all layers. Errors: ValueError when there is nothing to mask, when scores are there already, or those of
+    `first`.
     """
     layers = maskable(network)
     if not layers:
@@ -139,18 +137,11 @@ def attach_scores(network: nn.Module, keep_fraction: Decimal, allocation: Alloca
     if has_scores(network):
         raise ValueError("the network has scores already; attach them once")
     shapes = {name: _original(layer).shape for name, layer in layers.items()}
-    counts: Mapping[str, int | None] = dict.fromkeys(shapes)
-    if allocation != "global":
-        counts = COUNTS[allocation](shapes, keep_fraction)
-    budget = sum(count or 0 for count in counts.values()) or total_kept(shapes, keep_fraction)
     for name, layer in layers.items():
-        try:
-            score = scaled_scores(_original(layer))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}; start from a trained network") from None
-        masked = Masked(score, counts[name], budget)
+        masked = Masked(first(name, _original(layer)))
         masked.train(layer.training)
         parametrize.register_parametrization(layer, "weight", masked)
+    setattr(_root(network), _DEAL, deal_of(shapes, keep_fraction, allocation))
     refresh_masks(network)
 
 
@@ -161,19 +152,22 @@ def refresh_masks(network: nn.Module) -> None:
     Errors: ValueError naming the weight whose scores are NaN.
     """
     masked = _masked(network)
-    scores = {name: entry.score for name, entry in masked.items()}
-    counts = {name: entry.kept for name, entry in masked.items() if entry.kept is not None}
-    budget = next((entry.budget for entry in masked.values()), 0)
-    masks = global_masks(scores, budget) if masked and not counts else layer_masks(scores, counts)
+    if not masked:
+        return
+    deal: Deal = getattr(_root(network), _DEAL)
+    masks = deal({name: entry.score for name, entry in masked.items()})
     for name, entry in masked.items():
         entry.mask.copy_(masks[name])
 
 
-def train_only(network: nn.Module, what: Literal["weights", "scores"]) -> None:
-    """Set requires_grad for a phase.
+def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm: BatchNormMode = "trained") -> None:
+    """Set requires_grad for a phase, of a network in training mode.
 
     weights: every weight, bias and normalisation parameter trains, scores are frozen (pretrain, finetune).
     scores: the scores and the affine parameters of normalisation layers train, all else is frozen (prune).
+    scores, with BatchNorm frozen: its affine parameters do not train either, and it is put in eval mode, so that it
+    normalises by its running statistics, which stay. (The reference's --freeze-bn freezes the affine parameters only:
+    its training forwards go on normalising by the batch, and updating the running statistics.)
     Errors: ValueError for "scores" on a network that has none.
     """
     masked = _masked(network)
@@ -183,7 +177,9 @@ def train_only(network: nn.Module, what: Literal["weights", "scores"]) -> None:
         parameter.requires_grad_(what == "weights")
     if what == "scores":
         for module in network.modules():
-            if isinstance(module, NORMALISATION):
+            if isinstance(module, _BatchNorm) and batchnorm == "frozen":
+                module.eval()
+            elif isinstance(module, NORMALISATION):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(True)
     for entry in masked.values():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from pipeline.checkpoint import Snapshot, Writer
 from pipeline.committed import evaluation_path
 from pipeline.data import order
 from pipeline.data.loader import Loader
-from pipeline.engine import Engine
+from pipeline.engine import Engine, autocast_of
 from pipeline.evaluation import evaluate_stage, validation_of
 from pipeline.export import write_model
 from pipeline.files import atomic_write_json, read_json, sha256_of
@@ -35,6 +35,8 @@ from pipeline.phases import Stage
 from pipeline.progress import Progress
 from pipeline.recipe_file import recipe_hash
 from pipeline.replays import own_noise, replayed, start_noise
+from pipeline.score_init import FirstScore, drawn, scaled, zero
+from pipeline.snip import connection_sensitivity
 from pipeline.sparsity import (
     attach_scores,
     effective_state,
@@ -106,7 +108,7 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
     if step:
         own = own or checkpoint.read(checkpoint.folder_of(folder, step))
         if stage.keep_fraction is not None:
-            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
+            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation, zero)
         load_state(network, own.model)
     elif stage.starts_from is not None:
         source = job.run_folder / stage.starts_from
@@ -115,22 +117,40 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
         tensors = overlaid(snapshot.model, snapshot.carried)
         assert stage.keep_fraction is not None
         if stage.scores_from == "source":
-            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
+            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation, zero)
             load_state(network, tensors)
         else:
             load_state(network, tensors)
-            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation)
+            first = _first_scores(job, stage, network)
+            attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation, first)
     elif job.recipe.model.weights is not None:
         load_foreign(network, Path(job.recipe.model.weights), job.recipe.model)
     return own, step
+
+
+def _first_scores(job: Job, stage: Stage, network: Network) -> FirstScore:
+    """Where a stage's own scores begin; a checkpoint of it has them. SNIP looks at the images of the first step."""
+    recipe, group = job.recipe, job.group
+    if stage.scores_from == "scaled":
+        return scaled
+    if stage.scores_from != "snip":
+        return drawn(stage.scores_from, recipe.seed)
+    loader = job.loader(recipe.data.train_file)
+    train_ids, _ = order.held_out(loader.num_samples, recipe.data.validation_images)
+    train_ids = order.train_subset(train_ids, recipe.data.train_images)
+    objective = build_objective(stage.objective, recipe.threat_model, stage.phase)
+    with closing(loader.batches(_plan(job, stage, loader, train_ids, 0, 1))) as batches:
+        dense, autocast = network.to(group.device), autocast_of(recipe, group.device)
+        found = connection_sensitivity(dense, batches, objective, autocast, group, seed=recipe.seed, stage=stage.name)
+    return lambda name, weight: found[name]
 
 
 def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker | None) -> None:
     recipe, group, folder = job.recipe, job.group, job.folder(stage)
     network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
     own, start = _starting_point(job, stage, network, own)
-    network.to(group.device)
-    train_only(network, stage.trains)
+    network.to(group.device).train()
+    train_only(network, stage.trains, recipe.sparsity.batchnorm)
     refresh_masks(network)
     engine = Engine(network, trained_parameters(network), stage.optimisation, recipe, group)
     average = start_average(network) if stage.optimisation.ema_decay is not None else {}
@@ -210,11 +230,10 @@ def _tracker(job: Job, stage: Stage) -> Tracker:
 
 
 def _plan(
-    job: Job, stage: Stage, loader: Loader, train_ids: NDArray[np.int64], start: int, total: int
+    job: Job, stage: Stage, loader: Loader, train_ids: NDArray[np.int64], start: int, stop: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32]]]:
     recipe = job.recipe
     per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
-    assert per_epoch * stage.optimisation.epochs == total, "stage and plan count the same steps"
     crops = order.training_crops(
         recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size, recipe.seed
     )
@@ -224,7 +243,7 @@ def _plan(
         crops,
         seed=recipe.seed,
         start_step=offset + start,
-        stop_step=offset + total,
+        stop_step=offset + stop,
         batch_per_step=recipe.batch.batch_per_step,
         micro_batch=recipe.batch.micro_batch,
         rank=job.group.rank,

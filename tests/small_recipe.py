@@ -20,7 +20,7 @@ def small_values(data: Path) -> dict[str, Any]:
         "name": "small",
         "objective": {"name": "pgd", "steps": 2, "step_size": "1/15"},
         "phases": {"pretrain": phase, "prune": phase, "finetune": phase},
-        "sparsity": {"keep_fractions": [0.1], "magnitude_baseline": "same_total_epochs"},
+        "sparsity": {"keep_fractions": [0.1]},
         "batch": {"batch_per_step": 64, "micro_batch": 16},
         "workers": {"count": 1, "threads": 1, "device": "cpu"},
         "evaluation": {"steps": 2, "step_size": "1/20", "chunk": 200, "validation_steps": 1},

@@ -31,7 +31,7 @@ def write_recipe(place: Path, data: Path) -> str:
     values = small_values(data)
     values["data"] |= {"validation_images": 100, "train_images": 640}
     values["batch"] = {"batch_per_step": 32, "micro_batch": 16}
-    values["sparsity"] = {"keep_fractions": [0.1], "magnitude_baseline": "none"}
+    values["sparsity"] = {"keep_fractions": [0.1], "baselines": []}
     values["workers"] |= {"count": 2}
     values["checkpoint"] = {"every_steps": 5}
     values["evaluation"] |= {"chunk": 100}

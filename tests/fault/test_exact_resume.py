@@ -29,7 +29,7 @@ def _recipe(data: Path, seed: int = 0) -> Recipe:
     return small_recipe(
         data,
         seed=seed,
-        sparsity={"magnitude_baseline": "none"},
+        sparsity={"baselines": []},
         data={"augmentation": "pad_crop_flip"},
         workers={"count": 2},
         checkpoint={"every_steps": 9, "keep": 2},

@@ -31,7 +31,7 @@ def recipe_on(data: Path, nodes: int) -> Recipe:
     return small_recipe(
         data,
         phases={"pretrain": {"epochs": EPOCHS, "lr": 0.05}, "prune": phase, "finetune": phase},
-        sparsity={"magnitude_baseline": "none"},
+        sparsity={"baselines": []},
         checkpoint={"every_steps": 5, "keep": 2},
         tracking={"log_every_steps": 1},
         slurm={"nodes": nodes, "cpus_per_task": 1, "time": 30, "signal_s": 30},

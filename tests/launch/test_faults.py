@@ -33,7 +33,7 @@ def two_node_recipe(data: Path, pretrain_steps: int = 160) -> Recipe:
     return small_recipe(
         data,
         phases={"pretrain": {**short, "epochs": pretrain_steps // 20, "lr": 0.02}, "prune": short, "finetune": short},
-        sparsity={"magnitude_baseline": "none"},
+        sparsity={"baselines": []},
         workers={"count": 2, "hang_timeout_s": 20},
         checkpoint={"every_steps": 9, "keep": 2},
         tracking={"log_every_steps": 1},
@@ -98,7 +98,7 @@ def test_sparsities_run_side_by_side_and_a_report_ends_the_run(
     recipe = small_recipe(
         fashion_data,
         phases={phase: {"epochs": 1, "lr": 0.05} for phase in ("pretrain", "prune", "finetune")},
-        sparsity={"keep_fractions": [0.5, 0.1, 0.05], "magnitude_baseline": "none"},
+        sparsity={"keep_fractions": [0.5, 0.1, 0.05], "baselines": []},
         slurm={"nodes": 1, "cpus_per_task": 1, "time": 30, "signal_s": 30, "parallel_jobs": 2},
     )
     folder = new_run(tmp_path / "runs" / "fan", recipe)

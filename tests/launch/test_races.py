@@ -34,7 +34,7 @@ def one_node_recipe(data: Path) -> Recipe:
     return small_recipe(
         data,
         phases={"pretrain": {"epochs": 4, "lr": 0.05}, "prune": short, "finetune": short},
-        sparsity={"magnitude_baseline": "none"},
+        sparsity={"baselines": []},
         checkpoint={"every_steps": 9, "keep": 2},
         tracking={"log_every_steps": 1},
         slurm={"nodes": 1, "cpus_per_task": 1, "time": 30, "signal_s": 30, "options": {"nodelist": "n1"}},

@@ -18,7 +18,7 @@ architectures recipe_fields recipe_objective recipe_sections recipe_slurm recipe
 disk files phases committed stopping
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
-models.ra_resnet models.from_torchvision models.network models masks allocation sparsity averaging attacks
+models.ra_resnet models.from_torchvision models.network models masks score_init allocation sparsity averaging attacks
 bounds.operations bounds.layers bounds.graph bounds.propagation bounds
 objectives.outcome objectives.adversarial objectives.free objectives.trades objectives.smoothing objectives.certified
 objectives.mixtrain objectives
@@ -26,7 +26,7 @@ data data.order data.manifest data.images data.source data.pickles data.cifar da
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
-evaluate.certify evaluate.verified group evaluate.chunks engine batch_statistics
+evaluate.certify evaluate.verified group evaluate.chunks snip engine batch_statistics
 replays loop job health evaluation stage
 results figures report
 worker driver

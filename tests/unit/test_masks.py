@@ -1,4 +1,4 @@
-"""Masks and scaled scores against brute-force statements of their definitions."""
+"""Masks against brute-force statements of their definitions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import itertools
 import math
 from decimal import Decimal
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.masks import kept_count, scaled_scores, topk_mask
+from pipeline.masks import kept_count, topk_mask
 
 TENTH = Decimal("0.1")
 
@@ -103,16 +102,3 @@ def test_topk_mask_refuses_nan(kept: int) -> None:
 def test_topk_mask_refuses_an_impossible_count(kept: int) -> None:
     with pytest.raises(ValueError, match=f"cannot keep {kept} of 3"):
         topk_mask(torch.ones(3), kept)
-
-
-# --- scores at the start ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layer", "fan_in"),
-    [(nn.Linear(7, 3), 7), (nn.Conv2d(4, 6, (3, 5)), 60), (nn.Conv2d(4, 6, 3, groups=2), 18)],
-)
-def test_scaled_scores_are_the_formula(layer: nn.Linear | nn.Conv2d, fan_in: int) -> None:
-    weight = layer.weight.detach().numpy().astype(np.float64)
-    expected = np.sqrt(6 / fan_in) * weight / np.abs(weight).max()
-    np.testing.assert_allclose(scaled_scores(layer.weight).numpy(), expected, rtol=1e-6)

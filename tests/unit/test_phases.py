@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def test_what_each_stage_trains_and_starts_from() -> None:
     stages = by_name(recipe_with())
     facts = {name: (s.phase, s.trains, s.starts_from, s.scores_from, s.measure) for name, s in stages.items()}
     assert facts["pretrain"] == ("pretrain", "weights", None, "none", "pgd")
-    assert facts["keep-0.1/prune"] == ("prune", "scores", "pretrain", "weights", None)
+    assert facts["keep-0.1/prune"] == ("prune", "scores", "pretrain", "scaled", None)
     assert facts["keep-0.1/finetune"] == ("finetune", "weights", "keep-0.1/prune", "source", "pgd")
-    assert facts["keep-0.1/magnitude"] == ("magnitude", "weights", "pretrain", "weights", "pgd")
+    assert facts["keep-0.1/magnitude"] == ("magnitude", "weights", "pretrain", "scaled", "pgd")
     assert facts["keep-0.01/finetune"][2] == "keep-0.01/prune"
     assert stages["pretrain"].keep_fraction is None
     assert {str(s.keep_fraction) for n, s in stages.items() if n.startswith("keep-0.01/")} == {"0.01"}
@@ -62,19 +63,41 @@ def test_epochs_are_counted_on_from_the_stages_before() -> None:
 
 
 @pytest.mark.parametrize(("choice", "epochs"), [("same_total_epochs", 3 + 5), ("finetune_epochs", 5)])
-def test_the_baseline_gets_hydras_epochs_or_the_papers(choice: str, epochs: int) -> None:
-    recipe = recipe_with(f"sparsity.magnitude_baseline={choice}")
-    baseline = by_name(recipe)["keep-0.1/magnitude"].optimisation
-    assert baseline.epochs == epochs
-    assert baseline.model_copy(update={"epochs": 5}) == recipe.phases.finetune  # its learning rate, its weight decay
+def test_a_baseline_gets_hydras_epochs_or_the_papers(choice: str, epochs: int) -> None:
+    recipe = recipe_with(f"sparsity.baseline_epochs={choice}", "sparsity.baselines=[magnitude, random]")
+    for name in ("magnitude", "random"):
+        baseline = by_name(recipe)[f"keep-0.1/{name}"].optimisation
+        assert baseline.epochs == epochs
+        assert (
+            baseline.model_copy(update={"epochs": 5}) == recipe.phases.finetune
+        )  # its learning rate, its weight decay
+
+
+def test_baselines_differ_in_their_scores_alone() -> None:
+    recipe = recipe_with("sparsity.baselines=[snip, random, magnitude]")
+    stages = {name: stage for name, stage in by_name(recipe).items() if stage.is_baseline}
+    assert list(stages) == [f"keep-{k}/{name}" for k in ("0.1", "0.01") for name in ("snip", "random", "magnitude")]
+    assert [stage.scores_from for stage in stages.values()] == 2 * ["snip", "random", "scaled"]
+    first, *others = [
+        replace(stage, name="any", phase="snip", scores_from="snip") for name, stage in stages.items() if "0.01" in name
+    ]
+    assert others == [first, first]
+    assert (first.trains, first.starts_from, first.measure) == ("weights", "pretrain", "pgd")
+
+
+def test_drawn_scores_are_for_the_prune_phase_alone() -> None:
+    stages = by_name(recipe_with("sparsity.score_init=xavier_normal"))
+    assert stages["keep-0.1/prune"].scores_from == "xavier_normal"
+    assert stages["keep-0.1/magnitude"].scores_from == "scaled"
 
 
 def test_no_baseline() -> None:
-    assert not [name for name in by_name(recipe_with("sparsity.magnitude_baseline=none")) if "magnitude" in name]
+    names = list(by_name(recipe_with("sparsity.baselines=[]")))
+    assert names == ["pretrain", *(f"keep-{k}/{kind}" for k in ("0.1", "0.01") for kind in ("prune", "finetune"))]
 
 
 def test_a_search_judges_what_pruning_finds_in_a_network_trained_otherwise() -> None:
-    search = ["phases.finetune=null", "sparsity.magnitude_baseline=none"]
+    search = ["phases.finetune=null", "sparsity.baselines=[]"]
     stages = by_name(recipe_with(*search, "phases.pretrain.objective={name: clean}"))
     assert list(stages) == ["pretrain", "keep-0.1/prune", "keep-0.01/prune"]
     assert {stage.measure for stage in stages.values()} == {"pgd"}

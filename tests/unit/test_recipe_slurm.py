@@ -109,12 +109,10 @@ def test_workers_of_a_node_follow_gpus_then_cpus() -> None:
 
 
 def test_groups_hold_every_stage_once_and_baselines_run_beside() -> None:
-    recipe = load_recipe(DEMO)
+    recipe = load_recipe(DEMO, ["sparsity.baselines=[magnitude, random, snip]"])
     groups = {name: [stage.name for stage in stages] for name, stages in groups_of(recipe).items()}
-    assert groups == {
-        "pretrain": ["pretrain"],
-        "keep-0.1": ["keep-0.1/prune", "keep-0.1/finetune"],
-        "keep-0.1-magnitude": ["keep-0.1/magnitude"],
-        "keep-0.01": ["keep-0.01/prune", "keep-0.01/finetune"],
-        "keep-0.01-magnitude": ["keep-0.01/magnitude"],
-    }
+    expected = {"pretrain": ["pretrain"]}
+    for keep in ("keep-0.1", "keep-0.01"):
+        expected[keep] = [f"{keep}/prune", f"{keep}/finetune"]
+        expected |= {f"{keep}-{name}": [f"{keep}/{name}"] for name in ("magnitude", "random", "snip")}
+    assert groups == expected

@@ -30,6 +30,13 @@ ACCURACY = {
     "keep-0.01/finetune": (0.829, 0.622),
     "keep-0.01/magnitude": (0.776, 0.571),
 }
+OTHERS = {
+    "keep-0.1/random": (0.852, 0.648),
+    "keep-0.1/snip": (0.856, 0.652),
+    "keep-0.01/random": (0.551, 0.412),
+    "keep-0.01/snip": (0.775, 0.577),
+}
+"""Of two more baselines."""
 
 
 def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, Any]:
@@ -59,12 +66,13 @@ def write_run(
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, [f"seed={seed}", *overrides])))
     generator = np.random.default_rng(seed)
     hardness = generator.random(IMAGES)
+    accuracy = ACCURACY | OTHERS
     for stage in ACCURACY if stages is None else stages:
         path = folder / stage
         (path / "evaluate").mkdir(parents=True)
         shift = generator.normal(0, 0.004)
         # Easy images are easy for every network, with some disagreement, as in reality.
-        clean, robust = (hardness + generator.normal(0, 0.1, IMAGES) < a + shift for a in ACCURACY[stage])
+        clean, robust = (hardness + generator.normal(0, 0.1, IMAGES) < a + shift for a in accuracy[stage])
         robust &= clean
         model = f"{stage}-{seed}"
         facts = evaluation(clean, robust, model) | {"attack": measure}
@@ -121,14 +129,15 @@ def test_one_run(tmp_path: Path) -> None:
     assert (float(row["robust_accuracy_low"]), float(row["robust_accuracy_high"])) == wilson_interval(
         int(hydra.sum()), IMAGES
     )
-    assert float(row["robust_difference_to_magnitude"]) == pytest.approx(hydra.mean() - magnitude.mean())
+    assert row["mcnemar_p"] == ""
+    row = rows["magnitude", "0.01"]
+    assert float(row["hydra_lead"]) == pytest.approx(hydra.mean() - magnitude.mean())
     assert int(row["only_hydra_correct"]) == (hydra & ~magnitude).sum()
-    assert int(row["only_magnitude_correct"]) == (magnitude & ~hydra).sum()
+    assert int(row["only_this_correct"]) == (magnitude & ~hydra).sum()
     assert float(row["mcnemar_p"]) < 1e-3
-    assert rows["magnitude", "0.01"]["mcnemar_p"] == ""
 
-    line = row_of(table, "HYDRA", "99 %")
-    assert f"{100 * hydra.mean():.2f}" in line
+    assert f"{100 * hydra.mean():.2f}" in row_of(table, "HYDRA", "99 %")
+    line = row_of(table, "magnitude", "99 %")
     assert f"{100 * (hydra.mean() - magnitude.mean()):+.2f}" in line
     assert re.search(r"p = \d\.\de-\d\d$", line)
     assert re.match(r"dense +0 % ", row_of(table, "dense", "0 %"))
@@ -145,6 +154,29 @@ def test_one_run(tmp_path: Path) -> None:
         assert height >= 300
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_baseline_is_shown_and_compared(tmp_path: Path, seeds: int) -> None:
+    every = ("sparsity.baselines=[snip, random, magnitude]",)
+    runs = [write_run(tmp_path / f"{seed}", seed, [*ACCURACY, *OTHERS], overrides=every) for seed in range(seeds)]
+    table = report(runs)
+    assert "missing" not in table
+    names = ["dense", *("HYDRA", "SNIP", "random", "magnitude") * 2]
+    assert [line.split()[0] for line in table.splitlines()[1:10]] == names
+    rows = read_csv(runs[0] / "report" / "robust_accuracy.csv")
+    assert [row["network"] for row in rows] == names * seeds
+    for row in rows:
+        stage = {"SNIP": "snip"}.get(row["network"], row["network"])
+        if stage in ("dense", "HYDRA"):
+            assert row["hydra_lead"] == row["mcnemar_p"] == ""
+            continue
+        run, keep = runs[int(row["seed"])], f"keep-{row['keep_fraction']}"
+        lead = verdicts(run, f"{keep}/finetune").mean() - verdicts(run, f"{keep}/{stage}").mean()
+        assert float(row["hydra_lead"]) == pytest.approx(lead)
+        assert f"{100 * lead:+.2f}" in row_of(table, row["network"], f"{row['pruned_percent']} %")
+    assert {r["network"] for r in read_csv(runs[0] / "report" / "kept_fraction.csv")} == set(names)
+    assert png_size(runs[0] / "report" / "robust_accuracy.png")[0] >= 1200
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_seeds_make_one_table_with_means_and_every_difference(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"seed{seed}", seed) for seed in range(3)]
@@ -154,6 +186,7 @@ def test_seeds_make_one_table_with_means_and_every_difference(tmp_path: Path) ->
     line = row_of(table, "HYDRA", "99 %")
     assert f" {100 * np.mean(hydra):.2f} " in line
     assert f"[{100 * min(hydra):.2f}, {100 * max(hydra):.2f}]" in line
+    line = row_of(table, "magnitude", "99 %")
     differences = [f"{100 * (h - m):+.2f}" for h, m in zip(hydra, magnitude, strict=True)]
     assert re.findall(r"[+-]\d+\.\d\d(?=  p )", line) == differences
     assert "means over the seeds 0, 1, 2" in table
@@ -166,9 +199,9 @@ def test_what_is_not_there_yet_is_missing(tmp_path: Path) -> None:
     (run / "keep-0.1" / "prune").mkdir()
     table = report([run])
     assert row_of(table, "magnitude", "90 %").split()[-1] == "missing"
-    assert row_of(table, "HYDRA", "90 %").split()[-1] == "missing"
     assert f"{100 * verdicts(run, 'keep-0.1/finetune').mean():.2f}" in row_of(table, "HYDRA", "90 %")
-    assert row_of(table, "HYDRA", "99 %").count("missing") == 3
+    assert row_of(table, "HYDRA", "99 %").count("missing") == 2
+    assert row_of(table, "magnitude", "99 %").count("missing") == 3
     rows = read_csv(run / "report" / "robust_accuracy.csv")
     assert [r["robust_correct"] == "" for r in rows] == [False, False, True, True, True]
 
@@ -188,11 +221,13 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_recipe_without_baseline_has_no_missing_difference(tmp_path: Path) -> None:
+def test_a_recipe_without_baselines_has_no_leads(tmp_path: Path) -> None:
     run = write_run(tmp_path / "alone", stages=["pretrain", "keep-0.1/finetune", "keep-0.01/finetune"])
-    recipe = load_recipe(RECIPE, ["sparsity.magnitude_baseline=none"])
+    recipe = load_recipe(RECIPE, ["sparsity.baselines=[]"])
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    assert "missing" not in report([run])
+    table = report([run])
+    assert "missing" not in table
+    assert "lead" not in table
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -231,7 +266,7 @@ def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
     run = write_run(tmp_path / "smoothed", measure="certified", overrides=smoothed)
     text = report([run])
     assert "certified %" in text
-    assert "certified accuracy in points" in text
+    assert "points of certified accuracy" in text
     assert "robust" not in text
     rows = read_csv(run / "report" / "certified_accuracy.csv")
     assert {(row["network"], row["keep_fraction"]) for row in rows} == {

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import sparsity
+from pipeline.attacks import LinfBall
+from pipeline.batch_statistics import BatchStatistics
+from pipeline.group import Group
 from pipeline.masks import kept_count, topk_mask
 from pipeline.models import Network, build_network
+from pipeline.objectives import Given
+from pipeline.objectives.adversarial import adversarial_training
 from pipeline.recipe_sections import Model
 
 TENTH = Decimal("0.1")
@@ -235,3 +240,42 @@ def test_mask_hash_and_counts_ignore_the_memory_format() -> None:
     assert sparsity.mask_sha256(network) == row_major
     assert sparsity.layer_counts(network) == counts
     assert counts[0] == {"name": "conv1.weight", "kept": 9, "total": 864}
+
+
+# --- BatchNorm in the prune phase ------------------------------------------------------------------------------------
+
+
+def norms_of(network: nn.Module) -> list[nn.BatchNorm2d | nn.BatchNorm1d]:
+    return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)]
+
+
+def test_a_frozen_batchnorm_is_that_of_the_dense_network_through_a_step() -> None:
+    network = small_network()
+    network(torch.rand(16, 3, 28, 28) ** 2)  # statistics that are not the initial ones
+    sparsity.attach_scores(network, TENTH)
+    sparsity.train_only(network, "scores", "frozen")
+    assert set(sparsity.trained_parameters(network)) == {f"score/{name}" for name in sparsity.maskable(network)}
+    before = {name: tensor.clone() for name, tensor in sparsity.named_state(network).items()}
+    images, labels = torch.rand(6, 3, 28, 28), torch.arange(6)
+    statistics = BatchStatistics(network, Group(0, 1, torch.device("cpu")))
+    keys = torch.arange(6)
+    outcome = adversarial_training(LinfBall(0.1), 1, 0.1)(Given(network, network, images, labels, keys))
+    outcome.loss.backward()
+    statistics.fold_in()
+    alone = torch.cat([network(image[None]) for image in images])
+    torch.testing.assert_close(network(images), alone, msg="an image was normalised by those beside it")
+    assert network.training
+    statistics.close()
+    for name, tensor in sparsity.named_state(network).items():
+        assert torch.equal(tensor, before[name]), name
+        assert (tensor.grad is not None) == name.startswith("score/")
+
+
+def test_only_the_prune_phase_may_freeze_batchnorm() -> None:
+    network = small_network()
+    sparsity.attach_scores(network, TENTH)
+    for what in ("weights", "scores"):
+        sparsity.train_only(network, what, "trained" if what == "scores" else "frozen")
+        assert all(norm.training and norm.weight.requires_grad for norm in norms_of(network))
+    sparsity.train_only(network, "scores", "frozen")
+    assert not any(norm.training or norm.weight.requires_grad for norm in norms_of(network))
