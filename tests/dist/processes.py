@@ -20,7 +20,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _enter(rank: int, world: int, port: int, threads: int, function: Callable[..., Any], arguments: tuple, out: Any) -> None:
+def _enter(
+    rank: int, world: int, port: int, threads: int, function: Callable[..., Any], arguments: tuple, out: Any
+) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -56,7 +58,8 @@ def run_group(
     out = context.Queue()
     port = _free_port()
     workers = [
-        context.Process(target=_enter, args=(rank, world, port, threads, function, arguments, out)) for rank in range(world)
+        context.Process(target=_enter, args=(rank, world, port, threads, function, arguments, out))
+        for rank in range(world)
     ]
     for worker in workers:
         worker.start()

@@ -49,9 +49,7 @@ def _recipes(data: Path, world: int) -> dict[str, tuple[Recipe, list[str]]]:
     still = {"epochs": 2, "lr": 1e-30, "weight_decay": 0.0}
     crops = {"augmentation": "pad_crop_flip", "train_images": 320}
     unvalidated = {"validation_steps": 0}
-    stands_still = small_recipe(
-        data, phases={"pretrain": still, "prune": still}, data=crops, evaluation=unvalidated
-    )
+    stands_still = small_recipe(data, phases={"pretrain": still, "prune": still}, data=crops, evaluation=unvalidated)
     recipes = {"still": (stands_still, PRETRAIN_TO_PRUNE)}
     one_step = {"pretrain": {"epochs": 1, "lr": 0.1, "weight_decay": 1e-4}}
     for name in ("pgd", "trades"):
@@ -118,9 +116,7 @@ def test_every_world_size_feeds_the_same_tensors(trained: tuple[Path, dict[int, 
 
 
 @pytest.mark.parametrize("objective", ["pgd", "trades"])
-def test_one_step_agrees_within_rounding(
-    trained: tuple[Path, dict[int, dict[str, Fed]]], objective: str
-) -> None:
+def test_one_step_agrees_within_rounding(trained: tuple[Path, dict[int, dict[str, Fed]]], objective: str) -> None:
     snapshots = [_final(trained[0], objective, world) for world in WORLDS]
     assert all(snapshot.progress.step == 1 for snapshot in snapshots)
     first, *others = [snapshot.model | snapshot.optimizer for snapshot in snapshots]
