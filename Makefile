@@ -34,7 +34,7 @@ demo: setup
 	@echo 'The picture:' && ls runs/demo/report/*.png
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest
 
 lint: setup
 	$(PY) -m ruff check

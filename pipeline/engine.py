@@ -114,6 +114,7 @@ class Engine:
         if recipe.engine.zero_stage > 0:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
             self._zero = self._engine.optimizer
+        self._begin_state()
         self.autocast = autocast_of(recipe, group.device)
         """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
 
@@ -163,15 +164,9 @@ class Engine:
         counts = [tensor for name, tensor in state.items() if name.endswith(f"/{STEP}")]
         if any(not torch.equal(count, counts[0]) for count in counts):
             raise ValueError("optimizer state has different counts of steps, but all that trains moves at every step")
-        # DeepSpeed's flat partitions are what the optimizer steps at ZeRO 1 and 2.
-        for parameter in [p for group in self._optimizer.param_groups for p in group["params"]]:
-            for slot in self._slots:
-                self._optimizer.state[parameter][slot] = torch.zeros_like(parameter)
-            if counts:
-                self._optimizer.state[parameter][STEP] = counts[0].clone()  # torch keeps it on the CPU
-        if self._zero is not None:
-            # The fragments that safe_set writes to exist only once the inner optimizer has state of its own.
-            self._zero._lazy_init_hp_params_optimizer_state()
+        if counts:
+            for held in self._optimizer.state.values():
+                held[STEP].copy_(counts[0])
         for name, parameter in self._parameters.items():
             for slot in self._slots:
                 full = state[f"optim/{name}/{slot}"].to(parameter.device)
@@ -179,6 +174,20 @@ class Engine:
                     self._optimizer.state[parameter][slot].copy_(full)
                 else:
                     safe_set_full_optimizer_state(parameter, full, slot)
+
+    def _begin_state(self) -> None:
+        """Zeros for all that the optimizer steps, which at ZeRO 1 and 2 are DeepSpeed's flat partitions.
+
+        DeepSpeed finds a parameter's part of them only if they are there when it looks, which it does once: left alone,
+        after the step of the first of several groups.
+        """
+        for parameter in [p for group in self._optimizer.param_groups for p in group["params"]]:
+            for slot in self._slots:
+                self._optimizer.state[parameter][slot] = torch.zeros_like(parameter)
+            if self._counts_steps:
+                self._optimizer.state[parameter][STEP] = torch.tensor(0.0)  # torch keeps it on the CPU
+        if self._zero is not None:
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
         """Release DeepSpeed's hooks on the network, so that the next phase can build an engine of its own."""

@@ -29,13 +29,6 @@ os.environ |= {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`, as `make test` does it: a SLURM waits more than it computes, so all else is tested
-    beside it."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "launch" else "others"))
-
-
 def _started_processes() -> list[psutil.Process]:
     """Living processes that this session started, however indirectly, but for Python's trackers, which end with us."""
     found = []

@@ -26,8 +26,11 @@ PHASES = {
     "sgd": Phase(epochs=1, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "no momentum": Phase(epochs=1, lr=0.05, momentum=0.0, weight_decay=1e-3),
     "adam": Phase(epochs=1, lr=0.001, optimizer="adam", weight_decay=0.05),
+    "decay of scores": Phase(epochs=1, lr=0.05, momentum=0.9, weight_decay=1e-3),
 }
 """Adam's weight decay is large, so that a decoupled one would be seen."""
+SCORE_DECAY = {"decay of scores": 0.1}
+"""Where scores have a weight decay of their own, and with it a group of their own in the optimizer."""
 MICRO, COUNT, STEPS = 8, 4, 3
 
 State = dict[str, torch.Tensor]
@@ -54,7 +57,12 @@ def _train(
     """Some optimizer steps with the engine; returns (plain state, optimizer state)."""
     optimizer, trains, zero, precision = setting
     batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
-    recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero, "precision": precision})
+    recipe = small_recipe(
+        Path("."),
+        batch=batch,
+        engine={"zero_stage": zero, "precision": precision},
+        sparsity={"score_weight_decay": SCORE_DECAY.get(optimizer)},
+    )
     network = _network(recipe, trains)
     if start is not None:
         load_state(network, start[0])
@@ -84,11 +92,14 @@ def _keep_input(seen: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any], No
     return hook
 
 
-def _torch_optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    phase = PHASES[name]
+def _torch_optimizer(name: str, network: torch.nn.Module) -> torch.optim.Optimizer:
+    phase, trained = PHASES[name], trained_parameters(network)
+    scores = [parameter for key, parameter in trained.items() if key.startswith("score/")]
+    others = [parameter for key, parameter in trained.items() if not key.startswith("score/")]
+    groups = [{"params": others}, {"params": scores, "weight_decay": SCORE_DECAY.get(name, phase.weight_decay)}]
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=phase.lr, weight_decay=phase.weight_decay)
-    return torch.optim.SGD(parameters, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
+        return torch.optim.Adam(groups, lr=phase.lr, weight_decay=phase.weight_decay)
+    return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
 
 
 @cache
@@ -96,8 +107,7 @@ def _reference(trained_by: str, trains: str) -> State:
     """The same steps in plain PyTorch: mean loss over the micro-batches, statistics averaged over them."""
     recipe = small_recipe(Path("."))
     network = _network(recipe, trains)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = _torch_optimizer(trained_by, parameters)
+    optimizer = _torch_optimizer(trained_by, network)
     layers = {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     buffers = {n: dict(m.named_buffers()) for n, m in layers.items()}
     running = {n: (b["running_mean"].clone(), b["running_var"].clone()) for n, b in buffers.items()}
@@ -129,6 +139,7 @@ SETTINGS = [
     *(("adam", "weights", z, p) for z in (0, 1, 2) for p in ("fp32", "bf16")),
     ("adam", "scores", 1, "fp32"),
     ("no momentum", "weights", 1, "fp32"),
+    *(("decay of scores", "scores", zero, "fp32") for zero in (0, 1, 2)),
 ]
 """optimizer, what trains, ZeRO stage, precision"""
 MOVED = [("sgd", "weights"), ("sgd", "scores"), ("adam", "weights")]
