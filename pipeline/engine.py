@@ -63,8 +63,9 @@ def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractCo
 
 
 def _weight_decay(name: str, phase: Phase, recipe: Recipe) -> float:
-    own = recipe.sparsity.score_weight_decay
-    return own if name.startswith("score/") and own is not None else phase.weight_decay
+    """Rates have none: it would pull the layers' shares of the budget to what the scales of their scores make of it."""
+    own = {"rate": 0.0, "score": recipe.sparsity.score_weight_decay}.get(name.split("/")[0])
+    return phase.weight_decay if own is None else own
 
 
 class Engine:
@@ -97,6 +98,15 @@ class Engine:
         if recipe.engine.zero_stage > 0:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
             self._zero = self._engine.optimizer
+            # Momentum from the start, zero: DeepSpeed looks for it once, after the first group's first step, and so
+            # would never gather that of the other groups. SGD's first step makes the gradient of it, as without.
+            for flat in [flat for members in self._sgd.param_groups for flat in members["params"]]:
+                self._sgd.state[flat][MOMENTUM] = torch.zeros_like(flat)
+            self._zero._lazy_init_hp_params_optimizer_state()
+        # DeepSpeed divides the loss by this number to get a mean; a rate's gradient does not shrink with it (`masked`).
+        local = recipe.batch.micro_batches_per_step // group.world
+        rates = [parameter for name, parameter in parameters.items() if name.startswith("rate/")]
+        self._hooks = [rate.register_hook(lambda gradient: gradient / local) for rate in rates]
         self.autocast = autocast_of(recipe, group.device)
         """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
 
@@ -134,12 +144,6 @@ class Engine:
         if set(state) != expected:
             odd = sorted(set(state) ^ expected)
             raise ValueError(f"optimizer state does not fit this phase; first difference: {odd[0]}")
-        if self._zero is not None:
-            # The fragments that safe_set writes to exist only once the inner optimizer has state of its own.
-            for group in self._sgd.param_groups:
-                for flat in group["params"]:
-                    self._sgd.state[flat][MOMENTUM] = torch.zeros_like(flat)
-            self._zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._parameters.items():
             full = state[f"optim/{name}/{MOMENTUM}"].to(parameter.device)
             if self._zero is None:
@@ -149,4 +153,6 @@ class Engine:
 
     def close(self) -> None:
         """Release DeepSpeed's hooks on the network, so that the next phase can build an engine of its own."""
+        for hook in self._hooks:
+            hook.remove()
         self._engine.destroy()

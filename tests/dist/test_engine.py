@@ -20,6 +20,7 @@ from tests.dist.processes import run_group
 from tests.small_recipe import small_recipe
 
 PHASE = Phase(epochs=1, lr=0.05, momentum=0.9, weight_decay=1e-3)
+SCORE_DECAY = 0.1
 MICRO, COUNT, STEPS = 8, 4, 3
 
 State = dict[str, torch.Tensor]
@@ -34,9 +35,9 @@ def _batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _network(recipe: Any, trains: str) -> Any:
     network = build_network(recipe.model, seed=3)
-    if trains == "scores":
-        attach_scores(network, recipe.sparsity.keep_fractions[0])
-    train_only(network, "scores" if trains == "scores" else "weights")
+    if trains != "weights":
+        attach_scores(network, recipe.sparsity.keep_fractions[0], "learned" if trains == "rates" else "uniform")
+    train_only(network, "weights" if trains == "weights" else "scores")
     return network.train()
 
 
@@ -45,7 +46,9 @@ def _train(
 ) -> tuple[State, State]:
     """Some optimizer steps with the engine; returns (plain state, optimizer state)."""
     batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
-    recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero, "precision": precision})
+    engine_section = {"zero_stage": zero, "precision": precision}
+    sparsity = {"score_weight_decay": SCORE_DECAY if trains == "rates" else None}
+    recipe = small_recipe(Path("."), batch=batch, engine=engine_section, sparsity=sparsity)
     network = _network(recipe, trains)
     if start is not None:
         load_state(network, start[0])
@@ -79,8 +82,12 @@ def _reference(trains: str) -> State:
     """The same steps in plain PyTorch: mean loss over the micro-batches, statistics averaged over them."""
     recipe = small_recipe(Path("."))
     network = _network(recipe, trains)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=PHASE.lr, momentum=PHASE.momentum, weight_decay=PHASE.weight_decay)
+    own = {"score": SCORE_DECAY, "rate": 0.0} if trains == "rates" else {}
+    groups = [
+        {"params": [parameter], "weight_decay": own.get(name.split("/")[0], PHASE.weight_decay)}
+        for name, parameter in trained_parameters(network).items()
+    ]
+    optimizer = torch.optim.SGD(groups, lr=PHASE.lr, momentum=PHASE.momentum)
     layers = {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     buffers = {n: dict(m.named_buffers()) for n, m in layers.items()}
     running = {n: (b["running_mean"].clone(), b["running_var"].clone()) for n, b in buffers.items()}
@@ -92,6 +99,9 @@ def _reference(trains: str) -> State:
             (F.cross_entropy(network(images), labels) / COUNT).backward()
         for hook in hooks:
             hook.remove()
+        for name, parameter in trained_parameters(network).items():
+            if name.startswith("rate/") and parameter.grad is not None:
+                parameter.grad /= COUNT  # it does not shrink with the loss
         for name, seen in inputs.items():
             columns = [x.transpose(0, 1).flatten(1) for x in seen]  # [channels, values]
             mean = torch.stack([x.mean(1) for x in columns]).mean(0)
@@ -107,7 +117,9 @@ def _reference(trains: str) -> State:
     return {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
 
 
-SETTINGS = [(t, z, p) for t in ("weights", "scores") for z in (0, 1, 2) for p in ("fp32", "bf16")]
+TRAINS = ("weights", "scores", "rates")
+"""rates: the learned allocation, and so three groups of parameters that differ in their weight decay."""
+SETTINGS = [(t, z, p) for t in TRAINS for z in (0, 1, 2) for p in ("fp32", "bf16") if (t, p) != ("rates", "bf16")]
 
 Trained = dict[Any, tuple[State, State]]
 
@@ -134,7 +146,7 @@ def _one_worker(group: Group, starts: dict[str, tuple[State, State]]) -> tuple[T
 def trained() -> dict[str, Trained]:
     """Everything that needs processes, in one group of two and one of one: starting them is what takes time."""
     two, cut, resumed = run_group(2, _two_workers)[0]
-    one, moved = run_group(1, _one_worker, {t: cut[t, 2, "fp32"] for t in ("weights", "scores")})[0]
+    one, moved = run_group(1, _one_worker, {t: cut[t, 2, "fp32"] for t in TRAINS})[0]
     return {"one": one, "two": two, "cut": cut, "resumed": resumed, "moved": moved}
 
 
@@ -168,7 +180,7 @@ def test_resume_is_exact(trained: dict[str, Trained], setting: tuple[str, int, s
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-@pytest.mark.parametrize("trains", ["weights", "scores"])
+@pytest.mark.parametrize("trains", TRAINS)
 def test_state_moves_to_another_world_size_and_stage(trained: dict[str, Trained], trains: str, zero: int) -> None:
     """Two workers at ZeRO 2 for two steps, then one worker at another stage: the third step agrees with plain PyTorch."""
     _assert_close(trained["moved"][trains, zero][0], _reference(trains), (trains, zero), 1e-4, 2e-6)

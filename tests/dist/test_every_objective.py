@@ -44,6 +44,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "crown_ibp": {"objective": {"name": "crown_ibp"}},
     "mixtrain": {"objective": {"name": "mixtrain"}},
+    "fgsm, learned shares, every baseline": {
+        "objective": {"name": "fgsm", "steps": 1, "step_size": "1/10"},
+        "sparsity": {
+            "allocation": "learned",
+            "score_init": "kaiming_normal",
+            "score_weight_decay": 0.0,
+            "batchnorm": "frozen",
+            "baselines": ["magnitude", "random", "snip"],
+            "baseline_epochs": "finetune_epochs",
+        },
+    },
     "search": {"phases": {"pretrain": {"objective": {"name": "clean"}}, "finetune": None}},
 }
 
