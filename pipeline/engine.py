@@ -63,7 +63,7 @@ def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractCo
 
 
 def _weight_decay(name: str, phase: Phase, recipe: Recipe) -> float:
-    """Rates have none: it would pull the layers' shares of the budget to what the scales of their scores make of it."""
+    """Rates have none: it would pull the layers' shares of the budget back to the uniform ones."""
     own = {"rate": 0.0, "score": recipe.sparsity.score_weight_decay}.get(name.split("/")[0])
     return phase.weight_decay if own is None else own
 

@@ -135,7 +135,7 @@ def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm
     """Set requires_grad for a phase, of a network in training mode.
 
     weights: every weight, bias and normalisation parameter trains, scores are frozen (pretrain, finetune).
-    scores: the scores and the affine parameters of normalisation layers train, all else is frozen (prune).
+    scores: scores, rates and the affine parameters of normalisation layers train, all else is frozen (prune).
     scores, with BatchNorm frozen: its affine parameters do not train either, and it is put in eval mode, so that it
     normalises by its running statistics, which stay. (The reference's --freeze-bn freezes the affine parameters only:
     its training forwards go on normalising by the batch, and updating the running statistics.)
