@@ -14,19 +14,28 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pipeline.masks import kept_count, topk_mask
+from pipeline.masks import kept_count, kth_largest, topk_mask
 from pipeline.recipe_sections import Allocation
 
-Deal = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-"""Scores of every layer -> bool masks of the same shapes. Errors: ValueError for NaN, naming the layer."""
+Deal = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+"""Scores of every layer, and rates where the allocation is learned -> bool masks of the scores' shapes.
+
+Errors: ValueError for NaN, naming the layer.
+"""
+
+LARGEST_RATE = 30.0
+"""A layer whose rate is this much above the mean has the budget before the others do; exp must not overflow."""
 
 
 def deal_of(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocation: Allocation) -> Deal:
     """What makes the masks of a network whose weights have `shapes`, by an allocation's rule."""
+    counts = (erdos_renyi_kernel if allocation == "erk" else uniform)(shapes, keep_fraction)
+    budget = total_kept(shapes, keep_fraction)
+    if allocation == "learned":
+        return partial(learned_masks, counts=counts, budget=budget)
     if allocation == "global":
-        return partial(global_masks, budget=total_kept(shapes, keep_fraction))
-    counts = uniform if allocation == "uniform" else erdos_renyi_kernel
-    return partial(layer_masks, counts=counts(shapes, keep_fraction))
+        return lambda scores, rates: global_masks(scores, budget)
+    return lambda scores, rates: layer_masks(scores, counts)
 
 
 def uniform(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
@@ -86,6 +95,32 @@ def global_masks(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]
     ]
     parts = topk_mask(torch.cat(magnitudes), budget).split([part.numel() for part in magnitudes])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def learned_masks(
+    scores: Mapping[str, Tensor], rates: Mapping[str, Tensor], counts: Mapping[str, int], budget: int
+) -> dict[str, Tensor]:
+    """The global masks of |s| exp(t) / h, where h is the layer's threshold by the uniform `counts`.
+
+    Layers learn their shares of one budget (the idea of HARP: Zhao and Wressnegger, ICLR 2023, who reach the budget by
+    a penalty). With equal rates t all layers have the same threshold: that is the uniform allocation, as near as an
+    exact total allows, however far apart the scales of the layers' scores are. A rate that is larger by r keeps what
+    is above exp(-r) h. Rates count from their mean, up to LARGEST_RATE.
+    """
+    mean = torch.stack(list(rates.values())).mean(0)
+    importance = {}
+    for name, score in scores.items():
+        rate = (rates[name] - mean).clamp(-LARGEST_RATE, LARGEST_RATE)
+        importance[name] = score / _threshold(score, counts[name]) * rate.exp()
+    return global_masks(importance, budget)
+
+
+def _threshold(score: Tensor, kept: int) -> Tensor:
+    magnitude = score.detach().abs().flatten()
+    threshold = kth_largest(magnitude, kept)
+    # A layer of fewer nonzero scores than it may keep has no threshold; half its digits below its largest is as good.
+    limits = torch.finfo(score.dtype)
+    return threshold.maximum(magnitude.amax() * limits.eps).clamp_min(limits.tiny)
 
 
 def layer_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:

@@ -63,11 +63,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD or Adam, as the phase says. Weight decay is added to the gradient in both: Adam's is not decoupled.
 
-    Scores have a group of their own if `score_weight_decay` is another than the phase's.
+    Scores have a group of their own if `score_weight_decay` is another than the phase's, and so have rates: they have
+    no weight decay, which would pull the layers' shares of the budget back to the uniform ones.
     """
     decays: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        own = score_weight_decay if name.startswith("score/") else None
+        own = {"rate": 0.0, "score": score_weight_decay}.get(name.split("/")[0])
         decays.setdefault(phase.weight_decay if own is None else own, []).append(parameter)
     groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
     if phase.optimizer == "adam":
@@ -115,6 +116,10 @@ class Engine:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
             self._zero = self._engine.optimizer
         self._begin_state()
+        # DeepSpeed divides the loss by this number to get a mean; a rate's gradient does not shrink with it (`masked`).
+        local = recipe.batch.micro_batches_per_step // group.world
+        rates = [parameter for name, parameter in parameters.items() if name.startswith("rate/")]
+        self._hooks = [rate.register_hook(lambda gradient: gradient / local) for rate in rates]
         self.autocast = autocast_of(recipe, group.device)
         """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
 
@@ -191,4 +196,6 @@ class Engine:
 
     def close(self) -> None:
         """Release DeepSpeed's hooks on the network, so that the next phase can build an engine of its own."""
+        for hook in self._hooks:
+            hook.remove()
         self._engine.destroy()

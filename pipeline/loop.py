@@ -184,7 +184,8 @@ def _what_is_not_finite(training: Training, step: int, losses: list[tuple[torch.
 
 
 def _advice(training: Training) -> str:
-    return f"lower phases.{training.stage.phase}.lr or lengthen its warm-up"
+    section = "finetune" if training.stage.is_baseline else training.stage.phase
+    return f"lower phases.{section}.lr or lengthen its warm-up"
 
 
 def _added(window: Window, sums: torch.Tensor) -> Window:

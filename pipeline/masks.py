@@ -25,7 +25,8 @@ def kept_count(n: int, keep_fraction: Decimal) -> int:
     return n - math.floor((1 - Fraction(keep_fraction)) * n)
 
 
-def _kth_largest(values: Tensor, k: int) -> Tensor:
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest (k from 1 to n) of values [n], as a scalar; linear time."""
     if values.device.type == "cpu":
         # numpy's partition is vectorised: 0.8 ms for 0.5 M float32 values, where torch's kthvalue takes 8 ms.
         place = values.numel() - k
@@ -47,7 +48,7 @@ def topk_mask(score: Tensor, kept: int) -> Tensor:
         raise ValueError("scores contain NaN; lower the learning rate of the prune phase")
     if kept == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    threshold = _kth_largest(magnitude, kept)
+    threshold = kth_largest(magnitude, kept)
     above = magnitude > threshold
     equal = magnitude == threshold
     rank_among_equals = equal.cumsum(0, dtype=torch.int32)

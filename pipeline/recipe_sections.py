@@ -116,7 +116,7 @@ class Phases(Section):
     """null: the networks that pruning finds are the result, as in a search for sub-networks (HYDRA, section 5.2)."""
 
 
-Allocation = Literal["uniform", "erk", "global"]
+Allocation = Literal["uniform", "erk", "global", "learned"]
 Baseline = Literal["magnitude", "random", "snip"]
 BatchNormMode = Literal["trained", "frozen"]
 ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
@@ -128,7 +128,8 @@ class Sparsity(Section):
     keep_fractions: tuple[KeepFraction, ...]
     allocation: Allocation = "uniform"
     """How connections are dealt to layers: the same fraction of each (the paper), Erdos-Renyi-kernel densities (Evci et
-    al. 2020), or by rank among the scores of all layers, so that the prune phase learns the allocation too."""
+    al. 2020), by rank among the scores of all layers, so that the prune phase learns the allocation too, or by that
+    rank with one learned rate per layer that multiplies its scores (after Zhao and Wressnegger 2023)."""
     score_init: ScoreInit = "scaled"
     """Where the prune phase's scores start: scaled from the weights (the paper), or drawn."""
     score_weight_decay: float | None = Field(default=None, ge=0)

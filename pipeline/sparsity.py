@@ -1,8 +1,8 @@
 """Importance scores and the masks that they make (HYDRA: Sehwag et al., NeurIPS 2020).
 
 Every Conv2d and Linear gets one score per weight. The effective weight is weight * mask, the mask is the top-k of
-|score| in its layer, and the gradient passes straight through the ranking. Masks change only in `refresh_masks`, once
-per optimizer step, however many forwards an attack takes.
+|score| in its layer or among all layers, and the gradient passes straight through the ranking. Masks change only in
+`refresh_masks`, once per optimizer step, however many forwards an attack takes.
 
 Plain names are the backbone's own ('layer1.0.conv1.weight'), with and without scores, whatever wraps it.
 """
@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from pipeline.allocation import Deal, deal_of
+from pipeline.masked import Masked
 from pipeline.models.network import Network
 from pipeline.recipe_sections import Allocation, BatchNormMode
 from pipeline.score_init import FirstScore, scaled
@@ -31,6 +32,7 @@ NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 _ORIGINAL = "parametrizations.weight.original"
 _SCORE = "parametrizations.weight.0.score"
+_RATE = "parametrizations.weight.0.rate"
 _DEAL = "_deal"
 """Attribute of the backbone: the Deal that makes all its masks."""
 
@@ -41,40 +43,6 @@ class LayerCount(TypedDict):
     name: str
     kept: int
     total: int
-
-
-class _StraightThrough(torch.autograd.Function):
-    """weight * mask, with HYDRA's gradient for the scores."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, score, mask)
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grad_outputs
-        weight, score, mask = ctx.saved_tensors
-        grad_weight = grad * mask if ctx.needs_input_grad[0] else None
-        grad_score = grad * weight * score.sign() if ctx.needs_input_grad[1] else None
-        return grad_weight, grad_score, None
-
-
-class Masked(nn.Module):
-    """Parametrization of a weight: `score` (a parameter of the weight's shape) and the bool `mask` made from it.
-
-    The mask is no part of the state dict, because the scores and what deals them say all of it.
-    """
-
-    mask: Tensor
-
-    def __init__(self, score: Tensor) -> None:
-        super().__init__()
-        self.score = nn.Parameter(score)
-        self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self.score, self.mask)  # pyright: ignore[reportReturnType]
 
 
 def _root(network: nn.Module) -> nn.Module:
@@ -127,9 +95,9 @@ def attach_scores(
 ) -> None:
     """Give every maskable weight its scores, as `first` says, and the mask that they make.
 
-    `allocation` deals the connections to layers: the same fraction of each (the paper), ERK, or by rank among the
-    scores of all layers. Errors: ValueError when there is nothing to mask, when scores are there already, or those of
-    `first`.
+    `allocation` deals the connections to layers: the same fraction of each (the paper), ERK, by rank among the scores
+    of all layers, or by that rank with one rate per layer that learns along. Errors: ValueError when there is nothing
+    to mask, when scores are there already, or those of `first`.
     """
     layers = maskable(network)
     if not layers:
@@ -138,7 +106,8 @@ def attach_scores(
         raise ValueError("the network has scores already; attach them once")
     shapes = {name: _original(layer).shape for name, layer in layers.items()}
     for name, layer in layers.items():
-        masked = Masked(first(name, _original(layer)))
+        score = first(name, _original(layer))
+        masked = Masked(score, score.new_zeros(1) if allocation == "learned" else None)
         masked.train(layer.training)
         parametrize.register_parametrization(layer, "weight", masked)
     setattr(_root(network), _DEAL, deal_of(shapes, keep_fraction, allocation))
@@ -155,7 +124,9 @@ def refresh_masks(network: nn.Module) -> None:
     if not masked:
         return
     deal: Deal = getattr(_root(network), _DEAL)
-    masks = deal({name: entry.score for name, entry in masked.items()})
+    scores = {name: entry.score for name, entry in masked.items()}
+    rates = {name: entry.rate for name, entry in masked.items() if entry.rate is not None}
+    masks = deal(scores, rates)
     for name, entry in masked.items():
         entry.mask.copy_(masks[name])
 
@@ -164,7 +135,7 @@ def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm
     """Set requires_grad for a phase, of a network in training mode.
 
     weights: every weight, bias and normalisation parameter trains, scores are frozen (pretrain, finetune).
-    scores: the scores and the affine parameters of normalisation layers train, all else is frozen (prune).
+    scores: scores, rates and the affine parameters of normalisation layers train, all else is frozen (prune).
     scores, with BatchNorm frozen: its affine parameters do not train either, and it is put in eval mode, so that it
     normalises by its running statistics, which stay. (The reference's --freeze-bn freezes the affine parameters only:
     its training forwards go on normalising by the batch, and updating the running statistics.)
@@ -183,14 +154,16 @@ def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(True)
     for entry in masked.values():
-        entry.score.requires_grad_(what == "scores")
+        for parameter in entry.parameters():
+            parameter.requires_grad_(what == "scores")
 
 
 def named_state(network: nn.Module) -> dict[str, Tensor]:
     """The live tensors that a checkpoint holds, under plain names.
 
-    'weight/conv1.weight', 'weight/bn1.bias', 'score/conv1.weight', 'buffer/bn1.running_mean'. A tensor that the network
-    uses under two names appears once. Masks and the normalisation are not state.
+    'weight/conv1.weight', 'weight/bn1.bias', 'score/conv1.weight', 'rate/conv1.weight' (learned allocation),
+    'buffer/bn1.running_mean'. A tensor that the network uses under two names appears once. Masks and the normalisation
+    are not state.
     """
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -202,10 +175,9 @@ def named_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _state_name(key: str, tensor: Tensor) -> str:
-    if key.endswith(_SCORE):
-        return "score/" + key.removesuffix(_SCORE) + "weight"
-    if key.endswith(_ORIGINAL):
-        return "weight/" + key.removesuffix(_ORIGINAL) + "weight"
+    for kind, part in (("score/", _SCORE), ("rate/", _RATE), ("weight/", _ORIGINAL)):
+        if key.endswith(part):
+            return kind + key.removesuffix(part) + "weight"
     return ("weight/" if isinstance(tensor, nn.Parameter) else "buffer/") + key
 
 
@@ -244,7 +216,7 @@ def effective_state(network: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, tensor in _root(network).state_dict(keep_vars=True).items():
         kind, name = _state_name(key, tensor).split("/", 1)
-        if kind == "score":
+        if kind in ("score", "rate"):
             continue
         value = tensor.detach().clone(memory_format=torch.contiguous_format)
         if (mask := masks.get(id(tensor))) is not None:

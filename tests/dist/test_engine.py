@@ -30,7 +30,7 @@ PHASES = {
 }
 """Adam's weight decay is large, so that a decoupled one would be seen."""
 SCORE_DECAY = {"decay of scores": 0.1}
-"""Where scores have a weight decay of their own, and with it a group of their own in the optimizer."""
+"""Where scores have a weight decay of their own: with the rates, which have none, three groups in the optimizer."""
 MICRO, COUNT, STEPS = 8, 4, 3
 
 State = dict[str, torch.Tensor]
@@ -45,9 +45,9 @@ def _batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _network(recipe: Any, trains: str) -> Any:
     network = build_network(recipe.model, seed=3)
-    if trains == "scores":
-        attach_scores(network, recipe.sparsity.keep_fractions[0])
-    train_only(network, "scores" if trains == "scores" else "weights")
+    if trains != "weights":
+        attach_scores(network, recipe.sparsity.keep_fractions[0], "learned" if trains == "rates" else "uniform")
+    train_only(network, "weights" if trains == "weights" else "scores")
     return network.train()
 
 
@@ -93,10 +93,12 @@ def _keep_input(seen: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any], No
 
 
 def _torch_optimizer(name: str, network: torch.nn.Module) -> torch.optim.Optimizer:
-    phase, trained = PHASES[name], trained_parameters(network)
-    scores = [parameter for key, parameter in trained.items() if key.startswith("score/")]
-    others = [parameter for key, parameter in trained.items() if not key.startswith("score/")]
-    groups = [{"params": others}, {"params": scores, "weight_decay": SCORE_DECAY.get(name, phase.weight_decay)}]
+    phase = PHASES[name]
+    own = {"score": SCORE_DECAY.get(name, phase.weight_decay), "rate": 0.0}
+    groups = [
+        {"params": [parameter], "weight_decay": own.get(key.split("/")[0], phase.weight_decay)}
+        for key, parameter in trained_parameters(network).items()
+    ]
     if name == "adam":
         return torch.optim.Adam(groups, lr=phase.lr, weight_decay=phase.weight_decay)
     return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
@@ -119,6 +121,9 @@ def _reference(trained_by: str, trains: str) -> State:
             (F.cross_entropy(network(images), labels) / COUNT).backward()
         for hook in hooks:
             hook.remove()
+        for name, parameter in trained_parameters(network).items():
+            if name.startswith("rate/") and parameter.grad is not None:
+                parameter.grad /= COUNT  # it does not shrink with the loss
         for name, seen in inputs.items():
             columns = [x.transpose(0, 1).flatten(1) for x in seen]  # [channels, values]
             mean = torch.stack([x.mean(1) for x in columns]).mean(0)
@@ -139,10 +144,10 @@ SETTINGS = [
     *(("adam", "weights", z, p) for z in (0, 1, 2) for p in ("fp32", "bf16")),
     ("adam", "scores", 1, "fp32"),
     ("no momentum", "weights", 1, "fp32"),
-    *(("decay of scores", "scores", zero, "fp32") for zero in (0, 1, 2)),
+    *(("decay of scores", "rates", zero, "fp32") for zero in (0, 1, 2)),
 ]
-"""optimizer, what trains, ZeRO stage, precision"""
-MOVED = [("sgd", "weights"), ("sgd", "scores"), ("adam", "weights")]
+"""optimizer, what trains, ZeRO stage, precision. rates: scores, and the rates of the learned allocation."""
+MOVED = [("sgd", "weights"), ("sgd", "scores"), ("adam", "weights"), ("decay of scores", "rates")]
 """optimizer, what trains: continued elsewhere"""
 
 Trained = dict[Any, tuple[State, State]]

@@ -32,7 +32,17 @@ ADAM = {phase: {"optimizer": "adam", "lr": 0.001} for phase in ("pretrain", "pru
 VARIANTS: dict[str, dict[str, Any]] = {
     "pgd, averaged": {"objective": {"name": "pgd", **ATTACK}, "phases": AVERAGED},
     "fgsm, eps warm-up": {"objective": {"name": "fgsm", "steps": 1, "step_size": "1/10", "eps_warmup": 0.7}},
-    "nfgsm": {"objective": {"name": "nfgsm", "steps": 1, "step_size": "1/10"}},
+    "nfgsm, learned, every baseline": {
+        "objective": {"name": "nfgsm", "steps": 1, "step_size": "1/10"},
+        "sparsity": {
+            "allocation": "learned",
+            "score_init": "kaiming_normal",
+            "score_weight_decay": 0.0,
+            "batchnorm": "frozen",
+            "baselines": ["magnitude", "random", "snip"],
+            "baseline_epochs": "finetune_epochs",
+        },
+    },
     "free, averaged": {
         "objective": {"name": "free", "steps": 1, "step_size": "1/10", "replays": 2},
         "phases": AVERAGED,

@@ -18,7 +18,8 @@ architectures recipe_fields recipe_objective recipe_sections recipe_slurm recipe
 disk files phases committed stopping
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
-models.ra_resnet models.from_torchvision models.network models masks score_init allocation sparsity averaging attacks
+models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity averaging
+attacks
 bounds.operations bounds.layers bounds.graph bounds.propagation bounds
 objectives.outcome objectives.adversarial objectives.free objectives.trades objectives.smoothing objectives.certified
 objectives.mixtrain objectives
