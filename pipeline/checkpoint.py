@@ -201,9 +201,9 @@ def read_newest(stage: Path) -> Snapshot | None:
     return None
 
 
-def prune(stage: Path, keep: int, protected: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the `protected` step (the best one)."""
-    steps = [s for s in steps_on_disk(stage) if s != protected]
+def prune(stage: Path, keep: int, *protected: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the `protected` steps (the best, the one to go back to)."""
+    steps = [s for s in steps_on_disk(stage) if s not in protected]
     for step in steps[:-keep]:
         folder = folder_of(stage, step)
         (folder / "MANIFEST.json").unlink(missing_ok=True)  # first: what is half deleted does not exist
@@ -236,7 +236,7 @@ class Writer:
         self._thread.start()
 
     def _write(self, snapshot: Snapshot) -> None:
-        step, best = snapshot.progress.step, snapshot.progress.best_step
+        step, protected = snapshot.progress.step, (snapshot.progress.best_step, snapshot.progress.good_step)
 
         def attempt(number: int) -> None:
             if number == 0:
@@ -247,7 +247,7 @@ class Writer:
 
         try:
             retried(attempt, f"writing {folder_of(self._stage, step)}", self._pause)
-            retried(lambda _: prune(self._stage, self._keep, best), f"deleting from {self._stage}", self._pause)
+            retried(lambda _: prune(self._stage, self._keep, *protected), f"deleting from {self._stage}", self._pause)
         except BaseException as error:
             self._error = error
 

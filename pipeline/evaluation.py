@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline.evaluate.certify import Certified, Noisy
 from pipeline.evaluate.chunks import ChunkStore, evaluate, write_verdicts
 from pipeline.evaluate.measure import Measure, summarise
 from pipeline.evaluate.pgd import Pgd
+from pipeline.evaluate.probed import Probed
 from pipeline.evaluate.verified import Proved
 from pipeline.export import load_model
 from pipeline.files import atomic_write_json, sha256_of
@@ -25,30 +27,39 @@ from pipeline.lease import check_token
 from pipeline.models import Network
 from pipeline.phases import Stage
 from pipeline.recipe import Recipe
+from pipeline.recipe_objective import ThreatModel
 
 
 def validation_of(
-    job: Job, network: Network, average: dict[str, Tensor], loader: Loader, ids: NDArray[np.int64]
-) -> Callable[[], dict[str, Any]]:
+    job: Job, stage: Stage, network: Network, average: dict[str, Tensor], loader: Loader, ids: NDArray[np.int64]
+) -> Callable[[float], dict[str, Any]]:
     """Clean and robust accuracy on the held-out images, as a metrics row without its position. Collective.
 
-    They are those of the average, for a phase that has one, as it is the phase's result.
+    They are those of the average, for a phase that has one, as it is the phase's result. Where the objective is
+    guarded, the counts of the probe are there too, at the share of eps that is handed in.
     """
     recipe = job.recipe
-    measure = _validation_measure(recipe)
+    usual, threat_model = _validation_measure(recipe), recipe.threat_model
 
     def on_chunk(done: int, total: int) -> bool:
         job.observe("chunk", {"stage": None, "done": done})
         return False  # the next step agrees on stopping
 
-    def validate() -> dict[str, Any]:
+    def validate(strength: float) -> dict[str, Any]:
+        measure = usual
+        if stage.objective.guarded:
+            assert threat_model is not None
+            eps = threat_model.eps * Fraction(strength)
+            measure = Probed(usual, _quick_pgd(recipe, threat_model.model_copy(update={"eps": eps})))
         crops, chunk = job.evaluation_crops(loader), recipe.evaluation.chunk
         with averaged(network, average) if average else nullcontext():
             verdicts = evaluate(network, loader, ids, crops, measure, chunk, job.group, on_chunk)
+        probe = {name: int(verdicts[name].sum()) for name in ("pgd_correct", "one_step_correct") if name in verdicts}
         return {
             "clean_accuracy": float(verdicts["clean_correct"].mean()),
             "robust_accuracy": float(verdicts["robust_correct"].mean()),
             "images": len(ids),
+            **({"probe": probe} if probe else {}),
         }
 
     return validate
@@ -110,9 +121,15 @@ def _validation_measure(recipe: Recipe) -> Measure:
     if recipe.objective.measure == "verified":
         assert recipe.threat_model is not None
         return Proved(recipe.threat_model, symbolic=False)
+    return _quick_pgd(recipe, recipe.threat_model)
+
+
+def _quick_pgd(recipe: Recipe, threat_model: ThreatModel | None) -> Pgd:
+    """PGD of evaluation.validation_steps."""
+    steps = recipe.evaluation.validation_steps
     # 2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross.
-    size = 2.5 * float(recipe.threat_model.eps) / max(steps, 1) if recipe.threat_model is not None else 0.0
-    return Pgd(recipe.threat_model, steps, size, restarts=1, seed=recipe.seed)
+    size = 2.5 * float(threat_model.eps) / max(steps, 1) if threat_model is not None else 0.0
+    return Pgd(threat_model, steps, size, restarts=1, seed=recipe.seed)
 
 
 def spread(total: int, count: int | None) -> NDArray[np.int64]:

@@ -24,7 +24,8 @@ from pipeline.engine import Engine
 from pipeline.group import Group
 from pipeline.keys import sample_keys
 from pipeline.models import Network
-from pipeline.objectives import COUNTS, Given, Objective
+from pipeline.objectives import COUNTS, Given, Objective, attack_strength
+from pipeline.overfitting import CatastrophicOverfitting, overfits
 from pipeline.phases import Stage
 from pipeline.progress import Progress, Window
 from pipeline.recipe import Recipe
@@ -68,8 +69,9 @@ class Training:
     """This worker's micro-batches from the first step that is left."""
     rows: Rows | None
     """Metric rows; on rank 0 only."""
-    validate: Callable[[], dict[str, Any]]
-    """Accuracies on the held-out images: a metrics row without its position. Collective."""
+    validate: Callable[[float], dict[str, Any]]
+    """Accuracies on the held-out images: a metrics row without its position. Takes the share of its eps that the
+    attack has. Collective."""
     save: Callable[[Snapshot], None]
     """Called on every rank; rank 0 writes."""
     observe: Observer
@@ -98,7 +100,10 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
 
 
 def train(training: Training, progress: Progress) -> Progress:
-    """Run the steps that are left and return the last position: the end, or where the run was stopped. Collective."""
+    """Run the steps that are left and return the last position: the end, or where the run was stopped. Collective.
+
+    Errors: NonFinite; CatastrophicOverfitting where the objective is guarded.
+    """
     recipe, stage, group = training.recipe, training.stage, training.group
     statistics = BatchStatistics(training.network, group)
     window_started = time.monotonic()
@@ -117,7 +122,7 @@ def train(training: Training, progress: Progress) -> Progress:
                 progress = _validated(training, progress)
                 window_started = time.monotonic()
             stopping = bool(sums[STOP] > 0)
-            if stopping or _is_checkpoint_step(recipe, progress):
+            if stopping or _is_checkpoint_step(training, progress):
                 training.save(snapshot(training, progress))
             if stopping:
                 break
@@ -216,25 +221,41 @@ def _log_window(training: Training, progress: Progress, seconds: float) -> None:
             "robust_accuracy": window.robust_correct / window.images if counts_robust else None,
             "images": window.images,
             "timing": {"images_per_s": window.images / max(seconds, 1e-9), "seconds": seconds},
+            **_level(training, progress),
         }
     )
 
 
+def _level(training: Training, progress: Progress) -> dict[str, int]:
+    """How strong the attack has been made, in the rows of stages where it may be."""
+    return {"attack_level": progress.level} if training.stage.objective.guarded else {}
+
+
 def _validated(training: Training, progress: Progress) -> Progress:
-    """Accuracies on the held-out images, logged; with `select: best_validation_robust` they choose the checkpoint."""
-    started = time.monotonic()
-    accuracies = training.validate()
+    """Accuracies on the held-out images, logged; with `select: best_validation_robust` they choose the checkpoint.
+
+    Errors: CatastrophicOverfitting.
+    """
+    stage, started = training.stage, time.monotonic()
+    accuracies = training.validate(attack_strength(stage.objective, stage.phase, progress.step / progress.total_steps))
     position = {"step": progress.step, "epoch": progress.step / progress.steps_per_epoch}
     if training.rows is not None:
         timing = {"seconds": time.monotonic() - started}
-        training.rows.log({"kind": "validation", **position, **accuracies, "timing": timing})
+        level = _level(training, progress)
+        training.rows.log({"kind": "validation", **position, **accuracies, "timing": timing, **level})
+    smallest = stage.objective.overfitting_guard
+    if stage.objective.guarded and smallest is not None:
+        right = accuracies["probe"]["pgd_correct"], accuracies["probe"]["one_step_correct"]
+        if overfits(*right, smallest):
+            raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, right)
+        progress = progress.found_good()
     if training.recipe.select == "best_validation_robust":
         return progress.with_best(accuracies["robust_accuracy"])
     return progress
 
 
-def _is_checkpoint_step(recipe: Recipe, progress: Progress) -> bool:
-    every = recipe.checkpoint.every_steps
-    if progress.finished or (progress.at_epoch_end and (every is None or recipe.select == "best_validation_robust")):
+def _is_checkpoint_step(training: Training, progress: Progress) -> bool:
+    every, judged = training.recipe.checkpoint.every_steps, training.recipe.select == "best_validation_robust"
+    if progress.finished or (progress.at_epoch_end and (every is None or judged or training.stage.objective.guarded)):
         return True
     return every is not None and progress.step % every == 0

@@ -28,6 +28,10 @@ class Progress:
     best_step: int | None = None
     """Checkpoint step with the highest robust accuracy on the held-out images so far."""
     best_robust_accuracy: float = -1.0
+    level: int = 0
+    """How often the attack was made stronger because training overfitted to it."""
+    good_step: int | None = None
+    """The last epoch's end at which it did not, where anybody looked."""
 
     @property
     def at_epoch_end(self) -> bool:
@@ -49,6 +53,10 @@ class Progress:
         if robust_accuracy <= self.best_robust_accuracy:
             return self
         return replace(self, best_step=self.step, best_robust_accuracy=robust_accuracy)
+
+    def found_good(self) -> Progress:
+        """The same position; whoever goes back later goes back to it."""
+        return replace(self, good_step=self.step)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -126,6 +126,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _guard_has_its_accuracies(self) -> Recipe:
+        steps = self.evaluation.validation_steps
+        for key, objective in self.objectives.items():
+            if objective.guarded and steps < 2:
+                raise ValueError(
+                    f"{key}.overfitting_guard {objective.overfitting_guard} compares PGD with one step on the held-out "
+                    f"images, and evaluation.validation_steps {steps} is no more than one; set "
+                    f"evaluation.validation_steps=5 or {key}.overfitting_guard=null"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _workers_share_a_step(self) -> Recipe:
         total = self.batch.micro_batches_per_step
         if total % self.workers.count:

@@ -28,6 +28,8 @@ class ThreatModel(Section):
 
 ATTACKING = ("pgd", "fgsm", "nfgsm", "free", "trades", "smoothadv")
 """Objectives that craft adversarial examples."""
+ONE_STEP = ("fgsm", "nfgsm", "free")
+"""Objectives that may overfit to one step."""
 SMOOTHING = ("noise", "stability", "smoothadv")
 """Objectives whose network is smoothed with Gaussian noise, and certified so."""
 PROVING = ("ibp", "crown_ibp", "mixtrain")
@@ -59,6 +61,8 @@ class Objective(Section):
     """Weight of the KL term of TRADES (Zhang et al. 2019, eq. 5: beta is their 1/lambda) and of stability training."""
     replays: int = Field(default=4, ge=1)
     """free: steps in a row that each batch is taken for (m in Shafahi et al. 2019); an epoch has m times as many."""
+    overfitting_guard: float | None = Field(default=0.5, gt=0, le=1)
+    """fgsm, nfgsm, free: smallest allowed ratio of accuracy under PGD to that under one step; null: no guard."""
     noise_magnitude: float = Field(default=2.0, gt=0)
     """Largest noise per pixel of N-FGSM, in multiples of eps (k in de Jorge et al. 2022)."""
     sigma: Pixels | None = None
@@ -89,6 +93,11 @@ class Objective(Section):
     def measure(self) -> str:
         """How a network that was trained so is judged: the name of its evaluation's files."""
         return "certified" if self.name in SMOOTHING else "verified" if self.name in PROVING else "pgd"
+
+    @property
+    def guarded(self) -> bool:
+        """Whether training is watched for catastrophic overfitting."""
+        return self.name in ONE_STEP and self.overfitting_guard is not None
 
     @property
     def steps_per_batch(self) -> int:

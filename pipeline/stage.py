@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,12 @@ from pipeline.lease import check_token
 from pipeline.loop import Training, train
 from pipeline.models import Network, build_network
 from pipeline.objectives import build_objective
+from pipeline.overfitting import CatastrophicOverfitting
 from pipeline.phases import Stage
 from pipeline.progress import Progress
 from pipeline.recipe_file import recipe_hash
 from pipeline.replays import own_noise, replayed, start_noise
+from pipeline.rollback import go_back
 from pipeline.score_init import FirstScore, drawn, scaled, zero
 from pipeline.snip import connection_sensitivity
 from pipeline.sparsity import (
@@ -146,6 +149,16 @@ def _first_scores(job: Job, stage: Stage, network: Network) -> FirstScore:
 
 
 def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker | None) -> None:
+    """Train to the end; where training overfits to its attack, again from before that, with a stronger one."""
+    level = 0
+    while True:
+        try:
+            return _attempt(job, stage, own, level, tracker)
+        except CatastrophicOverfitting as found:
+            own, level = go_back(job, stage, found, tracker)
+
+
+def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: Tracker | None) -> None:
     recipe, group, folder = job.recipe, job.group, job.folder(stage)
     network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
     own, start = _starting_point(job, stage, network, own)
@@ -172,6 +185,7 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
             f"{folder} was begun with {progress.total_steps} steps of which {progress.steps_per_epoch} make an epoch; "
             f"the recipe now says {total} and {per_epoch}; use a new --name"
         )
+    progress = replace(progress, level=max(progress.level, level))
     if group.is_first:
         describe = {**stage.describe(per_epoch), "batch_per_step": recipe.batch.batch_per_step}
         atomic_write_json(folder / "stage.json", describe)
@@ -197,12 +211,12 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
         group=group,
         network=network,
         engine=engine,
-        objective=build_objective(stage.objective, recipe.threat_model, stage.phase),
+        objective=build_objective(stage.objective, recipe.threat_model, stage.phase, progress.level),
         micro_batches=replayed(batches, local, replays, start) if replays > 1 else batches,
         rows=tracker,
         average=average,
         noise=noise,
-        validate=validation_of(job, network, average, loader, validation_ids),
+        validate=validation_of(job, stage, network, average, loader, validation_ids),
         save=save,
         observe=job.observe,
         stop_requested=job.stop_requested,
@@ -210,7 +224,11 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
     with ExitStack() as stack:
         stack.callback(engine.close)
         stack.callback(batches.close)
-        progress = train(training, progress)
+        try:
+            progress = train(training, progress)
+        except CatastrophicOverfitting:
+            writer.wait()  # who goes back deletes what this would still write
+            raise
         writer.wait()
         if not progress.finished:
             raise StopRequested(f"{stage.name} was asked to stop, and has a checkpoint of step {progress.step}")

@@ -80,7 +80,8 @@ class Tracker:
         project: str,
     ) -> None:
         """`stage` is the stage's path in the run, such as "keep-0.1/prune"; its last part is wandb's job type."""
-        self._stream = (stage_folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = stage_folder / "metrics.jsonl"
+        self._stream = self._path.open("a", encoding="utf-8")
         self._mirror: threading.Thread | None = None
         self._items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         if wandb_mode != "disabled":
@@ -108,6 +109,12 @@ class Tracker:
         self._stream.flush()
         values = {key: value for key, value in row.items() if key not in ("kind", "step")}
         self._send("row", {"global_step": int(row["step"]), **flatten(values, f"{row['kind']}/")})
+
+    def cut(self, step: int) -> None:
+        """Drop the rows beyond `step`, as the stage goes back to it. wandb keeps what it has, as after a resume."""
+        self._stream.close()
+        cut_rows(self._path, step)
+        self._stream = self._path.open("a", encoding="utf-8")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final numbers of the stage for wandb's table of runs; their file is the stage's result."""

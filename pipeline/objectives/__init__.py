@@ -13,10 +13,11 @@ from pipeline.objectives.mixtrain import mixtrain_training
 from pipeline.objectives.outcome import Autocast, Forward, Given, Objective, Outcome
 from pipeline.objectives.smoothing import noise_training, smoothadv_training, stability_training
 from pipeline.objectives.trades import trades_training
+from pipeline.overfitting import stronger
 from pipeline.recipe_objective import PROVING
 from pipeline.schedules import strength_at
 
-__all__ = ["COUNTS", "Autocast", "Forward", "Given", "Objective", "Outcome", "build_objective"]
+__all__ = ["COUNTS", "Autocast", "Forward", "Given", "Objective", "Outcome", "attack_strength", "build_objective"]
 
 COUNTS = {
     "clean": (True, False),
@@ -38,8 +39,17 @@ Robust is correct on attacked images, on noisy ones for noise and stability, and
 """
 
 
-def build_objective(objective: recipe.Objective, threat_model: recipe.ThreatModel | None, phase: str) -> Objective:
+def attack_strength(objective: recipe.Objective, phase: str, elapsed: float) -> float:
+    """Share of its eps and step_size that an attack has, in [0, 1], when `elapsed` of a phase is done."""
+    return strength_at(elapsed, objective.eps_warmup) if phase == "pretrain" else 1.0
+
+
+def build_objective(
+    objective: recipe.Objective, threat_model: recipe.ThreatModel | None, phase: str, level: int = 0
+) -> Objective:
     """The objective that a recipe names, for a phase; eps, step_size and sigma are in pixels.
+
+    From `level` 1 on, a one-step objective has become adversarial training by PGD (see `pipeline.overfitting`).
 
     Schedules of eps and of mixing run in pretrain only: the other phases begin with a network that withstands the whole
     of it. A recipe without what its objective needs is refused when it is read.
@@ -55,8 +65,13 @@ def build_objective(objective: recipe.Objective, threat_model: recipe.ThreatMode
         proving = _proving(objective, float(threat_model.eps))
         return proving if phase == "pretrain" else _settled(proving)
     if phase != "pretrain" or not objective.eps_warmup:
-        return _with_attack(objective, threat_model, 1.0)
-    return lambda given: _with_attack(objective, threat_model, strength_at(given.elapsed, objective.eps_warmup))(given)
+        return _with_attack(objective, threat_model, 1.0, level)
+
+    def warming_up(given: Given) -> Outcome:
+        strength = attack_strength(objective, phase, given.elapsed)
+        return _with_attack(objective, threat_model, strength, level)(given)
+
+    return warming_up
 
 
 def _sigma(objective: recipe.Objective) -> float:
@@ -64,11 +79,15 @@ def _sigma(objective: recipe.Objective) -> float:
     return float(objective.sigma)
 
 
-def _with_attack(objective: recipe.Objective, threat_model: recipe.ThreatModel, strength: float) -> Objective:
+def _with_attack(
+    objective: recipe.Objective, threat_model: recipe.ThreatModel, strength: float, level: int
+) -> Objective:
     """eps and step_size times `strength`: in proportion, as N-FGSM's step is not held back by any ball."""
     assert objective.step_size is not None, objective.name
     ball, step_size = ball_of(threat_model), strength * float(objective.step_size)
     ball = replace(ball, eps=strength * ball.eps)
+    if level > 0:
+        return adversarial_training(ball, *stronger(level, ball.eps, step_size))
     if objective.name == "trades":
         return trades_training(ball, objective.steps, step_size, objective.beta)
     if objective.name == "nfgsm":

@@ -73,6 +73,7 @@ TINY = [
     "data.train_images=8",
     "batch={batch_per_step: 4, micro_batch: 4}",
     "objective.replays=2",
+    "objective.overfitting_guard=null",
     "model.num_classes=10",
     "sparsity.keep_fractions=[0.1]",
     "sparsity.baselines=[]",
@@ -122,7 +123,7 @@ def variant(data: Path, name: str) -> Recipe:
         threat_model=chosen.get("threat_model", LINF),
         sparsity={"baselines": [], **chosen.get("sparsity", {})},
         data={"train_images": 128, "validation_images": 50},
-        evaluation={"images": 40, "chunk": 20, "n0": 10, "n": 50, "noise_batch": 50},
+        evaluation={"validation_steps": 2, "images": 40, "chunk": 20, "n0": 10, "n": 50, "noise_batch": 50},
         tracking={"log_every_steps": 1},
     )
 

@@ -58,7 +58,7 @@ def _recipe(setting: Setting) -> Recipe:
     step_size = f"1/{round(1 / STEP_SIZE[setting.norm])}"
     return small_recipe(
         Path("."),
-        objective={"name": "free", "steps": 1, "step_size": step_size, "replays": REPLAYS},
+        objective={"name": "free", "steps": 1, "step_size": step_size, "replays": REPLAYS, "overfitting_guard": None},
         threat_model={"norm": setting.norm, "eps": EPS[setting.norm]},
         phases={"pretrain": PHASE, "prune": PHASE},
         batch={"batch_per_step": MICRO * COUNT, "micro_batch": MICRO},
@@ -120,7 +120,7 @@ def _train(group: Group, setting: Setting, start: Snapshot | None = None) -> dic
         objective=build_objective(stage.objective, recipe.threat_model, stage.phase),
         micro_batches=replayed(reading(), local, REPLAYS, progress.step),
         rows=None,
-        validate=dict,
+        validate=lambda strength: {},
         save=save,
         observe=unobserved,
         average={},

@@ -172,12 +172,21 @@ def test_a_folder_under_another_step_is_not_that_checkpoint(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("keep", "protected", "left"),
-    [(2, None, [4, 5]), (2, 1, [1, 4, 5]), (1, 5, [4, 5]), (1, 2, [2, 5]), (9, None, [1, 2, 3, 4, 5])],
+    [
+        (2, (None, None), [4, 5]),
+        (2, (1, None), [1, 4, 5]),
+        (1, (5, None), [4, 5]),
+        (1, (2, 2), [2, 5]),
+        (1, (3, 1), [1, 3, 5]),
+        (9, (), [1, 2, 3, 4, 5]),
+    ],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int, protected: int | None, left: list[int]) -> None:
+def test_the_newest_the_best_and_the_good_are_kept(
+    tmp_path: Path, keep: int, protected: tuple[int | None, ...], left: list[int]
+) -> None:
     for step in range(1, 6):
         checkpoint.write(tmp_path, snapshot(step))
-    checkpoint.prune(tmp_path, keep, protected)
+    checkpoint.prune(tmp_path, keep, *protected)
     assert checkpoint.steps_on_disk(tmp_path) == left
     for step in left:
         checkpoint.check(checkpoint.folder_of(tmp_path, step))

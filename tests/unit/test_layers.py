@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = """
 architectures recipe_fields recipe_objective recipe_sections recipe_slurm recipe recipe_file progress schedules keys
-disk files phases committed stopping
+disk files phases committed stopping overfitting
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
 models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity averaging
@@ -27,8 +27,8 @@ data data.order data.manifest data.images data.source data.pickles data.cifar da
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
-evaluate.certify evaluate.verified group evaluate.chunks snip engine batch_statistics
-replays loop job health evaluation stage
+evaluate.probed evaluate.certify evaluate.verified group evaluate.chunks snip engine batch_statistics
+replays loop job health evaluation rollback stage
 results figures report
 worker driver
 """

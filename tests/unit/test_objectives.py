@@ -192,6 +192,27 @@ def test_eps_warms_up_over_its_share_of_pretraining(name: str) -> None:
         torch.testing.assert_close(fed(0.0, eps_warmup=0.5), X, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["fgsm", "nfgsm", "free"])
+def test_from_level_one_on_one_step_objectives_are_pgd(name: str) -> None:
+    """With its examples, from the same random starts: 2^level steps that together can cross the ball."""
+    network, _ = linear_network(classes=10)
+    threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10))
+
+    def fed(spec: dict[str, Any], level: int, elapsed: float = 0.0) -> Tensor:
+        objective = build_objective(ObjectiveRecipe.model_validate(spec), threat_model, "pretrain", level)
+        return run(objective, network, elapsed)[1].fed[-1]
+
+    own = {"name": name, "step_size": "1/8"}
+    for level, steps, size in ((1, 2, "1/8"), (2, 4, "1/16"), (4, 16, "1/64")):
+        expected = fed({"name": "pgd", "steps": steps, "step_size": size}, 0)
+        assert torch.equal(fed(own, level), expected)
+        assert not torch.equal(fed(own, 0), expected)
+    warm = {"eps_warmup": 0.5}
+    assert torch.equal(
+        fed({**own, **warm}, 2, 0.25), fed({"name": "pgd", "steps": 4, "step_size": "1/16", **warm}, 0, 0.25)
+    )
+
+
 def test_trades_loss_is_that_of_torch_distributions() -> None:
     outcome, forward = run(objective_named("trades", beta=3.0), scored_network())
     clean, adversarial = forward.logits

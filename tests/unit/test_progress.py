@@ -24,6 +24,8 @@ positions = st.builds(
     window=windows,
     best_step=st.none() | counts,
     best_robust_accuracy=st.floats(-1, 1),
+    level=st.integers(0, 4),
+    good_step=st.none() | counts,
 )
 
 
@@ -65,6 +67,18 @@ def test_the_best_step_is_the_first_of_the_highest(accuracies: list[float]) -> N
         progress = progress.after_step(Window()).with_best(accuracy)
     assert progress.best_robust_accuracy == max(accuracies)
     assert progress.best_step == 1 + accuracies.index(max(accuracies))  # 0.0 is better than nothing
+
+
+def test_a_good_step_stays_until_the_next_one() -> None:
+    progress = Progress(5, 5, 10, level=2).found_good()
+    assert progress == Progress(5, 5, 10, level=2, good_step=5)
+    assert progress.after_step(Window()).with_best(0.5).good_step == 5
+
+
+def test_a_checkpoint_of_before_there_were_levels_is_read() -> None:
+    values = Progress(3, 5, 10, best_step=2).to_json()
+    del values["level"], values["good_step"]
+    assert Progress.from_json(values) == Progress(3, 5, 10, best_step=2)
 
 
 def test_positions_do_not_change() -> None:

@@ -131,6 +131,20 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             ["objective={name: nfgsm, step_size: 1/10}", "threat_model={norm: l2, eps: 1/2}"],
             "nfgsm is defined for linf, and threat_model.norm is l2; use objective.name=fgsm",
         ),
+        (["objective.name=free"], "free takes one step, got steps=3; use name: pgd for more"),
+        (["objective={name: free}"], "objective: free needs step_size, for example 1/255"),
+        (["objective={name: free, step_size: 1/10, replays: 0}"], "objective.replays = 0: Input should be greater"),
+        (
+            ["objective={name: fgsm, step_size: 1/10}", "evaluation.validation_steps=1"],
+            "objective.overfitting_guard 0.5 compares PGD with one step on the held-out images, and "
+            "evaluation.validation_steps 1 is no more than one; set evaluation.validation_steps=5 or "
+            "objective.overfitting_guard=null",
+        ),
+        (
+            ["phases.prune.objective={name: free, step_size: 1/10}", "evaluation.validation_steps=0"],
+            "phases.prune.objective.overfitting_guard=null",
+        ),
+        (["objective.overfitting_guard=0"], "objective.overfitting_guard = 0: Input should be greater than 0"),
         (["objective.eps_warmup=1"], "objective.eps_warmup = 1: Input should be less than 1"),
         (["objective={name: clean, eps_warmup: 0.1}"], "eps_warmup 0.1: clean has no attack to warm up; remove"),
         (["objective.name=noise"], "objective: noise needs sigma, for example 1/4"),

@@ -80,6 +80,18 @@ def test_a_restarted_stage_appends(tmp_path: Path) -> None:
     assert [row["step"] for row in rows_of(tmp_path)] == [20, 40]
 
 
+def test_a_stage_that_goes_back_drops_rows_and_goes_on(tmp_path: Path) -> None:
+    with start(tmp_path, "disabled") as tracker:
+        for step in (20, 40, 60):
+            tracker.log({**ROW, "step": step})
+        tracker.cut(40)
+        assert [row["step"] for row in rows_of(tmp_path)] == [20, 40]
+        tracker.log({**ROW, "step": 50})
+        tracker.cut(50)  # nothing to drop
+        tracker.log({**ROW, "step": 60})
+    assert [row["step"] for row in rows_of(tmp_path)] == [20, 40, 50, 60]
+
+
 def test_nan_is_refused_and_leaves_no_half_line(tmp_path: Path) -> None:
     with start(tmp_path, "disabled") as tracker, pytest.raises(ValueError, match="JSON"):
         tracker.log({**ROW, "loss": float("nan")})

@@ -1,0 +1,53 @@
+"""Going back from catastrophic overfitting, to go on with a stronger attack.
+
+Nothing of it is recorded but the level, in the checkpoints that are written from then on. A run that ends before the
+first of them goes on from the same good checkpoint, overfits in the same way, and goes back again.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Snapshot
+from pipeline.job import Job
+from pipeline.lease import check_token
+from pipeline.overfitting import STRONGEST, CatastrophicOverfitting, StillOverfitting, stronger
+from pipeline.phases import Stage
+from pipeline.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def go_back(
+    job: Job, stage: Stage, found: CatastrophicOverfitting, tracker: Tracker | None
+) -> tuple[Snapshot | None, int]:
+    """Remove checkpoints and metric rows beyond the last epoch end that was good; rank 0 (with the tracker) does it.
+
+    Returns (on rank 0 the checkpoint to go on from, None for the stage's beginning; level to go on with). A good
+    checkpoint that is damaged is passed over for one before it. Errors: StillOverfitting.
+    """
+    level, folder = found.level + 1, job.folder(stage)
+    if level > STRONGEST:
+        raise StillOverfitting(
+            f"{found}, although training was with PGD of {2**STRONGEST} steps; lower objective.overfitting_guard "
+            f"{stage.objective.overfitting_guard} if such a ratio is to be expected, or eps or the learning rate, in a "
+            "new run"
+        )
+    own = None
+    if tracker is not None:
+        check_token(folder, job.token)  # what is removed must be ours
+        checkpoint.discard_after(folder, found.good_step or 0)
+        own = checkpoint.read_newest(folder)
+        step = own.progress.step if own is not None else 0
+        checkpoint.discard_after(folder, step)
+        tracker.cut(step)
+        threat_model = job.recipe.threat_model
+        assert threat_model is not None
+        assert stage.objective.step_size is not None
+        steps, size = stronger(level, float(threat_model.eps), float(stage.objective.step_size))
+        log.warning(
+            "%s; going on from step %d with PGD of %d steps of %.4g (level %d)", found, step, steps, size, level
+        )
+    job.observe("rolled_back", {"stage": stage.name, "step": found.step, "level": level})
+    return own, level
