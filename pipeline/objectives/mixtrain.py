@@ -16,14 +16,15 @@ from pipeline.schedules import ramp_at, weight_at
 def mixtrain_training(
     eps: float, ramp: float, samples: int, probability: float, weight: tuple[float, float]
 ) -> Objective:
-    """With `probability`, (CE(f(x), y) + w * CE of the worst case of a few images) / (1 + w); else CE(f(x), y).
+    """(CE(f(x), y) + w * CE of the worst case of a few images) / (1 + w), the robust term with `probability` only.
 
     The two ideas of the paper: stochastic robust approximation, bounds of `samples` images drawn from each micro-batch
     instead of all, and dynamic mixed training, where the balance of the two terms moves as training goes on. Which
     images, and whether, are drawn from the samples' keys. As in HYDRA's use of it, eps rises from 0 over the share
     `ramp` of the phase, and w grows geometrically afterwards, from the first to the second of `weight`. There w
-    multiplied the loss; divided by 1 + w its length stays what SGD, which unlike Adam feels it, was given a learning
-    rate for.
+    multiplied the loss of every micro-batch that has it; divided by 1 + w in all of them, they weigh what they did
+    against those that have not, and the length stays what SGD, which unlike Adam feels it, was given a learning rate
+    for.
 
     Bounds and BatchNorm are as in `certified_training`. So few images are bounded that they say nothing of the batch:
     no robust count.
@@ -36,14 +37,14 @@ def mixtrain_training(
         natural = F.cross_entropy(clean, given.y)
         correct = count_correct(clean, given.y)
         order, coin = uniform_noise(given.keys, (2,)).unbind(dim=1)
+        w = weight_at(*weight, ramp, given.elapsed)
         if float(coin[0]) >= probability:
-            return Outcome(natural, correct, None)
+            return Outcome(natural / (1.0 + w), correct, None)
         chosen = order.topk(min(samples, len(order))).indices
         box = linf_box(given.x[chosen], ramp_at(0.0, eps, ramp, given.elapsed))
         bounds = symbolic_bounds(graph_of(given.network), box, statistics)
         y = given.y[chosen]
         robust = worst_case_loss(bounds.linear_margins(y, parallel=True), y)
-        w = weight_at(*weight, ramp, given.elapsed)
         return Outcome((natural + w * robust) / (1.0 + w), correct, None)
 
     return objective

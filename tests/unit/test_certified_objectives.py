@@ -138,17 +138,17 @@ def test_mixtrain_is_its_formula_on_the_images_that_the_keys_choose() -> None:
 
 
 def test_mixtrain_leaves_the_robust_term_out_as_often_as_it_is_told() -> None:
-    """Of a network whose clean cross-entropy is exactly log 2, and whose worst case is not."""
+    """Of a network whose clean cross-entropy is exactly log 2, and whose worst case is not; it weighs w to 1."""
     layer = nn.Linear(4, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     network = nn.Sequential(nn.Flatten(), layer)
     x, y = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
     objective = objective_named("mixtrain", robust_probability=0.7, eps_ramp=0.0)
-    robust = 0
+    robust, weight = 0, weight_at(0.1, 50.0, 0.0, 0.9)
     for trial in range(400):
         stream = torch.from_numpy(keys.sample_keys(np.arange(2), trial, "attack").view(np.int64))
-        loss = objective(Given(network, network, x, y, stream, elapsed=0.9)).loss.item()
+        loss = (1 + weight) * objective(Given(network, network, x, y, stream, elapsed=0.9)).loss.item()
         robust += abs(loss - float(np.log(2))) > 1e-3
     assert 0.7 * 400 - 40 < robust < 0.7 * 400 + 40
 
