@@ -103,10 +103,11 @@ def test_it_does_not_depend_on_who_computes_which_micro_batch() -> None:
     given = batches(4)
     alone = connection_sensitivity(small_network(), given, ATTACK, nullcontext, ALONE, seed=0, stage="s")
     meeting, sent = Barrier(2), dict[int, Tensor]()
+    networks = small_network(), small_network()  # not in the threads: weights are drawn from the process's generator
 
     def rank(number: int) -> dict[str, Tensor]:
         group, own = InThreads(number, 2, CPU, meeting, sent), given[2 * number : 2 * number + 2]
-        return connection_sensitivity(small_network(), own, ATTACK, nullcontext, group, seed=0, stage="s")
+        return connection_sensitivity(networks[number], own, ATTACK, nullcontext, group, seed=0, stage="s")
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(rank, range(2), timeout=120)
