@@ -144,7 +144,7 @@ class _Task:
         return self._start(
             guard,
             *("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *where),
-            *("--temp-dir", str(guard.folder), "--object-store-memory", str(OBJECT_STORE_BYTES)),
+            *("--temp-dir", str(guard.ray_folder), "--object-store-memory", str(OBJECT_STORE_BYTES)),
             *("--num-cpus", str(workers * self.recipe.workers.threads), "--num-gpus", str(gpus)),
             *("--resources", f'{{"node_{self.node}": 1}}'),
         )
@@ -183,7 +183,7 @@ class _Task:
         guard = Guard()
         try:
             head = self._start_ray(guard, "--head", "--port", "0", "--include-dashboard", "false")
-            address = guard.folder / "ray_current_cluster"
+            address = guard.ray_folder / "ray_current_cluster"
             up = self._wait(lambda: address.exists() or head.poll() is not None, self.slurm.node_start_s)
             if not up or head.poll() is not None:
                 return None, f"the Ray head on {self.host} did not start within {self.slurm.node_start_s} s"

@@ -123,7 +123,7 @@ def local_cluster(recipe: Recipe) -> Iterator[Cluster]:
                 num_cpus=recipe.workers.count * recipe.workers.threads,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(folder),
+                _temp_dir=str(guard.ray_folder),
             )
             try:
                 yield Cluster(recipe.workers.count, folder)

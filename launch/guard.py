@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.ray_settings import ROOT
-from launch.scratch import new_scratch
+from launch.scratch import RAY, new_scratch
 
 MARK = "HYDRA_CLUSTER"
 END_S = 20.0
@@ -89,6 +89,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.folder, lock = new_scratch()
+        self.ray_folder = self.folder / RAY
         self.mark = secrets.token_hex(8)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "launch.guard", self.mark, str(self.folder)],

@@ -14,8 +14,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-LONGEST = 42
+LONGEST = 38
 """Characters of a path up to which Ray's sockets stay within the 107 that Linux allows."""
+RAY = "ray"
+"""The part of a folder that is Ray's own, which lets everybody read and write the folder that it is given. Inside one
+that nobody else can enter that does no harm."""
 PREFIX = "hydra-"
 LOCK = "lock"
 YOUNG_S = 60.0
@@ -37,6 +40,7 @@ def new_scratch() -> tuple[Path, int]:
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / RAY).mkdir()
     return folder, lock
 
 

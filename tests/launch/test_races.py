@@ -7,9 +7,11 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch.slurm import living, read_jobs, submit
@@ -81,7 +83,7 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
 
 
 def _strangers_are_refused(one: Path, other: Path) -> None:
-    """With the token of another run of the same user; and other users cannot read tokens."""
+    """With the token of another run of the same user; and other users can neither read tokens nor reach sockets."""
     tokens = [next(folder.glob("control/*/token")) for folder in (one, other)]
     address = read_json(next(one.glob("control/*/cluster-0.json")))["address"]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens[1])}
@@ -90,3 +92,17 @@ def _strangers_are_refused(one: Path, other: Path) -> None:
     assert "InvalidAuthToken" in tried.stderr or "Authentication" in tried.stderr, tried.stderr[-1500:]
     assert tokens[0].read_text() != tokens[1].read_text()
     assert {stat.S_IMODE(token.stat().st_mode) for token in tokens} == {0o600}
+    folders = {folder for token in tokens for folder in _scratch_folders(token)}
+    assert len(folders) == 2
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}  # Ray opens the one inside to all
+
+
+def _scratch_folders(token: Path) -> set[Path]:
+    """Of the clusters that have this token, from the command lines that started them."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            command = process.cmdline()
+            if "--temp-dir" in command and process.environ().get("RAY_AUTH_TOKEN_PATH") == str(token):
+                found.add(Path(command[command.index("--temp-dir") + 1]).parent)
+    return found

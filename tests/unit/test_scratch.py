@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.scratch import LOCK, LONGEST, YOUNG_S, new_scratch
+from launch.scratch import LOCK, LONGEST, RAY, YOUNG_S, new_scratch
 
-RAY_SOCKET = "/session_2026-11-22_22-45-25_123456_1234567/sockets/plasma_store.1"
+RAY_SOCKET = f"/{RAY}/session_2026-11-22_22-45-25_123456_1234567/sockets/plasma_store.1"
 
 
 @pytest.fixture
@@ -62,5 +63,4 @@ def test_rays_sockets_fit_wherever_tmpdir_leads(tmp_path: Path, monkeypatch: pyt
         assert len(f"{folder}{RAY_SOCKET}") <= 107
     finally:
         os.close(lock)
-        (folder / LOCK).unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
