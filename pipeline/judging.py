@@ -15,6 +15,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.manifest import read_manifest
 from pipeline.evaluate.autoattack import Ensemble
 from pipeline.evaluate.chunks import ChunkStore, Crops, evaluate, write_verdicts
+from pipeline.evaluate.corruptions import Corrupted
 from pipeline.evaluate.measure import Measure, Verdicts, summarise
 from pipeline.evaluate.pgd import Pgd
 from pipeline.evaluate.transfer import Transfer
@@ -65,6 +66,8 @@ def task_of(attack: Attack, recipe: Recipe, dense: Path, group: Group) -> Task:
         measure = Pgd.of(threat_model, evaluation.model_copy(update=given), recipe.seed)
         if attack.name == "transfer":
             measure = Transfer(load_model(dense).to(group.device), sha256_of(dense), measure)
+    elif attack.name == "corruptions":
+        measure = Corrupted(recipe.data.image_size, recipe.seed)
     else:
         assert threat_model is not None
         measure = Ensemble(attack.name, threat_model, recipe.model.num_classes, recipe.seed)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.recipe_fields import Pixels, Section
 from pipeline.recipe_objective import SMOOTHING, Objective, ThreatModel
 
-AttackName = Literal["pgd", "apgd", "autoattack", "square", "transfer"]
+AttackName = Literal["pgd", "apgd", "autoattack", "square", "transfer", "corruptions"]
 ATTACKS: tuple[AttackName, ...] = get_args(AttackName)
 STEPPING = ("pgd", "transfer")
 """Attacks whose steps are chosen; AutoAttack's budgets are its authors'."""
@@ -56,12 +56,14 @@ def check_attack(
     attack: Attack, key: str, objective: Objective, threat_model: ThreatModel | None, classes: int, step: Pixels | None
 ) -> None:
     """Raise ValueError, naming `key`, unless such networks can be attacked so. `step`: PGD's step size elsewhere."""
-    if threat_model is None:
-        raise ValueError(f"{key} {attack.name} needs a threat_model: the ball that images may be moved in")
+    if threat_model is None and attack.name != "corruptions":
+        raise ValueError(
+            f"{key} {attack.name} needs a threat_model, the ball that images may be moved in; add one, or leave it out"
+        )
     if objective.name in SMOOTHING:
         raise ValueError(
-            f"{key} {attack.name} would attack the network without its noise, which is not what {objective.name} "
-            "trains; certificates bound every attack"
+            f"{key} {attack.name} would judge the network without its noise, which is not what {objective.name} "
+            "trains; leave it out: certificates bound every attack"
         )
     if attack.name in TARGETED and classes < LEAST_CLASSES:
         raise ValueError(

@@ -31,7 +31,7 @@ from pipeline.models import build_network
 from pipeline.recipe_objective import ThreatModel
 from pipeline.recipe_sections import Model
 
-CHUNK, CHUNKS, PAIRS = 25, 2, 5
+CHUNK, CHUNKS, PAIRS = 10, 2, 3
 THREAT = ThreatModel(norm="linf", eps=Fraction(1, 50))
 
 

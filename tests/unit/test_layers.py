@@ -27,8 +27,8 @@ data data.order data.manifest data.images data.source data.pickles data.cifar da
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
-evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer group evaluate.chunks judging
-snip engine batch_statistics replays loop job health evaluation rollback stage
+evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer evaluate.corruptions group
+evaluate.chunks judging snip engine batch_statistics replays loop job health evaluation rollback stage
 results further figures report
 worker driver
 """

@@ -176,7 +176,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
                 "objective={name: noise, sigma: 1/4}",
                 "threat_model={norm: l2, eps: 1/4}",
             ],
-            "evaluation.attacks square would attack the network without its noise",
+            "evaluation.attacks square would judge the network without its noise",
         ),
         (
             ["evaluation.attacks=[{name: autoattack}]", "model.num_classes=3"],
@@ -235,7 +235,7 @@ def test_every_problem_is_listed_at_once() -> None:
 
 @pytest.mark.parametrize("threat_model", ["null", "{norm: l2, eps: 128/255}"])
 def test_clean_training_may_be_attacked_at_the_end_or_not(threat_model: str) -> None:
-    recipe = load_recipe(DEMO, ["objective={name: clean}", f"threat_model={threat_model}"])
+    recipe = load_recipe(DEMO, ["objective={name: clean}", f"threat_model={threat_model}", "evaluation.attacks=[]"])
     assert recipe.objective == Objective(name="clean")
     assert (recipe.threat_model is None) == (threat_model == "null")
 
