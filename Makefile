@@ -45,6 +45,7 @@ bench: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
 	$(PY) -m tests.bench.loader_start data/fashion_mnist/train.beton data/fashion_mnist/test.beton
 	$(PY) -m tests.bench.step
+	$(PY) -m tests.bench.evaluation data/fashion_mnist/test.beton
 
 soak: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist

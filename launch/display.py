@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 def follow(
     run_folder: Path,
     stage_names: list[str],
-    measure: str,
+    evaluations: Sequence[str],
     stop: threading.Event,
     stream: TextIO,
     *,
@@ -35,16 +36,16 @@ def follow(
 ) -> None:
     """Show the stages of a run until `stop` is set, and then once more, so that the last results are seen.
 
-    `measure` is how finished networks are judged: `phases.Stage.measure`.
+    `evaluations` are those of finished networks (`phases.Stage.evaluations`); a stage need not have all of them.
 
     Looks every `interval_s` seconds; without a terminal a training stage prints at most one line per `line_every_s`.
     """
-    stages = [_Stage(name, run_folder / name, measure) for name in stage_names]
+    stages = [_Stage(name, run_folder / name, list(evaluations)) for name in stage_names]
     show = _Bars(stream) if stream.isatty() else _Lines(stream, line_every_s)
     for stage in stages:
         if (stage.folder / "result.json").exists():
             stage.finished = True
-            stage.evaluated = evaluation_path(stage.folder, measure).exists()
+            stage.left = [name for name in evaluations if not evaluation_path(stage.folder, name).exists()]
             show.say(f"{stage.name}  already finished")
         stage.tail.read()  # what was written before is not news
     stopping = False
@@ -89,9 +90,9 @@ class _Tail:
 class _Stage:
     name: str
     folder: Path
-    measure: str
+    left: list[str]
+    """Evaluations whose end was not shown."""
     finished: bool = False
-    evaluated: bool = False
     plan: Row | None = None
     """stage.json, once it is there."""
     tail: _Tail = field(init=False)
@@ -171,14 +172,15 @@ def _look(stage: _Stage, show: _Lines | _Bars) -> None:
     """Show what has changed in one stage since the last look."""
     if not stage.finished:
         _look_at_training(stage, show)
-    elif not stage.evaluated:
-        evaluation = _read_if_whole(evaluation_path(stage.folder, stage.measure))
+    else:
         progress = _read_if_whole(stage.folder / "evaluate" / "progress.json")
-        if evaluation is not None:
-            stage.evaluated = True
-            show.end(stage.name)
-            show.say(f"{stage.name}  {_verdict(evaluation)}")
-        elif progress is not None:
+        for name in list(stage.left):
+            evaluation = _read_if_whole(evaluation_path(stage.folder, name))
+            if evaluation is not None:
+                stage.left.remove(name)
+                show.end(stage.name)
+                show.say(f"{stage.name}  {_verdict(evaluation)}")
+        if progress is not None and progress["attack"] in stage.left:
             show.evaluate(stage.name, progress["done"], progress["total"])
 
 
@@ -232,7 +234,7 @@ def _verdict(evaluation: Row) -> str:
         accuracy = evaluation[f"{kind}_accuracy"]
         low, high = 100 * accuracy["low"], 100 * accuracy["high"]
         parts.append(f"{kind} {100 * accuracy['value']:.2f} % [{low:.2f}, {high:.2f}]")
-    return f"{', '.join(parts)} on {evaluation['images']:,} test images"
+    return f"{', '.join(parts)} on {evaluation['images']:,} test images: {evaluation['title']}"
 
 
 def _parse(line: bytes) -> Row | None:

@@ -1,38 +1,53 @@
-"""`python -m launch evaluate`: attack a finished network again, with another strength or on fewer images."""
+"""`python -m launch evaluate`: attack a finished network again, with another strength or on other images."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+import time
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from launch import run_folder
+from pipeline.files import exclusive, read_json, sha256_of
 from pipeline.phases import stages_of
+from pipeline.recipe import Recipe
+from pipeline.recipe_attacks import ATTACKS, STEPPING, Attack, check_attack
 from pipeline.recipe_fields import parse_fraction
 from pipeline.recipe_file import load_recipe
 
+if TYPE_CHECKING:
+    from pipeline.data.loader import Loader
+    from pipeline.group import Group
+    from pipeline.judging import Task
+
 EXAMPLE = """\
-  python -m launch evaluate runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 5 --images 1000
-  python -m launch evaluate demo --images all          (every finished network of the run)
+  python -m launch evaluate runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 10 --images 1000
+  python -m launch evaluate demo --attack autoattack --images 1000    (every finished network of the run)
 """
+KEPT = "what was judged is kept: the same command goes on with it"
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="clean and PGD accuracy of finished networks, printed as JSON",
+        help="attack finished networks again; prints accuracies as JSON and keeps the verdicts",
         description=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", metavar="RUN|FILE", help="a run, or a model.safetensors inside one")
-    parser.add_argument("--attack", default="pgd", choices=["pgd"], help="the attack (default: pgd)")
-    parser.add_argument("--images", default="all", help="how many test images, in file order, or all (default)")
-    parser.add_argument("--steps", type=int, help="attack steps (default: the recipe's)")
-    parser.add_argument("--restarts", type=int, help="random restarts (default: the recipe's)")
+    parser.add_argument("--attack", default="pgd", choices=ATTACKS, help="the attack (default: pgd)")
+    parser.add_argument("--images", default="all", help="how many test images, evenly spread, or all (default)")
+    parser.add_argument("--steps", type=int, help="steps of pgd and transfer (default: the recipe's)")
+    parser.add_argument("--restarts", type=int, help="their random restarts (default: the recipe's)")
     parser.add_argument("--step-size", type=_pixels, help="for example 1/255 (default: the recipe's)")
-    parser.set_defaults(handler=_evaluate)
+    parser.add_argument("--source", type=Path, help="file that transfer makes its examples on (default: the dense one)")
+    parser.set_defaults(handler=_evaluate, after_interrupt=KEPT)
 
 
 def _pixels(text: str) -> Fraction:
@@ -49,53 +64,145 @@ def _run_of(path: Path) -> Path:
     raise ValueError(f"{path} is not inside a run: no recipe.yaml above it names its threat model and data")
 
 
+def _targets(target: str) -> tuple[Path, list[Path]]:
+    """The run, and which of its networks are meant."""
+    path = Path(target)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist")
+        return _run_of(path), [path]
+    folder = run_folder.find(target)
+    stages = [stage for stage in stages_of(load_recipe(folder / "recipe.yaml")) if stage.measure is not None]
+    files = [path for stage in stages if (path := folder / stage.name / "model.safetensors").exists()]
+    if not files:
+        raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
+    return folder, files
+
+
+def _attack(arguments: argparse.Namespace, recipe: Recipe) -> Attack:
+    """What the command line asks for. Errors: ValueError for what this attack, or this recipe, does not have."""
+    images = arguments.images
+    if images != "all" and (not images.isdigit() or int(images) == 0):
+        raise ValueError(f"--images {images}: expected all or a number")
+    given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
+    given = {key: value for key, value in given.items() if value is not None}
+    if min(given.values(), default=1) <= 0:
+        raise ValueError("--steps, --restarts and --step-size must be positive")
+    if given and arguments.attack not in STEPPING:
+        raise ValueError(
+            f"--attack {arguments.attack} is run as its authors set it: no --steps, --restarts, --step-size"
+        )
+    if arguments.source is not None and arguments.attack != "transfer":
+        raise ValueError(f"--source {arguments.source} is for --attack transfer")
+    attack = Attack(name=arguments.attack, images=None if images == "all" else int(images), **given)
+    if recipe.threat_model is not None or attack.name != "pgd":  # which then counts what is right clean
+        usual, classes = recipe.evaluation.step_size, recipe.model.num_classes
+        check_attack(attack, "--attack", recipe.objective, recipe.threat_model, classes, usual)
+    return attack
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
-    target = Path(arguments.target)
-    if target.suffix == ".safetensors":
-        if not target.is_file():
-            raise ValueError(f"{target} does not exist")
-        folder, files = _run_of(target), [target]
-    else:
-        folder = run_folder.find(arguments.target)
-        stages = [stage for stage in stages_of(load_recipe(folder / "recipe.yaml")) if stage.measure is not None]
-        files = [path for stage in stages if (path := folder / stage.name / "model.safetensors").exists()]
-        if not files:
-            raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
+    folder, files = _targets(arguments.target)
     run_folder.check_same_data(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-
-    import numpy as np
+    attack = _attack(arguments, recipe)
 
     from pipeline.data.loader import Loader
-    from pipeline.data.order import evaluation_crops
-    from pipeline.evaluate.chunks import evaluate
-    from pipeline.evaluate.measure import summarise
-    from pipeline.evaluate.pgd import Pgd
-    from pipeline.export import load_model
     from pipeline.group import Group, make_repeatable, pick_device
+    from pipeline.judging import task_of
 
-    given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
-    strength = recipe.evaluation.model_copy(update={key: value for key, value in given.items() if value is not None})
-    if strength.step_size is None:
-        raise ValueError(f"{folder}: its recipe has no step size for PGD; give one, for example --step-size 1/255")
-    if min(strength.steps, strength.restarts, strength.step_size) <= 0:
-        raise ValueError("--steps, --restarts and --step-size must be positive")
-    attack = Pgd.of(recipe.threat_model, strength, recipe.seed)
-    device = pick_device(recipe.workers.device)
+    source = arguments.source or folder / "pretrain" / "model.safetensors"
+    if attack.name == "transfer":
+        own = sha256_of(source) if source.is_file() else None  # a missing one is named by who loads it
+        others = [path for path in files if sha256_of(path) != own]
+        if not others:
+            raise ValueError(f"{source} is the network that is attacked; give another one: --source FILE")
+        files = others
+    group = Group(0, 1, pick_device(recipe.workers.device))
     with Loader(
         Path(recipe.data.test_file), image_size=recipe.data.image_size, threads=recipe.workers.threads
     ) as loader:
         make_repeatable(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
-        count = loader.num_samples
-        if arguments.images != "all":
-            if not arguments.images.isdigit() or not 0 < int(arguments.images) <= count:
-                raise ValueError(f"--images {arguments.images}: expected all or a number from 1 to {count}")
-            count = int(arguments.images)
-        data = recipe.data
-        crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
+        if attack.images is not None and attack.images > loader.num_samples:
+            raise ValueError(f"--images {attack.images}: expected all or a number from 1 to {loader.num_samples}")
+        task = task_of(attack, recipe, source, group)
         for path in files:
-            network = load_model(path).to(device)
-            chunk, group = recipe.evaluation.chunk, Group(0, 1, device)
-            verdicts = evaluate(network, loader, np.arange(count), lambda ids: crops[ids], attack, chunk, group)
-            print(json.dumps({"file": str(path), **{k: str(v) for k, v in given.items() if v}, **summarise(verdicts)}))
+            print(json.dumps({"file": str(path), **_judged(path, task, recipe, loader, group)}), flush=True)
     return 0
+
+
+def _judged(path: Path, task: Task, recipe: Recipe, loader: Loader, group: Group) -> dict[str, Any]:
+    """Counts of one network: kept ones of the same evaluation, whoever made them, or new ones, which are then kept."""
+    from pipeline.data.order import evaluation_crops
+    from pipeline.evaluate.chunks import ChunkStore
+    from pipeline.export import load_model
+    from pipeline.judging import judge, keep
+
+    facts = task.facts(loader, sha256_of(path))
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} cannot be written, and verdicts are kept there; make a copy of the run")
+    folder = path.parent / "evaluate"
+    folder.mkdir(exist_ok=True)
+    # Not a name that the run itself would give.
+    label = f"{task.label}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]}"
+    with exclusive(folder / f".{label}.lock"):
+        if (kept := _kept(folder, facts)) is not None:
+            return kept
+        data, network = recipe.data, load_model(path).to(group.device)
+        crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
+        store = ChunkStore(folder / f"{label}.chunks", facts)
+        with _Bar(f"{path.parent.name} under {task.label}", facts["images"], task.chunk) as bar:
+            facts, verdicts = judge(
+                network,
+                facts,
+                task,
+                loader,
+                lambda ids: crops[ids],
+                group,
+                store=store,
+                on_chunk=bar.on_chunk,
+                on_pass=bar.on_pass,
+            )
+        keep(folder, label, facts, verdicts)
+        store.remove()
+    return facts
+
+
+def _kept(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """What was counted before by an evaluation that `facts` describe."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found = read_json(path)
+        except ValueError:
+            continue
+        if all(found.get(key) == value for key, value in facts.items()) and path.with_suffix(".parquet").exists():
+            return found
+    return None
+
+
+class _Bar:
+    """Images judged, on a terminal; and passes through the network, as a chunk may take long."""
+
+    def __init__(self, label: str, images: int, chunk: int) -> None:
+        self._chunk, self._chunks = chunk, -(-images // chunk)
+        self._passes, self._drawn_at = 0, time.monotonic()
+        self._bar = tqdm(total=images, desc=label, unit=" images", disable=None)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def on_chunk(self, done: int, left: int) -> bool:
+        """`done` of the `left` chunks that were not kept."""
+        images = min(self._chunk * (self._chunks - left + done), self._bar.total)
+        self._bar.update(images - self._bar.n)
+        return False
+
+    def on_pass(self) -> bool:
+        self._passes += 1
+        if time.monotonic() - self._drawn_at >= 1:
+            self._drawn_at = time.monotonic()
+            self._bar.set_postfix_str(f"{self._passes:,} passes")
+        return False

@@ -41,7 +41,8 @@ def run_and_show(order: Order, connect: Connect) -> None:
     recipe = load_recipe(order.run_folder / "recipe.yaml")
     stop = threading.Event()
     names = [stage.name for stage in stages_of(recipe) if order.stages is None or stage.name in order.stages]
-    shown = (order.run_folder, names, recipe.objective.measure, stop, sys.stderr)
+    evaluations = [recipe.objective.measure, *(attack.label for attack in recipe.evaluation.attacks)]
+    shown = (order.run_folder, names, evaluations, stop, sys.stderr)
     display = threading.Thread(target=follow, args=shown, name="display", daemon=True)
     display.start()
     try:

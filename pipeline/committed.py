@@ -9,15 +9,18 @@ from pipeline.phases import Stage
 
 
 def is_done(run_folder: Path, stage: Stage) -> bool:
-    """Whether nothing of a stage is left to do, its evaluation included."""
-    folder = run_folder / stage.name
-    evaluated = stage.measure is None or evaluation_path(folder, stage.measure).exists()
-    return evaluated and (folder / "result.json").exists()
+    """Whether nothing of a stage is left to do, its evaluations included."""
+    return not unevaluated(run_folder, stage) and (run_folder / stage.name / "result.json").exists()
 
 
-def evaluation_path(stage_folder: Path, measure: str) -> Path:
+def unevaluated(run_folder: Path, stage: Stage) -> list[str]:
+    """Those of `stage.evaluations` that are not done."""
+    return [name for name in stage.evaluations if not evaluation_path(run_folder / stage.name, name).exists()]
+
+
+def evaluation_path(stage_folder: Path, evaluation: str) -> Path:
     """Where the counts of a finished evaluation are; its verdicts lie beside it as parquet."""
-    return stage_folder / "evaluate" / f"{measure}.json"
+    return stage_folder / "evaluate" / f"{evaluation}.json"
 
 
 def progress_marks(run_folder: Path, stage_names: Iterable[str]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from pipeline.averaging import averaged
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import read_manifest
 from pipeline.evaluate.certify import Certified, Noisy
-from pipeline.evaluate.chunks import ChunkStore, evaluate, write_verdicts
-from pipeline.evaluate.measure import Measure, summarise
+from pipeline.evaluate.chunks import ChunkStore, evaluate
+from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.pgd import Pgd
 from pipeline.evaluate.probed import Probed
 from pipeline.evaluate.verified import Proved
 from pipeline.export import load_model
 from pipeline.files import atomic_write_json, sha256_of
 from pipeline.job import Job
+from pipeline.judging import Task, judge, keep, task_of
 from pipeline.lease import check_token
 from pipeline.models import Network
 from pipeline.phases import Stage
@@ -65,39 +65,54 @@ def validation_of(
     return validate
 
 
-def evaluate_stage(job: Job, stage: Stage) -> dict[str, Any] | None:
-    """The finished file, as anybody would load it, on the whole test set; rank 0 returns the counts. Collective.
+def evaluate_stage(job: Job, stage: Stage, labels: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The finished file, as anybody would load it, on the test set: those of `stage.evaluations` that are asked for.
 
-    What was judged before a stop or a crash is not judged again.
+    Yields what each is called in tables and its counts, once they are kept. What was judged before a stop or a crash is
+    not judged again. Collective.
     """
-    recipe, folder = job.recipe, job.folder(stage)
-    model = folder / "model.safetensors"
-    network = load_model(model).to(job.group.device)
+    recipe, folder, group = job.recipe, job.folder(stage), job.group
+    model, evaluations = folder / "model.safetensors", folder / "evaluate"
+    evaluations.mkdir(exist_ok=True)
     loader = job.loader(recipe.data.test_file)
-    measure = measure_of(recipe)
-    ids = spread(loader.num_samples, recipe.evaluation.images)
+    network, sha256 = load_model(model).to(group.device), sha256_of(model)
+    dense = job.run_folder / "pretrain" / "model.safetensors"
+    shown: dict[str, Any] = {}
 
     def on_chunk(done: int, total: int) -> bool:
         job.observe("chunk", {"stage": stage.name, "done": done})
-        if job.group.is_first:  # the others are about as far
-            shown = {"attack": measure.name, "done": len(ids) * done // total, "total": len(ids)}
-            atomic_write_json(folder / "evaluate" / "progress.json", shown)
+        if group.is_first:  # the others are about as far
+            progress = {**shown, "done": shown["total"] * done // total}
+            atomic_write_json(evaluations / "progress.json", progress)
         return job.stop_requested()
 
-    (folder / "evaluate").mkdir(exist_ok=True)
-    facts = facts_of(measure, recipe.evaluation.chunk, loader, sha256_of(model)) | {"images": len(ids)}
-    store = ChunkStore(folder / "evaluate" / f"{measure.name}.chunks", facts)
-    crops, chunk = job.evaluation_crops(loader), recipe.evaluation.chunk
-    verdicts = evaluate(network, loader, ids, crops, measure, chunk, job.group, on_chunk, store)
-    facts |= summarise(verdicts)
-    if job.group.is_first:
-        check_token(folder, job.token)
-        write_verdicts(folder / "evaluate" / f"{measure.name}.parquet", verdicts)
-        atomic_write_json(folder / "evaluate" / f"{measure.name}.json", facts)
-        (folder / "evaluate" / "progress.json").unlink(missing_ok=True)
-        store.remove()
-    job.group.barrier()
-    return facts if job.group.is_first else None
+    def on_pass() -> bool:
+        job.observe("pass", {"stage": stage.name})
+        return job.stop_requested()
+
+    for label in labels:
+        attack = next((attack for attack in stage.attacks if attack.label == label), None)
+        task = own_task(recipe) if attack is None else task_of(attack, recipe, dense, group)
+        facts = task.facts(loader, sha256)
+        shown.update(attack=label, total=facts["images"])
+        store = ChunkStore(evaluations / f"{label}.chunks", facts)
+        crops = job.evaluation_crops(loader)
+        facts, verdicts = judge(
+            network, facts, task, loader, crops, group, store=store, on_chunk=on_chunk, on_pass=on_pass
+        )
+        if group.is_first:
+            check_token(folder, job.token)
+            keep(evaluations, label, facts, verdicts)
+            (evaluations / "progress.json").unlink(missing_ok=True)
+            store.remove()
+        group.barrier()
+        yield "test" if attack is None else f"test_{label}", facts
+
+
+def own_task(recipe: Recipe) -> Task:
+    """How the finished networks of a recipe are judged in any case."""
+    measure, evaluation = measure_of(recipe), recipe.evaluation
+    return Task(measure.name, measure, evaluation.images, evaluation.chunk)
 
 
 def measure_of(recipe: Recipe) -> Measure:
@@ -130,20 +145,3 @@ def _quick_pgd(recipe: Recipe, threat_model: ThreatModel | None) -> Pgd:
     # 2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross.
     size = 2.5 * float(threat_model.eps) / max(steps, 1) if threat_model is not None else 0.0
     return Pgd(threat_model, steps, size, restarts=1, seed=recipe.seed)
-
-
-def spread(total: int, count: int | None) -> NDArray[np.int64]:
-    """`count` of `total` samples, evenly spread over the file, which may be sorted by class; None means all."""
-    return np.arange(total) if count is None or count >= total else np.arange(count) * total // count
-
-
-def facts_of(measure: Measure, chunk: int, loader: Loader, model_sha256: str) -> dict[str, Any]:
-    """Everything that verdicts are a function of."""
-    return {
-        "attack": measure.name,
-        "title": measure.title,
-        "settings": measure.settings,
-        "chunk": chunk,
-        "model_sha256": model_sha256,
-        "data_sha256": read_manifest(loader.path).sha256,
-    }

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from pipeline.recipe import Recipe
+from pipeline.recipe_attacks import Attack
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_objective import Objective
 from pipeline.recipe_sections import Baseline, Phase, ScoreInit
@@ -34,10 +35,17 @@ class Stage:
     """No scores; those of the source stage; scaled from the weights (HYDRA eq. 3); drawn; or connection sensitivity."""
     measure: str | None = None
     """How the finished network is judged on the test set; None for one that only the next stage needs."""
+    attacks: tuple[Attack, ...] = ()
+    """What it is attacked with besides."""
 
     @property
     def is_baseline(self) -> bool:
         return self.phase in get_args(Baseline)
+
+    @property
+    def evaluations(self) -> tuple[str, ...]:
+        """What the files of its evaluations are called, its measure's first."""
+        return () if self.measure is None else (self.measure, *(attack.label for attack in self.attacks))
 
     def describe(self, steps_per_epoch: int) -> dict[str, Any]:
         """What `stage.json` says for people and for the progress display."""
@@ -63,7 +71,10 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
     def stage(name: str, phase: PhaseName, optimisation: Phase, first_epoch: int, **facts: Any) -> Stage:
         objective = optimisation.objective or recipe.objective
-        return Stage(name, phase, optimisation, objective, first_epoch, **facts)
+        attacks = recipe.evaluation.attacks if facts.get("measure") else ()
+        if phase == "pretrain":  # to itself nothing is transferred
+            attacks = tuple(attack for attack in attacks if attack.name != "transfer")
+        return Stage(name, phase, optimisation, objective, first_epoch, attacks=attacks, **facts)
 
     stages = [stage("pretrain", "pretrain", phases.pretrain, 0, measure=measure)]
     for keep in sparsity.keep_fractions:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.recipe_attacks import check_attack
 from pipeline.recipe_fields import DeepSpeedOptions, Section, explain
 from pipeline.recipe_objective import PROVING, SMOOTHING, Objective, ThreatModel
 from pipeline.recipe_sections import (
@@ -114,6 +115,20 @@ class Recipe(Section):
                 f"evaluation.step_size is missing: networks trained with {self.objective.name} are judged by PGD; "
                 "add it, for example evaluation.step_size=1/255"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _attacks_fit(self) -> Recipe:
+        key, attacks, step = "evaluation.attacks", self.evaluation.attacks, self.evaluation.step_size
+        taken = [self.objective.measure]
+        for attack in attacks:
+            check_attack(attack, key, self.objective, self.threat_model, self.model.num_classes, step)
+            if attack.label in taken:
+                raise ValueError(
+                    f"{key}: {attack.label} is done already, and its files would have the same name; remove it, or "
+                    "give it other steps or restarts"
+                )
+            taken.append(attack.label)
         return self
 
     @model_validator(mode="after")

@@ -112,6 +112,8 @@ def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys of the section of `root` that lies at `location`."""
     section = root
     for part in location:
+        if isinstance(part, int):  # a place in a list of sections
+            continue
         annotation = section.model_fields[str(part)].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]  # Section, or Section | None
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

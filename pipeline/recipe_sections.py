@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.architectures import known_architecture
+from pipeline.recipe_attacks import Attack
 from pipeline.recipe_fields import ExtraFraction, KeepFraction, Pixels, Section, canonical_decimal
 from pipeline.recipe_objective import Objective
 
@@ -236,6 +237,8 @@ class Evaluation(Section):
     that the others leave open."""
     validation_steps: int = Field(default=5, ge=0)
     """PGD steps, or draws of noise, on the held-out images at every epoch's end; 0: they are not looked at."""
+    attacks: tuple[Attack, ...] = ()
+    """What finished networks are attacked with besides, once each."""
 
     @model_validator(mode="after")
     def _step_size_positive(self) -> Evaluation:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.evaluate.statistics import McNemar
 from pipeline.figures import draw_accuracy, draw_certified, draw_layers
+from pipeline.further import further_rows, further_table
 from pipeline.results import CertifiedCurves, Run, attack_text, certified_curves, claim, compare, read_runs
 
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
@@ -23,6 +24,8 @@ Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
 def report(run_folders: list[Path]) -> str:
     """Write robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return the table.
     Runs that are judged by certificates have certified_accuracy.{png,csv} too.
+
+    What networks were attacked with besides is a table of its own, and further_attacks.csv.
 
     Several runs are seeds of one recipe: means, and every seed's own difference and p. What is not evaluated yet is
     shown as missing. Errors: ValueError, see `results.read_runs`.
@@ -45,7 +48,10 @@ def report(run_folders: list[Path]) -> str:
         rows = _curve_rows(runs, curves)
         _write_csv(folder / "certified_accuracy.csv", tuple(rows[0]), rows)
         draw_certified(runs, curves, folder / "certified_accuracy.png")
-    return table(runs, comparisons)
+    besides = further_rows(runs)
+    if besides:
+        _write_csv(folder / "further_attacks.csv", tuple(besides[0]), besides)
+    return "\n\n".join(filter(None, [table(runs, comparisons), further_table(besides)]))
 
 
 def table(runs: list[Run], comparisons: Comparisons) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import checkpoint
 from pipeline.averaging import overlaid, start_average
 from pipeline.checkpoint import Snapshot, Writer
-from pipeline.committed import evaluation_path
+from pipeline.committed import unevaluated
 from pipeline.data import order
 from pipeline.data.loader import Loader
 from pipeline.engine import Engine, autocast_of
@@ -73,7 +73,7 @@ def run_stages(job: Job, stages: list[Stage]) -> None:
 def _run_stage(job: Job, stage: Stage) -> None:
     folder = job.folder(stage)
     to_train = job.group.broadcast(not (folder / "result.json").exists())
-    to_evaluate = stage.measure is not None and job.group.broadcast(not evaluation_path(folder, stage.measure).exists())
+    to_evaluate = job.group.broadcast(unevaluated(job.run_folder, stage))
     if not to_train and not to_evaluate:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +85,9 @@ def _run_stage(job: Job, stage: Stage) -> None:
             _train_stage(job, stage, own, tracker)
             job.observe("stage_finished", {"stage": stage.name})
         if to_evaluate:
-            facts = evaluate_stage(job, stage)
-            if tracker is not None and facts is not None:
-                tracker.summary({"test": facts})
+            for name, facts in evaluate_stage(job, stage, to_evaluate):
+                if tracker is not None:
+                    tracker.summary({name: facts})
 
 
 def _own_checkpoint(folder: Path) -> Snapshot | None:

@@ -63,6 +63,18 @@ def summarise(verdicts: Verdicts) -> dict[str, Any]:
             low, high = wilson_interval(correct, total)
             summary[f"{name}_correct"] = correct
             summary[f"{name}_accuracy"] = {"value": correct / total, "low": low, "high": high}
+    for prefix, key in (("broken_", "broken_by"), ("flag_", "flags")):  # attack -> images; warning -> images
+        found = [name for name in verdicts if name.startswith(prefix)]
+        if found:
+            summary[key] = {name.removeprefix(prefix): int(verdicts[name].sum()) for name in found}
+    corrupted = [name for name in verdicts if name.startswith("right_")]
+    if corrupted:
+        accuracies: dict[str, list[float]] = {}
+        for name in corrupted:  # by corruption, in the order of severities
+            corruption = name.removeprefix("right_").rpartition("_")[0]
+            accuracies.setdefault(corruption, []).append(float(verdicts[name].mean()))
+        summary["corruption_accuracy"] = accuracies
+        summary["mean_corruption_accuracy"] = float(np.mean([verdicts[name].mean() for name in corrupted]))
     if "radius" in verdicts:
         # Over all images; one that is not right counts as 0 (Zhai et al., ICLR 2020, "ACR").
         summary["mean_certified_radius"] = float((verdicts["radius"] * verdicts["clean_correct"]).mean())

@@ -5,6 +5,7 @@ The worst case per image over restarts is Madry et al.'s (ICLR 2018, section 5.2
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,33 +54,43 @@ class Pgd:
         restarts = f" with {self.restarts} restarts" if self.restarts > 1 else ""
         return f"PGD-{self.steps}{restarts}, {self.threat_model.norm} eps {self.threat_model.eps}"
 
+    def examples(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> Iterator[Tensor]:
+        """What each restart makes of the images to fool `network`; nothing without a threat model."""
+        if self.threat_model is None:
+            return
+        ball = ball_of(self.threat_model)
+        for restart in range(self.restarts):
+            noise = sample_keys(ids, self.seed, "evaluate", restart)
+            keys = torch.from_numpy(noise.view(np.int64)).to(x.device)
+            yield pgd(
+                network,
+                x,
+                lambda logits: F.cross_entropy(logits, y, reduction="none"),
+                ball=ball,
+                steps=self.steps,
+                step_size=self.step_size,
+                start=ball.random_start(x, keys),
+            )
+
     def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        return withstood(network, x, y, self.examples(network, x, y, ids))
+
+
+def withstood(network: nn.Module, x: Tensor, y: Tensor, examples: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Columns of verdicts: an image is robust if it is right, and so is what each of `examples` makes of it."""
+    with torch.no_grad():
+        clean = ranked(network(x))
+    clean_top1, clean_top5 = hits(clean, y)
+    robust_top1, robust_top5 = clean_top1.clone(), clean_top5.clone()
+    for adversarial in examples:
         with torch.no_grad():
-            clean = ranked(network(x))
-        clean_top1, clean_top5 = hits(clean, y)
-        robust_top1, robust_top5 = clean_top1.clone(), clean_top5.clone()
-        if self.threat_model is not None:
-            ball = ball_of(self.threat_model)
-            for restart in range(self.restarts):
-                noise = sample_keys(ids, self.seed, "evaluate", restart)
-                keys = torch.from_numpy(noise.view(np.int64)).to(x.device)
-                adversarial = pgd(
-                    network,
-                    x,
-                    lambda logits: F.cross_entropy(logits, y, reduction="none"),
-                    ball=ball,
-                    steps=self.steps,
-                    step_size=self.step_size,
-                    start=ball.random_start(x, keys),
-                )
-                with torch.no_grad():
-                    top1, top5 = hits(ranked(network(adversarial)), y)
-                robust_top1 &= top1
-                robust_top5 &= top5
-        return {
-            "clean_prediction": clean[:, 0],
-            "clean_correct": clean_top1,
-            "clean_top5": clean_top5,
-            "robust_correct": robust_top1,
-            "robust_top5": robust_top5,
-        }
+            top1, top5 = hits(ranked(network(adversarial)), y)
+        robust_top1 &= top1
+        robust_top5 &= top5
+    return {
+        "clean_prediction": clean[:, 0],
+        "clean_correct": clean_top1,
+        "clean_top5": clean_top5,
+        "robust_correct": robust_top1,
+        "robust_top5": robust_top5,
+    }

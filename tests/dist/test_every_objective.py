@@ -88,6 +88,7 @@ TINY = [
     "evaluation.n0=5",
     "evaluation.n=10",
     "evaluation.validation_steps=1",
+    "evaluation.attacks=[]",  # their budgets are not for choosing, and take minutes
     "tracking.wandb=disabled",
 ]
 """What makes a shipped recipe take two steps of each phase on a few images, or two batches with replays.

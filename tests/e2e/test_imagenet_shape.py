@@ -45,6 +45,7 @@ OVERRIDES = (
     "evaluation.restarts=1",
     "evaluation.chunk=250",
     "evaluation.validation_steps=1",
+    "evaluation.attacks=[{name: apgd, images: 4, chunk: 2}]",  # which has little to do, as hardly an image is right
     "tracking.log_every_steps=1",
     "tracking.wandb=disabled",
 )

@@ -19,6 +19,7 @@ from tests.script import Script
 PLAN = {"stage": "", "phase": "prune", "total_steps": 700, "steps_per_epoch": 235, "batch_per_step": 128}
 ROBUST = {"value": 0.612, "low": 0.6024, "high": 0.6215}
 EVALUATION = {
+    "title": "PGD-20",
     "images": 10000,
     "clean_accuracy": {"value": 0.85, "low": 0.84, "high": 0.86},
     "robust_accuracy": ROBUST,
@@ -71,7 +72,7 @@ class Writer:
 
 def shown(run: Path, names: list[str], *actions: Action, stream: io.StringIO | None = None, every: float = 0.0) -> str:
     stream = stream or io.StringIO()
-    follow(run, names, "pgd", Script(*actions), stream, interval_s=0.01, line_every_s=every)
+    follow(run, names, ["pgd", "apgd"], Script(*actions), stream, interval_s=0.01, line_every_s=every)
     return stream.getvalue()
 
 
@@ -89,6 +90,8 @@ def test_plain_lines_of_a_whole_stage(tmp_path: Path) -> None:
         stage.json("result.json", {"steps": 700}),
         stage.json("evaluate/progress.json", {"attack": "pgd", "done": 2500, "total": 10000}),
         stage.json("evaluate/pgd.json", EVALUATION),
+        stage.json("evaluate/progress.json", {"attack": "apgd", "done": 50, "total": 200}),
+        stage.json("evaluate/apgd.json", {**EVALUATION, "images": 200, "title": "APGD"}),
     )
     assert text.splitlines() == [
         f"{PRUNE}  700 steps of 128 images",
@@ -97,7 +100,9 @@ def test_plain_lines_of_a_whole_stage(tmp_path: Path) -> None:
         f"{PRUNE}  step 690/700 (98 %)  loss 0.91  2,310 images/s  0:00:01 left",
         f"{PRUNE}  finished after 700 steps",
         f"{PRUNE}  attacking the test set: 2,500/10,000 images",
-        f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 10,000 test images",
+        f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 10,000 test images: PGD-20",
+        f"{PRUNE}  attacking the test set: 50/200 images",
+        f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 200 test images: APGD",
     ]
 
 

@@ -243,6 +243,68 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stop_does_not_wait_for_the_chunk_under_way(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+    ids, passes = np.arange(IMAGES), 0
+
+    def on_pass() -> bool:
+        nonlocal passes
+        passes += 1
+        return passes == 10  # a chunk has one pass clean, and three under attack
+
+    store = ChunkStore(tmp_path / "chunks", {})
+    with pytest.raises(StopRequested):
+        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, store=store, on_pass=on_pass)
+    assert passes == 10
+    kept = store.open()
+    assert kept.keys() == {0, 1}
+    network(torch.zeros(1, 3, SIDE, SIDE))
+    assert passes == 10, "the network is still watched"
+
+
+def test_who_is_done_waits_for_files_and_not_in_a_collective(
+    network: nn.Module, loader: Loader, tmp_path: Path
+) -> None:
+    """A collective has a deadline, which a chunk may exceed: here the second rank's lasts until the first one waits."""
+    meeting, values, waited = threading.Barrier(2), {}, threading.Event()
+    ids, done = np.arange(2 * CHUNK), [False, False]
+
+    def rank(number: int) -> Verdicts:
+        def on_chunk(finished: int, total: int) -> bool:
+            done[number] = True
+            return False
+
+        def on_pass() -> bool:
+            if number == 0 and done[0]:
+                waited.set()
+            if number == 1:
+                assert waited.wait(DEADLINE_S)
+                assert values[0] == {}, "the first rank does not wait for files"  # the broadcast's value, no verdicts
+            return False
+
+        group, store = InThreads(number, 2, CPU, meeting, values), ChunkStore(tmp_path / "chunks", {})
+        own = copy.deepcopy(network)
+        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, on_chunk, store, on_pass)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2), timeout=2 * DEADLINE_S)
+    assert differing(first, second) == []
+    assert len(first["sample_id"]) == 2 * CHUNK
+
+
+def test_who_waits_is_told_that_another_has_stopped(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+    meeting, values = threading.Barrier(2), {}
+
+    def rank(number: int) -> None:
+        group, store = InThreads(number, 2, CPU, meeting, values), ChunkStore(tmp_path / "chunks", {})
+        own = copy.deepcopy(network)
+        with pytest.raises(StopRequested):
+            evaluate(own, loader, np.arange(4 * CHUNK), crops, ATTACK, CHUNK, group, lambda *_: number == 1, store)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2), timeout=2 * DEADLINE_S))
+    assert ChunkStore(tmp_path / "chunks", {}).open().keys() == {0, 1, 2}
+
+
 def test_chunks_of_another_network_or_attack_are_not_taken(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
     ids, judged = np.arange(IMAGES), []
     for header in ({"model_sha256": "m"}, {"model_sha256": "m"}, {"model_sha256": "other"}):

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = """
-architectures recipe_fields recipe_objective recipe_sections recipe_slurm recipe recipe_file progress schedules keys
-disk files phases committed stopping overfitting
+architectures recipe_fields recipe_objective recipe_attacks recipe_sections recipe_slurm recipe recipe_file progress
+schedules keys disk files phases committed stopping overfitting
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
 models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity averaging
@@ -27,9 +27,9 @@ data data.order data.manifest data.images data.source data.pickles data.cifar da
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
-evaluate.probed evaluate.certify evaluate.verified group evaluate.chunks snip engine batch_statistics
-replays loop job health evaluation rollback stage
-results figures report
+evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer evaluate.corruptions group
+evaluate.chunks judging snip engine batch_statistics replays loop job health evaluation rollback stage
+results further figures report
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""
@@ -42,6 +42,7 @@ DOORS = {
     "ffcv": {"pipeline.data.loader", "pipeline.data.write_worker"},
     "wandb": {"pipeline.tracking"},
     "matplotlib": {"pipeline.figures"},
+    "pyautoattack": {"pipeline.evaluate.autoattack"},
     "submitit": {"launch.slurm", "launch.allocation"},
 }
 """vendor -> the modules that import it"""

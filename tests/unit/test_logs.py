@@ -46,7 +46,7 @@ class Run:
         for stage in stages_of(self.recipe):
             if stage.name in names or not names:
                 (self.folder / stage.name / "evaluate").mkdir(parents=True, exist_ok=True)
-                for file in ("result.json", "evaluate/pgd.json"):
+                for file in ("result.json", *(f"evaluate/{name}.json" for name in stage.evaluations)):
                     atomic_write_json(self.folder / stage.name / file, {})
 
     def submit(self, *jobs: tuple[str, str]) -> None:

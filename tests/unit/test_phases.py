@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.committed import evaluation_path, is_done, unevaluated
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
@@ -48,6 +49,28 @@ def test_what_each_stage_trains_and_starts_from() -> None:
     assert facts["keep-0.01/finetune"][2] == "keep-0.01/prune"
     assert stages["pretrain"].keep_fraction is None
     assert {str(s.keep_fraction) for n, s in stages.items() if n.startswith("keep-0.01/")} == {"0.01"}
+
+
+def test_finished_networks_are_attacked_besides() -> None:
+    """The dense one not with its own examples; what only the next stage needs, not at all."""
+    attacks = "evaluation.attacks=[{name: apgd, images: 9}, {name: transfer}, {name: pgd, steps: 50, restarts: 10}]"
+    stages = by_name(recipe_with(attacks))
+    assert stages["pretrain"].evaluations == ("pgd", "apgd", "pgd-50x10")
+    assert stages["keep-0.1/finetune"].evaluations == ("pgd", "apgd", "transfer", "pgd-50x10")
+    assert stages["keep-0.1/magnitude"].evaluations == stages["keep-0.1/finetune"].evaluations
+    assert stages["keep-0.1/prune"].evaluations == ()
+
+
+def test_a_stage_is_done_when_all_its_evaluations_are(tmp_path: Path) -> None:
+    stage = by_name(recipe_with("evaluation.attacks=[{name: square}]"))["pretrain"]
+    folder = tmp_path / "pretrain" / "evaluate"
+    folder.mkdir(parents=True)
+    (folder.parent / "result.json").touch()
+    for name, left in (("pgd", ["square"]), ("square", [])):
+        assert not is_done(tmp_path, stage)
+        evaluation_path(folder.parent, name).touch()
+        assert unevaluated(tmp_path, stage) == left
+    assert is_done(tmp_path, stage)
 
 
 def test_epochs_are_counted_on_from_the_stages_before() -> None:

@@ -159,6 +159,33 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             "threat_model.norm is None; set threat_model={norm: l2, eps: 1/4}",
         ),
         (["evaluation.step_size=0"], "evaluation: step_size 0 must be positive, for example 1/255"),
+        (["evaluation.attacks=[{name: apg}]"], "evaluation.attacks.0.name = 'apg': Input should be 'pgd', 'apgd',"),
+        (["evaluation.attacks=[{name: apgd, image: 9}]"], "attacks.0.image = 9: unknown key; did you mean 'images'?"),
+        (["evaluation.attacks=[{name: apgd, steps: 9}]"], "steps 9: apgd is run as its authors set it; remove this"),
+        (["evaluation.attacks=[{name: pgd, step_size: 0}]"], "step_size 0 must be positive, for example 1/255"),
+        (["evaluation.attacks=[{name: pgd}]"], "evaluation.attacks: pgd is done already, and its files would have"),
+        (["evaluation.attacks=[{name: apgd}, {name: apgd, images: 9}]"], "evaluation.attacks: apgd is done already"),
+        (["evaluation.attacks=[apgd]"], "evaluation.attacks.0 = 'apgd': expected a section with the keys name, images"),
+        (
+            ["evaluation.attacks=[{name: square}]", "objective={name: clean}", "threat_model=null"],
+            "evaluation.attacks square needs a threat_model",
+        ),
+        (
+            [
+                "evaluation.attacks=[{name: square}]",
+                "objective={name: noise, sigma: 1/4}",
+                "threat_model={norm: l2, eps: 1/4}",
+            ],
+            "evaluation.attacks square would judge the network without its noise",
+        ),
+        (
+            ["evaluation.attacks=[{name: autoattack}]", "model.num_classes=3"],
+            "evaluation.attacks autoattack needs 4 classes for its targeted loss, and there are 3; use square",
+        ),
+        (
+            ["evaluation.attacks=[{name: pgd}]", "evaluation.step_size=null", "objective={name: ibp}"],
+            "evaluation.attacks pgd has no step size; give it one, for example step_size: 1/255",
+        ),
         (["sparsity.keep_fractions=[0.1,1.5]"], "sparsity.keep_fractions.1 = 1.5: a keep_fraction is kept / all"),
         (["sparsity.keep_fractions=[0]"], "it must lie in (0, 1]; write 0.1 for 90 % pruned"),
         (["sparsity.keep_fractions=[nan]"], "it must lie in (0, 1]"),
@@ -208,7 +235,7 @@ def test_every_problem_is_listed_at_once() -> None:
 
 @pytest.mark.parametrize("threat_model", ["null", "{norm: l2, eps: 128/255}"])
 def test_clean_training_may_be_attacked_at_the_end_or_not(threat_model: str) -> None:
-    recipe = load_recipe(DEMO, ["objective={name: clean}", f"threat_model={threat_model}"])
+    recipe = load_recipe(DEMO, ["objective={name: clean}", f"threat_model={threat_model}", "evaluation.attacks=[]"])
     assert recipe.objective == Objective(name="clean")
     assert (recipe.threat_model is None) == (threat_model == "null")
 

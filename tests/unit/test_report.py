@@ -283,3 +283,31 @@ def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
     assert width > height > 500
     plain = write_run(tmp_path / "plain")
     assert "robust %" in report([plain])
+
+
+def test_what_was_attacked_besides(tmp_path: Path, no_pictures: None) -> None:
+    run = write_run(tmp_path / "demo")
+    plain = report([run])
+    assert not (run / "report" / "further_attacks.csv").exists()
+    folder = run / "keep-0.01" / "finetune" / "evaluate"
+    own = json.loads((folder / "pgd.json").read_text())
+    square = own | {"attack": "square", "title": "Square attack, linf eps 1/10", "images": 200}
+    square |= {"robust_correct": 131, "robust_accuracy": {"value": 0.655, "low": 0.5868, "high": 0.7174}}
+    square["flags"] = {"randomised": 200, "dynamic": 0, "other": 100}
+    (folder / "square-0123abcd.json").write_text(json.dumps(square))
+    (folder / "apgd.json").write_text(json.dumps(square | {"title": "APGD", "attack": "apgd", "flags": {"other": 0}}))
+    (folder / "stale.json").write_text(json.dumps(square | {"model_sha256": "of what was there before"}))
+    (folder / "torn.json").write_text(json.dumps(square)[:40])
+    (folder / "progress.json").write_text(json.dumps({"attack": "apgd", "done": 1, "total": 2}))
+    text = report([run])
+    assert text.startswith(plain)
+    header, apgd, black_box = text.removeprefix(plain).strip().splitlines()
+    assert header.split("  ")[0] == "besides"
+    assert re.fullmatch(r"APGD +200 +0 +HYDRA +99 % +\d\d\.\d\d +65\.50 +\[58\.68, 71\.74\]", apgd)
+    assert black_box.startswith("Square attack, linf eps 1/10")
+    assert black_box.endswith("65.50  [58.68, 71.74]  randomised other")
+    rows = read_csv(run / "report" / "further_attacks.csv")
+    assert [(r["attack"], r["keep_fraction"], r["images"], r["robust_correct"], r["flags"]) for r in rows] == [
+        ("apgd", "0.01", "200", "131", ""),
+        ("square", "0.01", "200", "131", "randomised other"),
+    ]

@@ -1,0 +1,71 @@
+"""What networks withstand besides, by `evaluation.attacks` or by `launch evaluate`: rows, and their table as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.files import read_json
+from pipeline.results import Network, Run
+
+
+def further_evaluations(network: Network) -> list[dict[str, Any]]:
+    """Counts of every evaluation of a network but its measure's own, ordered by what was done.
+
+    Files that cannot be read are left out, as are those of another `model_sha256`: of the network before it was trained
+    anew.
+    """
+    result = network.folder / "result.json"
+    model = read_json(result)["model_sha256"] if result.exists() else None
+    found = []
+    for path in sorted((network.folder / "evaluate").glob("*.json")):
+        try:
+            facts = read_json(path)
+        except ValueError:
+            continue
+        if facts.get("model_sha256", "") == model and facts != network.evaluation:
+            found.append(facts)
+    return sorted(found, key=lambda facts: (facts["title"], facts["images"]))
+
+
+def further_rows(runs: list[Run]) -> list[dict[str, Any]]:
+    """One row per evaluation, those of one attack together, and within them networks in the runs' order."""
+    rows = [
+        {
+            "run": run.folder.name,
+            "seed": run.recipe.seed,
+            "network": network.name,
+            "keep_fraction": network.keep_fraction,
+            "pruned_percent": network.pruned.removesuffix(" %"),
+            **{key: facts[key] for key in ("attack", "title", "images", "chunk")},
+            **{key: facts["settings"].get(key) for key in ("norm", "eps")},
+            **{f"{kind}_correct": facts[f"{kind}_correct"] for kind in ("clean", "robust")},
+            **{
+                f"{kind}_accuracy_{part}": facts[f"{kind}_accuracy"][part]
+                for kind in ("clean", "robust")
+                for part in ("value", "low", "high")
+            },
+            "flags": " ".join(flag for flag, images in facts.get("flags", {}).items() if images),
+        }
+        for run in runs
+        for network in run.networks
+        for facts in further_evaluations(network)
+    ]
+    return sorted(rows, key=lambda row: (row["title"], row["images"]))
+
+
+def further_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text; accuracies in percent. Empty without rows."""
+    if not rows:
+        return ""
+    cells = [["besides", "images", "seed", "network", "pruned", "clean %", "robust %", "95 % interval", "doubts"]]
+    for row in rows:
+        value, low, high = (100 * row[f"robust_accuracy_{part}"] for part in ("value", "low", "high"))
+        clean = f"{100 * row['clean_accuracy_value']:.2f}"
+        where = [row["title"], f"{row['images']:,}", str(row["seed"]), row["network"], f"{row['pruned_percent']} %"]
+        cells.append([*where, clean, f"{value:.2f}", f"[{low:.2f}, {high:.2f}]", row["flags"]])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    pads = [str.ljust, str.rjust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust]
+    return "\n".join(
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)).rstrip()
+        for line in cells
+    )

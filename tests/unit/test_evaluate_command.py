@@ -1,0 +1,197 @@
+"""`launch evaluate`: which attacks it refuses, what it keeps beside the network, and how it goes on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launch import run_folder
+from launch.__main__ import main
+from pipeline import judging
+from pipeline.committed import evaluation_path
+from pipeline.evaluate.autoattack import Ensemble
+from pipeline.evaluate.chunks import read_verdicts
+from pipeline.evaluate.pgd import Pgd
+from pipeline.export import write_model
+from pipeline.models import build_network
+from pipeline.sparsity import effective_state
+from tests.small_recipe import small_recipe
+
+STAGES = ("pretrain", "keep-0.1/finetune")
+IMAGES, CHUNK, TEST_IMAGES = 12, 4, 500
+
+
+@pytest.fixture(scope="module")
+def finished(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose networks are untrained."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    recipe = small_recipe(
+        fashion_data, sparsity={"keep_fractions": [0.1], "baselines": []}, evaluation={"chunk": CHUNK}, seed=5
+    )
+    run_folder.write(folder, recipe, run_folder.check_data(recipe))
+    for seed, stage in enumerate(STAGES):
+        (folder / stage).mkdir(parents=True)
+        network = build_network(recipe.model, seed=seed, image_size=28)
+        write_model(folder / stage / "model.safetensors", effective_state(network), recipe.model, {"image_size": 28})
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it. AutoAttack's budgets are a few steps; the process's settings are put back."""
+    monkeypatch.setattr(judging, "Ensemble", functools.partial(Ensemble, iterations=2, queries=3))
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield Path(shutil.copytree(finished, tmp_path / "run"))
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, the networks' counts, and what was said on standard error."""
+    capsys.readouterr()
+    code = main(["evaluate", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+def judging_of(monkeypatch: pytest.MonkeyPatch, measure: type, stop_at: int | None = None) -> list[np.ndarray]:
+    """The ids of every chunk that is judged from now on; the one with number `stop_at` is interrupted."""
+    chunks: list[np.ndarray] = []
+    original: Callable[..., Any] = measure.judge
+
+    def judge(self: Any, network: Any, x: Any, y: Any, ids: np.ndarray) -> Any:
+        if len(chunks) == stop_at:
+            raise KeyboardInterrupt
+        chunks.append(ids)
+        return original(self, network, x, y, ids)
+
+    monkeypatch.setattr(measure, "judge", judge)
+    return chunks
+
+
+def test_every_network_of_a_run_is_attacked_and_its_verdicts_are_kept(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found, err = evaluate(capsys, run, "--attack", "apgd", "--images", IMAGES)
+    assert (code, err) == (0, "")
+    assert [one["file"] for one in found] == [str(run / stage / "model.safetensors") for stage in STAGES]
+    for stage, one in zip(STAGES, found, strict=True):
+        (path,) = (run / stage / "evaluate").glob("*.json")
+        assert {"file": one["file"], **json.loads(path.read_text())} == one
+        verdicts = read_verdicts(path.with_suffix(".parquet"))
+        assert np.array_equal(verdicts["sample_id"], np.arange(IMAGES) * TEST_IMAGES // IMAGES)
+        assert one["robust_correct"] == verdicts["robust_correct"].sum()
+        assert (one["attack"], one["settings"]["iterations"], one["chunk"]) == ("apgd", 2, CHUNK)
+        assert list(one["broken_by"]) == ["apgd-ce", "apgd-t"]
+        left = {p.name for p in (run / stage / "evaluate").iterdir() if not p.name.startswith(".")}
+        assert left == {path.name, path.with_suffix(".parquet").name}
+
+
+def test_what_was_evaluated_before_is_not_evaluated_again(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run / STAGES[0] / "model.safetensors"
+    first = evaluate(capsys, file, "--attack", "square", "--images", IMAGES)
+    chunks = judging_of(monkeypatch, Ensemble)
+    assert evaluate(capsys, file, "--attack", "square", "--images", IMAGES) == first
+    assert chunks == []
+    _, (more,), _ = evaluate(capsys, file, "--attack", "square", "--images", IMAGES + 1)
+    assert (len(chunks), more["images"]) == (4, IMAGES + 1)
+    write_model(file, torch_state(1), small_recipe(Path(".")).model, {"image_size": 28})
+    _, (other,), _ = evaluate(capsys, file, "--attack", "square", "--images", IMAGES)
+    assert other["model_sha256"] != first[1][0]["model_sha256"]
+
+
+def torch_state(seed: int) -> dict[str, torch.Tensor]:
+    return effective_state(build_network(small_recipe(Path(".")).model, seed=seed, image_size=28))
+
+
+def test_the_runs_own_evaluation_is_taken_and_left_alone(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run / STAGES[1] / "model.safetensors"
+    _, (usual,), _ = evaluate(capsys, file, "--images", IMAGES)
+    own = evaluation_path(file.parent, "pgd")
+    for suffix in (".json", ".parquet"):
+        (made,) = own.parent.glob(f"pgd-*{suffix}")
+        made.rename(own.with_suffix(suffix))  # as the run's own
+    before = own.read_bytes()
+    chunks = judging_of(monkeypatch, Pgd)
+    assert evaluate(capsys, file, "--images", IMAGES)[1] == [usual]
+    assert chunks == []
+    _, (stronger,), _ = evaluate(capsys, file, "--images", IMAGES, "--steps", 3, "--restarts", 2, "--step-size", "1/30")
+    assert stronger["settings"] == {
+        "norm": "linf",
+        "eps": "1/10",
+        "steps": 3,
+        "restarts": 2,
+        "step_size": pytest.approx(1 / 30),
+    }
+    assert len(chunks) == IMAGES // CHUNK
+    assert own.read_bytes() == before
+    assert len(list(own.parent.glob("pgd-3x2-*.json"))) == 1
+
+
+@pytest.mark.parametrize("attack", ["square", "transfer"])
+def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    file = run / STAGES[1] / "model.safetensors"
+    arguments = (file, "--attack", attack, "--images", IMAGES)
+    undisturbed = evaluate(capsys, *arguments)[1]
+    (whole,) = (file.parent / "evaluate").glob("*.parquet")
+    expected = read_verdicts(whole)
+    shutil.rmtree(file.parent / "evaluate")
+    measure = {"square": Ensemble, "transfer": judging.Transfer}[attack]
+    with monkeypatch.context() as patched:
+        judging_of(patched, measure, stop_at=2)
+        code, found, err = evaluate(capsys, *arguments)
+    assert (code, found) == (1, [])
+    assert "what was judged is kept: the same command goes on with it" in err
+    chunks = judging_of(monkeypatch, measure)
+    assert evaluate(capsys, *arguments)[1] == undisturbed
+    assert len(chunks) == IMAGES // CHUNK - 2
+    found = read_verdicts(whole)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+
+
+def test_examples_are_transferred_to_every_other_network(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, (found,), _ = evaluate(capsys, run, "--attack", "transfer", "--images", IMAGES)
+    assert code == 0
+    assert found["file"] == str(run / STAGES[1] / "model.safetensors")
+    source = str(run / STAGES[1] / "model.safetensors")
+    code, (found,), _ = evaluate(capsys, run, "--attack", "transfer", "--images", IMAGES, "--source", source)
+    assert (code, found["file"]) == (0, str(run / STAGES[0] / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "501"], "--images 501: expected all or a number from 1 to 500"),
+        (["--images", "0"], "--images 0: expected all or a number"),
+        (["--images", "few"], "--images few: expected all or a number"),
+        (["--steps", "0"], "--steps, --restarts and --step-size must be positive"),
+        (["--attack", "apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
+        (["--attack", "square", "--source", "x"], "--source x is for --attack transfer"),
+        (["--attack", "transfer", "--source", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+    ],
+)
+def test_nonsense_is_refused(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    code, found, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", *arguments)
+    assert (code, found) == (2, [])
+    assert message in err
+
+
+def test_a_network_is_no_source_of_attacks_on_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--attack", "transfer")
+    assert code == 2
+    assert "is the network that is attacked; give another one: --source FILE" in err
