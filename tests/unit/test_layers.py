@@ -29,7 +29,7 @@ data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
 evaluate.probed evaluate.certify evaluate.verified group evaluate.chunks snip engine batch_statistics
 replays loop job health evaluation rollback stage
-results figures report
+results figures page.history page.svg page.verdict page.charts page.examples page.pictures page report
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""
@@ -42,6 +42,7 @@ DOORS = {
     "ffcv": {"pipeline.data.loader", "pipeline.data.write_worker"},
     "wandb": {"pipeline.tracking"},
     "matplotlib": {"pipeline.figures"},
+    "jinja2": {"pipeline.page"},
     "submitit": {"launch.slurm", "launch.allocation"},
 }
 """vendor -> the modules that import it"""
