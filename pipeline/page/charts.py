@@ -42,10 +42,9 @@ def accuracy_chart(runs: list[Run], kind: Kind) -> Chart:
             middle = first + slot * (len(runs) - 1) / 2
             means[keep].append((name, Point(middle, fmean(p.y for p in seeds), *_bounds(found))))
             said.append(f"{name} {means[keep][-1][1].y:.1f} % at {pruned(keep)} pruned")
-        line = [point for keep in keeps for other, point in means[keep] if other == name]
+        line = [Point(point.x, point.y) for keep in keeps for other, point in means[keep] if other == name]
         series.append(Series(name.lower(), line, marks=False))
-    bare = [Series(s.style, [Point(p.x, p.y) for p in s.points], marks=False) if not s.marks else s for s in series]
-    values = [v for s in bare for p in s.points for v in (p.low, p.high, p.y) if v is not None]
+    values = [v for s in series for p in s.points for v in (p.low, p.high) if v is not None]
     y = nice_axis([*values, *(v for level in levels for v in (level.low, level.high))], pad=0.16)
     edge = 0.2 * span
     ticks = tuple((where[keep], pruned(keep)) for keep in keeps)
@@ -53,7 +52,7 @@ def accuracy_chart(runs: list[Run], kind: Kind) -> Chart:
     word = claim(runs) if kind == "robust" else kind
     labels = [label for beside in means.values() for label in _numbers(beside, y)]
     says = f"{'; '.join(said) or 'nothing is evaluated yet'}."
-    return draw(f"{word.capitalize()} accuracy, %", bare, x, y, says=says, levels=levels, labels=labels)
+    return draw(f"{word.capitalize()} accuracy, %", series, x, y, says=says, levels=levels, labels=labels)
 
 
 def difference_chart(found: Sequence[Difference], runs: list[Run]) -> Chart | None:

@@ -19,7 +19,6 @@ from pipeline.data.order import evaluation_crops
 from pipeline.data.prefetch import LoaderError
 from pipeline.evaluate.pgd import Pgd
 from pipeline.export import load_model
-from pipeline.group import pick_device
 from pipeline.keys import sample_keys
 from pipeline.results import Network, Run
 
@@ -115,12 +114,13 @@ def examples_of(run: Run) -> Shown | str:
         if judged_on is not None and read_manifest(path).sha256 != judged_on:
             return "the test file was replaced since the evaluation"
         with Loader(path, image_size=recipe.data.image_size, threads=1) as loader:
-            ids = np.arange(COUNT) * loader.num_samples // COUNT
+            count = min(COUNT, loader.num_samples)
+            ids = np.arange(count) * loader.num_samples // count
             crops = evaluation_crops(recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size)
             batch = loader.read(ids, crops[ids])
-        device = pick_device("auto")
-        module = load_model(network.folder / "model.safetensors").to(device)
+        module = load_model(network.folder / "model.safetensors")
     except (DataError, LoaderError, ValueError) as error:
         return str(error)
-    images, labels = batch.images.to(device).float().div(255.0), batch.labels.to(device)
-    return Shown(network, attack.title, loader.class_names, examples(module, images, labels, ids, attack))
+    # On the CPU, also where there is a GPU: a run may be training on it.
+    found = examples(module, batch.images.float().div(255.0), batch.labels, ids, attack)
+    return Shown(network, attack.title, loader.class_names, found)
