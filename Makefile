@@ -31,7 +31,7 @@ demo: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
 	$(PY) -m launch run recipes/fashion_mnist.yaml --name demo
 	$(PY) -m launch report runs/demo
-	@echo 'The picture:' && ls runs/demo/report/*.png
+	@echo 'The pictures, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
 
 test: setup
 	$(PY) -m pytest

@@ -5,6 +5,7 @@
 #   - .venv is made anew when it is broken, half made, moved, or made by another Python or on another system (FFCV is
 #     compiled against the system's OpenCV). When only the requirements have changed, it is brought up to date.
 #   - A SLURM for the tests is installed where there is none, and no service is started. Without it the rest goes on.
+#     So is a browser that they open the report in.
 #   - PYTHON=python3.12 chooses the interpreter; without it the newest of 3.13, 3.12 and 3.11 that fits is taken.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,6 +20,10 @@ optional=(dataset-fashion-mnist)
 # tests/slurm_cluster.py starts these programs itself, with accounting, as whoever runs the tests.
 for_tests=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core)
 without_slurm=$venv/without-slurm # they could not be installed; so that the next call does not try again
+# tests/browser.py opens the report's page in one of these; the first is Debian's package. Ubuntu's is a snap, which sees
+# no temporary files: there, take another.
+browsers=(chromium chromium-browser google-chrome)
+without_browser=$venv/without-browser
 
 say() { printf '[setup] %s\n' "$*"; }
 die() {
@@ -56,6 +61,13 @@ tests_lack() {
   done
 }
 
+no_browser() {
+  local program
+  for program in "${browsers[@]}"; do
+    if command -v "$program" >/dev/null; then return 1; fi
+  done
+}
+
 # What a .venv depends on, in two lines: the place that the Python $1 would make it in, and what goes into it.
 place() {
   local version
@@ -69,6 +81,7 @@ up_to_date() {
   same_place && [[ $(tail -n 1 $stamp) == "$(contents)" && -z $(not_found) ]] && $venv/bin/python -c '' 2>/dev/null
 }
 tests_settled() { [[ -e $without_slurm || -z $(tests_lack) ]]; }
+browser_settled() { [[ -e $without_browser ]] || ! no_browser; }
 
 # --- system packages -------------------------------------------------------------------------------------------------
 
@@ -139,6 +152,14 @@ test_packages() {
   touch $without_slurm
 }
 
+browser_package() {
+  if command -v apt-get >/dev/null && { apt update || true; } && apt install --no-install-recommends "${browsers[0]}"; then
+    no_browser || return 0
+  fi
+  say "no browser is here (${browsers[*]}). Only tests/unit/test_page_in_browser.py needs one, and fails without."
+  touch $without_browser
+}
+
 # --- Python ----------------------------------------------------------------------------------------------------------
 
 # Prints why the interpreter $1 cannot carry the project; nothing when it can.
@@ -191,7 +212,7 @@ make_venv() {
   { place $venv/bin/python && contents; } >$stamp
 }
 
-if up_to_date && tests_settled; then exit 0; fi
+if up_to_date && tests_settled && browser_settled; then exit 0; fi
 # One at a time: a second `make` in this checkout waits for the first, then finds nothing to do.
 exec 9>>.ci/setup.sh
 flock -w 1800 9 || die "another make setup has been at work here for 30 minutes"
@@ -200,4 +221,5 @@ if ! up_to_date; then
   make_venv
 fi
 tests_settled || test_packages
+browser_settled || browser_package
 say "done: .venv/bin/python ($($venv/bin/python --version))"

@@ -80,11 +80,12 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from pipeline.report import report  # matplotlib is loaded only here
+    from pipeline.report import PAGE, report  # matplotlib is loaded only here
 
     folders = [run_folder.find(name) for name in arguments.runs]
     print(report(folders))
     print(f"pictures and CSV: {folders[0] / 'report'}/")
+    print(f"page: {folders[0] / 'report' / PAGE}")
     return 0
 
 
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     cancel.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
     cancel.set_defaults(handler=_cancel)
 
-    report = commands.add_parser("report", help="table, pictures and CSV of one or several runs (seeds)")
+    report = commands.add_parser("report", help="table, HTML page, pictures and CSV of one or several runs (seeds)")
     report.add_argument("runs", nargs="+", metavar="RUN", help="name under runs/, or the folder")
     report.set_defaults(handler=_report)
 

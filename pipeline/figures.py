@@ -6,14 +6,14 @@ import math
 from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 
-from pipeline.results import CertifiedCurves, Network, Run, attack_text, claim
+from pipeline.results import CertifiedCurves, Kind, Network, Run, accuracies, attack_text, claim
 
 COLOURS = {"dense": "#444444", "HYDRA": "#0072B2", "magnitude": "#D55E00", "random": "#009E73", "SNIP": "#CC79A7"}
 """From Okabe and Ito's palette: told apart with any colour vision."""
@@ -23,7 +23,6 @@ SIZES = {"HYDRA": 5, "magnitude": 10, "random": 15, "SNIP": 13}
 """Of the marks of layers, which lie on one another where the networks keep equally many connections."""
 LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 """One per sparsity, from the first one on."""
-Kind = Literal["clean", "robust"]
 
 
 class Mean(NamedTuple):
@@ -146,7 +145,7 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
     span = max(positions[keeps[-1]] - positions[keeps[0]], 0.5)
     ends: list[tuple[float, str, str]] = []
 
-    dense = _accuracies(runs, "dense", Decimal(1), kind)
+    dense = accuracies(runs, "dense", Decimal(1), kind)
     if dense:
         value = fmean(a["value"] for a in dense)
         low, high = min(a["low"] for a in dense), max(a["high"] for a in dense)
@@ -161,14 +160,14 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
     for place, name in enumerate(names):
         line: list[Mean] = []
         for keep in keeps:
-            accuracies = _accuracies(runs, name, keep, kind)
+            found = accuracies(runs, name, keep, kind)
             # Side by side, so that no error bar hides another: a slot for each network and seed.
             first = positions[keep] + slot * (place * len(runs) - (slots - 1) / 2)
-            for seed, accuracy in enumerate(accuracies):
+            for seed, accuracy in enumerate(found):
                 _interval_mark(axes, first + slot * seed, accuracy, name, faint=len(runs) > 1)
-            if accuracies:
-                low, high = min(a["low"] for a in accuracies), max(a["high"] for a in accuracies)
-                value, x = 100 * fmean(a["value"] for a in accuracies), first + slot * (len(runs) - 1) / 2
+            if found:
+                low, high = min(a["low"] for a in found), max(a["high"] for a in found)
+                value, x = 100 * fmean(a["value"] for a in found), first + slot * (len(runs) - 1) / 2
                 line.append(Mean(value, x, 100 * low, 100 * high, name))
                 means[keep].append(line[-1])
         axes.plot([m.x for m in line], [m.value for m in line], color=COLOURS[name], linewidth=1.8, zorder=2)
@@ -188,11 +187,6 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     _strip(axes)
-
-
-def _accuracies(runs: list[Run], name: str, keep: Decimal, kind: Kind) -> list[dict[str, float]]:
-    networks = [run.find(name, keep) for run in runs]
-    return [n.evaluation[f"{kind}_accuracy"] for n in networks if n is not None and n.evaluation is not None]
 
 
 def _interval_mark(axes: Axes, x: float, accuracy: dict[str, float], name: str, *, faint: bool) -> None:

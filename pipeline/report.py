@@ -1,4 +1,4 @@
-"""The report of one or several runs: a table, CSV files, pictures.
+"""The report of one or several runs: a table, CSV files, pictures, and the page that has all of it.
 
 Robust and clean accuracy per sparsity, HYDRA beside the baselines and the dense network, each with its 95 % Wilson
 interval; per baseline and sparsity McNemar's exact test on the same images; kept connections per layer.
@@ -7,23 +7,32 @@ interval; per baseline and sparsity McNemar's exact test on the same images; kep
 from __future__ import annotations
 
 import csv
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate.statistics import McNemar
 from pipeline.figures import draw_accuracy, draw_certified, draw_layers
 from pipeline.further import further_rows, further_table
-from pipeline.results import CertifiedCurves, Run, attack_text, certified_curves, claim, compare, read_runs
+from pipeline.page import write_page
+from pipeline.results import (
+    CertifiedCurves,
+    Comparisons,
+    Run,
+    attack_text,
+    certified_curves,
+    claim,
+    compare_all,
+    p_text,
+    read_runs,
+)
 
+PAGE = "report.html"
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
-Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
-"""(index of the run, baseline, keep_fraction) -> HYDRA against that baseline."""
 
 
 def report(run_folders: list[Path]) -> str:
-    """Write robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return the table.
-    Runs that are judged by certificates have certified_accuracy.{png,csv} too.
+    """Write report.html, robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return
+    the table. Runs that are judged by certificates have certified_accuracy.{png,csv} too.
 
     What networks were attacked with besides is a table of its own, and further_attacks.csv.
 
@@ -31,12 +40,7 @@ def report(run_folders: list[Path]) -> str:
     shown as missing. Errors: ValueError, see `results.read_runs`.
     """
     runs = read_runs(run_folders)
-    comparisons: Comparisons = {
-        (i, name, keep): compare(run, keep, name)
-        for i, run in enumerate(runs)
-        for name in run.baselines
-        for keep in run.recipe.sparsity.keep_fractions
-    }
+    comparisons = compare_all(runs)
     folder = runs[0].folder / "report"
     folder.mkdir(exist_ok=True)
     accuracies = _accuracy_rows(runs, comparisons)
@@ -44,13 +48,15 @@ def report(run_folders: list[Path]) -> str:
     _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
     draw_accuracy(runs, folder / "robust_accuracy.png")
     draw_layers(runs[0], folder / "kept_fraction.png")
-    if curves := certified_curves(runs):
+    curves = certified_curves(runs)
+    if curves:
         rows = _curve_rows(runs, curves)
         _write_csv(folder / "certified_accuracy.csv", tuple(rows[0]), rows)
         draw_certified(runs, curves, folder / "certified_accuracy.png")
     besides = further_rows(runs)
     if besides:
         _write_csv(folder / "further_attacks.csv", tuple(besides[0]), besides)
+    write_page(runs, comparisons, curves, folder / PAGE)
     return "\n\n".join(filter(None, [table(runs, comparisons), further_table(besides)]))
 
 
@@ -96,13 +102,7 @@ def _cells(accuracies: list[dict[str, float]], expected: int) -> list[str]:
 
 
 def _difference_cells(test: McNemar | None) -> tuple[str, str]:
-    return (f"{100 * test.difference:+.2f}", _p_text(test.p_value)) if test else ("missing", "")
-
-
-def _p_text(p: float) -> str:
-    if p >= 0.001:
-        return f"p = {p:.3f}"
-    return f"p = {p:.1e}" if p > 0 else "p < 1e-300"
+    return (f"{100 * test.difference:+.2f}", p_text(test.p_value)) if test else ("missing", "")
 
 
 def _accuracy_rows(runs: list[Run], comparisons: Comparisons) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,6 +26,7 @@ NETWORK_OF_PHASE: dict[PhaseName, str] = {
     "random": "random",
     "snip": "SNIP",
 }
+Kind = Literal["clean", "robust"]
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """What must agree, beside the attack's settings, before two accuracies may stand in one table."""
 
@@ -103,6 +104,32 @@ def compare(run: Run, keep_fraction: Decimal, baseline: str) -> McNemar | None:
     if not np.array_equal(ids, other_ids):
         raise ValueError(f"{path} and {other_path} hold different images; evaluate both networks again")
     return mcnemar(hydra, other)
+
+
+Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
+"""(index of the run, baseline, keep_fraction) -> HYDRA against that baseline."""
+
+
+def compare_all(runs: list[Run]) -> Comparisons:
+    """HYDRA against every baseline of every run, at every sparsity. Errors: those of `compare`."""
+    return {
+        (i, name, keep): compare(run, keep, name)
+        for i, run in enumerate(runs)
+        for name in run.baselines
+        for keep in run.recipe.sparsity.keep_fractions
+    }
+
+
+def p_text(p: float) -> str:
+    if p >= 0.001:
+        return f"p = {p:.3f}"
+    return f"p = {p:.1e}" if p > 0 else "p < 1e-300"
+
+
+def accuracies(runs: list[Run], name: str, keep: Decimal, kind: Kind) -> list[dict[str, float]]:
+    """value, low and high of every run in which the network is evaluated."""
+    networks = [run.find(name, keep) for run in runs]
+    return [n.evaluation[f"{kind}_accuracy"] for n in networks if n is not None and n.evaluation is not None]
 
 
 CURVE_POINTS = 101

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, binomtest
+from scipy.stats import beta, binomtest, norm
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -87,3 +88,18 @@ def mcnemar(first_correct: NDArray[np.bool_], second_correct: NDArray[np.bool_])
     discordant = only_first + only_second
     p_value = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
     return McNemar(only_first, only_second, p_value, (only_first - only_second) / first_correct.size)
+
+
+def paired_interval(only_first: int, only_second: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the difference between two accuracies on the same images (Bonett and Price, J. Educ. Behav. Stat.
+    2012: Wald's, with one discordant image added on either side).
+
+    `only_first` and `only_second` of `total` images are right for that one alone. Returns (low, high), fractions in
+    [-1, 1]. Errors: ValueError for counts that are none.
+    """
+    if min(only_first, only_second) < 0 or total <= 0 or only_first + only_second > total:
+        raise ValueError(f"{only_first} and {only_second} of {total} images are no counts of discordant images")
+    first, second = (only_first + 1) / (total + 2), (only_second + 1) / (total + 2)
+    middle = first - second
+    half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt((first + second - middle**2) / (total + 2))
+    return max(middle - half, -1.0), min(middle + half, 1.0)

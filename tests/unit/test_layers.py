@@ -29,7 +29,7 @@ data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
 evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer evaluate.corruptions group
 evaluate.chunks judging snip engine batch_statistics replays loop job health evaluation rollback stage
-results further figures report
+results further figures page.history page.svg page.verdict page.charts page.examples page.pictures page report
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""
@@ -43,6 +43,7 @@ DOORS = {
     "wandb": {"pipeline.tracking"},
     "matplotlib": {"pipeline.figures"},
     "pyautoattack": {"pipeline.evaluate.autoattack"},
+    "jinja2": {"pipeline.page"},
     "submitit": {"launch.slurm", "launch.allocation"},
 }
 """vendor -> the modules that import it"""
