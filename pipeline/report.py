@@ -13,7 +13,16 @@ from typing import Any
 
 from pipeline.evaluate.statistics import McNemar
 from pipeline.figures import draw_accuracy, draw_certified, draw_layers
-from pipeline.results import CertifiedCurves, Run, attack_text, certified_curves, claim, compare, read_runs
+from pipeline.results import (
+    CertifiedCurves,
+    Run,
+    attack_text,
+    certified_curves,
+    claim,
+    compare,
+    honesty_text,
+    read_runs,
+)
 
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
 Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
@@ -75,6 +84,8 @@ def table(runs: list[Run], comparisons: Comparisons) -> str:
     if comparisons:
         gained = f"points of {claim(runs)} accuracy over the row's network"
         notes.append(f"HYDRA's lead: {gained}; p by McNemar's exact two-sided test")
+    if honesty := honesty_text(runs):
+        notes.append(honesty)
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 

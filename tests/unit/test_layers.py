@@ -27,8 +27,9 @@ data data.order data.manifest data.images data.source data.pickles data.cifar da
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
-evaluate.probed evaluate.certify evaluate.verified group evaluate.chunks snip engine batch_statistics
-replays loop job health evaluation rollback stage
+evaluate.probed evaluate.certify evaluate.verified evaluate.probes evaluate.honesty evaluate.exported
+group evaluate.chunks snip engine batch_statistics
+replays loop job health evaluation scrutiny rollback stage
 results figures report
 worker driver
 """
