@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import Normalize
 
@@ -30,7 +31,8 @@ def mask_check(path: Path) -> Check:
     any other allocation does. Kept weights that are zero are no fault. Errors: those of `load_model`.
     """
     keep = Decimal(read_metadata(path)["keep_fraction"] or 1)
-    weights = [layer.weight for layer in maskable(load_model(path)).values()]
+    tensors = load_file(path)
+    weights = [tensors[name] for name in maskable(load_model(path))]
     total = sum(weight.numel() for weight in weights)
     allowed = sum(kept_count(weight.numel(), keep) for weight in weights)
     present = sum(int(weight.count_nonzero()) for weight in weights)

@@ -173,8 +173,8 @@ def against(path: Path, live: nn.Module) -> dict[str, Check]:
     return found(load_model(path), (x, y), Probes(QUICK, (live, plain_network(path))))
 
 
-def exported(path: Path, live: Network, model: Model = TINY, **changed: Tensor) -> Path:
-    write_model(path, effective_state(live) | changed, model, {"keep_fraction": "0.1", "image_size": 14})
+def exported(path: Path, live: Network, changed: dict[str, Tensor] | None = None, model: Model = TINY) -> Path:
+    write_model(path, effective_state(live) | (changed or {}), model, {"keep_fraction": "0.1", "image_size": 14})
     return path
 
 
@@ -195,7 +195,7 @@ def test_a_file_of_the_live_network_passes(tmp_path: Path) -> None:
 def test_a_wrong_normalisation_is_caught(tmp_path: Path) -> None:
     live = live_network()
     other = TINY.model_copy(update={"std": (0.36, 0.35, 0.35)})
-    path = exported(tmp_path / "model.safetensors", live, other)
+    path = exported(tmp_path / "model.safetensors", live, model=other)
     assert against(path, live)["exported file"].verdict == "warn"
     assert mask_check(path).verdict == "pass"
 
@@ -212,7 +212,7 @@ def test_normalisation_that_the_loaded_network_lacks_is_caught(tmp_path: Path) -
 def test_a_mask_that_is_not_applied_is_caught(tmp_path: Path) -> None:
     live = live_network()
     dense = build_network(TINY, seed=0, image_size=14).backbone.state_dict()
-    path = exported(tmp_path / "model.safetensors", live, **dense)
+    path = exported(tmp_path / "model.safetensors", live, dense)
     assert mask_check(path).verdict == "warn"
     assert against(path, live)["exported file"].verdict == "warn"
 
@@ -222,10 +222,10 @@ def test_one_connection_too_many_is_caught(tmp_path: Path) -> None:
     weight = effective_state(live)["fc2.weight"].detach().clone()
     row, column = (weight == 0).nonzero()[0].tolist()
     weight[row, column] = 1e-3
-    assert mask_check(exported(tmp_path / "a.safetensors", live, **{"fc2.weight": weight})).verdict == "warn"
+    assert mask_check(exported(tmp_path / "a.safetensors", live, {"fc2.weight": weight})).verdict == "warn"
     weight[row, column], (row, column) = 0.0, weight.nonzero()[0].tolist()
     weight[row, column] = 0.0  # a kept connection may be zero
-    assert mask_check(exported(tmp_path / "b.safetensors", live, **{"fc2.weight": weight})).verdict == "pass"
+    assert mask_check(exported(tmp_path / "b.safetensors", live, {"fc2.weight": weight})).verdict == "pass"
 
 
 def test_a_dense_file_keeps_all(tmp_path: Path) -> None:

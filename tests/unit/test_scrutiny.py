@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Snapshot
-from pipeline.data.loader import Loader
+from pipeline.data.datasets import IDX_FILES, find_fashion_mnist, read_idx
+from pipeline.data.loader import Batch
 from pipeline.export import write_model
 from pipeline.files import atomic_write_json, read_json, sha256_of
 from pipeline.group import Group
@@ -27,22 +29,37 @@ from pipeline.recipe import Recipe
 from pipeline.scrutiny import live_network, scrutinise
 from pipeline.sparsity import attach_scores, effective_state, named_state
 from pipeline.stopping import StopRequested
+from tests.conftest import TEST_IMAGES
 from tests.small_recipe import small_recipe
 
 STEP = 3
 
 
+class InMemory:
+    """What is asked of a Loader here, without its kernel, which takes seconds to compile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, (images, labels), source = path, IDX_FILES["test"], find_fashion_mnist(None)
+        pixels = torch.from_numpy(read_idx(source, images, 3)[:TEST_IMAGES].copy())
+        self._images = pixels[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        self._labels = torch.from_numpy(read_idx(source, labels, 1)[:TEST_IMAGES].copy()).long()
+        self.num_samples, self.heights, self.widths = TEST_IMAGES, *(np.full(TEST_IMAGES, 28),) * 2
+
+    def batches(self, plan: Any) -> Iterator[Batch]:
+        for ids, _ in plan:
+            yield Batch(self._images[ids], self._labels[ids], torch.from_numpy(ids))
+
+
 @pytest.fixture(scope="module")
-def loader(fashion_data: Path) -> Iterator[Loader]:
-    with Loader(fashion_data / "test.beton", image_size=28, threads=1) as opened:
-        yield opened
+def loader(fashion_data: Path) -> Any:
+    return InMemory(fashion_data / "test.beton")
 
 
 @dataclass
 class Finished:
     """A stage whose network is written, but not judged."""
 
-    loader: Loader
+    loader: Any
     run: Path
     recipe: Recipe
     stage: Stage
@@ -79,7 +96,7 @@ def finish(stage_folder: Path, recipe: Recipe, live: Network) -> None:
 
 
 @pytest.fixture
-def finished(tmp_path: Path, loader: Loader, fashion_data: Path) -> Iterator[Finished]:
+def finished(tmp_path: Path, loader: Any, fashion_data: Path) -> Iterator[Finished]:
     recipe = small_recipe(fashion_data, evaluation={"honesty_images": 6, "chunk": 2, "steps": 1})
     (stage,) = [stage for stage in stages_of(recipe) if stage.phase == "finetune"]
     leases = Leases([tmp_path / stage.name])
