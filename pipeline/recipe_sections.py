@@ -235,6 +235,8 @@ class Evaluation(Section):
     bounds: Literal["crown_ibp", "symbolic"] = "crown_ibp"
     """What proofs are made with: IBP and CROWN-IBP, or also symbolic intervals, image by image: seconds for each image
     that the others leave open."""
+    honesty_images: int = Field(default=100, ge=0)
+    """Test images that honesty checks are made on, of networks that PGD judges; 0: none are made."""
     validation_steps: int = Field(default=5, ge=0)
     """PGD steps, or draws of noise, on the held-out images at every epoch's end; 0: they are not looked at."""
     attacks: tuple[Attack, ...] = ()

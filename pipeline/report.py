@@ -22,6 +22,7 @@ from pipeline.results import (
     certified_curves,
     claim,
     compare_all,
+    honesty_text,
     p_text,
     read_runs,
 )
@@ -87,6 +88,8 @@ def table(runs: list[Run], comparisons: Comparisons) -> str:
     if comparisons:
         gained = f"points of {claim(runs)} accuracy over the row's network"
         notes.append(f"HYDRA's lead: {gained}; p by McNemar's exact two-sided test")
+    if honesty := honesty_text(runs):
+        notes.append(honesty)
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 

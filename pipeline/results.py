@@ -160,6 +160,24 @@ def claim(runs: list[Run]) -> str:
     return next(iter(attacks & {"certified", "verified"}), "robust")
 
 
+def honesty_text(runs: list[Run]) -> str | None:
+    """How many honesty checks of the evaluated networks pass, and which do not; None where none was made."""
+    passed, total, warnings = 0, 0, []
+    for run in runs:
+        for network in run.networks:
+            found = _read_if_there(network.folder / "evaluate" / "honesty.json")
+            if not found or not network.evaluation or found["model_sha256"] != network.evaluation["model_sha256"]:
+                continue
+            total += len(found["checks"])
+            warned = [check["name"] for check in found["checks"] if check["verdict"] == "warn"]
+            warnings += [f"{run.folder.name}/{network.stage} warns of {', '.join(warned)}"] if warned else []
+            passed += len(found["checks"]) - len(warned)
+    if not total:
+        return None
+    more = f"; {'; '.join(warnings)} (evaluate/honesty.json says what that means)" if warnings else ""
+    return f"honesty: {passed} of {total} checks pass{more}"
+
+
 def attack_text(runs: list[Run]) -> str:
     """The attack and the images that all accuracies of `runs` were measured with, in words."""
     facts = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)

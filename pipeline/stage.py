@@ -39,6 +39,7 @@ from pipeline.recipe_file import recipe_hash
 from pipeline.replays import own_noise, replayed, start_noise
 from pipeline.rollback import go_back
 from pipeline.score_init import FirstScore, drawn, scaled, zero
+from pipeline.scrutiny import scrutinise
 from pipeline.snip import connection_sensitivity
 from pipeline.sparsity import (
     attach_scores,
@@ -85,6 +86,7 @@ def _run_stage(job: Job, stage: Stage) -> None:
             _train_stage(job, stage, own, tracker)
             job.observe("stage_finished", {"stage": stage.name})
         if to_evaluate:
+            scrutinise(job, stage)
             for name, facts in evaluate_stage(job, stage, to_evaluate):
                 if tracker is not None:
                     tracker.summary({name: facts})
@@ -106,10 +108,9 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
     3. The foreign weights that the recipe names.
     4. Fresh initialisation from the seed.
     """
-    folder = job.folder(stage)
     step = job.group.broadcast(own.progress.step if own else 0)
     if step:
-        own = own or checkpoint.read(checkpoint.folder_of(folder, step))
+        own = own or checkpoint.read(checkpoint.folder_of(job.folder(stage), step))
         if stage.keep_fraction is not None:
             attach_scores(network, stage.keep_fraction, job.recipe.sparsity.allocation, zero)
         load_state(network, own.model)

@@ -23,7 +23,7 @@ def small_values(data: Path) -> dict[str, Any]:
         "sparsity": {"keep_fractions": [0.1]},
         "batch": {"batch_per_step": 64, "micro_batch": 16},
         "workers": {"count": 1, "threads": 1, "device": "cpu"},
-        "evaluation": {"steps": 2, "step_size": "1/20", "chunk": 200, "validation_steps": 1},
+        "evaluation": {"steps": 2, "step_size": "1/20", "chunk": 200, "honesty_images": 10, "validation_steps": 1},
         "tracking": {"log_every_steps": 8, "wandb": "disabled"},
     }
     values["data"] |= {

@@ -27,8 +27,9 @@ data data.order data.manifest data.images data.source data.pickles data.cifar da
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.verified_copy data.staging
 tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
-evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer evaluate.corruptions group
-evaluate.chunks judging snip engine batch_statistics replays loop job health evaluation rollback stage
+evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer evaluate.corruptions
+evaluate.probes evaluate.honesty evaluate.exported group evaluate.chunks judging snip engine batch_statistics replays
+loop job health evaluation scrutiny rollback stage
 results further figures page.history page.svg page.verdict page.charts page.examples page.pictures page report
 worker driver
 """
@@ -42,8 +43,8 @@ DOORS = {
     "ffcv": {"pipeline.data.loader", "pipeline.data.write_worker"},
     "wandb": {"pipeline.tracking"},
     "matplotlib": {"pipeline.figures"},
-    "pyautoattack": {"pipeline.evaluate.autoattack"},
     "jinja2": {"pipeline.page"},
+    "pyautoattack": {"pipeline.evaluate.autoattack", "pipeline.evaluate.probes"},
     "submitit": {"launch.slurm", "launch.allocation"},
 }
 """vendor -> the modules that import it"""

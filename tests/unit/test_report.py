@@ -154,6 +154,21 @@ def test_one_run(tmp_path: Path) -> None:
         assert height >= 300
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_honesty_checks_are_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    assert "honesty" not in report([run])
+    for stage, names in (("pretrain", []), ("keep-0.1/finetune", ["slope"]), ("keep-0.01/finetune", ["slope", "mask"])):
+        listed = [{"name": n, "verdict": "warn" if n in names else "pass"} for n in ("slope", "gradient", "mask")]
+        text = json.dumps({"model_sha256": f"{stage}-0", "checks": listed})
+        (run / stage / "evaluate" / "honesty.json").write_text(text)
+    said = "demo/keep-0.1/finetune warns of slope; demo/keep-0.01/finetune warns of slope, mask ("
+    assert f"\nhonesty: 6 of 9 checks pass; {said}" in report([run])
+    for stage in ("keep-0.1/finetune", "keep-0.01/finetune"):
+        edit(run / stage / "evaluate" / "honesty.json", lambda values: values.update(model_sha256="another"))
+    assert report([run]).endswith("\nhonesty: 3 of 3 checks pass")
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_every_baseline_is_shown_and_compared(tmp_path: Path, seeds: int) -> None:
     every = ("sparsity.baselines=[snip, random, magnitude]",)
