@@ -36,6 +36,14 @@ def marked(variable: str, value: str) -> list[psutil.Process]:
     return found
 
 
+def _job(process: psutil.Process) -> str | None:
+    """The SLURM job that it belongs to."""
+    try:
+        return process.environ().get("SLURM_JOB_ID")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
 def wait_for_end(living: Callable[[], list[psutil.Process]], deadline_s: float) -> list[str]:
     """Wait until `living()` is empty; returns the command lines of those that stayed, which are then killed."""
     try:
@@ -100,8 +108,9 @@ class Command:
         return self.process.pid
 
     def family(self) -> list[psutil.Process]:
-        """Itself and all living processes that it started."""
-        return marked(MARK, self._value)
+        """Itself and all living processes that it started. Jobs that it submitted are SLURM's, which hands them the
+        environment of whoever submits."""
+        return [process for process in marked(MARK, self._value) if _job(process) == os.environ.get("SLURM_JOB_ID")]
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
