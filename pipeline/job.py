@@ -104,6 +104,12 @@ class Job:
             finally:
                 given_up.set()
 
+    def training_samples(self, loader: Loader) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(samples that are trained on, samples that are held out) of the training file."""
+        data = self.recipe.data
+        train_ids, held_out_ids = order.held_out(loader.num_samples, data.validation_images)
+        return order.train_subset(train_ids, data.train_images), held_out_ids
+
     def evaluation_crops(self, loader: Loader) -> Callable[[NDArray[np.int64]], NDArray[np.int32]]:
         """Sample ids -> crops to evaluate with."""
         data = self.recipe.data

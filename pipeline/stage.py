@@ -140,8 +140,7 @@ def _first_scores(job: Job, stage: Stage, network: Network) -> FirstScore:
     if stage.scores_from != "snip":
         return drawn(stage.scores_from, recipe.seed)
     loader = job.loader(recipe.data.train_file)
-    train_ids, _ = order.held_out(loader.num_samples, recipe.data.validation_images)
-    train_ids = order.train_subset(train_ids, recipe.data.train_images)
+    train_ids, _ = job.training_samples(loader)
     objective = build_objective(stage.objective, recipe.threat_model, stage.phase)
     with closing(loader.batches(_plan(job, stage, loader, train_ids, 0, 1))) as batches:
         dense, autocast = network.to(group.device), autocast_of(recipe, group.device)
@@ -175,8 +174,7 @@ def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: 
         noise = None if noise is None else own_noise(own.carried, group)
 
     loader = job.loader(recipe.data.train_file)
-    train_ids, validation_ids = order.held_out(loader.num_samples, recipe.data.validation_images)
-    train_ids = order.train_subset(train_ids, recipe.data.train_images)
+    train_ids, validation_ids = job.training_samples(loader)
     replays = stage.objective.steps_per_batch
     per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step) * replays
     total = per_epoch * stage.optimisation.epochs
