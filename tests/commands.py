@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,26 +22,22 @@ END_S = 30
 """How long what a command started may outlive it."""
 
 
-def marked(variable: str, value: str) -> list[psutil.Process]:
-    """Living processes with variable=value in their environment, which orphans keep too. This process is left out."""
+def marked(wanted: Mapping[str, str | None]) -> list[psutil.Process]:
+    """Living processes with these values in their environment (None: without it), which orphans keep too. This process
+    is left out."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid == os.getpid() or process.environ().get(variable) != value:
+            if process.pid == os.getpid():
+                continue
+            environment = process.environ()
+            if any(environment.get(name) != value for name, value in wanted.items()):
                 continue
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
-
-
-def _job(process: psutil.Process) -> str | None:
-    """The SLURM job that it belongs to."""
-    try:
-        return process.environ().get("SLURM_JOB_ID")
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return None
 
 
 def wait_for_end(living: Callable[[], list[psutil.Process]], deadline_s: float) -> list[str]:
@@ -110,7 +106,7 @@ class Command:
     def family(self) -> list[psutil.Process]:
         """Itself and all living processes that it started. Jobs that it submitted are SLURM's, which hands them the
         environment of whoever submits."""
-        return [process for process in marked(MARK, self._value) if _job(process) == os.environ.get("SLURM_JOB_ID")]
+        return marked({MARK: self._value, "SLURM_JOB_ID": os.environ.get("SLURM_JOB_ID")})
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

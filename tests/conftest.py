@@ -32,7 +32,7 @@ os.environ |= {
 def _started_processes() -> list[psutil.Process]:
     """Living processes that this session started, however indirectly, but for Python's trackers, which end with us."""
     found = []
-    for process in marked(MARK, os.environ[MARK]):
+    for process in marked({MARK: os.environ[MARK]}):
         try:
             if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
                 found.append(process)

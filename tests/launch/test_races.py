@@ -7,11 +7,9 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from launch.slurm import living, read_jobs, submit
@@ -68,7 +66,7 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
     for victim in victims:
         victim.wait_for_step(3)
     assert slurm.job_nodes(victims[0].job) == slurm.job_nodes(victims[1].job) == ["n1"]
-    _strangers_are_refused(calm, raced)
+    _strangers_are_refused(victims)
     # SLURM takes the job away and queues it again, while somebody resumes the run by hand.
     slurm.client("scontrol", "requeue", victims[1].job)
     by_hand = Command(tmp_path, "resume", "raced", "--on", "local")
@@ -82,8 +80,9 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
     assert differences(final_state(calm, STAGES), final_state(raced, STAGES)) == []
 
 
-def _strangers_are_refused(one: Path, other: Path) -> None:
+def _strangers_are_refused(victims: list[Victim]) -> None:
     """With the token of another run of the same user; and other users can neither read tokens nor reach sockets."""
+    one, other = (victim.run_folder for victim in victims)
     tokens = [next(folder.glob("control/*/token")) for folder in (one, other)]
     address = read_json(next(one.glob("control/*/cluster-0.json")))["address"]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens[1])}
@@ -92,17 +91,7 @@ def _strangers_are_refused(one: Path, other: Path) -> None:
     assert "InvalidAuthToken" in tried.stderr or "Authentication" in tried.stderr, tried.stderr[-1500:]
     assert tokens[0].read_text() != tokens[1].read_text()
     assert {stat.S_IMODE(token.stat().st_mode) for token in tokens} == {0o600}
-    folders = {folder for token in tokens for folder in _scratch_folders(token)}
+    heads = victims[0].processes(lambda process: "--temp-dir" in process.cmdline())
+    folders = {Path(command[command.index("--temp-dir") + 1]).parent for command in (head.cmdline() for head in heads)}
     assert len(folders) == 2
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}  # Ray opens the one inside to all
-
-
-def _scratch_folders(token: Path) -> set[Path]:
-    """Of the clusters that have this token, from the command lines that started them."""
-    found = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            command = process.cmdline()
-            if "--temp-dir" in command and process.environ().get("RAY_AUTH_TOKEN_PATH") == str(token):
-                found.add(Path(command[command.index("--temp-dir") + 1]).parent)
-    return found
