@@ -23,6 +23,11 @@ def evaluation_path(stage_folder: Path, evaluation: str) -> Path:
     return stage_folder / "evaluate" / f"{evaluation}.json"
 
 
+def honesty_path(stage_folder: Path) -> Path:
+    """Where the honesty checks of a stage's network are."""
+    return stage_folder / "honesty.json"
+
+
 def progress_marks(run_folder: Path, stage_names: Iterable[str]) -> list[int]:
     """Changes whenever something of these stages was committed: a checkpoint, a result, a chunk of an evaluation."""
     marks = []

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.committed import evaluation_path
+from pipeline.committed import evaluation_path, honesty_path
 from pipeline.evaluate.statistics import McNemar, certified_curve, mcnemar
 from pipeline.files import read_json
 from pipeline.phases import PhaseName, stages_of
@@ -29,6 +29,8 @@ NETWORK_OF_PHASE: dict[PhaseName, str] = {
 Kind = Literal["clean", "robust"]
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """What must agree, beside the attack's settings, before two accuracies may stand in one table."""
+CHECK_KEYS = ("name", "verdict", "figure", "meaning")
+VERDICTS = ("pass", "warn")
 
 
 @dataclass(frozen=True)
@@ -160,21 +162,39 @@ def claim(runs: list[Run]) -> str:
     return next(iter(attacks & {"certified", "verified"}), "robust")
 
 
+def honesty_checks(network: Network) -> list[dict[str, str]]:
+    """name, verdict (pass or warn), figure and meaning of each check; none where it was not made of this very network.
+
+    Errors: ValueError naming the file.
+    """
+    path = honesty_path(network.folder)
+    if not network.evaluation or not path.exists():
+        return []
+    found = read_json(path)
+    checks = found.get("checks") if isinstance(found, dict) else None
+    if not isinstance(checks, list):
+        raise ValueError(f"{path} has no list of checks; delete it and resume the run, which checks again")
+    for check in checks:
+        if not isinstance(check, dict) or any(not isinstance(check.get(key), str) for key in CHECK_KEYS):
+            raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; delete it and resume the run")
+        if check["verdict"] not in VERDICTS:
+            raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}")
+    return checks if found.get("model_sha256") == network.evaluation["model_sha256"] else []
+
+
 def honesty_text(runs: list[Run]) -> str | None:
     """How many honesty checks of the evaluated networks pass, and which do not; None where none was made."""
     passed, total, warnings = 0, 0, []
     for run in runs:
         for network in run.networks:
-            found = _read_if_there(network.folder / "evaluate" / "honesty.json")
-            if not found or not network.evaluation or found["model_sha256"] != network.evaluation["model_sha256"]:
-                continue
-            total += len(found["checks"])
-            warned = [check["name"] for check in found["checks"] if check["verdict"] == "warn"]
+            checks = honesty_checks(network)
+            total += len(checks)
+            warned = [check["name"] for check in checks if check["verdict"] == "warn"]
             warnings += [f"{run.folder.name}/{network.stage} warns of {', '.join(warned)}"] if warned else []
-            passed += len(found["checks"]) - len(warned)
+            passed += len(checks) - len(warned)
     if not total:
         return None
-    more = f"; {'; '.join(warnings)} (evaluate/honesty.json says what that means)" if warnings else ""
+    more = f"; {'; '.join(warnings)} (the stage's honesty.json says what that means)" if warnings else ""
     return f"honesty: {passed} of {total} checks pass{more}"
 
 

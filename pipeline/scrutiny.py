@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import checkpoint
 from pipeline.averaging import overlaid
 from pipeline.checkpoint import CheckpointDamaged
+from pipeline.committed import honesty_path
 from pipeline.evaluate.chunks import ChunkStore, evaluate
 from pipeline.evaluate.exported import mask_check, plain_network
 from pipeline.evaluate.honesty import Check, checks
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def scrutinise(job: Job, stage: Stage) -> None:
-    """Write evaluate/honesty.json of a finished stage, and log what warns. Collective.
+    """Write honesty.json of a finished stage, and log what warns. Collective.
 
     Only what PGD judges is looked at; a certificate and a proof need no attack. Finished chunks are kept over a stop or
     a crash, and a file that is there is left as it is. Errors: those of `evaluate`; StopRequested.
@@ -48,14 +49,13 @@ def scrutinise(job: Job, stage: Stage) -> None:
     images, chunk = min(recipe.evaluation.honesty_images, most), min(CHUNK, recipe.evaluation.chunk)
     task = Task("honesty", Probes(pgd), images, chunk)
     ids, facts = task.ids(loader), task.facts(loader, sha256_of(model))
-    target = folder / "evaluate" / "honesty.json"
+    target = honesty_path(folder)
     if job.group.broadcast(job.group.is_first and _is_there(target, facts)):
         return
-    target.parent.mkdir(exist_ok=True)
     network, live = load_model(model).to(job.group.device), live_network(job, stage)
     twins = [plain_network(model)] if live is None else [plain_network(model), live.eval()]
     probes = Probes(pgd, tuple(twin.to(job.group.device) for twin in twins))
-    store = ChunkStore(target.parent / "honesty.chunks", facts | {"twins": len(twins)})
+    store = ChunkStore(folder / "evaluate" / "honesty.chunks", facts | {"twins": len(twins)})
 
     def on_chunk(done: int, total: int) -> bool:
         job.observe("chunk", {"stage": stage.name, "done": done})

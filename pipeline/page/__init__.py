@@ -17,12 +17,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.files import atomic_write_text
 from pipeline.page.charts import accuracy_chart, certified_charts, difference_chart, layer_chart, training_charts
 from pipeline.page.examples import examples_of
-from pipeline.page.history import History, Spent, honesty_checks, provenance, read_history, spent
+from pipeline.page.history import History, Spent, provenance, read_history, spent
 from pipeline.page.pictures import cards
 from pipeline.page.svg import sample
 from pipeline.page.verdict import SIGNIFICANT, differences, headline, pruned, signed
 from pipeline.recipe_file import dump_recipe
-from pipeline.results import CertifiedCurves, Comparisons, Kind, Network, Run, accuracies, attack_text, claim, p_text
+from pipeline.results import (
+    CertifiedCurves,
+    Comparisons,
+    Kind,
+    Network,
+    Run,
+    accuracies,
+    attack_text,
+    claim,
+    honesty_checks,
+    p_text,
+)
 
 HERE = Path(__file__).parent
 TEMPLATES = Environment(

@@ -1,4 +1,4 @@
-"""What a run's stages left beside their accuracies: metric rows, parents, time, honesty checks, provenance."""
+"""What a run's stages left beside their accuracies: metric rows, parents, time, provenance."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from pipeline.files import read_json, read_rows
 from pipeline.overfitting import stronger
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe_objective import PROVING, Objective
-from pipeline.results import Network, Run
-
-VERDICTS = ("pass", "warn")
-CHECK_KEYS = ("name", "verdict", "figure", "meaning")
+from pipeline.results import Run
 
 
 @dataclass(frozen=True)
@@ -100,26 +97,6 @@ def spent(history: History) -> Spent:
         held_out_s=sum(row["timing"]["seconds"] for row in validated),
         images=images,
     )
-
-
-def honesty_checks(network: Network) -> list[dict[str, str]]:
-    """The checks of evaluate/honesty.json: name, verdict (pass or warn), figure, meaning; none where it is missing.
-
-    Errors: ValueError naming the file.
-    """
-    path = network.folder / "evaluate" / "honesty.json"
-    if not path.exists():
-        return []
-    values = read_json(path)
-    checks = values.get("checks") if isinstance(values, dict) else None
-    if not isinstance(checks, list):
-        raise ValueError(f"{path} has no list of checks; evaluate the network again")
-    for check in checks:
-        if not isinstance(check, dict) or any(not isinstance(check.get(key), str) for key in CHECK_KEYS):
-            raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; evaluate the network again")
-        if check["verdict"] not in VERDICTS:
-            raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}")
-    return checks
 
 
 def provenance(run: Run) -> dict[str, Any]:

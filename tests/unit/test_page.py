@@ -261,7 +261,8 @@ def test_names_of_strangers_stay_texts(tmp_path: Path) -> None:
     for stage in ACCURACY:
         edit(run / stage / "result.json", lambda values: values["layers"][0].update(name=STRANGE))
     check = {"name": STRANGE, "verdict": "warn", "figure": STRANGE, "meaning": STRANGE}
-    (run / "keep-0.1" / "finetune" / "evaluate" / "honesty.json").write_text(json.dumps({"checks": [check]}))
+    checked = {"model_sha256": "keep-0.1/finetune-0", "checks": [check]}
+    (run / "keep-0.1" / "finetune" / "honesty.json").write_text(json.dumps(checked))
     report([run])
     html = (run / "report" / PAGE).read_text(encoding="utf-8")
     page = Asks(html)
@@ -470,9 +471,12 @@ def test_layers_share_a_column_where_networks_keep_the_same(tmp_path: Path) -> N
 def test_honesty_checks_are_shown_where_they_are(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     assert "Honesty" not in page_of([run]).text
-    path = run / "keep-0.01" / "finetune" / "evaluate" / "honesty.json"
+    path = run / "keep-0.01" / "finetune" / "honesty.json"
     good = {"name": "more steps", "verdict": "pass", "figure": "0.3 points", "meaning": "PGD-100 helps little"}
-    path.write_text(json.dumps({"checks": [good, good | {"name": "large eps", "verdict": "warn"}]}))
+    checks = [good, good | {"name": "large eps", "verdict": "warn"}]
+    path.write_text(json.dumps({"model_sha256": "of the network before", "checks": checks}))
+    assert "Honesty" not in page_of([run]).text
+    path.write_text(json.dumps({"model_sha256": "keep-0.01/finetune-0", "checks": checks}))
     page = page_of([run])
     assert page.row("HYDRA, 99 % pruned", "more steps")[2:] == ["pass", "0.3 points", "PGD-100 helps little"]
     assert page.row("HYDRA, 99 % pruned", "large eps")[2] == "warn"

@@ -57,8 +57,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run in runs:
         write_history(run)
     check = {"name": "more steps", "verdict": "pass", "figure": "0.3 points", "meaning": "PGD-100 helps little. " * 9}
-    path = runs[0] / "keep-0.01" / "finetune" / "evaluate" / "honesty.json"
-    path.write_text(json.dumps({"checks": [check, check | {"verdict": "warn"}]}))
+    path = runs[0] / "keep-0.01" / "finetune" / "honesty.json"
+    path.write_text(
+        json.dumps({"model_sha256": "keep-0.01/finetune-0", "checks": [check, check | {"verdict": "warn"}]})
+    )
     found = read_runs(runs)
     write_page(found, compare_all(found), {}, folder / "report.html")
     return folder / "report.html"

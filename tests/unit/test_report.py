@@ -159,13 +159,16 @@ def test_honesty_checks_are_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     assert "honesty" not in report([run])
     for stage, names in (("pretrain", []), ("keep-0.1/finetune", ["slope"]), ("keep-0.01/finetune", ["slope", "mask"])):
-        listed = [{"name": n, "verdict": "warn" if n in names else "pass"} for n in ("slope", "gradient", "mask")]
+        listed = [
+            {"name": n, "verdict": "warn" if n in names else "pass", "figure": "", "meaning": ""}
+            for n in ("slope", "gradient", "mask")
+        ]
         text = json.dumps({"model_sha256": f"{stage}-0", "checks": listed})
-        (run / stage / "evaluate" / "honesty.json").write_text(text)
+        (run / stage / "honesty.json").write_text(text)
     said = "demo/keep-0.1/finetune warns of slope; demo/keep-0.01/finetune warns of slope, mask ("
     assert f"\nhonesty: 6 of 9 checks pass; {said}" in report([run])
     for stage in ("keep-0.1/finetune", "keep-0.01/finetune"):
-        edit(run / stage / "evaluate" / "honesty.json", lambda values: values.update(model_sha256="another"))
+        edit(run / stage / "honesty.json", lambda values: values.update(model_sha256="another"))
     assert report([run]).endswith("\nhonesty: 3 of 3 checks pass")
 
 
@@ -277,7 +280,7 @@ def test_other_attacks_recipes_seeds_images_and_models_are_not_mixed(tmp_path: P
 
 
 def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
-    smoothed = ("objective={name: noise, sigma: 1/4}", "threat_model={norm: l2, eps: 1/4}")
+    smoothed = ("objective={name: noise, sigma: 1/4}", "threat_model={norm: l2, eps: 1/4}", "evaluation.attacks=[]")
     run = write_run(tmp_path / "smoothed", measure="certified", overrides=smoothed)
     text = report([run])
     assert "certified %" in text

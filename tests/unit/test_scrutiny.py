@@ -64,7 +64,8 @@ class Finished:
     recipe: Recipe
     stage: Stage
     leases: Leases
-    seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    chunks: list[dict[str, Any]] = field(default_factory=list)
+    """What it said of each chunk that it finished."""
 
     @property
     def folder(self) -> Path:
@@ -72,13 +73,17 @@ class Finished:
 
     @property
     def target(self) -> Path:
-        return self.folder / "evaluate" / "honesty.json"
+        return self.folder / "honesty.json"
 
     def job(self, stop: Callable[[], bool] = lambda: False) -> Job:
         group = Group(0, 1, torch.device("cpu"))
-        job = Job(self.recipe, self.run, self.leases.token, group, lambda *event: self.seen.append(event), stop)
+        job = Job(self.recipe, self.run, self.leases.token, group, self.observe, stop)
         job._loaders[self.recipe.data.test_file] = self.loader
         return job
+
+    def observe(self, event: str, facts: dict[str, Any]) -> None:
+        if event == "chunk":
+            self.chunks.append(facts)
 
     def scrutinise(self, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         scrutinise(self.job(stop), self.stage)
@@ -122,17 +127,17 @@ def test_the_file_says_what_was_found_and_of_what(finished: Finished, caplog: py
     assert written["settings"]["eps"] == "1/10"
     assert [set(check) for check in written["checks"]] == [{"name", "verdict", "figure", "meaning"}] * 11
     assert verdict_of(written, "exported file") == verdict_of(written, "mask") == "pass"
-    assert [event for event, facts in finished.seen if facts["stage"] == finished.stage.name] == ["chunk"] * 3
+    assert finished.chunks == [{"stage": finished.stage.name, "done": done} for done in (1, 2, 3)]
     passing = sum(check["verdict"] == "pass" for check in written["checks"])
     assert f"{finished.stage.name}: {passing} of 11 honesty checks pass" in caplog.messages
-    assert sorted(path.name for path in finished.target.parent.iterdir()) == ["honesty.json"]
+    assert not list(finished.folder.rglob("*.chunks"))
 
 
 def test_it_is_made_once_for_a_network(finished: Finished) -> None:
     first = finished.scrutinise()
-    finished.seen.clear()
+    finished.chunks.clear()
     assert finished.scrutinise() == first
-    assert finished.seen == []
+    assert finished.chunks == []
     recipe, live = finished.recipe, live_network(finished.job(), finished.stage)
     assert live is not None
     with torch.no_grad():
@@ -140,7 +145,7 @@ def test_it_is_made_once_for_a_network(finished: Finished) -> None:
     shutil.rmtree(finished.folder / f"step-{STEP:010d}")
     finish(finished.folder, recipe, live)
     again = finished.scrutinise()
-    assert len(finished.seen) == 3
+    assert len(finished.chunks) == 3
     assert again["model_sha256"] != first["model_sha256"]
     finished.target.write_text("{torn")
     assert finished.scrutinise() == again
@@ -148,10 +153,10 @@ def test_it_is_made_once_for_a_network(finished: Finished) -> None:
 
 def test_an_interrupted_one_goes_on_with_the_next_chunk(finished: Finished) -> None:
     with pytest.raises(StopRequested):
-        finished.scrutinise(stop=lambda: len(finished.seen) == 2)
+        finished.scrutinise(stop=lambda: len(finished.chunks) == 2)
     assert not finished.target.exists()
     resumed = finished.scrutinise()
-    assert len(finished.seen) == 3
+    assert len(finished.chunks) == 3
     finished.target.unlink()
     assert finished.scrutinise() == resumed
 
@@ -162,7 +167,7 @@ def test_what_is_not_judged_by_pgd_is_left_alone(finished: Finished) -> None:
     for changed in (smoothed, {"evaluation": {"honesty_images": 0}}):
         finished.recipe = small_recipe(data, **changed)
         scrutinise(finished.job(), finished.stage)
-        assert not finished.target.parent.exists()
+        assert not finished.target.exists()
 
 
 def test_the_live_network_is_the_one_of_the_checkpoint(finished: Finished) -> None:
