@@ -45,6 +45,7 @@ OVERRIDES = (
     "evaluation.restarts=1",
     "evaluation.chunk=250",
     "evaluation.validation_steps=1",
+    "evaluation.honesty_images=2",
     "evaluation.attacks=[{name: apgd, images: 4, chunk: 2}]",  # which has little to do, as hardly an image is right
     "tracking.log_every_steps=1",
     "tracking.wandb=disabled",
@@ -191,7 +192,7 @@ def test_the_report_is_drawn(story: Story) -> None:
     assert "missing" not in reported.out
     drawn = {path.name for path in (story.run / "report").iterdir() if path.stat().st_size}
     pictures = {f"{name}.{kind}" for name in ("robust_accuracy", "kept_fraction") for kind in ("png", "csv")}
-    assert drawn == {"report.html", *pictures}
+    assert drawn == {"report.html", "further_attacks.csv", *pictures}
     assert table[-1] == "page: runs/shape/report/report.html"
     # Three for every example, of which there are as many as its time allows.
     assert (story.run / "report" / "report.html").read_text().count('<img src="data:image/jpeg') in range(3, 25, 3)
