@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,7 +63,7 @@ class Certificate:
 def _radius(votes: int, smoothing: Smoothing) -> float:
     """sigma * Phi^-1(lower bound of p_A) (Cohen et al., section 3.2.2), 0 where that proves nothing."""
     lower = clopper_pearson_lower(votes, smoothing.n, smoothing.alpha)
-    return smoothing.sigma * float(norm.ppf(lower)) if lower > 0.5 else 0.0
+    return smoothing.sigma * float(ndtri(lower)) if lower > 0.5 else 0.0
 
 
 @torch.no_grad()

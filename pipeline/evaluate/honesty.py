@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor, nn
 
 from pipeline.attacks import crafting
@@ -53,13 +53,13 @@ class Check:
 
 def exceeds(count: int, total: int, tolerance: float) -> bool:
     """Whether `count` of `total` is more than a share of `tolerance` explains, at LEVEL."""
-    return bool(binom.sf(count - 1, total, tolerance) < LEVEL)
+    return bool(bdtrc(count - 1, total, tolerance) < LEVEL)
 
 
 def rises(smaller: Column, larger: Column) -> bool:
     """Whether images are right at a larger radius more often than at a smaller one, at CURVE_LEVEL; bool [n] each."""
     gained, lost = int((larger & ~smaller).sum()), int((smaller & ~larger).sum())
-    return bool(binom.sf(gained - 1, gained + lost, 0.5) < CURVE_LEVEL)
+    return bool(bdtrc(gained - 1, gained + lost, 0.5) < CURVE_LEVEL)
 
 
 def judged(name: str, warns: bool, figure: str, meaning: str) -> Check:
