@@ -144,6 +144,8 @@ class _Task:
         return self._start(
             guard,
             *("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *where),
+            # Nobody scales this cluster, and workers log to the run directory.
+            *("--no-monitor", "--include-log-monitor", "false"),
             *("--temp-dir", str(guard.ray_folder), "--object-store-memory", str(OBJECT_STORE_BYTES)),
             *("--num-cpus", str(workers * self.recipe.workers.threads), "--num-gpus", str(gpus)),
             *("--resources", f'{{"node_{self.node}": 1}}'),
