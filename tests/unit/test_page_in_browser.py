@@ -10,10 +10,13 @@ import pytest
 
 from pipeline.page import write_page
 from pipeline.results import compare_all, read_runs
-from tests.browser import Browser
+from tests.browser import UBUNTU, Browser, find_program
 from tests.unit.test_page import STRANGE, write_history
 from tests.unit.test_report import write_run
 
+pytestmark = pytest.mark.skipif(
+    UBUNTU and find_program() is None, reason="Ubuntu has no package of Chromium (only a snap); install google-chrome"
+)
 CONTRAST = """
 (() => {
   const light = (colour) => {
