@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from launch import data, evaluate, logs, run_folder, slurm, status
+from launch import data, evaluate, leaderboard, logs, run_folder, slurm, status
 from launch.local import run_here
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
@@ -121,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(handler=_report)
 
     evaluate.add_parser(commands)
+    leaderboard.add_parser(commands)
     data.add_parser(commands)
     status.add_parser(commands)
     logs.add_parser(commands)

@@ -22,13 +22,14 @@ from pipeline.recipe_fields import parse_fraction
 from pipeline.recipe_file import load_recipe
 
 if TYPE_CHECKING:
-    from pipeline.data.loader import Loader
+    from pipeline.evaluate.chunks import Crops, Images
     from pipeline.group import Group
     from pipeline.judging import Task
 
 EXAMPLE = """\
   python -m launch evaluate runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 10 --images 1000
   python -m launch evaluate demo --attack autoattack --images 1000    (every finished network of the run)
+  python -m launch evaluate first --attack autoattack --folder val --image-list imagenet_test_image_ids.txt
 """
 KEPT = "what was judged is kept: the same command goes on with it"
 
@@ -47,6 +48,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--restarts", type=int, help="their random restarts (default: the recipe's)")
     parser.add_argument("--step-size", type=_pixels, help="for example 1/255 (default: the recipe's)")
     parser.add_argument("--source", type=Path, help="file that transfer makes its examples on (default: the dense one)")
+    parser.add_argument("--folder", type=Path, help="judge image files in folders by class, as leaderboards do")
+    parser.add_argument("--image-list", type=Path, metavar="FILE", help="which of them: one <class>/<file> per line")
     parser.set_defaults(handler=_evaluate, after_interrupt=KEPT)
 
 
@@ -107,7 +110,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(folder / "recipe.yaml")
     attack = _attack(arguments, recipe)
 
-    from pipeline.data.loader import Loader
     from pipeline.group import Group, make_repeatable, pick_device
     from pipeline.judging import task_of
 
@@ -119,21 +121,46 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{source} is the network that is attacked; give another one: --source FILE")
         files = others
     group = Group(0, 1, pick_device(recipe.workers.device))
-    with Loader(
-        Path(recipe.data.test_file), image_size=recipe.data.image_size, threads=recipe.workers.threads
-    ) as loader:
+    loader, crops = _images(arguments, recipe)
+    with loader:
         make_repeatable(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
         if attack.images is not None and attack.images > loader.num_samples:
             raise ValueError(f"--images {attack.images}: expected all or a number from 1 to {loader.num_samples}")
         task = task_of(attack, recipe, source, group)
         for path in files:
-            print(json.dumps({"file": str(path), **_judged(path, task, recipe, loader, group)}), flush=True)
+            print(json.dumps({"file": str(path), **_judged(path, task, loader, crops, group)}), flush=True)
     return 0
 
 
-def _judged(path: Path, task: Task, recipe: Recipe, loader: Loader, group: Group) -> dict[str, Any]:
-    """Counts of one network: kept ones of the same evaluation, whoever made them, or new ones, which are then kept."""
+def _images(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Images, Crops]:
+    """The recipe's test file, or what --folder and --image-list say. Errors: ValueError."""
+    import numpy as np
+
+    from pipeline.data.listed_images import CROPPED, ListedImages
+    from pipeline.data.loader import Loader
+    from pipeline.data.manifest import read_manifest
     from pipeline.data.order import evaluation_crops
+
+    data, threads = recipe.data, recipe.workers.threads
+    folder, image_list = arguments.folder, arguments.image_list
+    if (folder is None) != (image_list is None):
+        raise ValueError("--folder and --image-list belong together: where the images are, and which of them")
+    if folder is None:
+        loader = Loader(Path(data.test_file), image_size=data.image_size, threads=threads)
+        crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
+        return loader, lambda ids: crops[ids]
+    if data.image_size != CROPPED:
+        raise ValueError(
+            f"--folder gives images of {CROPPED} pixels a side, and the network was trained on {data.image_size} "
+            "(data.image_size)"
+        )
+    classes = read_manifest(Path(data.test_file)).class_names
+    # These are cropped as they are read.
+    return ListedImages(folder, image_list, classes, threads=threads), lambda ids: np.zeros((len(ids), 5), np.int32)
+
+
+def _judged(path: Path, task: Task, loader: Images, crops: Crops, group: Group) -> dict[str, Any]:
+    """Counts of one network: kept ones of the same evaluation, whoever made them, or new ones, which are then kept."""
     from pipeline.evaluate.chunks import ChunkStore
     from pipeline.export import load_model
     from pipeline.judging import judge, keep
@@ -148,8 +175,7 @@ def _judged(path: Path, task: Task, recipe: Recipe, loader: Loader, group: Group
     with exclusive(folder / f".{label}.lock"):
         if (kept := _kept(folder, facts)) is not None:
             return kept
-        data, network = recipe.data, load_model(path).to(group.device)
-        crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
+        network = load_model(path).to(group.device)
         store = ChunkStore(folder / f"{label}.chunks", facts)
         with _Bar(f"{path.parent.name} under {task.label}", facts["images"], task.chunk) as bar:
             facts, verdicts = judge(
@@ -157,7 +183,7 @@ def _judged(path: Path, task: Task, recipe: Recipe, loader: Loader, group: Group
                 facts,
                 task,
                 loader,
-                lambda ids: crops[ids],
+                crops,
                 group,
                 store=store,
                 on_chunk=bar.on_chunk,

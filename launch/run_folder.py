@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -20,7 +21,13 @@ from pipeline.recipe import NAME, Recipe
 from pipeline.recipe_file import deciding_values, dump_recipe, load_recipe, recipe_hash
 
 RUNS = Path("runs")
-VERSIONS_OF = ("torch", "torchvision", "ray", "deepspeed", "ffcv", "numpy", "numba", "wandb", "safetensors")
+VERSIONS_OF = (
+    *("torch", "torchvision", "ray", "deepspeed", "ffcv", "numpy", "numba", "scipy", "pyautoattack"),
+    *("safetensors", "pyarrow", "wandb"),
+)
+CPUS = Path("/proc/cpuinfo")
+NVIDIA_SMI_S = 20.0
+"""How long nvidia-smi may take."""
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,12 +55,38 @@ def _commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _processor() -> str | None:
+    """Model name of this machine's processor, where the kernel tells it."""
+    try:
+        lines = CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _gpus() -> list[str]:
+    """Model and driver of each GPU of this machine; none without an NVIDIA driver that answers. No torch here."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.rpartition(",") for line in done.stdout.splitlines() if "," in line]
+    return [f"{name.strip()}, driver {driver.strip()}" for name, _, driver in rows] if done.returncode == 0 else []
+
+
 def _provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": _gpus(),
         "python": platform.python_version(),
         "commit": _commit(),
         "recipe_sha256": recipe_hash(recipe),

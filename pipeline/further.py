@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
 from pipeline.results import Network, Run
 
 
-def further_evaluations(network: Network) -> list[dict[str, Any]]:
-    """Counts of every evaluation of a network but its measure's own, ordered by what was done.
+def kept_evaluations(network: Network) -> list[tuple[Path, dict[str, Any]]]:
+    """Files and counts of every evaluation of a network, its measure's own among them, by file name.
 
     Files that cannot be read are left out, as are those of another `model_sha256`: of the network before it was trained
     anew.
@@ -22,8 +23,14 @@ def further_evaluations(network: Network) -> list[dict[str, Any]]:
             facts = read_json(path)
         except ValueError:
             continue
-        if facts.get("model_sha256", "") == model and facts != network.evaluation:
-            found.append(facts)
+        if facts.get("model_sha256", "") == model:
+            found.append((path, facts))
+    return found
+
+
+def further_evaluations(network: Network) -> list[dict[str, Any]]:
+    """Counts of every evaluation of a network but its measure's own, ordered by what was done."""
+    found = [facts for _, facts in kept_evaluations(network) if facts != network.evaluation]
     return sorted(found, key=lambda facts: (facts["title"], facts["images"]))
 
 

@@ -11,10 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.data.loader import Loader
-from pipeline.data.manifest import read_manifest
 from pipeline.evaluate.autoattack import Ensemble
-from pipeline.evaluate.chunks import ChunkStore, Crops, evaluate, write_verdicts
+from pipeline.evaluate.chunks import ChunkStore, Crops, Images, evaluate, write_verdicts
 from pipeline.evaluate.corruptions import Corrupted
 from pipeline.evaluate.measure import Measure, Verdicts, summarise
 from pipeline.evaluate.pgd import Pgd
@@ -37,22 +35,23 @@ class Task:
     """How many test images; None means all of them."""
     chunk: int
 
-    def ids(self, loader: Loader) -> NDArray[np.int64]:
+    def ids(self, loader: Images) -> NDArray[np.int64]:
         """The samples, evenly spread over the file, which may be sorted by class."""
         total = loader.num_samples
         if self.images is None or self.images >= total:
             return np.arange(total)
         return np.arange(self.images) * total // self.images
 
-    def facts(self, loader: Loader, model_sha256: str) -> dict[str, Any]:
+    def facts(self, loader: Images, model_sha256: str) -> dict[str, Any]:
         """Everything that verdicts are a function of."""
+        prepared = loader.identity.get("preprocessing")
         return {
             "attack": self.measure.name,
-            "title": self.measure.title,
+            "title": f"{self.measure.title}; {prepared}" if prepared else self.measure.title,
             "settings": self.measure.settings,
             "chunk": self.chunk,
             "model_sha256": model_sha256,
-            "data_sha256": read_manifest(loader.path).sha256,
+            **loader.identity,
             "images": len(self.ids(loader)),
         }
 
@@ -78,7 +77,7 @@ def judge(
     network: nn.Module,
     facts: dict[str, Any],
     task: Task,
-    loader: Loader,
+    loader: Images,
     crops: Crops,
     group: Group,
     *,

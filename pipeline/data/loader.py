@@ -76,9 +76,9 @@ class Batch:
 class Loader:
     """An FFCV file with its manifest, read by `threads` threads of its own into images of `image_size` squared.
 
-    Has `num_samples`, the images of the data set; `num_extra`, the extra ones, whose ids follow; `class_names`; and
-    `labels`, `heights`, `widths` int64 [num_samples + num_extra]. A context manager; the first one in a process takes
-    seconds longer (the kernel's compilation).
+    Has `num_samples`, the images of the data set; `num_extra`, the extra ones, whose ids follow; `class_names`;
+    `identity`, what tells its images from all others; and `labels`, `heights`, `widths` int64 [num_samples +
+    num_extra]. A context manager; the first one in a process takes seconds longer (the kernel's compilation).
 
     Errors: DataError for a file that `open_checked` refuses.
     """
@@ -89,6 +89,7 @@ class Loader:
         self.num_samples = manifest.num_samples - manifest.num_extra
         self.num_extra = manifest.num_extra
         self.class_names = manifest.class_names
+        self.identity = {"data_sha256": manifest.sha256}
         self.image_size = image_size
         self._threads = threads
         self._ahead = ahead

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.attacks import crafting
+from pipeline.data.listed_images import ListedImages
 from pipeline.data.loader import Batch, Loader
 from pipeline.evaluate.measure import Measure, Verdicts
 from pipeline.files import atomic_write_json, read_json
@@ -28,6 +29,8 @@ from pipeline.group import Group
 from pipeline.stopping import StopRequested
 
 Crops = Callable[[NDArray[np.int64]], NDArray[np.int32]]
+Images = Loader | ListedImages
+"""What can be judged: both have num_samples, identity and batches."""
 WAIT_S = 0.2
 """How often a worker that is done looks for the others' chunks."""
 
@@ -123,7 +126,7 @@ def _before_each_pass(network: nn.Module, call: Callable[..., None]) -> Iterator
 
 def evaluate(
     network: nn.Module,
-    loader: Loader,
+    loader: Images,
     ids: NDArray[np.int64],
     crops: Crops,
     measure: Measure,

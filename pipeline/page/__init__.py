@@ -217,10 +217,13 @@ def _parentage(history: History) -> dict[str, str]:
 
 def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     names = {"commit": "Code", "command": "Command", "created": "Begun", "host": "Host", "machine": "Processor type"}
-    names |= {"python": "Python", "recipe_sha256": "Recipe, sha256"}
+    names |= {"processor": "Host's processor", "cores": "Host's cores", "gpus": "Host's GPUs", "python": "Python"}
+    names |= {"recipe_sha256": "Recipe, sha256"}
     rows = []
     for key, name in names.items():
         value = origin.get(key)
-        if value is not None:
+        if key == "gpus" and value is not None:
+            rows.append((name, "; ".join(value) or "none"))
+        elif value is not None:
             rows.append((name, shlex.join(value) if isinstance(value, list) else str(value)))
     return rows + [(f"{key}, sha256", str(value)) for key, value in origin.get("data_sha256", {}).items()]

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from launch import run_folder
 from launch.__main__ import main
@@ -21,6 +24,7 @@ from pipeline.evaluate.autoattack import Ensemble
 from pipeline.evaluate.chunks import read_verdicts
 from pipeline.evaluate.pgd import Pgd
 from pipeline.export import write_model
+from pipeline.load import load
 from pipeline.models import build_network
 from pipeline.sparsity import effective_state
 from tests.small_recipe import small_recipe
@@ -195,3 +199,54 @@ def test_a_network_is_no_source_of_attacks_on_itself(run: Path, capsys: pytest.C
     code, _, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--attack", "transfer")
     assert code == 2
     assert "is the network that is attacked; give another one: --source FILE" in err
+
+
+@pytest.fixture
+def listed(fashion_data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A run of a network for 224 pixels, and options that name a folder of images and a list of some of them."""
+    recipe = small_recipe(fashion_data, data={"image_size": 224}, sparsity={"keep_fractions": [0.1], "baselines": []})
+    folder, images, generator = tmp_path / "listed", tmp_path / "val", np.random.default_rng(0)
+    run_folder.write(folder, recipe, run_folder.check_data(recipe))
+    (folder / "pretrain").mkdir()
+    state = effective_state(build_network(recipe.model, seed=0, image_size=224))
+    write_model(folder / "pretrain" / "model.safetensors", state, recipe.model, {"image_size": 224})
+    for i, name in enumerate(("Bag", "Sandal", "Bag")):
+        (images / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (240, 300, 3), np.uint8)).save(images / name / f"{i}.png")
+    (tmp_path / "list.txt").write_text("Sandal/1.png\nBag/2.png\nBag/0.png\n")
+    return folder, ["--folder", str(images), "--image-list", str(tmp_path / "list.txt")]
+
+
+def test_listed_images_are_judged_as_torchvision_prepares_them(
+    listed: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, options = listed
+    monkeypatch.setattr(judging, "Ensemble", functools.partial(Ensemble, iterations=2, queries=3))
+    code, (found,), err = evaluate(capsys, run, "--attack", "square", *options)
+    assert (code, err, found["images"]) == (0, "", 3)
+    assert found["title"] == "Square attack, linf eps 1/10; torchvision, resize 256, centre crop 224"
+    assert len(found["image_list_sha256"]) == len(found["data_sha256"]) == 64
+    (path,) = (run / "pretrain" / "evaluate").glob("*.parquet")
+    verdicts = read_verdicts(path)
+    assert verdicts["label"].tolist() == [5, 8, 8]  # of Fashion-MNIST's classes, in the list's order
+    folder = ImageFolder(options[1], Compose([Resize(256), CenterCrop(224), ToTensor()]))
+    with torch.no_grad():
+        logits = load(run / "pretrain" / "model.safetensors")(torch.stack([folder[i][0] for i in (2, 1, 0)]))
+    assert verdicts["clean_prediction"].tolist() == logits.argmax(dim=1).tolist()
+    chunks = judging_of(monkeypatch, Ensemble)
+    assert evaluate(capsys, run, "--attack", "square", *options) == (0, [found], "")
+    assert chunks == []
+
+
+def test_listed_images_that_cannot_be_judged_are_refused(
+    listed: tuple[Path, list[str]], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = evaluate(capsys, listed[0], *listed[1][:2])
+    assert code == 2
+    assert "--folder and --image-list belong together" in err
+    code, _, err = evaluate(capsys, listed[0], *listed[1], "--images", 4)
+    assert code == 2
+    assert "--images 4: expected all or a number from 1 to 3" in err
+    code, _, err = evaluate(capsys, run, *listed[1])
+    assert code == 2
+    assert "--folder gives images of 224 pixels a side, and the network was trained on 28" in err

@@ -25,12 +25,13 @@ objectives.outcome objectives.adversarial objectives.free objectives.trades obje
 objectives.mixtrain objectives
 data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
 data.datasets data.verify data.scan data.watch data.write_worker data.write
-data.prefetch data.loader data.verified_copy data.staging
-tracking export import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
+data.prefetch data.loader data.listed_images data.verified_copy data.staging
+tracking export load import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
 evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer evaluate.corruptions
 evaluate.probes evaluate.honesty evaluate.exported group evaluate.chunks judging snip engine batch_statistics replays
 loop job health evaluation scrutiny rollback stage
-results further figures page.history page.svg page.verdict page.charts page.examples page.pictures page report
+results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards
+figures page.history page.svg page.verdict page.charts page.examples page.pictures page report
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""

@@ -128,6 +128,9 @@ def write_history(run: Path, rows_per_epoch: int = 2, steps_per_epoch: int = STE
         "commit": "c" * 40,
         "command": ["launch", "run", "a b"],
         "host": "node-7",
+        "processor": "Processor <9>",
+        "cores": 16,
+        "gpus": ["NVIDIA H100, driver 550", "NVIDIA H100, driver 550"],
         "versions": {"torch": "2.11.0"},
     }
     (run / "provenance.json").write_text(json.dumps({**origin, "data_sha256": {"data.train_file": "d" * 64}}))
@@ -450,7 +453,7 @@ def test_provenance_parents_and_recipe(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     write_history(run)
     page = page_of([run])
-    for said in ("c" * 40, "launch run 'a b'", "node-7", "torch 2.11.0", "d" * 64):
+    for said in ("c" * 40, "launch run 'a b'", "node-7", "torch 2.11.0", "d" * 64, "Processor <9>", "550; NVIDIA"):
         assert said in page.text
     assert page.row("keep-0.1/finetune", "keep-0.1/prune")[3] == "keep-0.1/fin"  # the model's hash, its first 12 signs
     assert "step_size: 1/20" in page.text

@@ -39,6 +39,28 @@ def test_a_new_run_holds_its_recipe_and_provenance() -> None:
     assert provenance["commit"] is None or re.fullmatch("[0-9a-f]{40}", provenance["commit"])
 
 
+def test_provenance_says_what_machine_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpus = tmp_path / "cpuinfo"
+    cpus.write_text("processor\t: 0\nmodel name\t: A Processor: 2.5 GHz\n\nmodel name\t: another\n")
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(
+        "#!/bin/sh\n[ \"$*\" = '--query-gpu=name,driver_version --format=csv,noheader' ] || exit 9\n"
+        "echo 'NVIDIA H100 80GB HBM3, 550.54'; echo 'NVIDIA, odd name, 550.54'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setattr(run_folder, "CPUS", cpus)
+    monkeypatch.setenv("PATH", f"{smi.parent}:/usr/bin:/bin")
+    provenance = json.loads((run_folder.open_or_create(recipe_with(), "a", NO_DATA) / "provenance.json").read_text())
+    assert provenance["processor"] == "A Processor: 2.5 GHz"
+    assert provenance["gpus"] == ["NVIDIA H100 80GB HBM3, driver 550.54", "NVIDIA, odd name, driver 550.54"]
+    assert 1 <= provenance["cores"] <= (os.cpu_count() or 1)
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, as it could not reach the driver'\nexit 9\n")
+    monkeypatch.setattr(run_folder, "CPUS", tmp_path / "none")
+    provenance = json.loads((run_folder.open_or_create(recipe_with(), "b", NO_DATA) / "provenance.json").read_text())
+    assert (provenance["processor"], provenance["gpus"]) == (None, [])
+
+
 def test_data_files_are_absolute_so_that_a_restart_may_come_from_elsewhere(tmp_path: Path) -> None:
     folder = run_folder.open_or_create(
         recipe_with("data.train_file=data/a.beton", "data.test_file=/b.beton"), None, NO_DATA

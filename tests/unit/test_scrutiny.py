@@ -17,6 +17,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Snapshot
 from pipeline.data.datasets import IDX_FILES, find_fashion_mnist, read_idx
 from pipeline.data.loader import Batch
+from pipeline.data.manifest import read_manifest
 from pipeline.export import write_model
 from pipeline.files import atomic_write_json, read_json, sha256_of
 from pipeline.group import Group
@@ -43,6 +44,7 @@ class InMemory:
         pixels = torch.from_numpy(read_idx(source, images, 3)[:TEST_IMAGES].copy())
         self._images = pixels[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         self._labels = torch.from_numpy(read_idx(source, labels, 1)[:TEST_IMAGES].copy()).long()
+        self.identity = {"data_sha256": read_manifest(path).sha256}
         self.num_samples, self.heights, self.widths = TEST_IMAGES, *(np.full(TEST_IMAGES, 28),) * 2
 
     def batches(self, plan: Any) -> Iterator[Batch]:

@@ -1,0 +1,125 @@
+"""Image files of a folder that a list names, through torchvision's preprocessing: what ImageNet's leaderboards judge.
+
+RobustBench (Croce et al., NeurIPS 2021 Datasets and Benchmarks; its `data.py`, "Res256Crop224", and `loaders.py`) reads
+5,000 validation images by the list `helper_files/imagenet_test_image_ids.txt`: one `<WordNet id>/<file>` per line.
+An image becomes RGB by Pillow, its shorter side 256 pixels by torchvision's Resize (bilinear, antialiased), and the
+central 224 x 224 of that. An FFCV file holds other pixels, and resizes by area.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from pipeline.data.images import BrokenImage, read_image
+from pipeline.data.loader import Batch
+from pipeline.data.manifest import DataError
+from pipeline.data.prefetch import Prefetch
+from pipeline.data.source import some
+
+RESIZED, CROPPED = 256, 224
+PREPROCESSING = f"torchvision, resize {RESIZED}, centre crop {CROPPED}"
+_PREPARE = Compose([Resize(RESIZED), CenterCrop(CROPPED)])
+AHEAD = 4
+
+
+class ListedImages:
+    """The images `folder`/<class>/<file> that `list_file` names, in its order; read by `threads` threads.
+
+    A sample's id is its line's number, from 0; its label is the place of its class in `class_names`. It can be judged
+    like an FFCV file (`data.loader.Loader`): it has `num_samples` and `labels` int64 [num_samples], and gives batches.
+
+    Errors: DataError for a list that names a class that is not there, a file that is missing, or a line twice.
+    """
+
+    def __init__(self, folder: Path, list_file: Path, class_names: Iterable[str], *, threads: int) -> None:
+        self.path = folder
+        self.names = _read_list(list_file)
+        label_of = {name: label for label, name in enumerate(class_names)}
+        unknown = [name for name in self.names if name.split("/")[0] not in label_of]
+        if unknown:
+            raise DataError(f"{list_file} names classes that the network was not trained on: {some(unknown)}")
+        missing = [name for name in self.names if not (folder / name).is_file()]
+        if missing:
+            raise DataError(
+                f"{folder} lacks {len(missing)} of the {len(self.names)} images that {list_file} names: "
+                f"{some(missing)}; give the folder that holds one folder per class"
+            )
+        self.labels = np.array([label_of[name.split("/")[0]] for name in self.names], np.int64)
+        self.num_samples = len(self.names)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def __enter__(self) -> ListedImages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells these images, and how they are prepared, from all others. Reads every file once."""
+        digest = hashlib.sha256()
+        for name, content in zip(self.names, self._pool.map(self._content_sha256, self.names), strict=True):
+            digest.update(f"{name}\0{content}\n".encode())
+        return {
+            "data_sha256": digest.hexdigest(),
+            "preprocessing": PREPROCESSING,
+            "image_list_sha256": list_sha256(self.names),
+        }
+
+    def _content_sha256(self, name: str) -> str:
+        return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+
+    def read(self, ids: NDArray[np.int64]) -> Batch:
+        """Images `ids` [n], now. Errors: DataError naming a file that cannot be read or decoded."""
+        images = torch.from_numpy(np.stack(list(self._pool.map(self._prepared, ids.tolist()))))
+        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[ids]), torch.from_numpy(ids.copy()))
+
+    def _prepared(self, i: int) -> NDArray[np.uint8]:
+        """uint8 [224, 224, 3]. ToTensor divides these by 255, as everything here does."""
+        path = self.path / self.names[i]
+        try:
+            pixels, _ = read_image(path)
+        except (OSError, BrokenImage) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        return np.asarray(_PREPARE(Image.fromarray(pixels)))
+
+    def batches(self, plan: Iterable[tuple[NDArray[np.int64], object]], deadline_s: float = 120.0) -> Generator[Batch]:
+        """Batches of (ids, crops), ahead of their use and in order. The crops are not looked at: there is one only.
+
+        Errors: those of `read`; LoaderError if a batch takes longer than `deadline_s` seconds.
+        """
+        prefetch = Prefetch((self.read(ids) for ids, _ in plan), AHEAD, str(self.path))
+        try:
+            while (batch := prefetch.next(deadline_s)) is not None:
+                yield batch
+        finally:
+            prefetch.stop()
+
+
+def list_sha256(names: Iterable[str]) -> str:
+    """Hash of a list's lines, whatever ends them."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    odd = [name for name in names if len(parts := name.split("/")) != 2 or {"", ".", ".."} & set(parts)]
+    if odd or not names:
+        raise DataError(f"{path}: expected <class>/<file> in every line, found {some(odd)}")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise DataError(f"{path} names images twice: {some(twice)}")
+    return names
