@@ -13,6 +13,15 @@ from pipeline.recipe_objective import Objective
 from pipeline.recipe_sections import Baseline, Phase, ScoreInit
 
 PhaseName = Literal["pretrain", "prune", "finetune"] | Baseline
+NETWORK_OF_PHASE: dict[PhaseName, str] = {
+    "pretrain": "dense",
+    "prune": "HYDRA",
+    "finetune": "HYDRA",
+    "magnitude": "magnitude",
+    "random": "random",
+    "snip": "SNIP",
+}
+"""What the network of a stage is called in tables and pictures."""
 ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
 BASELINE_SCORES: dict[Baseline, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
 

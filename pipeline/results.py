@@ -13,19 +13,11 @@ import pyarrow.parquet as pq
 from pipeline.committed import evaluation_path, honesty_path
 from pipeline.evaluate.statistics import McNemar, certified_curve, mcnemar
 from pipeline.files import read_json
-from pipeline.phases import PhaseName, stages_of
+from pipeline.phases import NETWORK_OF_PHASE, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import load_recipe, recipe_hash
 
-NETWORK_OF_PHASE: dict[PhaseName, str] = {
-    "pretrain": "dense",
-    "prune": "HYDRA",
-    "finetune": "HYDRA",
-    "magnitude": "magnitude",
-    "random": "random",
-    "snip": "SNIP",
-}
 Kind = Literal["clean", "robust"]
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """What must agree, beside the attack's settings, before two accuracies may stand in one table."""

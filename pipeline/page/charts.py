@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.page.history import History
 from pipeline.page.svg import LINE_HEIGHT, Axis, Chart, Label, Level, Point, Series, draw, nice_axis
 from pipeline.page.verdict import NOISE, Difference, pruned, signed
-from pipeline.results import NETWORK_OF_PHASE, CertifiedCurves, Kind, Run, accuracies, claim
+from pipeline.phases import NETWORK_OF_PHASE
+from pipeline.results import CertifiedCurves, Kind, Run, accuracies, claim
 
 MOST_POINTS = 240
 """Of one line; more rows are averaged in groups, as no screen shows them."""
