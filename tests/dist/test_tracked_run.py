@@ -54,6 +54,11 @@ def _run(group: Group, recipe: Recipe, folder: Path, token: str, stops: dict[str
             at.update(stage=None, step=0)
 
 
+def _all(group: Group, recipe: Recipe, jobs: list[tuple[Path, str, dict[str, list[int]]]]) -> None:
+    for folder, token, stops in jobs:
+        _run(group, recipe, folder, token, stops)
+
+
 @pytest.fixture(scope="module")
 def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with straight/ and stopped/."""
@@ -69,14 +74,17 @@ def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tracking={"log_every_steps": 3, "wandb": "offline"},
         sparsity={"baselines": []},
     )
+    jobs, leases = [], []
     for name, stops in (("straight", {}), ("stopped", STOPS)):
         (root / name).mkdir()
         atomic_write_text(root / name / "recipe.yaml", dump_recipe(recipe))
-        leases = Leases([root / name / stage.name for stage in stages_of(recipe)[:2]])
-        try:
-            run_group(1, _run, recipe, root / name, leases.token, stops)
-        finally:
-            leases.release()
+        leases.append(Leases([root / name / stage.name for stage in stages_of(recipe)[:2]]))
+        jobs.append((root / name, leases[-1].token, stops))
+    try:
+        run_group(1, _all, recipe, jobs)
+    finally:
+        for lease in leases:
+            lease.release()
     return root
 
 

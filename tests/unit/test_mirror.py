@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from pipeline import mirror
 from pipeline.mirror import LONGEST_TITLE, Label, Mirror
@@ -49,6 +50,49 @@ def test_artifacts_and_lineage_are_left_out_offline(tmp_path: Path, caplog: pyte
     mirrored.produces("demo-keep-0.1-prune", "model", [tmp_path / "missing"], {})
     mirrored.finish()
     assert warnings_in(caplog) == []
+
+
+class OnlineRun:
+    """Takes down what is done with a run that is online."""
+
+    offline = False
+
+    def __init__(self, known: list[str]) -> None:
+        self.known, self.used, self.logged, self.ended = known, [], [], False
+
+    def use_artifact(self, name: str) -> None:
+        if name not in self.known:
+            raise ValueError(f"there is no {name}")
+        self.used.append(name)
+
+    def log_artifact(self, artifact: wandb.Artifact) -> None:
+        self.logged.append(artifact)
+
+    def finish(self, exit_code: int) -> None:
+        self.ended = True
+
+
+def test_online_a_network_is_an_artifact_that_comes_from_its_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the client alone: an artifact's upload is a protocol of its own."""
+    run = OnlineRun(["demo-pretrain:latest"])
+    monkeypatch.setattr(mirror, "_start", lambda label, mode: (run, 0))
+    network = tmp_path / "model.safetensors"
+    network.write_bytes(b"weights")
+    mirrored = start(tmp_path)
+    mirrored.uses("demo-pretrain")
+    mirrored.uses("demo-not-uploaded-yet")
+    mirrored.produces("demo-keep-0.1-prune", "model", [network], {"sparsity": 0.9})
+    assert mirrored.finish()
+    assert run.used == ["demo-pretrain:latest"]
+    (artifact,) = run.logged
+    assert (artifact.name, artifact.type, artifact.metadata) == ("demo-keep-0.1-prune", "model", {"sparsity": 0.9})
+    (entry,) = artifact.manifest.entries.values()
+    assert (entry.path, entry.size, entry.local_path) == ("model.safetensors", 7, str(network))
+    (message,) = warnings_in(caplog)
+    assert "the lineage from demo-not-uploaded-yet" in message
+    assert run.ended
 
 
 def test_an_unreachable_server_means_offline_and_one_warning(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.__main__ import main
 from pipeline import showcase
 from pipeline.page.examples import Examples, Shown
 from pipeline.results import compare, read_runs
@@ -147,6 +148,13 @@ def test_a_second_report_that_says_something_new_is_another_run(finished: Path) 
     second = logged(finished)
     assert second.run_id != first.run_id
     assert [row["robust_accuracy/dense"] for row in second.rows if "robust_accuracy/dense" in row] == [0.25]
+
+
+def test_the_command_logs_it(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("draw_accuracy", "draw_layers"):
+        monkeypatch.setattr(f"pipeline.report.{name}", lambda runs, path: None)
+    assert main(["report", str(finished)]) == 0
+    assert logged(finished).job_type == "report"
 
 
 def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
