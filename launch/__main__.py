@@ -81,11 +81,14 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from pipeline.report import PAGE, report  # matplotlib is loaded only here
+    from pipeline.showcase import show
 
     folders = [run_folder.find(name) for name in arguments.runs]
     print(report(folders))
     print(f"pictures and CSV: {folders[0] / 'report'}/")
     print(f"page: {folders[0] / 'report' / PAGE}")
+    for folder in folders:
+        show(folder)
     return 0
 
 

@@ -20,6 +20,7 @@ from pipeline.averaging import update_average
 from pipeline.batch_statistics import BatchStatistics
 from pipeline.checkpoint import Snapshot
 from pipeline.data.loader import Batch
+from pipeline.drift import Drift
 from pipeline.engine import Engine
 from pipeline.group import Group
 from pipeline.keys import sample_keys
@@ -79,6 +80,8 @@ class Training:
     """The moving average of what trains, for phases that have one; empty otherwise."""
     noise: torch.Tensor | None
     """The perturbation of this worker's micro-batches [local, micro_batch, ...], for objectives that carry one."""
+    drift: Drift | None
+    """How far the masks have moved; on rank 0 of phases that train scores."""
     stop_requested: Callable[[], bool]
     """Asked at every step; what any worker answers, all do."""
 
@@ -93,6 +96,8 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
     carried = {name: tensor.detach().to("cpu", copy=True) for name, tensor in training.average.items()}
     if training.noise is not None:
         carried |= carried_noise(training.noise, training.group)
+    if training.drift is not None:
+        carried |= training.drift.carried()
     for name, tensor in {**model, **optimizer, **carried}.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFinite(f"{training.stage.name}: {name} is not finite at step {progress.step}")
@@ -222,6 +227,7 @@ def _log_window(training: Training, progress: Progress, seconds: float) -> None:
             "images": window.images,
             "timing": {"images_per_s": window.images / max(seconds, 1e-9), "seconds": seconds},
             **_level(training, progress),
+            **({"mask_drift": training.drift.measured()} if training.drift is not None else {}),
         }
     )
 

@@ -21,7 +21,7 @@ NETWORK_OF_PHASE: dict[PhaseName, str] = {
     "random": "random",
     "snip": "SNIP",
 }
-"""What a phase's network is called in tables."""
+"""What the network of a phase is called in tables and pictures."""
 ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
 BASELINE_SCORES: dict[Baseline, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
 

@@ -41,13 +41,13 @@ def go_back(
         own = checkpoint.read_newest(folder)
         step = own.progress.step if own is not None else 0
         checkpoint.discard_after(folder, step)
-        tracker.cut(step)
         threat_model = job.recipe.threat_model
         assert threat_model is not None
         assert stage.objective.step_size is not None
         steps, size = stronger(level, float(threat_model.eps), float(stage.objective.step_size))
-        log.warning(
-            "%s; going on from step %d with PGD of %d steps of %.4g (level %d)", found, step, steps, size, level
-        )
+        said = f"{found}; going on from step {step} with PGD of {steps} steps of {size:.4g} (level {level})"
+        log.warning("%s", said)
+        tracker.alert("Catastrophic overfitting", f"{job.run_folder.name}: {said}", "WARN")
+        tracker.cut(step)
     job.observe("rolled_back", {"stage": stage.name, "step": found.step, "level": level})
     return own, level

@@ -38,6 +38,11 @@ def scaled(name: str, weight: Tensor) -> Tensor:
     return math.sqrt(6 / weight[0].numel()) * weight / largest
 
 
+def first_scores(kind: str, seed: int) -> FirstScore:
+    """`scaled`, or one of DRAWS."""
+    return scaled if kind == "scaled" else drawn(kind, seed)
+
+
 def zero(name: str, weight: Tensor) -> Tensor:
     """For scores that are about to be loaded."""
     return torch.zeros_like(weight, requires_grad=False)

@@ -131,6 +131,24 @@ def refresh_masks(network: nn.Module) -> None:
         entry.mask.copy_(masks[name])
 
 
+def masks_of(network: nn.Module) -> dict[str, Tensor]:
+    """Plain weight name -> the live bool mask that it has now; empty without scores."""
+    return {name: entry.mask for name, entry in _masked(network).items()}
+
+
+@torch.no_grad()
+def first_masks(network: nn.Module, first: FirstScore) -> dict[str, Tensor]:
+    """The masks that `attach_scores` would make of the network's present weights, by the budget that it has.
+
+    Its own scores and masks stay. Errors: those of `first`.
+    """
+    layers, masked = maskable(network), _masked(network)
+    deal: Deal = getattr(_root(network), _DEAL)
+    scores = {name: first(name, _original(layers[name])) for name in masked}
+    rates = {name: torch.zeros_like(entry.rate) for name, entry in masked.items() if entry.rate is not None}
+    return deal(scores, rates)
+
+
 def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm: BatchNormMode = "trained") -> None:
     """Set requires_grad for a phase, of a network in training mode.
 

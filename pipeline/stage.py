@@ -21,6 +21,7 @@ from pipeline.checkpoint import Snapshot, Writer
 from pipeline.committed import unevaluated
 from pipeline.data import order
 from pipeline.data.loader import Loader
+from pipeline.drift import Drift
 from pipeline.engine import Engine, autocast_of
 from pipeline.evaluation import evaluate_stage, validation_of
 from pipeline.export import write_model
@@ -38,7 +39,7 @@ from pipeline.progress import Progress
 from pipeline.recipe_file import recipe_hash
 from pipeline.replays import own_noise, replayed, start_noise
 from pipeline.rollback import go_back
-from pipeline.score_init import FirstScore, drawn, scaled, zero
+from pipeline.score_init import FirstScore, first_scores, zero
 from pipeline.scrutiny import scrutinise
 from pipeline.snip import connection_sensitivity
 from pipeline.sparsity import (
@@ -53,6 +54,7 @@ from pipeline.sparsity import (
     trained_parameters,
 )
 from pipeline.stopping import StopRequested
+from pipeline.tracked import keep_network, summary_of, tracked
 from pipeline.tracking import Tracker, cut_rows
 
 log = logging.getLogger(__name__)
@@ -79,17 +81,17 @@ def _run_stage(job: Job, stage: Stage) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     own = _own_checkpoint(folder) if to_train and job.group.is_first else None
-    with ExitStack() as stack:
-        # Only now, as the rows beyond the checkpoint were cut: one wandb run for training and test.
-        tracker = stack.enter_context(_tracker(job, stage)) if job.group.is_first else None
+    # Only now, as the rows beyond the checkpoint were cut: one wandb run for training and test.
+    with tracked(job, stage) as tracker:
         if to_train:
             _train_stage(job, stage, own, tracker)
+            keep_network(job, stage, tracker)
             job.observe("stage_finished", {"stage": stage.name})
         if to_evaluate:
             scrutinise(job, stage)
             for name, facts in evaluate_stage(job, stage, to_evaluate):
                 if tracker is not None:
-                    tracker.summary({name: facts})
+                    tracker.summary(summary_of(name, facts))
 
 
 def _own_checkpoint(folder: Path) -> Snapshot | None:
@@ -135,10 +137,8 @@ def _starting_point(job: Job, stage: Stage, network: Network, own: Snapshot | No
 def _first_scores(job: Job, stage: Stage, network: Network) -> FirstScore:
     """Where a stage's own scores begin; a checkpoint of it has them. SNIP looks at the images of the first step."""
     recipe, group = job.recipe, job.group
-    if stage.scores_from == "scaled":
-        return scaled
     if stage.scores_from != "snip":
-        return drawn(stage.scores_from, recipe.seed)
+        return first_scores(stage.scores_from, recipe.seed)
     loader = job.loader(recipe.data.train_file)
     train_ids, _ = job.training_samples(loader)
     objective = build_objective(stage.objective, recipe.threat_model, stage.phase)
@@ -162,6 +162,10 @@ def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: 
     recipe, group, folder = job.recipe, job.group, job.folder(stage)
     network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
     own, start = _starting_point(job, stage, network, own)
+    drift = None
+    if group.is_first and stage.trains == "scores":
+        first = first_scores(stage.scores_from, recipe.seed)
+        drift = Drift.begin(network, first, own.carried if own is not None else None, group.device)
     network.to(group.device).train()
     train_only(network, stage.trains, recipe.sparsity.batchnorm)
     refresh_masks(network)
@@ -215,6 +219,7 @@ def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: 
         rows=tracker,
         average=average,
         noise=noise,
+        drift=drift,
         validate=validation_of(job, stage, network, average, loader, validation_ids),
         save=save,
         observe=job.observe,
@@ -232,18 +237,6 @@ def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: 
         if not progress.finished:
             raise StopRequested(f"{stage.name} was asked to stop, and has a checkpoint of step {progress.step}")
         _finish(job, stage, network, average, progress)
-
-
-def _tracker(job: Job, stage: Stage) -> Tracker:
-    recipe = job.recipe
-    return Tracker(
-        job.folder(stage),
-        run_name=job.run_folder.name,
-        stage=stage.name,
-        recipe_dict=recipe.model_dump(mode="json"),
-        wandb_mode=recipe.tracking.wandb,
-        project=recipe.tracking.wandb_project,
-    )
 
 
 def _plan(

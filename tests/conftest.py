@@ -49,6 +49,21 @@ def no_process_is_left() -> Iterator[None]:
     assert not left, "tests left processes behind:\n" + "\n".join(left)
 
 
+@pytest.fixture
+def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nobody's key, settings or mode reach the test, nor those of one test the next; wandb's service is ended."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
+    yield
+    wbauth.unauthenticate_session()
+    wandb.teardown()
+
+
 def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensions: int) -> None:
     from pipeline.data.datasets import read_idx
 

@@ -125,6 +125,7 @@ def _train(group: Group, setting: Setting, start: Snapshot | None = None) -> dic
         observe=unobserved,
         average={},
         noise=noise,
+        drift=None,
         stop_requested=never,
     )
     assert train(training, progress).finished

@@ -18,20 +18,21 @@ architectures recipe_fields recipe_objective recipe_attacks recipe_sections reci
 schedules keys disk files phases committed stopping overfitting
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
-models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity averaging
-attacks
+models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity drift
+averaging attacks
 bounds.operations bounds.layers bounds.graph bounds.propagation bounds
 objectives.outcome objectives.adversarial objectives.free objectives.trades objectives.smoothing objectives.certified
 objectives.mixtrain objectives
 data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.listed_images data.verified_copy data.staging
-tracking export load import_weights checkpoint lease evaluate evaluate.statistics evaluate.measure evaluate.pgd
-evaluate.probed evaluate.certify evaluate.verified evaluate.autoattack evaluate.transfer evaluate.corruptions
-evaluate.probes evaluate.honesty evaluate.exported group evaluate.chunks judging snip engine batch_statistics replays
-loop job health evaluation scrutiny rollback stage
+recorded mirror tracking export load import_weights checkpoint lease
+evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
+evaluate.autoattack evaluate.transfer evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
+group evaluate.chunks judging snip engine batch_statistics replays
+loop job health evaluation scrutiny hardware tracked rollback stage
 results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards
-figures page.history page.svg page.verdict page.charts page.examples page.pictures page report
+figures page.history page.svg page.verdict page.charts page.examples page.pictures page report showcase
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""
@@ -42,7 +43,7 @@ DOORS = {
     "ray": {"pipeline.worker", "pipeline.driver", "launch.cluster"},
     "deepspeed": {"pipeline.engine"},
     "ffcv": {"pipeline.data.loader", "pipeline.data.write_worker"},
-    "wandb": {"pipeline.tracking"},
+    "wandb": {"pipeline.recorded", "pipeline.mirror", "pipeline.showcase"},
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.page"},
     "pyautoattack": {"pipeline.evaluate.autoattack", "pipeline.evaluate.probes"},

@@ -46,9 +46,8 @@ class Run:
         folder, stage = self.folder / name, self.stages[name]
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_json(folder / "stage.json", {**stage.describe(PER_EPOCH), "batch_per_step": 128})
-        with Tracker(
-            folder, run_name="mine", stage=name, recipe_dict={}, wandb_mode="disabled", project="none"
-        ) as tracker:
+        facts = {"run_name": "mine", "stage": name, "config": {}, "batch_per_step": 128, "project": "none"}
+        with Tracker(folder, wandb_mode="disabled", **facts) as tracker:
             if step:
                 row = {"step": step, "epoch": step / PER_EPOCH, "loss": 1.0, "robust_accuracy": 0.5, "images": 3200}
                 tracker.log({"kind": "train", **row, "timing": {"images_per_s": speed, "seconds": 2.0}})

@@ -1,23 +1,25 @@
-"""metrics.jsonl is whole and exact; wandb, the real one, mirrors it and can fail without anybody noticing."""
+"""metrics.jsonl is whole and exact; wandb, the real one, has each of its rows once, whatever was interrupted."""
 
 from __future__ import annotations
 
 import json
-import socket
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wandb.sdk.lib import wbauth
 
-from pipeline import tracking
+from pipeline.files import read_rows
 from pipeline.tracking import Tracker, cut_rows, flatten
+from tests.commands import ROOT
+from tests.wandb_files import Recorded, recorded, warnings_in
 
+pytestmark = pytest.mark.usefixtures("no_wandb_account")
 ROW = {
     "kind": "train",
     "step": 20,
@@ -31,37 +33,21 @@ ROW = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Nobody's key, settings or mode reach the tests, nor those of one test the next; wandb's service is ended."""
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
-    yield
-    wbauth.unauthenticate_session()
-    wandb.teardown()
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "pipeline.tracking"]
-
-
 def start(folder: Path, mode: Any = "offline") -> Tracker:
     folder.mkdir(parents=True, exist_ok=True)
     return Tracker(
-        folder, run_name="demo", stage="keep-0.1/prune", recipe_dict={"seed": 7}, wandb_mode=mode, project="hydra"
+        folder,
+        run_name="demo",
+        stage="keep-0.1/prune",
+        config={"seed": 7, "stage": {"method": "HYDRA"}},
+        batch_per_step=128,
+        wandb_mode=mode,
+        project="hydra",
     )
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def wandb_bytes(folder: Path) -> bytes:
-    """What all wandb runs of the stage recorded: protobuf, uncompressed, so that its strings can be looked for."""
-    wandb.teardown()  # run.finish() may return a moment before the service has written the last rows
-    return b"".join(path.read_bytes() for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")))
 
 
 def test_rows_are_on_disk_before_finish_and_equal_what_was_logged(tmp_path: Path) -> None:
@@ -143,107 +129,179 @@ def test_cut_of_a_missing_file_is_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_mirrors_offline_from_another_thread_and_is_resumed_by_its_id(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def train(step: int) -> dict[str, Any]:
+    return {**ROW, "step": step, "epoch": step / 40, "loss": 100.0 / step}
+
+
+def validation(step: int) -> dict[str, Any]:
+    return {"kind": "validation", "step": step, "epoch": step / 40, "robust_accuracy": step / 100}
+
+
+ROWS = [train(20), train(40), validation(40), train(60), train(80), validation(80)]
+
+
+def assert_each_row_once(folder: Path, starts: list[Recorded]) -> None:
+    """All that wandb has of a run, in the order of its starts, is what the file holds."""
+    file = [{"kind": row["kind"], "step": row["step"]} for row in read_rows(folder / "metrics.jsonl")]
+    rows = [row for start in starts for row in start.rows]
+    assert [row["_step"] for row in rows] == list(range(len(file)))
+    for row, written in zip(rows, file, strict=True):
+        assert row["global_step"] == written["step"]
+        assert any(key.startswith(f"{written['kind']}/") for key in row)
+    assert len({start.run_id for start in starts}) == 1
+
+
+def test_wandb_mirrors_offline_from_another_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def stage() -> None:
         with start(tmp_path, "auto") as tracker:  # no key anywhere: auto means offline
-            tracker.log(ROW)
-            tracker.summary({"robust_accuracy": {"value": 0.625}})
+            for row in ROWS:
+                tracker.log(row)
+            tracker.summary({"robust_accuracy": {"value": 0.625}, "method": "HYDRA"})
 
-    for _ in range(2):
-        worker = threading.Thread(target=stage)
-        worker.start()
-        worker.join(60)
-        assert not worker.is_alive()
+    worker = threading.Thread(target=stage)
+    worker.start()
+    worker.join(60)
+    assert not worker.is_alive()
     assert warnings_in(caplog) == []
-    run_id = (tmp_path / "wandb" / "run_id").read_text().strip()
-    recorded = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(recorded) == 2
-    assert all(f"-{run_id}" in folder.name for folder in recorded)
-    data = wandb_bytes(tmp_path)
-    for text in (b"global_step", b"train/timing/images_per_s", b"2310.5", b"robust_accuracy/value", b"0.625"):
-        assert text in data, text
-    for text in (b"demo", b"keep-0.1/prune", b"prune", b"hydra", b"seed"):
-        assert text in data, text
-    assert b"clean_accuracy" not in data  # it was null
-    assert not list((tmp_path / "wandb").rglob("*.py"))
-    assert not list((tmp_path / "wandb").rglob("requirements.txt"))
-    assert not list((tmp_path / "wandb").rglob("output.log"))
+    (found,) = recorded(tmp_path)
+    assert found.run_id == (tmp_path / "wandb" / "run_id").read_text().strip()
+    assert (found.project, found.group, found.name, found.job_type) == ("hydra", "demo", "keep-0.1/prune", "prune")
+    assert found.config["seed"] == 7
+    assert found.config["stage"] == {"method": "HYDRA"}
+    assert found.exit_code == 0
+    assert_each_row_once(tmp_path, [found])
+    row = found.rows[0]
+    assert (row["epoch"], row["images_seen"], row["train/loss"]) == (0.5, 20 * 128, 5.0)
+    assert row["train/timing/images_per_s"] == 2310.5
+    assert "train/clean_accuracy" not in row  # it was null
+    assert found.rows[2]["validation/robust_accuracy"] == 0.4
+    assert found.summary["robust_accuracy/value"] == 0.625
+    assert found.summary["method"] == "HYDRA"
+    for pattern in ("*.py", "requirements.txt", "output.log", "wandb-metadata.json"):
+        assert not list((tmp_path / "wandb").rglob(pattern)), pattern
 
 
-def test_an_unreachable_server_means_offline_and_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 2.0)
-    with start(tmp_path, "online") as tracker:
-        tracker.log(ROW)
-    assert rows_of(tmp_path) == [ROW]
-    (message,) = warnings_in(caplog)
-    assert "keep-0.1/prune is recorded offline" in message
-    assert "\n" not in message
-    assert b"train/timing/images_per_s" in wandb_bytes(tmp_path)
+def test_every_metric_has_an_axis_that_rows_have(tmp_path: Path) -> None:
+    with start(tmp_path) as tracker:
+        for row in ROWS:
+            tracker.log(row)
+    (found,) = recorded(tmp_path)
+    axes = {name: axis for name, axis in found.axes.items() if axis}
+    assert axes["train/*"] == "images_seen"
+    assert axes["validation/*"] == "epoch"
+    assert set(axes.values()) <= set(found.axes)
+    for row in found.rows:
+        assert {"global_step", "images_seen", "epoch"} <= set(row)
 
 
-def test_online_without_a_key_means_offline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with start(tmp_path, "online") as tracker:
-        tracker.log(ROW)
-    (message,) = warnings_in(caplog)
-    assert "API key" in message
-    assert b"train/timing/images_per_s" in wandb_bytes(tmp_path)
+def test_a_resumed_stage_sends_only_what_wandb_has_not(tmp_path: Path) -> None:
+    """The checkpoint was of step 50: rows from 60 on are cut, and written again."""
+    with start(tmp_path) as tracker:
+        for row in ROWS[:-1]:
+            tracker.log(row)
+    cut_rows(tmp_path / "metrics.jsonl", 50)
+    with start(tmp_path) as tracker:
+        for row in ROWS[3:]:
+            tracker.log(row)
+    first, second = recorded(tmp_path)
+    assert [row["global_step"] for row in first.rows] == [20, 40, 40, 60, 80]
+    assert [row["global_step"] for row in second.rows] == [80]
+    assert "validation/robust_accuracy" in second.rows[0]
+    assert_each_row_once(tmp_path, [first, second])
 
 
-def test_a_wandb_that_cannot_start_leaves_the_metrics_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("lost", [1, 700, 3000, 10**9])
+def test_what_a_kill_lost_is_sent_again(tmp_path: Path, lost: int) -> None:
+    """However much of wandb's file never came to disk; the checkpoint was of step 50 again."""
+    with start(tmp_path) as tracker:
+        for row in ROWS[:-1]:
+            tracker.log(row)
+    (before,) = recorded(tmp_path)
+    (path,) = before.folder.glob("*.wandb")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: max(7, len(whole) - lost)])
+    cut_rows(tmp_path / "metrics.jsonl", 50)
+    with start(tmp_path) as tracker:
+        for row in ROWS[3:]:
+            tracker.log(row)
+    starts = recorded(tmp_path)
+    starts[0].run_id = starts[1].run_id  # its record may be lost as well
+    assert_each_row_once(tmp_path, starts)
+    assert starts[1].rows
+
+
+def test_a_killed_process(tmp_path: Path) -> None:
+    """SIGKILL while rows are under way to wandb, whose service outlives the worker for a moment."""
+    rows = json.dumps(ROWS[:-1])
+    code = f"""
+import json, os, signal, sys, time
+from pathlib import Path
+from pipeline.recorded import recorded_rows
+from tests.unit.test_tracking import start
+folder = Path(sys.argv[1])
+tracker = start(folder)
+for row in json.loads({rows!r}):
+    tracker.log(row)
+path = folder / "wandb" / "run_id"
+while not (path.exists() and recorded_rows(folder / "wandb", path.read_text().strip())):
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    cut_rows(tmp_path / "metrics.jsonl", 50)
+    with start(tmp_path) as tracker:
+        for row in ROWS[3:]:
+            tracker.log(row)
+    assert_each_row_once(tmp_path, recorded(tmp_path))
+
+
+def test_rows_of_a_time_without_wandb_are_not_lost(tmp_path: Path) -> None:
+    with start(tmp_path, "disabled") as tracker:
+        tracker.log(ROWS[0])
+    with start(tmp_path) as tracker:
+        tracker.log(ROWS[1])
+    assert_each_row_once(tmp_path, recorded(tmp_path))
+
+
+def test_going_back_leaves_a_tagged_run_and_begins_another(tmp_path: Path) -> None:
+    with start(tmp_path) as tracker:
+        for row in ROWS[:5]:
+            tracker.log(row)
+        tracker.alert("Catastrophic overfitting", "at step 80", "WARN")
+        tracker.cut(40)
+        for step in (60, 80, 100):
+            tracker.log({**train(step), "attack_level": 1})
+        tracker.cut(100)  # nothing to drop, so nothing to begin
+    with start(tmp_path) as tracker:  # and what is resumed is the run that was begun last
+        tracker.log(train(120))
+    starts = recorded(tmp_path)
+    left = [start for start in starts if start.run_id == starts[0].run_id and "went back" in start.tags]
+    assert len(left) == 1
+    assert [row["global_step"] for row in left[0].rows] == [20, 40, 40, 60, 80]
+    assert left[0].alerts == [("Catastrophic overfitting", "at step 80", "WARN")]
+    others = [start for start in starts if start.run_id != left[0].run_id]
+    assert len(others) == 2
+    assert others[0].tags == others[1].tags == []
+    assert_each_row_once(tmp_path, others)
+    assert [row.get("train/attack_level") for row in others[0].rows] == [None, None, None, 1, 1, 1]
+
+
+def test_what_was_not_reported_as_failed_ended_well(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), start(tmp_path):
+        raise RuntimeError
+    (found,) = recorded(tmp_path)
+    assert found.exit_code == 1
+
+
+def test_finishing_twice_and_a_mirror_that_never_started(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "wandb").write_text("a file where wandb's folder should be")
     with start(tmp_path) as tracker:
-        for step in range(5):
-            tracker.log({**ROW, "step": step})
-    assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2, 3, 4]
+        for row in ROWS:
+            tracker.log(row)
+        tracker.alert("title", "text", "INFO")
+        tracker.summary({"a": 1})
+        tracker.finish()
+    assert read_rows(tmp_path / "metrics.jsonl") == ROWS
     (message,) = warnings_in(caplog)
-    assert "metrics.jsonl goes on" in message
-
-
-def test_finish_does_not_wait_for_a_mirror_that_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    release = threading.Event()
-
-    def hang(*_: Any) -> None:
-        release.wait(60)
-        raise RuntimeError("released")
-
-    monkeypatch.setattr(tracking, "_start", hang)
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.05)
-    tracker = start(tmp_path)
-    tracker.log(ROW)
-    tracker.finish()
-    assert "did not finish" in caplog.text
-    assert rows_of(tmp_path) == [ROW]
-    release.set()
-    mirror = tracker._mirror
-    assert mirror is not None
-    mirror.join(60)
-    assert not mirror.is_alive()
-    tracker.finish()
-
-
-@pytest.mark.parametrize(("variable", "mode"), [("WANDB_API_KEY", "online"), (None, "offline")])
-def test_auto_is_online_exactly_with_a_key(monkeypatch: pytest.MonkeyPatch, variable: str | None, mode: str) -> None:
-    if variable:
-        monkeypatch.setenv(variable, "0123456789" * 4)
-    assert tracking._choose_mode() == mode
-
-
-def test_auto_finds_a_netrc_key_and_obeys_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    netrc = tmp_path / "netrc"
-    netrc.write_text(f"machine api.wandb.ai login user password {'0123456789' * 4}\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
-    assert tracking._choose_mode() == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracking._choose_mode() == "disabled"
+    assert "wandb stopped, the run goes on" in message

@@ -1,0 +1,110 @@
+"""A stage as wandb sees it: what it is made of, what it began with and left, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.committed import is_done
+from pipeline.files import read_json
+from pipeline.hardware import hardware_of
+from pipeline.job import Job
+from pipeline.loop import NonFinite
+from pipeline.phases import NETWORK_OF_PHASE, Stage, stages_of
+from pipeline.recipe import Recipe
+from pipeline.stopping import StopRequested
+from pipeline.tracking import Tracker
+
+OF_PROVENANCE = ("commit", "python", "machine", "recipe_sha256", "data_sha256", "versions")
+"""What wandb is told of provenance.json; the command and the host are nobody's business there."""
+
+GROUPED_BY = ("method", "phase", "keep_fraction", "sparsity")
+"""Facts that stand beside a stage's accuracies in wandb's table of runs."""
+
+
+@contextmanager
+def tracked(job: Job, stage: Stage) -> Iterator[Tracker | None]:
+    """The stage's Tracker on rank 0, and None on the others. Collective.
+
+    However the stage ends, people who have wandb's alerts on are told, if its process lives to do so.
+    """
+    recipe, run = job.recipe, job.run_folder
+    mirrored = recipe.tracking.wandb != "disabled"
+    hardware = hardware_of(job.group, recipe.workers.threads) if mirrored else {}
+    if not job.group.is_first:
+        yield None
+        return
+    with Tracker(
+        job.folder(stage),
+        run_name=run.name,
+        stage=stage.name,
+        config={**config_of(recipe, run), "stage": facts_of(stage), "hardware": hardware},
+        batch_per_step=recipe.batch.batch_per_step,
+        wandb_mode=recipe.tracking.wandb,
+        project=recipe.tracking.wandb_project,
+    ) as tracker:
+        if stage.starts_from is not None:
+            tracker.uses(artifact_of(run, stage.starts_from))
+        try:
+            yield tracker
+        except StopRequested as stopped:
+            tracker.alert("Run stopped", f"{run.name}: {stopped}", "WARN")
+            raise
+        except NonFinite as error:
+            tracker.alert("Loss, gradient or weight is not finite", f"{run.name}: {error}", "ERROR")
+            raise
+        except Exception as error:
+            tracker.alert("Stage failed", f"{run.name}: {stage.name}: {type(error).__name__}: {error}", "ERROR")
+            raise
+        tracker.summary({key: value for key, value in facts_of(stage).items() if key in GROUPED_BY})
+        stages = stages_of(recipe)
+        if all(is_done(run, each) for each in stages):
+            tracker.alert("Run done", f"{run.name}: all {len(stages)} stages are done", "INFO")
+
+
+def keep_network(job: Job, stage: Stage, tracker: Tracker | None) -> None:
+    """Give wandb the network of a stage that is trained; it may be uploaded while the test set is looked at."""
+    if tracker is not None:
+        folder = job.folder(stage)
+        result = read_json(folder / "result.json")
+        metadata = facts_of(stage) | {key: result[key] for key in ("steps", "model_sha256", "mask_sha256")}
+        files = [folder / "model.safetensors", folder / "result.json"]
+        tracker.produces(artifact_of(job.run_folder, stage.name), files, metadata)
+
+
+def config_of(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """The resolved recipe and where the run came from.
+
+    The recipe's slurm section is left out: `setup` is shell, in which people export keys.
+    """
+    provenance = run / "provenance.json"
+    origin = read_json(provenance) if provenance.exists() else {}
+    values = recipe.model_dump(mode="json", exclude={"slurm"})
+    return {**values, "origin": {key: origin[key] for key in OF_PROVENANCE if key in origin}}
+
+
+def facts_of(stage: Stage) -> dict[str, Any]:
+    """What networks are grouped and drawn by."""
+    keep = 1.0 if stage.keep_fraction is None else float(stage.keep_fraction)
+    sparsity = 0.0 if stage.keep_fraction is None else float(1 - stage.keep_fraction)
+    facts = {"name": stage.name, "phase": stage.phase, "method": NETWORK_OF_PHASE[stage.phase]}
+    return facts | {"keep_fraction": keep, "sparsity": sparsity, "parent": stage.starts_from}
+
+
+def summary_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation for wandb's table of runs: all of it under its name, and the stage's own measure, which is called
+    test, once more as clean_accuracy and robust_accuracy, with their intervals."""
+    if name != "test":
+        return {name: facts}
+    headline = {}
+    for kind in ("clean", "robust"):
+        value = facts[f"{kind}_accuracy"]
+        headline |= {f"{kind}_accuracy": value["value"], f"{kind}_interval": {k: value[k] for k in ("low", "high")}}
+    return {name: facts} | headline
+
+
+def artifact_of(run: Path, stage: str) -> str:
+    """What the network of a stage is called among wandb's artifacts."""
+    return f"{run.name}-{stage.replace('/', '-')}"
