@@ -481,8 +481,8 @@ def test_honesty_checks_are_shown_where_they_are(tmp_path: Path) -> None:
     assert "Honesty" not in page_of([run]).text
     path.write_text(json.dumps({"model_sha256": "keep-0.01/finetune-0", "checks": checks}))
     page = page_of([run])
-    assert page.row("HYDRA, 99 % pruned", "more steps")[2:] == ["pass", "0.3 points", "PGD-100 helps little"]
-    assert page.row("HYDRA, 99 % pruned", "large eps")[2] == "warn"
+    assert page.row("HYDRA, 99 % pruned", "more steps")[2:] == ["pass", "0.3 points", ""]
+    assert page.row("HYDRA, 99 % pruned", "large eps")[2:] == ["warn", "0.3 points", "PGD-100 helps little"]
     for broken, said in (
         ({"checks": [good | {"verdict": "fine"}]}, "'fine' is neither pass nor warn"),
         ({"checks": [{"name": "x"}]}, "lacks one of name, verdict"),
