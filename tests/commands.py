@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,13 @@ def wait_until(condition: Callable[[], bool], deadline_s: float, what: str) -> N
         pause.wait(0.1)
 
 
-def _unused_shared_memory() -> set[str]:
-    """Files in shared memory that no living process has mapped."""
-    names = {path.name for path in SHARED_MEMORY.iterdir()}
+def _unused_shared_memory(since: float) -> set[str]:
+    """Files in shared memory that were made at or after a time and that no living process has mapped."""
+    names = set()
+    for path in SHARED_MEMORY.iterdir():
+        with suppress(FileNotFoundError):
+            if path.stat().st_ctime >= since:
+                names.add(path.name)
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             text = maps.read_text()
@@ -91,7 +96,7 @@ class Command:
 
     def __init__(self, place: Path, *arguments: str) -> None:
         self._value = secrets.token_hex(8)
-        self._shared_memory = _unused_shared_memory()
+        self._started = time.time()
         self._streams = [place / f".{self._value}.{name}" for name in ("out", "err")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self._value}
         with self._streams[0].open("w") as out, self._streams[1].open("w") as err:
@@ -121,7 +126,7 @@ class Command:
         left = wait_for_end(self.family, END_S)
         assert not left, f"{self.process.args} left behind: {left}\n{self._said()}"
         # Waited for, as other programs of the machine have files there too, for moments.
-        wait_until(lambda: _unused_shared_memory() <= self._shared_memory, END_S, "shared memory as clean as before")
+        wait_until(lambda: not _unused_shared_memory(self._started), END_S, "shared memory as clean as before")
         return Finished(self.process.returncode, *(path.read_text() for path in self._streams))
 
     def kill(self) -> None:
