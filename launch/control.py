@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_write_json, atomic_write_text, read_json, read_rows
+from pipeline.files import atomic_write_json, atomic_write_text, read_json, read_json_if_there, read_rows
 
 ALIVE_EVERY_S = 2.0
 """How often a task renews its heartbeat."""
@@ -77,8 +77,7 @@ class Control:
         atomic_write_json(self.folder / "ended.json", {"code": code, "message": message})
 
     def ended(self) -> dict[str, Any] | None:
-        path = self.folder / "ended.json"
-        return read_json(path) if path.exists() else None
+        return read_json_if_there(self.folder / "ended.json")
 
 
 @dataclass(frozen=True)

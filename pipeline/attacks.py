@@ -11,14 +11,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.keys import GOLDEN_GAMMA, MIX_1, MIX_2
+from pipeline.keys import GOLDEN_GAMMA, MIX_1, MIX_2, sample_keys
 from pipeline.recipe_objective import ThreatModel
 from pipeline.sparsity import cached_weights
 
 TINY = torch.finfo(torch.float32).tiny
+
+
+def device_keys(
+    sample_ids: NDArray[np.int64], device: torch.device, seed: int, purpose: str, *scope: int | str
+) -> Tensor:
+    """`pipeline.keys.sample_keys` as the noise here takes them: [n] int64 with their bits, on a device."""
+    return torch.from_numpy(sample_keys(sample_ids, seed, purpose, *scope).view(np.int64)).to(device)
 
 
 def _signed(x: int) -> int:

@@ -50,6 +50,11 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json_if_there(path: Path) -> Any | None:
+    """`read_json`, or None for a file that is missing."""
+    return read_json(path) if path.exists() else None
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file.
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from pipeline.attacks import device_keys
 from pipeline.averaging import update_average
 from pipeline.batch_statistics import BatchStatistics
 from pipeline.checkpoint import Snapshot
@@ -23,7 +23,6 @@ from pipeline.data.loader import Batch
 from pipeline.drift import Drift
 from pipeline.engine import Engine
 from pipeline.group import Group
-from pipeline.keys import sample_keys
 from pipeline.models import Network
 from pipeline.objectives import COUNTS, Given, Objective, attack_strength
 from pipeline.overfitting import CatastrophicOverfitting, overfits
@@ -149,8 +148,7 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
         batch = next(training.micro_batches)
         images = batch.images.to(group.device).float().div(255.0)
         labels = batch.labels.to(group.device)
-        noise = sample_keys(batch.ids.numpy(), recipe.seed, "attack", stage.name, step)
-        keys = torch.from_numpy(noise.view(np.int64)).to(group.device)
+        keys = device_keys(batch.ids.numpy(), group.device, recipe.seed, "attack", stage.name, step)
 
         def forward(fed: torch.Tensor, index: int = index, ids: torch.Tensor = batch.ids) -> torch.Tensor:
             training.observe(

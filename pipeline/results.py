@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from pipeline.committed import evaluation_path, honesty_path
 from pipeline.evaluate.statistics import McNemar, certified_curve, mcnemar
-from pipeline.files import read_json
-from pipeline.phases import NETWORK_OF_PHASE, stages_of
+from pipeline.files import read_json, read_json_if_there
+from pipeline.phases import NETWORK_OF_PHASE, PhaseName, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import load_recipe, recipe_hash
@@ -41,7 +41,7 @@ class Network:
 
     @property
     def pruned(self) -> str:
-        return f"{canonical_decimal((1 - self.keep_fraction) * 100)} %"
+        return pruned_text(self.keep_fraction)
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ def compare_all(runs: list[Run]) -> Comparisons:
         for name in run.baselines
         for keep in run.recipe.sparsity.keep_fractions
     }
+
+
+def pruned_text(keep: Decimal) -> str:
+    return f"{canonical_decimal((1 - keep) * 100)} %"
 
 
 def p_text(p: float) -> str:
@@ -209,8 +213,8 @@ def _read_run(folder: Path) -> Run:
             continue
         stage_folder = folder / stage.name
         evaluated = evaluation_path(stage_folder, stage.measure)
-        evaluation = _read_if_there(evaluated)
-        result = _read_if_there(stage_folder / "result.json")
+        evaluation = read_json_if_there(evaluated)
+        result = read_json_if_there(stage_folder / "result.json")
         if evaluation and result and evaluation["model_sha256"] != result["model_sha256"]:
             raise ValueError(
                 f"{evaluated} is of another model than {stage_folder / 'result.json'}; "
@@ -221,10 +225,6 @@ def _read_run(folder: Path) -> Run:
         layers = result["layers"] if result else []
         networks.append(Network(stage_folder, stage.name, name, keep, evaluation, layers))
     return Run(folder, recipe, networks)
-
-
-def _read_if_there(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.exists() else None
 
 
 def _hash_without_seed(recipe: Recipe) -> str:

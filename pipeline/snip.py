@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.attacks import device_keys
 from pipeline.data.loader import Batch
 from pipeline.group import Group
-from pipeline.keys import sample_keys
 from pipeline.objectives import Autocast, Given, Objective
 from pipeline.objectives.outcome import craft_forward
 from pipeline.sparsity import maskable
@@ -42,8 +41,7 @@ def connection_sensitivity(
     network.train()
     for batch in micro_batches:
         images = batch.images.to(group.device).float().div(255.0)
-        drawn = sample_keys(batch.ids.numpy(), seed, "snip", stage)
-        keys = torch.from_numpy(drawn.view(np.int64)).to(group.device)
+        keys = device_keys(batch.ids.numpy(), group.device, seed, "snip", stage)
         labels, none = batch.labels.to(group.device), torch.zeros_like(images)
         given = Given(network, forward, images, labels, keys, autocast, noise=none)
         gradients = torch.autograd.grad(objective(given).loss, tensors, materialize_grads=True)

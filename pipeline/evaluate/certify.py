@@ -20,10 +20,9 @@ from scipy.special import ndtri
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks import crafting, derived_keys, gaussian_noise
+from pipeline.attacks import crafting, derived_keys, device_keys, gaussian_noise
 from pipeline.evaluate.measure import ranked
 from pipeline.evaluate.statistics import clopper_pearson_lower
-from pipeline.keys import sample_keys
 from pipeline.recipe_objective import ThreatModel
 from pipeline.recipe_sections import Evaluation
 
@@ -120,7 +119,7 @@ class Certified:
         return f"certified at l2 radius {self.threat_model.eps} by randomized smoothing ({sampling})"
 
     def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        keys = torch.from_numpy(sample_keys(ids, self.seed, "certify").view(np.int64)).to(x.device)
+        keys = device_keys(ids, x.device, self.seed, "certify")
         found = [certify(network, image, key, self.smoothing) for image, key in zip(x, keys, strict=True)]
         predictions = torch.tensor([certificate.prediction for certificate in found])
         radii = torch.tensor([certificate.radius for certificate in found], dtype=torch.float64)
@@ -157,7 +156,7 @@ class Noisy:
 
     @torch.no_grad()
     def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        keys = torch.from_numpy(sample_keys(ids, self.seed, "noisy").view(np.int64)).to(x.device)
+        keys = device_keys(ids, x.device, self.seed, "noisy")
         votes = torch.zeros(0)
         for draw in range(self.draws):
             number = torch.tensor([draw], device=x.device)

@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks import gaussian_noise, uniform_noise
+from pipeline.attacks import device_keys, gaussian_noise, uniform_noise
 from pipeline.evaluate.measure import hits, ranked
-from pipeline.keys import sample_keys
 
 SMALL_SIDE = 64
 Corrupt = Callable[[Tensor, Tensor, float], Tensor]
@@ -119,7 +118,7 @@ def corrupted(x: Tensor, ids: NDArray[np.int64], seed: int, name: str, severity:
     """Images [n, 3, h, w] float32 in [0, 1] with 8 bits, of sample ids [n] -> the same, corrupted."""
     corrupt, small, large = CORRUPTIONS[name]
     constant = (small if x.shape[2] <= SMALL_SIDE else large)[severity - 1]
-    keys = torch.from_numpy(sample_keys(ids, seed, "corrupt", name, severity).view(np.int64)).to(x.device)
+    keys = device_keys(ids, x.device, seed, "corrupt", name, severity)
     # Just below the next level is rounding, not a smaller value.
     return (corrupt(x, keys, constant).clamp(0, 1) * 255.0 + 1e-3).floor() / 255.0
 

@@ -25,11 +25,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc
-from torch import Tensor, nn
 
-from pipeline.attacks import crafting
 from pipeline.evaluate.measure import Verdicts
-from pipeline.evaluate.probes import LONGER, QUERIES, RADIUS, SLOPE, Probes
+from pipeline.evaluate.probes import LONGER, QUERIES, RADIUS, SLOPE
 
 LEVEL = 0.01
 """How often, at most, a check warns of a network whose rate is its tolerance."""
@@ -202,14 +200,3 @@ def _twins(verdicts: Verdicts) -> Check:
 def _largest(gaps: NDArray[np.floating]) -> float:
     """NaN if one is."""
     return float(np.max(gaps))
-
-
-def honesty_checks(probes: Probes, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> list[Check]:
-    """All checks of `network` on images x [n, c, h, w] float32 in [0, 1] of classes y [n] int64, in one forward.
-
-    Everything lies on the network's device. The network is put in eval mode and restored. Runs take chunks instead, by
-    `chunks.evaluate` with the same probes.
-    """
-    with crafting(network):
-        columns = probes.judge(network, x, y, ids)
-    return checks({name: column.cpu().numpy() for name, column in columns.items()})

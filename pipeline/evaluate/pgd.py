@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks import ball_of, pgd
+from pipeline.attacks import ball_of, device_keys, pgd
 from pipeline.evaluate.measure import hits, ranked
-from pipeline.keys import sample_keys
 from pipeline.recipe_objective import ThreatModel
 from pipeline.recipe_sections import Evaluation
 
@@ -60,8 +59,7 @@ class Pgd:
             return
         ball = ball_of(self.threat_model)
         for restart in range(self.restarts):
-            noise = sample_keys(ids, self.seed, "evaluate", restart)
-            keys = torch.from_numpy(noise.view(np.int64)).to(x.device)
+            keys = device_keys(ids, x.device, self.seed, "evaluate", restart)
             yield pgd(
                 network,
                 x,

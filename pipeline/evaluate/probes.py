@@ -19,10 +19,10 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks import Ball, L2Ball, LinfBall, ball_of, pgd
+from pipeline.attacks import Ball, L2Ball, LinfBall, ball_of, device_keys, pgd
 from pipeline.evaluate.measure import ranked
 from pipeline.evaluate.pgd import Pgd
-from pipeline.keys import sample_keys, scope_key
+from pipeline.keys import scope_key
 from pipeline.recipe_objective import ThreatModel
 
 MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
@@ -70,8 +70,7 @@ class _Images:
     seed: int
 
     def keys(self, purpose: str) -> Tensor:
-        keys = sample_keys(self.ids, self.seed, "honesty", purpose)
-        return torch.from_numpy(keys.view(np.int64)).to(self.x.device)
+        return device_keys(self.ids, self.x.device, self.seed, "honesty", purpose)
 
     def still_right(self, candidates: Tensor, attack: Callable[[_Images], Tensor]) -> Tensor:
         """`candidates`, bool [n], less those that an attack breaks; the others are not attacked."""

@@ -20,7 +20,7 @@ from pipeline.page.examples import examples_of
 from pipeline.page.history import History, Spent, provenance, read_history, spent
 from pipeline.page.pictures import cards
 from pipeline.page.svg import sample
-from pipeline.page.verdict import SIGNIFICANT, differences, headline, pruned, signed
+from pipeline.page.verdict import SIGNIFICANT, differences, headline, signed
 from pipeline.recipe_file import dump_recipe
 from pipeline.results import (
     CertifiedCurves,
@@ -33,6 +33,7 @@ from pipeline.results import (
     claim,
     honesty_checks,
     p_text,
+    pruned_text,
 )
 
 HERE = Path(__file__).parent
@@ -68,7 +69,7 @@ def write_page(runs: list[Run], comparisons: Comparisons, curves: CertifiedCurve
             {
                 "run": d.run.folder.name,
                 "baseline": d.baseline,
-                "pruned": pruned(d.keep_fraction),
+                "pruned": pruned_text(d.keep_fraction),
                 "says": d.says,
                 "test": d.test,
                 "points": signed(100 * d.test.difference, 2) if d.test else "",
@@ -142,7 +143,9 @@ def _story(run: Run) -> dict[str, Any]:
     origin = provenance(run)
     return {
         "run": run.folder.name,
-        "training": [(pruned(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep))],
+        "training": [
+            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep))
+        ],
         "layers": [chart for keep in keeps if (chart := layer_chart(run, keep))],
         "layer_table": _layer_table(run),
         "costs": [_cost_cells(h, cost, costs) for h, cost in zip(histories, costs, strict=True)],

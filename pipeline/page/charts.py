@@ -10,9 +10,9 @@ from typing import Any
 
 from pipeline.page.history import History
 from pipeline.page.svg import LINE_HEIGHT, Axis, Chart, Label, Level, Point, Series, draw, nice_axis
-from pipeline.page.verdict import NOISE, Difference, pruned, signed
+from pipeline.page.verdict import NOISE, Difference, signed
 from pipeline.phases import NETWORK_OF_PHASE
-from pipeline.results import CertifiedCurves, Kind, Run, accuracies, claim
+from pipeline.results import CertifiedCurves, Kind, Run, accuracies, claim, pruned_text
 
 MOST_POINTS = 240
 """Of one line; more rows are averaged in groups, as no screen shows them."""
@@ -35,20 +35,20 @@ def accuracy_chart(runs: list[Run], kind: Kind) -> Chart:
         for keep in keeps:
             first = where[keep] + slot * (place * len(runs) - (len(names) * len(runs) - 1) / 2)
             found = accuracies(runs, name, keep, kind)
-            what = f"{name}, {pruned(keep)} pruned"
+            what = f"{name}, {pruned_text(keep)} pruned"
             seeds = [_accuracy_point(a, first + slot * i, what) for i, a in enumerate(found)]
             if not seeds:
                 continue
             series.append(Series(name.lower(), seeds, line=False, faint=len(runs) > 1))
             middle = first + slot * (len(runs) - 1) / 2
             means[keep].append((name, Point(middle, fmean(p.y for p in seeds), *_bounds(found))))
-            said.append(f"{name} {means[keep][-1][1].y:.1f} % at {pruned(keep)} pruned")
+            said.append(f"{name} {means[keep][-1][1].y:.1f} % at {pruned_text(keep)} pruned")
         line = [Point(point.x, point.y) for keep in keeps for other, point in means[keep] if other == name]
         series.append(Series(name.lower(), line, marks=False))
     values = [v for s in series for p in s.points for v in (p.low, p.high) if v is not None]
     y = nice_axis([*values, *(v for level in levels for v in (level.low, level.high))], pad=0.16)
     edge = 0.2 * span
-    ticks = tuple((where[keep], pruned(keep)) for keep in keeps)
+    ticks = tuple((where[keep], pruned_text(keep)) for keep in keeps)
     x = Axis(where[keeps[0]] - edge, where[keeps[-1]] + edge, ticks, "connections pruned (log scale of what is kept)")
     word = claim(runs) if kind == "robust" else kind
     labels = [label for beside in means.values() for label in _numbers(beside, y)]
@@ -67,13 +67,13 @@ def difference_chart(found: Sequence[Difference], runs: list[Run]) -> Chart | No
     for place, one in enumerate(there):
         assert one.test is not None
         lead = 100 * one.test.difference
-        note = f"{pruned(one.keep_fraction)} pruned, over {one.baseline}: {signed(lead, 2)} points, {one.says}"
+        note = f"{pruned_text(one.keep_fraction)} pruned, over {one.baseline}: {signed(lead, 2)} points, {one.says}"
         style = f"{one.baseline.lower()}{' noise' if one.says == NOISE else ''}"
         points.setdefault(style, []).append(Point(place, lead, 100 * one.low, 100 * one.high, note))
         groups.setdefault(one.keep_fraction, []).append(place)
         said.append(note)
     series = [Series(style, each, line=False) for style, each in points.items()]
-    ticks = tuple((fmean(places), pruned(keep)) for keep, places in groups.items())
+    ticks = tuple((fmean(places), pruned_text(keep)) for keep, places in groups.items())
     x = Axis(-0.6, len(there) - 0.4, ticks, "connections pruned")
     between = [places[0] - 0.5 for places in groups.values() if places[0] > 0]
     y = nice_axis([0.0, *(v for each in points.values() for p in each for v in (p.low or 0.0, p.high or 0.0))], pad=0.1)
@@ -96,7 +96,7 @@ def certified_charts(runs: list[Run], curves: CertifiedCurves) -> list[Chart]:
         y = nice_axis([0.0, *(p.high if p.high is not None else p.y for p in points)], pad=0)
         x = nice_axis([p.x for p in points], "l2 radius", pad=0)
         says = f"Networks: {', '.join(s.style for s in series)}."
-        charts.append(draw(f"Certified accuracy, %, {pruned(keep)} pruned", series, x, y, says=says))
+        charts.append(draw(f"Certified accuracy, %, {pruned_text(keep)} pruned", series, x, y, says=says))
     return charts
 
 
@@ -159,7 +159,7 @@ def layer_chart(run: Run, keep: Decimal) -> Chart | None:
     x = Axis(0.5, count + 0.5, tuple((float(i), str(i)) for i in range(1, count + 1, step)), "layer, input to output")
     said = [f"{n.name} keeps {_range([la['kept'] / la['total'] for la in n.layers])} of a layer" for n in networks]
     # HYDRA last, on top: where every layer has the same share, marks coincide.
-    return draw(f"{pruned(keep)} pruned", series[::-1], x, y, says=f"{'; '.join(said)}.", size=SMALL)
+    return draw(f"{pruned_text(keep)} pruned", series[::-1], x, y, says=f"{'; '.join(said)}.", size=SMALL)
 
 
 def _accuracy_point(accuracy: dict[str, float], x: float, what: str) -> Point:

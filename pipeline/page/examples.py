@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks import ball_of, crafting, pgd
+from pipeline.attacks import ball_of, crafting, device_keys, pgd
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.order import evaluation_crops
 from pipeline.data.prefetch import LoaderError
 from pipeline.evaluate.pgd import Pgd
 from pipeline.export import load_model
-from pipeline.keys import sample_keys
 from pipeline.results import Network, Run
 
 COUNT = 8
@@ -61,7 +60,7 @@ def examples(
     seconds the rest is left out, the first never. Without a threat model nothing is moved.
     """
     started, found = time.monotonic(), []
-    noise = torch.from_numpy(sample_keys(ids, attack.seed, "evaluate", 0).view(np.int64)).to(images.device)
+    noise = device_keys(ids, images.device, attack.seed, "evaluate", 0)
     with crafting(network):
         for i in range(len(images)):
             if i and time.monotonic() - started > most_s:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json, read_rows
+from pipeline.files import read_json_if_there, read_rows
 from pipeline.overfitting import stronger
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe_objective import PROVING, Objective
@@ -51,8 +50,8 @@ def read_history(run: Run) -> list[History]:
     found = []
     for stage in stages_of(run.recipe):
         folder = run.folder / stage.name
-        described, rows = _optional(folder / "stage.json"), read_rows(folder / "metrics.jsonl")
-        result = _optional(folder / "result.json")
+        described, rows = read_json_if_there(folder / "stage.json"), read_rows(folder / "metrics.jsonl")
+        result = read_json_if_there(folder / "result.json")
         if described or rows or result:
             found.append(History(stage, rows, described or {}, result))
     return found
@@ -101,8 +100,4 @@ def spent(history: History) -> Spent:
 
 def provenance(run: Run) -> dict[str, Any]:
     """provenance.json; empty for a run that has none."""
-    return _optional(run.folder / "provenance.json") or {}
-
-
-def _optional(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.exists() else None
+    return read_json_if_there(run.folder / "provenance.json") or {}

@@ -7,8 +7,7 @@ from decimal import Decimal
 from statistics import fmean
 
 from pipeline.evaluate.statistics import McNemar, paired_interval
-from pipeline.recipe_fields import canonical_decimal
-from pipeline.results import Comparisons, Run, accuracies, claim, p_text
+from pipeline.results import Comparisons, Run, accuracies, claim, p_text, pruned_text
 
 SIGNIFICANT = 0.05
 """McNemar's p below which a difference is more than noise."""
@@ -56,7 +55,7 @@ def headline(runs: list[Run], found: list[Difference]) -> str:
         return "No pruned network is evaluated yet."
     keep = min(judged)
     values = [100 * accuracy["value"] for accuracy in accuracies(runs, "HYDRA", keep, "robust")]
-    start = f"With {pruned(keep)} of its connections pruned, HYDRA's network has {fmean(values):.1f} % "
+    start = f"With {pruned_text(keep)} of its connections pruned, HYDRA's network has {fmean(values):.1f} % "
     start += f"{claim(runs)} accuracy"
     if len(values) == 1:
         (only,) = accuracies(runs, "HYDRA", keep, "robust")
@@ -87,10 +86,6 @@ def _lead(here: list[Difference], name: str) -> str:
     outcome = ", ".join(f"{words[says]} in {count}" for says, count in counts.items() if count)
     between = f"{signed(min(leads))} to {signed(max(leads))}"
     return f"its lead over {name} pruning is {between} points: {outcome} of {len(tests)} seeds by McNemar's test"
-
-
-def pruned(keep: Decimal) -> str:
-    return f"{canonical_decimal((1 - keep) * 100)} %"
 
 
 def signed(points: float, digits: int = 1) -> str:
