@@ -166,15 +166,16 @@ def honesty_checks(network: Network) -> list[dict[str, str]]:
     path = honesty_path(network.folder)
     if not network.evaluation or not path.exists():
         return []
+    again = f"delete it and {network.folder / 'evaluate'}, and resume the run, which checks and evaluates again"
     found = read_json(path)
     checks = found.get("checks") if isinstance(found, dict) else None
     if not isinstance(checks, list):
-        raise ValueError(f"{path} has no list of checks; delete it and resume the run, which checks again")
+        raise ValueError(f"{path} has no list of checks; {again}")
     for check in checks:
         if not isinstance(check, dict) or any(not isinstance(check.get(key), str) for key in CHECK_KEYS):
-            raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; delete it and resume the run")
+            raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; {again}")
         if check["verdict"] not in VERDICTS:
-            raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}")
+            raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}; {again}")
     return checks if found.get("model_sha256") == network.evaluation["model_sha256"] else []
 
 
