@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.committed import evaluation_path, honesty_path
 from pipeline.evaluate.statistics import McNemar, certified_curve, mcnemar
 from pipeline.files import read_json, read_json_if_there
-from pipeline.phases import NETWORK_OF_PHASE, PhaseName, stages_of
+from pipeline.phases import NETWORK_OF_PHASE, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_fields import canonical_decimal
 from pipeline.recipe_file import load_recipe, recipe_hash
