@@ -1,4 +1,4 @@
-"""A run that nobody disturbs, in processes of its own without Ray: what disturbed ones are compared with."""
+"""A run in processes of its own without Ray: what is undisturbed, and so what disturbed ones are compared with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from launch import run_folder
 from pipeline.group import Group
 from pipeline.job import Job
 from pipeline.lease import Leases
+from pipeline.loop import Observer, unobserved
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
 from pipeline.stage import run_stages
@@ -24,14 +25,18 @@ def new_run(folder: Path, recipe: Recipe) -> Path:
 
 def calm_run(folder: Path, recipe: Recipe) -> Path:
     """Do all stages with the recipe's number of workers; returns the run directory."""
-    new_run(folder, recipe)
-    leases = Leases([folder / stage.name for stage in stages_of(recipe)])
-    try:
-        run_group(recipe.workers.count, _work, recipe, folder, leases.token, deadline_s=DEADLINE_S)
-    finally:
-        leases.release()
+    finish(new_run(folder, recipe), recipe)
     return folder
 
 
-def _work(group: Group, recipe: Recipe, folder: Path, token: str) -> None:
-    run_stages(Job(recipe, folder, token, group), stages_of(recipe))
+def finish(folder: Path, recipe: Recipe, observer: Observer = unobserved) -> None:
+    """Begin a run, or go on with it, to its end."""
+    leases = Leases([folder / stage.name for stage in stages_of(recipe)])
+    try:
+        run_group(recipe.workers.count, _work, recipe, folder, leases.token, observer, deadline_s=DEADLINE_S)
+    finally:
+        leases.release()
+
+
+def _work(group: Group, recipe: Recipe, folder: Path, token: str, observer: Observer) -> None:
+    run_stages(Job(recipe, folder, token, group, observer), stages_of(recipe))

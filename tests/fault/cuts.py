@@ -1,7 +1,7 @@
 """Kills a run at an exact place: an observer inside the workers, told by a file in the run directory what to do.
 
 `cut.json`: [[event, stage, step or null, "worker" | "run"], ...]. Each fires once, after the one before it; "run" means
-the driver, whose cluster dies with it.
+the driver, with which its cluster dies, or the process that started the workers where there is no Ray.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray.train
+import torch
 
 from pipeline.lease import read_holder
 
@@ -43,12 +43,8 @@ def cut(event: str, facts: dict[str, Any]) -> None:
         return
     if (event, facts["stage"]) != (when, stage) or (step is not None and facts.get("step") != step):
         return
-    context = ray.train.get_context() if event != "before_manifest" else None
-    rank = context.get_world_rank() if context else 0  # checkpoints are written by rank 0, in a thread of its own
-    if victim == "worker":
-        if context is not None and rank != context.get_world_size() - 1:
-            return
-    elif rank != 0:
+    # Checkpoints are written by rank 0, in a thread of its own.
+    if torch.distributed.get_rank() != (torch.distributed.get_world_size() - 1 if victim == "worker" else 0):
         return
     (folder / f"cut-done-{done_cuts(folder)}").touch()
     if victim == "run":

@@ -36,9 +36,8 @@ def _recipe(data: Path, seed: int = 0) -> Recipe:
     )
 
 
-def _start(folder: Path, *, observed: bool) -> int:
+def _start(folder: Path, *module: str) -> int:
     """Run or resume in a process of its own; returns its exit code once it and all that it started have ended."""
-    module = ["tests.fault.run_observed", str(folder)] if observed else ["launch", "resume", str(folder)]
     environment = {**os.environ, "HYDRA_TEST_RUN": str(folder)}
     process = subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, env=environment)
     family: set[psutil.Process] = set()
@@ -65,33 +64,38 @@ def undisturbed(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return final_state(calm_run(tmp_path_factory.mktemp("runs") / "undisturbed", _recipe(fashion_data)), STAGES)
 
 
-STARTS: list[list[Cut]] = [
-    [("forward", "pretrain", 0, "run")],  # in the first step
-    [("step", "pretrain", 13, "run")],  # mid-epoch
-    [("before_manifest", "keep-0.1/prune", 9, "run")],  # during a checkpoint
-    [
-        ("step", "keep-0.1/prune", 13, "worker"),  # mid-epoch: the run goes on by itself
-        ("step", "keep-0.1/prune", 20, "run"),  # at an epoch's end, before anything of it is recorded
-    ],
-    [("stage_finished", "keep-0.1/prune", None, "run")],  # between two phases
+STARTS: list[tuple[str, list[Cut]]] = [
+    ("without-ray", [("forward", "pretrain", 0, "run")]),  # in the first step
+    ("without-ray", [("step", "pretrain", 13, "run")]),  # mid-epoch
+    ("without-ray", [("before_manifest", "keep-0.1/prune", 9, "run")]),  # during a checkpoint
+    (
+        "ray",
+        [
+            ("step", "keep-0.1/prune", 13, "worker"),  # mid-epoch: the run goes on by itself
+            ("step", "keep-0.1/prune", 20, "run"),  # at an epoch's end, before anything of it is recorded
+        ],
+    ),
+    ("without-ray", [("stage_finished", "keep-0.1/prune", None, "run")]),  # between two phases
 ]
-"""What happens to each start of the run; at least 20 steps follow each cut."""
+"""What happens to each start of the run; at least 20 steps follow each cut. Ray, which takes seconds to start, is there
+where it has a part in what comes next; a run may change between the two."""
 
 
 @pytest.mark.timeout(1800)
 def test_killed_workers_and_runs_go_on_exactly(fashion_data: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    """SIGKILL of a worker, which is replaced, and at five places of the whole run (driver and worker), then resumed."""
+    """SIGKILL of a worker, which is replaced, and at five places of the whole run, then resumed."""
     folder = new_run(tmp_path / "run", _recipe(fashion_data))
-    set_cuts(folder, [cut for cuts in STARTS for cut in cuts])
-    for number, cuts in enumerate(STARTS):
-        assert _start(folder, observed=True) == -signal.SIGKILL, cuts
-        assert done_cuts(folder) == sum(len(cuts) for cuts in STARTS[: number + 1])
+    set_cuts(folder, [cut for _, cuts in STARTS for cut in cuts])
+    for number, (where, cuts) in enumerate(STARTS):
+        module = ("tests.fault.run_observed", str(folder), *(() if where == "ray" else (where,)))
+        assert _start(folder, *module) == -signal.SIGKILL, cuts
+        assert done_cuts(folder) == sum(len(cuts) for _, cuts in STARTS[: number + 1])
         if cuts[0][0] == "before_manifest":
             unfinished = checkpoint.folder_of(folder / cuts[0][1], 9)
             assert unfinished.exists()
             assert not (unfinished / "MANIFEST.json").exists()
     assert (folder / "logs" / "restarts.log").read_text().count(" failed: ") == 1
-    assert _start(folder, observed=False) == 0
+    assert _start(folder, "launch", "resume", str(folder)) == 0
     assert differences(undisturbed, final_state(folder, STAGES)) == []
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray.train
+import torch
 
 from tests.launch.throttle import FOLDER, slow
 
@@ -15,11 +15,10 @@ from tests.launch.throttle import FOLDER, slow
 def ids(event: str, facts: dict[str, Any]) -> None:
     """Called on every worker at every event: one line per micro-batch."""
     if event == "forward":
-        context = ray.train.get_context()
         line = {
             "stage": facts["stage"],
             "step": facts["step"],
-            "world": context.get_world_size(),
+            "world": torch.distributed.get_world_size(),
             "ids": facts["ids"].tolist(),
         }
         with (Path(os.environ[FOLDER]) / f"fed-{os.getpid()}.jsonl").open("a") as stream:

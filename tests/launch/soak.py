@@ -17,31 +17,26 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.slurm import living, read_jobs, submit
+from launch.slurm import living, read_jobs
 from tests.calm import calm_run, new_run
-from tests.commands import launch, wait_until
+from tests.commands import wait_until
 from tests.fault.final_state import differences, final_state
-from tests.launch.faults import KINDS, RECOVERY_S, Outcome, Victim, as_row
-from tests.launch.test_faults import STAGES, job_of, two_node_recipe
+from tests.launch.faults import KINDS, Outcome, as_row
+from tests.launch.struck import stages, strike_in_turn, two_node_recipe
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 
-WITHOUT_PROGRESS = 2
-"""Faults in a row that the run is let recover from without a checkpoint in between."""
-UNWARNED = "unwarned_preemption"
 AT_LEAST = 3
 """How often every kind strikes."""
-STEPS_PER_FAULT = 25
-"""Room for the steps between two faults; more than are needed are computed at full speed in the end."""
 
 
 def drawn(count: int, seed: int) -> list[str]:
-    """`count` kinds in random order, each at least AT_LEAST times; first those that need the cluster's warnings off."""
+    """`count` kinds in random order, each at least AT_LEAST times."""
     chance = random.Random(seed)
     kinds = [*KINDS] * AT_LEAST
     kinds += chance.choices(KINDS, k=max(0, count - len(kinds)))
     chance.shuffle(kinds)
-    return sorted(kinds, key=lambda kind: kind != UNWARNED)
+    return kinds
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -61,25 +56,6 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _let_it_progress(victim: Victim, outcomes: Sequence[Outcome]) -> None:
-    """A run that never gets from one checkpoint to the next gives up, as it should; so it is not struck for ever."""
-    held = [outcome.resumed_from == victim.checkpoint() for outcome in outcomes[-WITHOUT_PROGRESS:]]
-    if len(held) == WITHOUT_PROGRESS and all(held):
-        before = victim.checkpoint()
-        wait_until(lambda: victim.checkpoint() > before, RECOVERY_S, f"a checkpoint after step {before}")
-
-
-def _started(cluster: SlurmCluster, folder: Path) -> Victim:
-    submit(folder, observer="tests.launch.throttle:slow")
-    return Victim(cluster, folder, job_of(folder, "pretrain"), "pretrain")
-
-
-def _ended(folder: Path) -> None:
-    if launch(folder.parent.parent, "cancel", str(folder)).code:
-        raise RuntimeError(f"{folder} could not be cancelled")
-    wait_until(lambda: not living(read_jobs(folder)), 60, "the end of all jobs")
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.beton and test.beton")
@@ -91,22 +67,14 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         place = Path(name)
         os.environ[FOLDER] = name
-        recipe = two_node_recipe(options.data.resolve(), pretrain_steps=options.faults * STEPS_PER_FAULT)
+        recipe = two_node_recipe(options.data.resolve(), options.faults)
         with SlurmCluster(place / "s") as cluster:
             os.environ.update(cluster.environment)
             folder = new_run(place / "runs" / "struck", recipe)
-            cluster.set_warning(False)
-            victim = _started(cluster, folder)
             outcomes = []
-            for kind in drawn(options.faults, options.seed):
-                if kind != UNWARNED and not cluster.warns:
-                    _ended(folder)
-                    cluster.set_warning(True)
-                    victim = _started(cluster, folder)
-                _let_it_progress(victim, outcomes)
-                victim.wait_for_step(victim.step() + chance.randint(2, 8))
-                outcomes.append(victim.strike(kind, chance.randrange(4)))
-                print(json.dumps(as_row(outcomes[-1])), flush=True)
+            for outcome in strike_in_turn(cluster, folder, drawn(options.faults, options.seed), chance):
+                outcomes.append(outcome)
+                print(json.dumps(as_row(outcome)), flush=True)
                 if options.record is not None:
                     record = {"seed": options.seed, "outcomes": [as_row(outcome) for outcome in outcomes]}
                     options.record.write_text(json.dumps(record, indent=1) + "\n")
@@ -114,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
             wait_until(lambda: not living(read_jobs(folder)), 900, "the end of all jobs")
         print(table(outcomes))
         calm = calm_run(place / "runs" / "calm", recipe)
-        unlike = differences(final_state(calm, STAGES), final_state(folder, STAGES))
+        unlike = differences(*(final_state(run, stages(recipe)) for run in (calm, folder)))
         print(
             f"{len(outcomes)} faults, seed {options.seed}: "
             + (f"DIFFERENT: {unlike[:5]}" if unlike else "equal bit for bit")
