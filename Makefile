@@ -33,8 +33,10 @@ demo: setup
 	$(PY) -m launch report runs/demo
 	@echo 'The pictures, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
 
+# The rest has the machine to itself: its clusters and processes fill two cores.
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest tests/unit -n logical --maxprocesses=8 --dist=loadfile
+	$(PY) -m pytest --ignore=tests/unit
 
 lint: setup
 	$(PY) -m ruff check
