@@ -16,7 +16,7 @@ from tests.small_recipe import small_recipe
 
 OBSERVER = "tests.launch.throttle:slow"
 UNWARNED = "unwarned_preemption"
-STEPS_PER_FAULT = 25
+STEPS_PER_FAULT = 20
 """Room for the steps between two faults; more than are needed are computed at full speed in the end."""
 WITHOUT_PROGRESS = 2
 """Faults in a row that the run is let recover from without a checkpoint in between."""
