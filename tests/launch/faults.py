@@ -139,7 +139,7 @@ class Victim:
         minutes = sum(
             int(part) * unit for part, unit in zip(reversed(elapsed.split(":")), (1 / 60, 1, 60), strict=False)
         )
-        limit(int(minutes) + 2)
+        limit(int(minutes + 0.5) + 1)  # half a minute to a minute and a half from now
         return lambda: limit(60)
 
     def _node_down(self, index: int) -> Callable[[], None]:

@@ -24,7 +24,7 @@ WITHOUT_PROGRESS = 2
 
 def two_node_recipe(data: Path, faults: int) -> Recipe:
     """A pretrain phase that is long enough for so many faults, and three sparsities after it. An epoch has 20 steps."""
-    short = {"epochs": 2, "lr": 0.05, "weight_decay": 1.0e-4}
+    short = {"epochs": 1, "lr": 0.05, "weight_decay": 1.0e-4}
     epochs = -(-faults * STEPS_PER_FAULT // 20)
     return small_recipe(
         data,

@@ -24,10 +24,10 @@ pytestmark = pytest.mark.timeout(1800)
 def test_faults_are_survived(
     slurm_cluster: SlurmCluster, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run is struck by every kind of fault at random steps; then its sparsities run side by side, and a report."""
+    """One run is struck by every kind of fault at random steps; then three sparsities, two at a time, and a report."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
     chance = random.Random(SEED)
-    kinds = list(KINDS)
+    kinds = [kind for kind in KINDS if kind != "requeue"]  # which test_races has
     chance.shuffle(kinds)
     recipe = two_node_recipe(fashion_data, len(kinds))
     folder = new_run(tmp_path / "runs" / "struck", recipe)
