@@ -31,6 +31,8 @@ learns (HYDRA), finetune, evaluate, report.
   python -m launch run recipes/imagenet_resnet50_linf4.yaml --on slurm --cluster my_cluster.yaml slurm.nodes=1-4
 """
 
+log = logging.getLogger(__name__)
+
 RESUMABLE = "checkpoints are kept: python -m launch resume RUN goes on"
 
 
@@ -84,11 +86,18 @@ def _report(arguments: argparse.Namespace) -> int:
     from pipeline.showcase import show
 
     folders = [run_folder.find(name) for name in arguments.runs]
-    print(report(folders))
+    try:
+        text = report(folders)
+    except OSError as error:
+        raise ValueError(f"the report cannot be written: {error}; of several runs, name a run of yours first") from None
+    print(text)
     print(f"pictures and CSV: {folders[0] / 'report'}/")
     print(f"page: {folders[0] / 'report' / PAGE}")
     for folder in folders:
-        show(folder)
+        try:
+            show(folder)
+        except OSError as error:
+            log.warning("the report of %s is not in wandb: %s", folder, error)
     return 0
 
 

@@ -17,6 +17,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.files import atomic_write_json, atomic_write_text, read_json, sha256_of
 from pipeline.lease import refuse_if_held
 from pipeline.phases import stages_of
+from pipeline.processor import processor_model
 from pipeline.recipe import NAME, Recipe
 from pipeline.recipe_file import deciding_values, dump_recipe, load_recipe, recipe_hash
 
@@ -25,7 +26,6 @@ VERSIONS_OF = (
     *("torch", "torchvision", "ray", "deepspeed", "ffcv", "numpy", "numba", "scipy", "pyautoattack"),
     *("safetensors", "pyarrow", "wandb"),
 )
-CPUS = Path("/proc/cpuinfo")
 NVIDIA_SMI_S = 20.0
 """How long nvidia-smi may take."""
 
@@ -55,15 +55,6 @@ def _commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _processor() -> str | None:
-    """Model name of this machine's processor, where the kernel tells it."""
-    try:
-        lines = CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-
-
 def _gpus() -> list[str]:
     """Model and driver of each GPU of this machine; none without an NVIDIA driver that answers. No torch here."""
     command = shutil.which("nvidia-smi")
@@ -84,7 +75,7 @@ def _provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str, Any]:
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_model(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": _gpus(),
         "python": platform.python_version(),

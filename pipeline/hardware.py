@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.group import Group
+from pipeline.processor import processor_model
 
 
 def hardware_of(group: Group, threads: int) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def hardware_of(group: Group, threads: int) -> dict[str, Any]:
     `threads`: those of one worker.
     """
     gpu = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else None
-    answers = group.gather((platform.node(), _processor(), os.cpu_count(), gpu))
+    answers = group.gather((platform.node(), processor_model(), os.cpu_count(), gpu))
     gpus = [model for _, _, _, model in answers if model is not None]
     return {
         "nodes": len({host for host, _, _, _ in answers}),
@@ -33,13 +33,3 @@ def hardware_of(group: Group, threads: int) -> dict[str, Any]:
 
 def _models(names: list[str]) -> str | None:
     return ", ".join(sorted(set(names))) or None
-
-
-def _processor() -> str:
-    """The model of this node's processor, or at least its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()

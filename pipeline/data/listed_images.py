@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +24,18 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from pipeline.data.images import BrokenImage, read_image
 from pipeline.data.loader import Batch
 from pipeline.data.manifest import DataError
-from pipeline.data.prefetch import Prefetch
+from pipeline.data.prefetch import Prefetch, mapped
 from pipeline.data.source import some
+from pipeline.files import sha256_of
 
 RESIZED, CROPPED = 256, 224
 PREPROCESSING = f"torchvision, resize {RESIZED}, centre crop {CROPPED}"
 _PREPARE = Compose([Resize(RESIZED), CenterCrop(CROPPED)])
 AHEAD = 4
+FILE_DEADLINE_S = 100.0
+"""How long one file may take. Less than a batch may, whose error does not name the file."""
+
+Result = TypeVar("Result")
 
 
 class ListedImages:
@@ -39,7 +44,8 @@ class ListedImages:
     A sample's id is its line's number, from 0; its label is the place of its class in `class_names`. It can be judged
     like an FFCV file (`data.loader.Loader`): it has `num_samples` and `labels` int64 [num_samples], and gives batches.
 
-    Errors: DataError for a list that names a class that is not there, a file that is missing, or a line twice.
+    Errors: DataError for a list that names a class that is not there, a file that is missing or cannot be looked at,
+    or a line twice; LoaderError for a folder that does not answer within FILE_DEADLINE_S.
     """
 
     def __init__(self, folder: Path, list_file: Path, class_names: Iterable[str], *, threads: int) -> None:
@@ -49,7 +55,9 @@ class ListedImages:
         unknown = [name for name in self.names if name.split("/")[0] not in label_of]
         if unknown:
             raise DataError(f"{list_file} names classes that the network was not trained on: {some(unknown)}")
-        missing = [name for name in self.names if not (folder / name).is_file()]
+        self._threads = threads
+        found = self._each(Path.is_file, self.names)
+        missing = [name for name, there in zip(self.names, found, strict=True) if not there]
         if missing:
             raise DataError(
                 f"{folder} lacks {len(missing)} of the {len(self.names)} images that {list_file} names: "
@@ -57,19 +65,33 @@ class ListedImages:
             )
         self.labels = np.array([label_of[name.split("/")[0]] for name in self.names], np.int64)
         self.num_samples = len(self.names)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def __enter__(self) -> ListedImages:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Nothing is open, unlike in a Loader: its threads end with what they were asked."""
+
+    def _each(self, function: Callable[[Path], Result], names: Iterable[str]) -> Generator[Result]:
+        """function(path) of each name, in order. Errors: DataError or LoaderError naming the file."""
+
+        def asked(path: Path) -> Result:
+            try:
+                return function(path)
+            except (OSError, BrokenImage) as error:
+                raise DataError(f"{path} cannot be read: {error}") from None
+
+        paths = [self.path / name for name in names]
+        return mapped(asked, paths, threads=self._threads, deadline_s=FILE_DEADLINE_S)
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """What tells these images, and how they are prepared, from all others. Reads every file once."""
+        """What tells these images, and how they are prepared, from all others. Reads every file once.
+
+        Errors: DataError, LoaderError naming a file that cannot be read, or not within FILE_DEADLINE_S.
+        """
         digest = hashlib.sha256()
-        for name, content in zip(self.names, self._pool.map(self._content_sha256, self.names), strict=True):
+        for name, content in zip(self.names, self._each(sha256_of, self.names), strict=True):
             digest.update(f"{name}\0{content}\n".encode())
         return {
             "data_sha256": digest.hexdigest(),
@@ -77,22 +99,14 @@ class ListedImages:
             "image_list_sha256": list_sha256(self.names),
         }
 
-    def _content_sha256(self, name: str) -> str:
-        return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
-
     def read(self, ids: NDArray[np.int64]) -> Batch:
-        """Images `ids` [n], now. Errors: DataError naming a file that cannot be read or decoded."""
-        images = torch.from_numpy(np.stack(list(self._pool.map(self._prepared, ids.tolist()))))
-        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[ids]), torch.from_numpy(ids.copy()))
+        """Images `ids` [n], now.
 
-    def _prepared(self, i: int) -> NDArray[np.uint8]:
-        """uint8 [224, 224, 3]. ToTensor divides these by 255, as everything here does."""
-        path = self.path / self.names[i]
-        try:
-            pixels, _ = read_image(path)
-        except (OSError, BrokenImage) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        return np.asarray(_PREPARE(Image.fromarray(pixels)))
+        Errors: DataError naming a file that cannot be read or decoded; LoaderError naming one that cannot be within
+        FILE_DEADLINE_S.
+        """
+        images = torch.from_numpy(np.stack(list(self._each(_prepared, [self.names[i] for i in ids.tolist()]))))
+        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[ids]), torch.from_numpy(ids.copy()))
 
     def batches(self, plan: Iterable[tuple[NDArray[np.int64], object]], deadline_s: float = 120.0) -> Generator[Batch]:
         """Batches of (ids, crops), ahead of their use and in order. The crops are not looked at: there is one only.
@@ -105,6 +119,12 @@ class ListedImages:
                 yield batch
         finally:
             prefetch.stop()
+
+
+def _prepared(path: Path) -> NDArray[np.uint8]:
+    """uint8 [224, 224, 3]. ToTensor divides these by 255, as everything here does."""
+    pixels, _ = read_image(path)
+    return np.asarray(_PREPARE(Image.fromarray(pixels)))
 
 
 def list_sha256(names: Iterable[str]) -> str:

@@ -1,17 +1,19 @@
-"""A thread that works ahead of its consumer: bounded, stoppable, and never silent.
+"""Threads that work ahead of their consumer, one in order or several at once: bounded, stoppable, and never silent.
 
-Its error is raised where the consumer is, a result that does not come in time is an error too, and stopping it half-way
-leaves no thread behind.
+Their error is raised where the consumer is, a result that does not come in time is an error too, and stopping them
+half-way leaves no thread behind but one that is stuck. For that one nobody waits, not even the process when it ends.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class LoaderError(RuntimeError):
@@ -77,3 +79,35 @@ class Prefetch(Generic[Item]):
                 self._queue.get_nowait()
             except queue.Empty:
                 return
+
+
+def mapped(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, deadline_s: float
+) -> Generator[Result]:
+    """function(item) of every item, in their order; by `threads` threads, which begin all of them ahead.
+
+    Errors: the function's, after which no other item is begun; LoaderError naming the item whose result does not come
+    within `deadline_s` seconds after the one before it.
+    """
+    # Not a ThreadPoolExecutor: Python waits for its threads at the end of the process, however long they hang.
+    tasks: list[tuple[Item, Future[Result]]] = [(item, Future()) for item in items]
+    left = iter(tasks)  # of a list: taking from it is one step for all threads
+
+    def work() -> None:
+        for item, future in left:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(item))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    for _ in range(min(threads, len(tasks))):
+        threading.Thread(target=work, name="mapped", daemon=True).start()
+    try:
+        for item, future in tasks:
+            if wait([future], deadline_s).not_done:
+                raise LoaderError(f"{item}: nothing within {deadline_s:g} s; its reader is stuck")
+            yield future.result()
+    finally:
+        for _, future in tasks:
+            future.cancel()

@@ -17,7 +17,7 @@ __all__ = ["NotTheirs", "Paper", "write_leaderboards"]
 def write_leaderboards(run: Run, paper: Paper, folder: Path) -> tuple[list[Path], list[str]]:
     """Write what the leaderboards take of `run` below `folder`; return the files, and what is not taken and why.
 
-    Errors: NotTheirs if nothing is; ValueError for damaged verdicts.
+    Errors: NotTheirs if nothing is; ValueError for damaged verdicts, or a folder that cannot be written.
     """
     files: dict[Path, Any] = {}
     refused: dict[str, list[str]] = {}
@@ -37,8 +37,11 @@ def write_leaderboards(run: Run, paper: Paper, folder: Path) -> tuple[list[Path]
         files |= {folder / "adversarial_pruning_benchmark" / name: content for name, content in entry.items()}
     if not files:
         raise NotTheirs("\n  ".join([f"no leaderboard takes {run.folder}:", *left_out]))
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write = atomic_write_text if isinstance(content, str) else atomic_write_json
-        write(path, content)
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write = atomic_write_text if isinstance(content, str) else atomic_write_json
+            write(path, content)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error}; make a copy of the run") from None
     return list(files), left_out

@@ -229,3 +229,11 @@ def test_ids_are_file_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     code, _, err = leaderboard(capsys, run, PAPER.replace(ID, "../up"))
     assert code == 2
     assert "--id ../up: expected letters, digits and dashes" in err
+
+
+def test_a_run_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", CIFAR, images=10_000)
+    (run / "report").touch()  # in the way, for whoever may write anywhere as well
+    code, said, err = leaderboard(capsys, run)
+    assert (code, said) == (2, [])
+    assert re.fullmatch(rf"error: {run}/report/leaderboards cannot be written: .*; make a copy of the run\n", err)

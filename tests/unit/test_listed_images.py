@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +19,17 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
+from pipeline.data import listed_images
 from pipeline.data.listed_images import PREPROCESSING, ListedImages, list_sha256
 from pipeline.data.manifest import DataError
+from pipeline.data.prefetch import LoaderError, mapped
 
 CLASSES = ("n01440764", "n01443537", "n02102040")
 SIZES = [(300, 400), (500, 333), (256, 256), (90, 120), (231, 700)]
 """Height and width; some are smaller than what is cropped."""
+ONE = np.array([0])
+HANGS_S = 120
+"""After which a test takes what does not end for hung."""
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +121,78 @@ def test_a_broken_image_is_named_where_it_is_read(tmp_path: Path) -> None:
         list(listed.batches([(np.array([0]), None)]))
     with pytest.raises(DataError, match=r"nowhere\.txt cannot be read"):
         ListedImages(tmp_path, tmp_path / "nowhere.txt", CLASSES, threads=1)
+
+
+@pytest.mark.parametrize("ask", [lambda listed: listed.identity, lambda listed: list(listed.batches([(ONE, None)]))])
+def test_a_read_that_hangs_is_an_error_and_holds_nobody_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[ListedImages], object]
+) -> None:
+    (tmp_path / CLASSES[0]).mkdir()
+    path = tmp_path / CLASSES[0] / "a.JPEG"
+    shutil.copy(folder / names_of(folder)[0], path)
+    file = write_list(tmp_path / "list.txt", [f"{CLASSES[0]}/a.JPEG"])
+    said: list[str] = []
+
+    def judge() -> None:
+        with ListedImages(tmp_path, file, CLASSES, threads=1) as listed:
+            path.unlink()
+            os.mkfifo(path)  # nobody writes to it: opening it waits
+            monkeypatch.setattr(listed_images, "FILE_DEADLINE_S", 0.05)
+            with pytest.raises(LoaderError) as caught:
+                ask(listed)
+        said.append(str(caught.value))
+
+    thread = threading.Thread(target=judge, daemon=True)
+    thread.start()
+    thread.join(HANGS_S)
+    os.close(os.open(path, os.O_RDWR))  # whoever waits for a writer gets on
+    assert said == [f"{path}: nothing within 0.05 s; its reader is stuck"]
+
+
+def test_a_process_ends_although_its_reader_hangs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "silent")
+    code = (
+        "import sys; from pathlib import Path; from pipeline.data.prefetch import mapped\n"
+        "list(mapped(Path.read_bytes, [Path(sys.argv[1])], threads=1, deadline_s=0.05))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "silent")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S)
+    assert done.returncode == 1
+    assert "silent: nothing within 0.05 s" in done.stderr
+
+
+def test_a_readers_own_error_comes_as_it_is_and_the_rest_is_not_begun() -> None:
+    begun: list[int] = []
+    go_on = threading.Event()
+
+    def read(i: int) -> int:
+        begun.append(i)
+        if i == 2:
+            raise TimeoutError("of the file system")
+        if i == 3:
+            go_on.wait(HANGS_S)
+        return -i
+
+    answers = mapped(read, range(10), threads=1, deadline_s=HANGS_S)
+    assert [next(answers), next(answers)] == [0, -1]
+    with pytest.raises(TimeoutError, match="of the file system"):
+        next(answers)
+    go_on.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "mapped"]:
+        thread.join(HANGS_S)
+    assert begun in ([0, 1, 2], [0, 1, 2, 3])
+
+
+def test_files_that_cannot_be_looked_at_or_read_are_named(folder: Path, tmp_path: Path) -> None:
+    name = f"{CLASSES[0]}/{'a' * 300}.JPEG"  # longer than any file system takes: an error like a forbidden folder's
+    with pytest.raises(DataError, match=r"a\.JPEG cannot be read: .*too long"):
+        ListedImages(folder, write_list(tmp_path / "long.txt", [name]), CLASSES, threads=1)
+    (tmp_path / CLASSES[0]).mkdir()
+    path = tmp_path / CLASSES[0] / "a.JPEG"
+    path.touch()
+    file = write_list(tmp_path / "list.txt", [f"{CLASSES[0]}/a.JPEG"])
+    with ListedImages(tmp_path, file, CLASSES, threads=1) as listed:
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(DataError, match=r"a\.JPEG cannot be read: .*[Dd]irectory"):
+            _ = listed.identity

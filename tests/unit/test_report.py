@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from launch.__main__ import main
+from pipeline import showcase
 from pipeline.evaluate.statistics import wilson_interval
 from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.report import report
@@ -329,3 +331,32 @@ def test_what_was_attacked_besides(tmp_path: Path, no_pictures: None) -> None:
         ("apgd", "0.01", "200", "131", ""),
         ("square", "0.01", "200", "131", "randomised other"),
     ]
+
+
+def test_runs_that_cannot_be_written(
+    tmp_path: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mine, theirs = write_run(tmp_path / "mine"), write_run(tmp_path / "theirs", seed=1)
+    (theirs / "report").touch()  # in the way, for whoever may write anywhere as well
+    shown: list[Path] = []
+
+    def show(folder: Path) -> None:
+        (folder / "report").mkdir(exist_ok=True)
+        shown.append(folder)
+
+    monkeypatch.setattr(showcase, "show", show)
+    assert main(["report", str(mine), str(theirs)]) == 0
+    out, _ = capsys.readouterr()
+    assert "means over the seeds 0, 1" in out
+    assert shown == [mine]
+    (warning,) = caplog.messages
+    assert warning.startswith(f"the report of {theirs} is not in wandb: ")
+
+    assert main(["report", str(theirs), str(mine)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"error: the report cannot be written: .*{theirs}/report.*; .* a run of yours first\n", err)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import run_folder
+from pipeline import processor
+from pipeline.group import Group
+from pipeline.hardware import hardware_of
 from pipeline.lease import LeaseHeld, Leases
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe, recipe_hash
@@ -49,16 +54,18 @@ def test_provenance_says_what_machine_it_was(monkeypatch: pytest.MonkeyPatch, tm
         "echo 'NVIDIA H100 80GB HBM3, 550.54'; echo 'NVIDIA, odd name, 550.54'\n"
     )
     smi.chmod(0o755)
-    monkeypatch.setattr(run_folder, "CPUS", cpus)
+    monkeypatch.setattr(processor, "CPUS", cpus)
     monkeypatch.setenv("PATH", f"{smi.parent}:/usr/bin:/bin")
     provenance = json.loads((run_folder.open_or_create(recipe_with(), "a", NO_DATA) / "provenance.json").read_text())
-    assert provenance["processor"] == "A Processor: 2.5 GHz"
+    alone = Group(0, 1, torch.device("cpu"))
+    assert provenance["processor"] == hardware_of(alone, threads=1)["processor"] == "A Processor: 2.5 GHz"
     assert provenance["gpus"] == ["NVIDIA H100 80GB HBM3, driver 550.54", "NVIDIA, odd name, driver 550.54"]
     assert 1 <= provenance["cores"] <= (os.cpu_count() or 1)
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, as it could not reach the driver'\nexit 9\n")
-    monkeypatch.setattr(run_folder, "CPUS", tmp_path / "none")
+    monkeypatch.setattr(processor, "CPUS", tmp_path / "none")
     provenance = json.loads((run_folder.open_or_create(recipe_with(), "b", NO_DATA) / "provenance.json").read_text())
-    assert (provenance["processor"], provenance["gpus"]) == (None, [])
+    assert provenance["processor"] == hardware_of(alone, threads=1)["processor"] == platform.machine()
+    assert provenance["gpus"] == []
 
 
 def test_data_files_are_absolute_so_that_a_restart_may_come_from_elsewhere(tmp_path: Path) -> None:
