@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.committed import is_done
+from pipeline.disclosed import disclosed_origin, disclosed_recipe
 from pipeline.files import read_json
 from pipeline.hardware import hardware_of
 from pipeline.job import Job
@@ -16,9 +17,6 @@ from pipeline.phases import NETWORK_OF_PHASE, Stage, stages_of
 from pipeline.recipe import Recipe
 from pipeline.stopping import StopRequested
 from pipeline.tracking import Tracker
-
-OF_PROVENANCE = ("commit", "python", "machine", "recipe_sha256", "data_sha256", "versions")
-"""What wandb is told of provenance.json; the command and the host are nobody's business there."""
 
 GROUPED_BY = ("method", "phase", "keep_fraction", "sparsity")
 """Facts that stand beside a stage's accuracies in wandb's table of runs."""
@@ -75,14 +73,8 @@ def keep_network(job: Job, stage: Stage, tracker: Tracker | None) -> None:
 
 
 def config_of(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """The resolved recipe and where the run came from.
-
-    The recipe's slurm section is left out: `setup` is shell, in which people export keys.
-    """
-    provenance = run / "provenance.json"
-    origin = read_json(provenance) if provenance.exists() else {}
-    values = recipe.model_dump(mode="json", exclude={"slurm"})
-    return {**values, "origin": {key: origin[key] for key in OF_PROVENANCE if key in origin}}
+    """The resolved recipe and where the run came from."""
+    return {**disclosed_recipe(recipe), "origin": disclosed_origin(run)}
 
 
 def facts_of(stage: Stage) -> dict[str, Any]:

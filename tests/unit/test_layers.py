@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = """
 architectures recipe_fields recipe_objective recipe_attacks recipe_sections recipe_slurm recipe recipe_file progress
-schedules keys disk files phases committed stopping overfitting
+schedules keys disk files disclosed phases committed stopping overfitting
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
 models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity drift

@@ -16,6 +16,7 @@ from pipeline.page.examples import Examples, Shown
 from pipeline.results import compare, read_runs
 from pipeline.showcase import CHART, show
 from tests.unit.test_report import ACCURACY, LAYERS, edit, write_run
+from tests.unit.test_tracked import HOST, SECRET
 from tests.wandb_files import Recorded, recorded
 
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
@@ -44,6 +45,12 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (run / "report").mkdir()
     (run / "report" / "report.html").write_text("<!doctype html><title>all of it</title>")
     return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("draw_accuracy", "draw_layers"):
+        monkeypatch.setattr(f"pipeline.report.{name}", lambda runs, path: None)
 
 
 def logged(run: Path) -> Recorded:
@@ -150,11 +157,24 @@ def test_a_second_report_that_says_something_new_is_another_run(finished: Path) 
     assert [row["robust_accuracy/dense"] for row in second.rows if "robust_accuracy/dense" in row] == [0.25]
 
 
-def test_the_command_logs_it(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_accuracy", "draw_layers"):
-        monkeypatch.setattr(f"pipeline.report.{name}", lambda runs, path: None)
+def test_the_command_logs_it(finished: Path, no_pictures: None) -> None:
     assert main(["report", str(finished)]) == 0
     assert logged(finished).job_type == "report"
+
+
+def test_what_is_nobodys_business_is_not_logged(tmp_path: Path, no_pictures: None) -> None:
+    """With the real page, which is uploaded as it is and in the report's artifact."""
+    slurm = f"slurm={{setup: ['export WANDB_API_KEY={SECRET}'], nodes: 2, account: {SECRET}}}"
+    run = write_run(tmp_path / "demo", overrides=("tracking.wandb=offline", slurm))
+    assert SECRET in (run / "recipe.yaml").read_text()
+    origin = {"command": ["launch", "run", f"--token={SECRET}"], "host": HOST, "commit": "c" * 40}
+    (run / "provenance.json").write_text(json.dumps(origin))
+    assert main(["report", str(run)]) == 0
+    (place,) = [row["report"]["path"] for row in logged(run).rows if "report" in row]
+    assert "c" * 40 in (logged(run).folder / "files" / place).read_text()
+    data = b"".join(path.read_bytes() for path in (run / "report").rglob("*") if path.is_file())
+    for text in (SECRET, HOST, "WANDB_API_KEY", "--token"):
+        assert text.encode() not in data
 
 
 def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
