@@ -88,7 +88,7 @@ def _report(arguments: argparse.Namespace) -> int:
     print(f"pictures and CSV: {folders[0] / 'report'}/")
     print(f"page: {folders[0] / 'report' / PAGE}")
     for folder in folders:
-        show(folder)
+        show(folder, alone=len(folders) == 1)
     return 0
 
 

@@ -26,7 +26,7 @@ objectives.mixtrain objectives
 data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.listed_images data.verified_copy data.staging
-recorded mirror tracking export load import_weights checkpoint lease
+recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
 evaluate.autoattack evaluate.transfer evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
 group evaluate.chunks judging snip engine batch_statistics replays
