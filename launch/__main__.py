@@ -95,7 +95,7 @@ def _report(arguments: argparse.Namespace) -> int:
     print(f"page: {folders[0] / 'report' / PAGE}")
     for folder in folders:
         try:
-            show(folder)
+            show(folder, alone=len(folders) == 1)
         except OSError as error:
             log.warning("the report of %s is not in wandb: %s", folder, error)
     return 0

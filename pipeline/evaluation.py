@@ -68,7 +68,7 @@ def validation_of(
 def evaluate_stage(job: Job, stage: Stage, labels: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The finished file, as anybody would load it, on the test set: those of `stage.evaluations` that are asked for.
 
-    Yields what each is called in tables and its counts, once they are kept. What was judged before a stop or a crash is
+    Yields each with its counts, once they are kept. What was judged before a stop or a crash is
     not judged again. Collective.
     """
     recipe, folder, group = job.recipe, job.folder(stage), job.group
@@ -106,7 +106,7 @@ def evaluate_stage(job: Job, stage: Stage, labels: list[str]) -> Iterator[tuple[
             (evaluations / "progress.json").unlink(missing_ok=True)
             store.remove()
         group.barrier()
-        yield "test" if attack is None else f"test_{label}", facts
+        yield label, facts
 
 
 def own_task(recipe: Recipe) -> Task:

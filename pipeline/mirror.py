@@ -2,8 +2,8 @@
 
 Rows are numbered, and a row's number is its step in wandb. At its start wandb is asked which rows it has: the server
 where it is online, wandb's own files where it is not. It takes the others, so that it has each row once however often
-the run is resumed and whatever was lost with a process that was killed. No console, code, git, environment or
-name of a host is captured.
+the run is resumed and whatever was lost with a process that was killed; `wandb_ids` says which run that is. No console,
+code, git, environment or name of a host is captured.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import logging
 import os
 import queue
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.files import atomic_write_text
+from pipeline.wandb_ids import kept_run, offline_run, settle_offline
 
 if TYPE_CHECKING:
     import wandb
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Label:
-    """What wandb is told of a run once. Its files and its id lie in `folder`/wandb."""
+    """What wandb is told of a run once. Its files and its ids lie in `folder`/wandb."""
 
     folder: Path
     project: str
@@ -50,8 +49,8 @@ class Label:
     config: Mapping[str, Any]
     axes: Mapping[str, str]
     """Metrics, such as "train/*" -> the metric that is their x-axis."""
-    continues: bool = True
-    """Whether a later start goes on with the run; otherwise it is a run of its own."""
+    rows: str = ""
+    """What decides which row has which number, see `wandb_ids`."""
 
 
 class Mirror:
@@ -60,11 +59,21 @@ class Mirror:
     def __init__(self, label: Label, mode: WandbMode) -> None:
         self._items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._ended = threading.Event()
+        self._label = label
+        self._used: list[str] = []
         # A daemon: it waits for items as long as the process lives, and holds nobody up.
         self._thread = threading.Thread(
             target=_work, args=(self._items, label, mode, self._ended), name="wandb-mirror", daemon=True
         )
         self._thread.start()
+        self._begin(None)
+
+    def _begin(self, tag: str | None) -> None:
+        # Here, not in the thread: the id on disk is never one of rows that are no longer true, however late it is.
+        try:
+            self._put("begin", (kept_run(self._label.folder, self._label.rows), tag))
+        except OSError as error:
+            self._put("fail", error)
 
     def row(self, number: int, values: Mapping[str, float]) -> None:
         """A row, numbered from 0; one that wandb has is left out."""
@@ -86,7 +95,10 @@ class Mirror:
 
     def uses(self, artifact: str) -> None:
         """This run begins with another's artifact: lineage. Online only, as it is the server that knows them."""
+        self._used.append(artifact)
+        self._use(artifact)
 
+    def _use(self, artifact: str) -> None:
         def use(run: wandb.Run) -> None:
             if not run.offline:
                 run.use_artifact(f"{artifact}:latest")
@@ -110,11 +122,13 @@ class Mirror:
         self.do(f"the artifact {artifact}", log)
 
     def begin_anew(self, tag: str) -> None:
-        """Rows that wandb has are no longer true. It cannot drop them: the run is left, tagged, for another one."""
-        self._put("anew", tag)
+        """After `forget_run`: the run that has rows which are no longer true is left, tagged, for another one."""
+        self._begin(tag)
+        for artifact in self._used:
+            self._use(artifact)
 
     def finish(self, *, failed: bool = False) -> bool:
-        """End the wandb run, within a deadline. Returns whether wandb has ended it."""
+        """End the wandb run, within a deadline. Returns whether wandb has all of it, on the server or in its files."""
         self._put("finish", int(failed))
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
@@ -129,45 +143,50 @@ class Mirror:
 def _work(items: queue.SimpleQueue[tuple[str, Any]], label: Label, mode: WandbMode, ended: threading.Event) -> None:
     """The thread."""
     try:
-        run, next_row = _start(label, mode)
+        chosen = _choose_mode() if mode == "auto" else mode
+        if chosen == "disabled":
+            return
+        run: Any = None  # the first item begins one
+        run_id, next_row = "", 0
         while True:
             kind, value = items.get()
-            if kind == "row":
+            if kind == "begin":
+                if run is not None:
+                    _leave(run, label, run_id, value[1])
+                run_id = value[0]
+                run, next_row = _start(label, chosen, run_id)
+            elif kind == "fail":
+                raise value
+            elif kind == "row":
                 number, values = value
                 if number >= next_row:
                     run.log(values, step=number, commit=True)
                     next_row = number + 1
             elif kind == "do":
                 _try(run, *value)
-            elif kind == "anew":
-                run.tags = (*(run.tags or ()), value)
-                run.finish()
-                _id_of(label).unlink()
-                run, next_row = _start(label, mode)
             else:
-                run.finish(exit_code=value)
-                ended.set()
+                if _try(run, f"all of {label.name}", lambda run, code=value, of=run_id: _end(run, label, of, code)):
+                    ended.set()
                 return
     except Exception as error:  # whatever wandb does wrong, a mirror may not stop the run
         logger.warning("wandb stopped, the run goes on: %s", _one_line(error))
 
 
-def _try(run: wandb.Run, what: str, action: Callable[[wandb.Run], object]) -> None:
+def _try(run: wandb.Run, what: str, action: Callable[[wandb.Run], object]) -> bool:
     try:
         action(run)
     except Exception as error:
         logger.warning("wandb does not have %s: %s", what, _one_line(error))
+        return False
+    return True
 
 
-def _start(label: Label, mode: WandbMode) -> tuple[wandb.Run, int]:
+def _start(label: Label, mode: Literal["online", "offline"], run_id: str) -> tuple[wandb.Run, int]:
     """The wandb run, and the number of the first row that it has not."""
     import wandb
 
-    chosen = _choose_mode() if mode == "auto" else mode
-    folder = label.folder / "wandb"
-    if not label.continues:
-        _id_of(label).unlink(missing_ok=True)
-    run_id = _stored_id(_id_of(label))
+    from pipeline.recorded import recorded_rows
+
     arguments: dict[str, Any] = {
         "dir": str(label.folder),
         "project": label.project,
@@ -175,39 +194,47 @@ def _start(label: Label, mode: WandbMode) -> tuple[wandb.Run, int]:
         "name": label.name,
         "job_type": label.job_type,
         "config": dict(label.config),
-        "id": run_id,
         "reinit": "create_new",
         "resume": "allow",
     }
-    try:
-        run = wandb.init(mode=chosen, settings=_settings(), **arguments)
-    except Exception as error:
-        if chosen != "online":
-            raise
-        logger.warning(
-            "wandb is not reachable, so %s is recorded offline (`wandb sync` uploads it): %s",
-            label.name,
-            _one_line(error),
-        )
-        # wandb's service keeps the id of a failed start as taken; a new service does not know it.
-        wandb.teardown()
-        run = wandb.init(mode="offline", settings=_settings(), **arguments)
+    run = None
+    if mode == "online":
+        try:
+            run = wandb.init(mode="online", id=run_id, settings=_settings(), **arguments)
+        except Exception as error:
+            logger.warning(
+                "wandb is not reachable, so %s is recorded offline (`wandb sync` uploads it): %s",
+                label.name,
+                _one_line(error),
+            )
+            # A service that has a failed start in it is not used again.
+            wandb.teardown()
+    if run is None:
+        offline_id = offline_run(label.folder, run_id)
+        run = wandb.init(mode="offline", id=offline_id, settings=_settings(), **arguments)
+        next_row = recorded_rows(label.folder / "wandb", offline_id)
+    else:
+        next_row = run.starting_step
     for axis in sorted(set(label.axes.values())):
         run.define_metric(axis)
     for metric, axis in label.axes.items():
         run.define_metric(metric, step_metric=axis)
+    return run, next_row
+
+
+def _leave(run: wandb.Run, label: Label, run_id: str, tag: str) -> None:
+    def mark(left: wandb.Run) -> None:
+        left.tags = (*(left.tags or ()), tag)
+
+    _try(run, f"the tag {tag!r}", mark)
+    _try(run, "all of the run that is left", lambda left: _end(left, label, run_id, 0))
+
+
+def _end(run: wandb.Run, label: Label, run_id: str, exit_code: int) -> None:
+    """Errors: TimeoutError if that is not all in time."""
+    run.finish(exit_code=exit_code)
     if not run.offline:
-        _mark_synced(folder, run_id)
-        return run, run.starting_step
-    from pipeline.recorded import recorded_rows
-
-    return run, recorded_rows(folder, run_id)
-
-
-def _mark_synced(folder: Path, run_id: str) -> None:
-    """The server is sent all rows that it has not, so what offline starts recorded need not go there any more."""
-    for path in folder.glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"):
-        path.with_name(f"{path.name}.synced").touch()
+        settle_offline(label.folder, run_id)
 
 
 def _choose_mode() -> Literal["online", "offline", "disabled"]:
@@ -240,21 +267,10 @@ def _settings() -> wandb.Settings:
         login_timeout=INIT_SECONDS,
         init_timeout=INIT_SECONDS,
         finish_timeout=UPLOAD_SECONDS,
+        finish_timeout_raises=True,
         # The default of 15 s is what a killed worker would lose.
         x_transaction_log_flush_interval=1.0,
     )
-
-
-def _id_of(label: Label) -> Path:
-    return label.folder / "wandb" / "run_id"
-
-
-def _stored_id(path: Path) -> str:
-    """The wandb id of a folder, made once and kept, so that what is resumed is the same wandb run."""
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        atomic_write_text(path, uuid.uuid4().hex[:16] + "\n")
-    return path.read_text(encoding="utf-8").strip()
 
 
 def _one_line(error: Exception) -> str:

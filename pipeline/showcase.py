@@ -23,6 +23,7 @@ from pipeline.page.pictures import amplified, answers, pixels_of
 from pipeline.report import PAGE
 from pipeline.results import Kind, Network, Run, compare_all, honesty_checks, read_runs
 from pipeline.tracked import config_of
+from pipeline.wandb_ids import forget_run
 
 if TYPE_CHECKING:
     import wandb
@@ -33,10 +34,11 @@ CHART = "accuracy_per_sparsity"
 Rows = list[dict[str, Any]]
 
 
-def show(run_folder: Path) -> None:
+def show(run_folder: Path, alone: bool) -> None:
     """Log the report of one run, where its recipe has wandb and something is evaluated.
 
-    What wandb cannot do is a warning. Errors: ValueError, see `results.read_runs`.
+    `alone`: what `report` wrote into the run's folder is of this run only, and goes with it. What wandb cannot do is a
+    warning. Errors: ValueError, see `results.read_runs`.
     """
     (run,) = read_runs([run_folder])
     tracking = run.recipe.tracking
@@ -44,24 +46,26 @@ def show(run_folder: Path) -> None:
         return
     folder, name = run_folder / "report", run_folder.name
     folder.mkdir(exist_ok=True)
-    rows, tables, said = rows_of(run), tables_of(run), folder / "wandb" / "said"
-    digest = hashlib.sha256(json.dumps([rows, tables]).encode()).hexdigest()
-    if said.exists() and said.read_text(encoding="utf-8") == digest:
+    rows, tables, said, page = rows_of(run), tables_of(run), folder / "wandb" / "said", folder / PAGE
+    numbers, paged = _digest(json.dumps([rows, tables])), _digest(page.read_text(encoding="utf-8")) if alone else ""
+    known = said.read_text(encoding="utf-8").splitlines() if said.exists() else []
+    if known[:1] == [numbers] and paged in ("", *known[1:]):
         return
     earlier = set((folder / "wandb").glob("offline-run-*"))
-    config, shown, page = config_of(run.recipe, run_folder), examples_of(run), folder / PAGE
-    label = Label(folder, tracking.wandb_project, name, name, "report", config, AXES, continues=False)
+    config, shown = config_of(run.recipe, run_folder), examples_of(run)
+    forget_run(folder)
+    label = Label(folder, tracking.wandb_project, name, name, "report", config, AXES)
     mirror = Mirror(label, tracking.wandb)
     for row in rows:
         mirror.do("accuracies", lambda logged, row=row: logged.log(row))
     mirror.do("the chart and the tables", lambda logged: _log_tables(logged, run, tables))
     if isinstance(shown, Shown):
         mirror.do("the examples", lambda logged: _log_examples(logged, shown))
-    if page.is_file():
+    if alone:
         mirror.do("the page", lambda logged: _log_page(logged, page))
-    mirror.produces(f"{name}-report", "report", sorted(path for path in folder.iterdir() if path.is_file()), {})
+        mirror.produces(f"{name}-report", "report", sorted(path for path in folder.iterdir() if path.is_file()), {})
     if mirror.finish():
-        atomic_write_text(said, digest)
+        atomic_write_text(said, f"{numbers}\n{paged}\n")
         for path in earlier:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -101,6 +105,10 @@ def tables_of(run: Run) -> dict[str, Rows]:
             tables["honesty_checks"].append(of | check)
     further = [{**row, "keep_fraction": float(row["keep_fraction"])} for row in further_rows([run])]
     return {title: rows for title, rows in {**tables, "further_attacks": further}.items() if rows}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sparsity(network: Network) -> float:

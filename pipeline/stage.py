@@ -54,7 +54,7 @@ from pipeline.sparsity import (
     trained_parameters,
 )
 from pipeline.stopping import StopRequested
-from pipeline.tracked import keep_network, summary_of, tracked
+from pipeline.tracked import summary_of, tell_kept, tracked
 from pipeline.tracking import Tracker, cut_rows
 
 log = logging.getLogger(__name__)
@@ -85,13 +85,13 @@ def _run_stage(job: Job, stage: Stage) -> None:
     with tracked(job, stage) as tracker:
         if to_train:
             _train_stage(job, stage, own, tracker)
-            keep_network(job, stage, tracker)
             job.observe("stage_finished", {"stage": stage.name})
+        tell_kept(job, stage, tracker)
         if to_evaluate:
             scrutinise(job, stage)
-            for name, facts in evaluate_stage(job, stage, to_evaluate):
+            for label, facts in evaluate_stage(job, stage, to_evaluate):
                 if tracker is not None:
-                    tracker.summary(summary_of(name, facts))
+                    tracker.summary(summary_of(stage, label, facts))
 
 
 def _own_checkpoint(folder: Path) -> Snapshot | None:

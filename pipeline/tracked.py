@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.committed import is_done
+from pipeline.committed import evaluation_path, is_done, unevaluated
+from pipeline.disclosed import disclosed_origin, disclosed_recipe
 from pipeline.files import read_json
 from pipeline.hardware import hardware_of
 from pipeline.job import Job
@@ -16,9 +17,6 @@ from pipeline.phases import NETWORK_OF_PHASE, Stage, stages_of
 from pipeline.recipe import Recipe
 from pipeline.stopping import StopRequested
 from pipeline.tracking import Tracker
-
-OF_PROVENANCE = ("commit", "python", "machine", "recipe_sha256", "data_sha256", "versions")
-"""What wandb is told of provenance.json; the command and the host are nobody's business there."""
 
 GROUPED_BY = ("method", "phase", "keep_fraction", "sparsity")
 """Facts that stand beside a stage's accuracies in wandb's table of runs."""
@@ -42,6 +40,7 @@ def tracked(job: Job, stage: Stage) -> Iterator[Tracker | None]:
         stage=stage.name,
         config={**config_of(recipe, run), "stage": facts_of(stage), "hardware": hardware},
         batch_per_step=recipe.batch.batch_per_step,
+        log_every_steps=recipe.tracking.log_every_steps,
         wandb_mode=recipe.tracking.wandb,
         project=recipe.tracking.wandb_project,
     ) as tracker:
@@ -64,25 +63,27 @@ def tracked(job: Job, stage: Stage) -> Iterator[Tracker | None]:
             tracker.alert("Run done", f"{run.name}: all {len(stages)} stages are done", "INFO")
 
 
-def keep_network(job: Job, stage: Stage, tracker: Tracker | None) -> None:
-    """Give wandb the network of a stage that is trained; it may be uploaded while the test set is looked at."""
-    if tracker is not None:
-        folder = job.folder(stage)
-        result = read_json(folder / "result.json")
-        metadata = facts_of(stage) | {key: result[key] for key in ("steps", "model_sha256", "mask_sha256")}
-        files = [folder / "model.safetensors", folder / "result.json"]
-        tracker.produces(artifact_of(job.run_folder, stage.name), files, metadata)
+def tell_kept(job: Job, stage: Stage, tracker: Tracker | None) -> None:
+    """Give wandb the network of a stage that is trained, and the evaluations that are kept already.
+
+    Each start says it again, whichever of them did the work: it may have been offline then, or was killed. A network is
+    uploaded once, and while the test set is looked at.
+    """
+    if tracker is None:
+        return
+    folder = job.folder(stage)
+    result = read_json(folder / "result.json")
+    metadata = facts_of(stage) | {key: result[key] for key in ("steps", "model_sha256", "mask_sha256")}
+    files = [folder / "model.safetensors", folder / "result.json"]
+    tracker.produces(artifact_of(job.run_folder, stage.name), files, metadata)
+    left = unevaluated(job.run_folder, stage)
+    for label in (label for label in stage.evaluations if label not in left):
+        tracker.summary(summary_of(stage, label, read_json(evaluation_path(folder, label))))
 
 
 def config_of(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """The resolved recipe and where the run came from.
-
-    The recipe's slurm section is left out: `setup` is shell, in which people export keys.
-    """
-    provenance = run / "provenance.json"
-    origin = read_json(provenance) if provenance.exists() else {}
-    values = recipe.model_dump(mode="json", exclude={"slurm"})
-    return {**values, "origin": {key: origin[key] for key in OF_PROVENANCE if key in origin}}
+    """The resolved recipe and where the run came from."""
+    return {**disclosed_recipe(recipe), "origin": disclosed_origin(run)}
 
 
 def facts_of(stage: Stage) -> dict[str, Any]:
@@ -93,16 +94,16 @@ def facts_of(stage: Stage) -> dict[str, Any]:
     return facts | {"keep_fraction": keep, "sparsity": sparsity, "parent": stage.starts_from}
 
 
-def summary_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation for wandb's table of runs: all of it under its name, and the stage's own measure, which is called
-    test, once more as clean_accuracy and robust_accuracy, with their intervals."""
-    if name != "test":
-        return {name: facts}
+def summary_of(stage: Stage, label: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """One of `stage.evaluations` for wandb's table of runs: as test_<label>. The stage's own measure is called test,
+    and is there once more as clean_accuracy and robust_accuracy, with their intervals."""
+    if label != stage.evaluations[0]:
+        return {f"test_{label}": facts}
     headline = {}
     for kind in ("clean", "robust"):
         value = facts[f"{kind}_accuracy"]
         headline |= {f"{kind}_accuracy": value["value"], f"{kind}_interval": {k: value[k] for k in ("low", "high")}}
-    return {name: facts} | headline
+    return {"test": facts} | headline
 
 
 def artifact_of(run: Path, stage: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.files import atomic_write_text, parse_row, read_rows
 from pipeline.mirror import Label, Level, Mirror, WandbMode
+from pipeline.wandb_ids import forget_run
 
 AXES = {"train/*": "images_seen", "validation/*": "epoch"}
 """What wandb draws by what; the optimizer step is in every row too, as global_step."""
@@ -62,19 +63,23 @@ class Tracker:
         stage: str,
         config: Mapping[str, Any],
         batch_per_step: int,
+        log_every_steps: int,
         wandb_mode: WandbMode,
         project: str,
     ) -> None:
         """`stage` is the stage's path in the run, such as "keep-0.1/prune"; its last part is wandb's job type.
 
-        What is in the file already is true: wandb is given what it lacks of it.
+        What is in the file already is true: wandb is given what it lacks of it. After a change of `log_every_steps` or
+        `project` that is all of it, in another wandb run.
         """
         self._path = stage_folder / "metrics.jsonl"
         self._batch_per_step = batch_per_step
         self._mirror: Mirror | None = None
+        rows = f"every {log_every_steps} steps, {project}"
+        forget_run(stage_folder, rows)
         if wandb_mode != "disabled":
             job_type = stage.rsplit("/", 1)[-1]
-            label = Label(stage_folder, project, run_name, stage, job_type, config, AXES)
+            label = Label(stage_folder, project, run_name, stage, job_type, config, AXES, rows)
             self._mirror = Mirror(label, wandb_mode)
         self._open()
 
@@ -109,7 +114,9 @@ class Tracker:
         wandb cannot drop rows: it begins another run with those that stay, and the one that has them all is tagged.
         """
         self._stream.close()
-        if cut_rows(self._path, step) and self._mirror is not None:
+        forget_run(self._path.parent)
+        cut_rows(self._path, step)
+        if self._mirror is not None:
             self._mirror.begin_anew("went back")
         self._open()
 

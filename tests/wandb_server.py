@@ -32,6 +32,8 @@ class WandbServer:
     runs: dict[str, RunOnServer] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    flows: bool = True
+    """Whether lines of files are taken; otherwise the client is told to come again."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
@@ -123,6 +125,8 @@ def wandb_server() -> Iterator[WandbServer]:
                     named = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
                     operation = body.get("operationName") or (named[1] if named else "")
                     found: Any = {"data": state.answer(operation, body.get("variables") or {})}
+                elif self.path.endswith("/file_stream") and not state.flows:
+                    return self._answer({}, 503)
                 elif self.path.endswith("/file_stream"):
                     state.stream(self.path.split("/")[-2], json.loads(data))
                     found = {}
@@ -130,9 +134,9 @@ def wandb_server() -> Iterator[WandbServer]:
                     found = {}
             self._answer(found)
 
-        def _answer(self, found: Any) -> None:
+        def _answer(self, found: Any, status: int = 200) -> None:
             text = json.dumps(found).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()

@@ -7,21 +7,21 @@ forbids scripts and requests itself, by its content security policy.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.disclosed import disclosed_origin, disclosed_recipe
 from pipeline.files import atomic_write_text
 from pipeline.page.charts import accuracy_chart, certified_charts, difference_chart, layer_chart, training_charts
 from pipeline.page.examples import examples_of
-from pipeline.page.history import History, Spent, provenance, read_history, spent
+from pipeline.page.history import History, Spent, read_history, spent
 from pipeline.page.pictures import cards
 from pipeline.page.svg import sample
 from pipeline.page.verdict import SIGNIFICANT, differences, headline, signed
-from pipeline.recipe_file import dump_recipe
 from pipeline.results import (
     CertifiedCurves,
     Comparisons,
@@ -140,7 +140,7 @@ def _story(run: Run) -> dict[str, Any]:
     histories = read_history(run)
     keeps = run.recipe.sparsity.keep_fractions
     costs = [spent(history) for history in histories]
-    origin = provenance(run)
+    origin = disclosed_origin(run.folder)
     return {
         "run": run.folder.name,
         "training": [
@@ -153,7 +153,7 @@ def _story(run: Run) -> dict[str, Any]:
         "stages": [_parentage(history) for history in histories],
         "origin": _origin_rows(origin),
         "versions": origin.get("versions", {}),
-        "recipe": dump_recipe(run.recipe),
+        "recipe": yaml.safe_dump(disclosed_recipe(run.recipe), sort_keys=False),
     }
 
 
@@ -219,7 +219,7 @@ def _parentage(history: History) -> dict[str, str]:
 
 
 def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
-    names = {"commit": "Code", "command": "Command", "created": "Begun", "host": "Host", "machine": "Processor type"}
+    names = {"commit": "Code", "created": "Begun", "machine": "Processor type"}
     names |= {"processor": "Host's processor", "cores": "Host's cores", "gpus": "Host's GPUs", "python": "Python"}
     names |= {"recipe_sha256": "Recipe, sha256"}
     rows = []
@@ -228,5 +228,5 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
         if key == "gpus" and value is not None:
             rows.append((name, "; ".join(value) or "none"))
         elif value is not None:
-            rows.append((name, shlex.join(value) if isinstance(value, list) else str(value)))
+            rows.append((name, str(value)))
     return rows + [(f"{key}, sha256", str(value)) for key, value in origin.get("data_sha256", {}).items()]

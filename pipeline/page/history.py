@@ -1,4 +1,4 @@
-"""What a run's stages left beside their accuracies: metric rows, parents, time, provenance."""
+"""What a run's stages left beside their accuracies: metric rows, parents, time."""
 
 from __future__ import annotations
 
@@ -96,8 +96,3 @@ def spent(history: History) -> Spent:
         held_out_s=sum(row["timing"]["seconds"] for row in validated),
         images=images,
     )
-
-
-def provenance(run: Run) -> dict[str, Any]:
-    """provenance.json; empty for a run that has none."""
-    return read_json_if_there(run.folder / "provenance.json") or {}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = """
 architectures recipe_fields recipe_objective recipe_attacks recipe_sections recipe_slurm recipe recipe_file progress
-schedules keys disk files processor phases committed stopping overfitting
+schedules keys disk files disclosed processor phases committed stopping overfitting
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
 models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity drift
@@ -26,7 +26,7 @@ objectives.mixtrain objectives
 data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
 data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.listed_images data.verified_copy data.staging
-recorded mirror tracking export load import_weights checkpoint lease
+recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
 evaluate.autoattack evaluate.transfer evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
 group evaluate.chunks judging snip engine batch_statistics replays

@@ -12,6 +12,7 @@ import wandb
 
 from pipeline import mirror
 from pipeline.mirror import LONGEST_TITLE, Label, Mirror
+from pipeline.wandb_ids import forget_run
 from tests.wandb_files import recorded, warnings_in
 
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
@@ -59,6 +60,7 @@ class OnlineRun:
 
     def __init__(self, known: list[str]) -> None:
         self.known, self.used, self.logged, self.ended = known, [], [], False
+        self.tags: tuple[str, ...] = ()
 
     def use_artifact(self, name: str) -> None:
         if name not in self.known:
@@ -77,7 +79,7 @@ def test_online_a_network_is_an_artifact_that_comes_from_its_parents(
 ) -> None:
     """Of the client alone: an artifact's upload is a protocol of its own."""
     run = OnlineRun(["demo-pretrain:latest"])
-    monkeypatch.setattr(mirror, "_start", lambda label, mode: (run, 0))
+    monkeypatch.setattr(mirror, "_start", lambda *_: (run, 0))
     network = tmp_path / "model.safetensors"
     network.write_bytes(b"weights")
     mirrored = start(tmp_path)
@@ -93,6 +95,33 @@ def test_online_a_network_is_an_artifact_that_comes_from_its_parents(
     (message,) = warnings_in(caplog)
     assert "the lineage from demo-not-uploaded-yet" in message
     assert run.ended
+
+
+def test_lineage_is_that_of_each_run_that_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [OnlineRun(["demo-pretrain:latest"]) for _ in range(2)]
+    left = list(runs)
+    monkeypatch.setattr(mirror, "_start", lambda *_: (left.pop(0), 0))
+    mirrored = start(tmp_path)
+    mirrored.uses("demo-pretrain")
+    forget_run(tmp_path)
+    mirrored.begin_anew("went back")
+    assert mirrored.finish()
+    assert [run.used for run in runs] == [["demo-pretrain:latest"]] * 2
+    assert [run.tags for run in runs] == [("went back",), ()]
+    assert all(run.ended for run in runs)
+
+
+def test_disabled_by_the_environment_is_nothing_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Least of all a server that has everything."""
+    mirrored = start(tmp_path)
+    mirrored.row(0, {"train/loss": 1.0})
+    assert mirrored.finish()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    mirrored = start(tmp_path, "auto")
+    mirrored.row(1, {"train/loss": 1.0})
+    assert not mirrored.finish()
+    assert len(recorded(tmp_path)) == 1
+    assert not list(tmp_path.rglob("*.synced"))
 
 
 def test_an_unreachable_server_means_offline_and_one_warning(

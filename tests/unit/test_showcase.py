@@ -16,6 +16,7 @@ from pipeline.page.examples import Examples, Shown
 from pipeline.results import compare, read_runs
 from pipeline.showcase import CHART, show
 from tests.unit.test_report import ACCURACY, LAYERS, edit, write_run
+from tests.unit.test_tracked import HOST, SECRET
 from tests.wandb_files import Recorded, recorded
 
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
@@ -46,6 +47,12 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("draw_accuracy", "draw_layers"):
+        monkeypatch.setattr(f"pipeline.report.{name}", lambda runs, path: None)
+
+
 def logged(run: Path) -> Recorded:
     (found,) = recorded(run / "report")
     return found
@@ -56,7 +63,7 @@ def accuracy_of(run: Path, stage: str, kind: str) -> dict[str, float]:
 
 
 def test_what_is_logged_is_what_the_run_left(finished: Path) -> None:
-    show(finished)
+    show(finished, alone=True)
     found = logged(finished)
     assert (found.project, found.group, found.name, found.job_type) == ("mine", "demo", "demo", "report")
     assert found.exit_code == 0
@@ -117,7 +124,7 @@ def test_what_is_logged_is_what_the_run_left(finished: Path) -> None:
 
 
 def test_examples_are_pictures_with_what_was_said_of_them(finished: Path) -> None:
-    show(finished)
+    show(finished, alone=True)
     found, e = logged(finished), three_examples(finished).examples
     table = found.table("predictions")
     lines = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
@@ -139,27 +146,72 @@ def test_examples_are_pictures_with_what_was_said_of_them(finished: Path) -> Non
 
 
 def test_a_second_report_that_says_something_new_is_another_run(finished: Path) -> None:
-    show(finished)
+    show(finished, alone=True)
     first = logged(finished)
-    show(finished)
+    show(finished, alone=True)
     assert logged(finished).folder == first.folder
     edit(finished / "pretrain" / "evaluate" / "pgd.json", lambda v: v["robust_accuracy"].update(value=0.25))
-    show(finished)
+    show(finished, alone=True)
     second = logged(finished)
     assert second.run_id != first.run_id
     assert [row["robust_accuracy/dense"] for row in second.rows if "robust_accuracy/dense" in row] == [0.25]
 
 
-def test_the_command_logs_it(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_accuracy", "draw_layers"):
-        monkeypatch.setattr(f"pipeline.report.{name}", lambda runs, path: None)
+def test_the_command_logs_it(finished: Path, no_pictures: None) -> None:
     assert main(["report", str(finished)]) == 0
     assert logged(finished).job_type == "report"
 
 
+def test_the_page_goes_with_the_one_run_that_it_is_of(tmp_path: Path, no_pictures: None) -> None:
+    """Of two runs it is written into the first one's folder; what lies in the second one's is old."""
+    runs = [write_run(tmp_path / f"seed{seed}", seed, overrides=("tracking.wandb=offline",)) for seed in range(2)]
+    (runs[1] / "report").mkdir()
+    (runs[1] / "report" / "report.html").write_text("old")
+    assert main(["report", *map(str, runs)]) == 0
+    for run in runs:
+        assert not [row for row in logged(run).rows if "report" in row]
+    assert main(["report", str(runs[1])]) == 0
+    with_page = logged(runs[1])
+    (place,) = [row["report"]["path"] for row in with_page.rows if "report" in row]
+    page = (runs[1] / "report" / "report.html").read_text()
+    assert (with_page.folder / "files" / place).read_text() == page != "old"
+    for reported in (runs[1:], runs, runs[1:]):  # nothing new
+        assert main(["report", *map(str, reported)]) == 0
+        assert logged(runs[1]).folder == with_page.folder
+
+
+def test_a_report_that_wandb_was_not_told_of_is_told_later(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = finished / "recipe.yaml"
+    show(finished, alone=True)
+    first = logged(finished)
+    recipe.write_text(recipe.read_text().replace("wandb: offline", "wandb: auto"))
+    edit(finished / "pretrain" / "evaluate" / "pgd.json", lambda v: v["robust_accuracy"].update(value=0.25))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    show(finished, alone=True)
+    assert logged(finished).folder == first.folder
+    monkeypatch.delenv("WANDB_MODE")
+    show(finished, alone=True)
+    assert logged(finished).run_id != first.run_id
+
+
+def test_what_is_nobodys_business_is_not_logged(tmp_path: Path, no_pictures: None) -> None:
+    """With the real page, which is uploaded as it is and in the report's artifact."""
+    slurm = f"slurm={{setup: ['export WANDB_API_KEY={SECRET}'], nodes: 2, account: {SECRET}}}"
+    run = write_run(tmp_path / "demo", overrides=("tracking.wandb=offline", slurm))
+    assert SECRET in (run / "recipe.yaml").read_text()
+    origin = {"command": ["launch", "run", f"--token={SECRET}"], "host": HOST, "commit": "c" * 40}
+    (run / "provenance.json").write_text(json.dumps(origin))
+    assert main(["report", str(run)]) == 0
+    (place,) = [row["report"]["path"] for row in logged(run).rows if "report" in row]
+    assert "c" * 40 in (logged(run).folder / "files" / place).read_text()
+    data = b"".join(path.read_bytes() for path in (run / "report").rglob("*") if path.is_file())
+    for text in (SECRET, HOST, "WANDB_API_KEY", "--token"):
+        assert text.encode() not in data
+
+
 def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
     half = write_run(tmp_path / "half", stages=["keep-0.1/finetune"], overrides=("tracking.wandb=offline",))
-    show(half)
+    show(half, alone=False)
     found = logged(half)
     assert [line[1] for line in found.table(f"{CHART}_table")["data"]] == ["HYDRA, clean", "HYDRA, robust"]
     assert len([row for row in found.rows if "robust_accuracy/HYDRA" in row]) == 1
@@ -167,5 +219,5 @@ def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
     none = write_run(tmp_path / "none", stages=[], overrides=("tracking.wandb=offline",))
     off = write_run(tmp_path / "off", overrides=("tracking.wandb=disabled",))
     for run in (none, off):
-        show(run)
+        show(run, alone=False)
         assert not (run / "report").exists()

@@ -16,8 +16,10 @@ from pipeline.hardware import hardware_of
 from pipeline.job import Job
 from pipeline.loop import NonFinite
 from pipeline.phases import Stage, stages_of
+from pipeline.stage import run_stages
 from pipeline.stopping import StopRequested
-from pipeline.tracked import keep_network, summary_of, tracked
+from pipeline.tracked import summary_of, tell_kept, tracked
+from pipeline.tracking import Tracker
 from tests.small_recipe import small_recipe
 from tests.unit.test_report import evaluation
 from tests.wandb_files import recorded
@@ -94,10 +96,11 @@ def test_summaries_are_named_so_that_a_panel_finds_them(tmp_path: Path) -> None:
     job = make_run(tmp_path)
     rng = np.random.default_rng(0)
     facts = evaluation(rng.random(100) < 0.9, rng.random(100) < 0.5, "sha")
-    with tracked(job, stage_of(job, "keep-0.1/finetune")) as tracker:
+    stage = stage_of(job, "keep-0.1/finetune")
+    with tracked(job, stage) as tracker:
         assert tracker is not None
-        tracker.summary(summary_of("test", facts))
-        tracker.summary(summary_of("test_autoattack", facts | {"attack": "autoattack"}))
+        tracker.summary(summary_of(stage, "pgd", facts))
+        tracker.summary(summary_of(stage, "autoattack", facts | {"attack": "autoattack"}))
     (found,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
     summary = found.summary
     assert (summary["method"], summary["phase"]) == ("HYDRA", "finetune")
@@ -108,6 +111,28 @@ def test_summaries_are_named_so_that_a_panel_finds_them(tmp_path: Path) -> None:
         assert summary[f"{kind}_interval/low"] == accuracy["low"]
         assert summary[f"{kind}_interval/high"] == accuracy["high"]
         assert summary[f"test_autoattack/{kind}_accuracy/value"] == accuracy["value"]
+
+
+def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start before this one trained, finished `test`, and was preempted in AutoAttack."""
+    job = make_run(tmp_path, evaluation={"attacks": [{"name": "autoattack"}]})
+    stage = stage_of(job, "pretrain")
+    folder = job.folder(stage)
+    rng = np.random.default_rng(0)
+    facts = evaluation(rng.random(100) < 0.9, rng.random(100) < 0.5, "m")
+    (folder / "evaluate").mkdir()
+    atomic_write_json(folder / "result.json", {"steps": 40, "model_sha256": "m", "mask_sha256": None})
+    atomic_write_json(folder / "evaluate" / f"{stage.evaluations[0]}.json", facts)
+    sent: list[str] = []
+    monkeypatch.setattr(Tracker, "produces", lambda self, artifact, files, metadata: sent.append(artifact))
+    monkeypatch.setattr("pipeline.stage.check_worker", lambda job: None)
+    monkeypatch.setattr("pipeline.stage.scrutinise", lambda job, stage: None)
+    monkeypatch.setattr("pipeline.stage.evaluate_stage", lambda job, stage, labels: iter([(labels[0], facts)]))
+    run_stages(job, [stage])
+    assert sent == ["demo-pretrain"]
+    (found,) = recorded(folder)
+    assert found.summary["robust_accuracy"] == facts["robust_accuracy"]["value"]
+    assert found.summary[f"test_{stage.evaluations[1]}/robust_accuracy/value"] == facts["robust_accuracy"]["value"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +166,7 @@ def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
             facts = {"steps": 40, "model_sha256": "m", "mask_sha256": None}
             (folder / "evaluate").mkdir()
             atomic_write_json(folder / "result.json", facts)
-            keep_network(job, stage, tracker)
+            tell_kept(job, stage, tracker)
             for name in stage.evaluations:
                 atomic_write_json(folder / "evaluate" / f"{name}.json", {})
         alerts.append(recorded(folder)[0].alerts)

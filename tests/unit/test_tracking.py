@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import mirror
 from pipeline.files import read_rows
 from pipeline.tracking import Tracker, cut_rows, flatten
 from tests.commands import ROOT
@@ -33,7 +34,7 @@ ROW = {
 }
 
 
-def start(folder: Path, mode: Any = "offline") -> Tracker:
+def start(folder: Path, mode: Any = "offline", log_every_steps: int = 20, project: str = "hydra") -> Tracker:
     folder.mkdir(parents=True, exist_ok=True)
     return Tracker(
         folder,
@@ -41,8 +42,9 @@ def start(folder: Path, mode: Any = "offline") -> Tracker:
         stage="keep-0.1/prune",
         config={"seed": 7, "stage": {"method": "HYDRA"}},
         batch_per_step=128,
+        log_every_steps=log_every_steps,
         wandb_mode=mode,
-        project="hydra",
+        project=project,
     )
 
 
@@ -164,7 +166,7 @@ def test_wandb_mirrors_offline_from_another_thread(tmp_path: Path, caplog: pytes
     assert not worker.is_alive()
     assert warnings_in(caplog) == []
     (found,) = recorded(tmp_path)
-    assert found.run_id == (tmp_path / "wandb" / "run_id").read_text().strip()
+    assert found.run_id == (tmp_path / "wandb" / "offline_id").read_text().strip()
     assert (found.project, found.group, found.name, found.job_type) == ("hydra", "demo", "keep-0.1/prune", "prune")
     assert found.config["seed"] == 7
     assert found.config["stage"] == {"method": "HYDRA"}
@@ -242,7 +244,7 @@ folder = Path(sys.argv[1])
 tracker = start(folder)
 for row in json.loads({rows!r}):
     tracker.log(row)
-path = folder / "wandb" / "run_id"
+path = folder / "wandb" / "offline_id"
 while not (path.exists() and recorded_rows(folder / "wandb", path.read_text().strip())):
     time.sleep(0.05)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -272,7 +274,6 @@ def test_going_back_leaves_a_tagged_run_and_begins_another(tmp_path: Path) -> No
         tracker.cut(40)
         for step in (60, 80, 100):
             tracker.log({**train(step), "attack_level": 1})
-        tracker.cut(100)  # nothing to drop, so nothing to begin
     with start(tmp_path) as tracker:  # and what is resumed is the run that was begun last
         tracker.log(train(120))
     starts = recorded(tmp_path)
@@ -285,6 +286,84 @@ def test_going_back_leaves_a_tagged_run_and_begins_another(tmp_path: Path) -> No
     assert others[0].tags == others[1].tags == []
     assert_each_row_once(tmp_path, others)
     assert [row.get("train/attack_level") for row in others[0].rows] == [None, None, None, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_a_kill_while_it_goes_back_leaves_no_id_of_rows_that_are_gone(tmp_path: Path, mode: str) -> None:
+    """The thread may be late, or dead, or there may be none: that wandb has what is cut is told before it is cut."""
+    with start(tmp_path) as tracker:
+        for row in ROWS[:5]:
+            tracker.log(row)
+    tracker = start(tmp_path, mode)
+    tracker._mirror, late = None, tracker._mirror  # what its thread would do never happens
+    tracker.cut(40)
+    tracker.finish()
+    if late is not None:
+        late.finish()
+    with start(tmp_path) as tracker:
+        for step in (60, 80, 100):
+            tracker.log({**train(step), "attack_level": 1})
+    starts = recorded(tmp_path)
+    assert starts[-1].run_id != starts[0].run_id
+    assert_each_row_once(tmp_path, starts[-1:])
+
+
+def test_what_goes_back_before_wandb_has_started_is_another_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what is wrong with the run that is left does not keep the next one from being begun."""
+    begun, real = threading.Event(), mirror._start
+    ends: list[str] = []
+
+    def slow(*arguments: Any) -> Any:
+        begun.wait(60)
+        return real(*arguments)
+
+    def fail(run: Any, *_: Any) -> None:
+        ends.append(run.id)
+        run.finish()
+        if len(ends) == 1:
+            raise TimeoutError("Timed out finishing run.")
+
+    monkeypatch.setattr(mirror, "_start", slow)
+    monkeypatch.setattr(mirror, "_end", fail)
+    with start(tmp_path) as tracker:
+        for row in ROWS[:5]:
+            tracker.log(row)
+        tracker.cut(40)
+        tracker.log(train(60))
+        begun.set()
+    (message,) = warnings_in(caplog)
+    assert "does not have all of the run that is left" in message
+    left, other = recorded(tmp_path)
+    assert (left.run_id, left.tags) == (ends[0], ["went back"])
+    assert left.run_id != other.run_id
+    assert_each_row_once(tmp_path, [other])
+
+
+@pytest.mark.parametrize("change", [{"log_every_steps": 5}, {"project": "other"}])
+def test_another_cadence_or_project_is_another_run(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Killed at step 95 with a checkpoint of 50; number 8 was step 90, and is now 70."""
+    with start(tmp_path) as tracker:
+        for step in range(10, 95, 10):
+            tracker.log(train(step))
+    cut_rows(tmp_path / "metrics.jsonl", 50)
+    with start(tmp_path, **change) as tracker:
+        for step in range(55, 100, 5):
+            tracker.log(train(step))
+    first, second = recorded(tmp_path)
+    assert first.run_id != second.run_id
+    assert_each_row_once(tmp_path, [second])
+
+
+def test_another_cadence_without_wandb_is_not_forgotten(tmp_path: Path) -> None:
+    for mode, every, first, last in (("offline", 10, 10, 90), ("disabled", 5, 55, 70), ("offline", 10, 80, 100)):
+        cut_rows(tmp_path / "metrics.jsonl", first - every)
+        with start(tmp_path, mode, log_every_steps=every) as tracker:
+            for step in range(first, last + 1, every):
+                tracker.log(train(step))
+    _, second = recorded(tmp_path)
+    assert_each_row_once(tmp_path, [second])
 
 
 def test_what_was_not_reported_as_failed_ended_well(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import mirror
 from pipeline.files import read_rows
 from pipeline.tracking import cut_rows
 from tests.unit.test_tracking import ROWS, start
-from tests.wandb_files import recorded
+from tests.wandb_files import recorded, warnings_in
 from tests.wandb_server import WandbServer, wandb_server
 
 KEY = "0123456789" * 4
@@ -85,3 +86,35 @@ def test_what_was_offline_is_sent_by_a_later_start_that_is_online(server: WandbS
     train(folder, "online", 3, 6)
     assert_server_has_each_row_once(server, folder)
     assert len(list((folder / "wandb").glob("offline-run-*/*.wandb.synced"))) == 1
+
+
+def test_offline_after_online_has_all_rows(server: WandbServer, tmp_path: Path) -> None:
+    """Rows that the online start had on disk never reached the server; which they are, nobody knows offline."""
+    folder = tmp_path / "stage"
+    train(folder, "online", 0, 5)
+    (run_id,) = server.runs
+    del server.runs[run_id].history[4], server.runs[run_id].history[3]
+    server.runs[run_id].summary["_step"] = 2
+    train(folder, "offline", 3, 5)
+    train(folder, "offline", 3, 6)
+    second, third = (start for start in recorded(folder) if start.run_id != run_id)
+    assert second.run_id == third.run_id
+    assert [row["_step"] for row in second.rows + third.rows] == list(range(6))
+    train(folder, "online", 3, 6)  # what is missing there is sent, and what is recorded need not go there any more
+    assert_server_has_each_row_once(server, folder)
+    assert len(list((folder / "wandb").glob("offline-run-*/*.wandb.synced"))) == 2
+    train(folder, "offline", 3, 6)  # of which `wandb sync` must not pass over the beginning
+    (last,) = (start for start in recorded(folder) if start.run_id not in (run_id, second.run_id))
+    assert [row["_step"] for row in last.rows] == list(range(6))
+
+
+def test_nothing_counts_as_uploaded_that_was_not(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "stage"
+    train(folder, "offline", 0, 5)
+    server.flows = False
+    monkeypatch.setattr(mirror, "UPLOAD_SECONDS", 0.5)
+    train(folder, "online", 3, 6)
+    assert any("does not have all" in message for message in warnings_in(caplog))
+    assert not list(folder.rglob("*.synced"))

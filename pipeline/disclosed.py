@@ -1,0 +1,30 @@
+"""What of a run's recipe and origin others are shown: by wandb, and by the report's page, which is made to be mailed.
+
+Nothing else of them goes there. The recipe's slurm section is held back, as its `setup` is shell, in which people
+export keys; so are the command and the host, which are nobody's business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json_if_there
+from pipeline.recipe import Recipe
+
+OF_PROVENANCE = (
+    *("commit", "created", "machine", "processor", "cores", "gpus", "python"),
+    *("recipe_sha256", "data_sha256", "versions"),
+)
+
+
+def disclosed_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain values."""
+    return recipe.model_dump(mode="json", exclude={"slurm"})
+
+
+def disclosed_origin(run: Path) -> dict[str, Any]:
+    """What may be told of a run directory's provenance.json; empty for a run that has none. Errors: ValueError for a
+    damaged file."""
+    origin = read_json_if_there(run / "provenance.json") or {}
+    return {key: origin[key] for key in OF_PROVENANCE if key in origin}
