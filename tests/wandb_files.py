@@ -19,6 +19,7 @@ class Recorded:
     """One start of a wandb run."""
 
     folder: Path
+    started_ns: int = 0
     run_id: str = ""
     project: str = ""
     group: str = ""
@@ -49,7 +50,7 @@ def recorded(folder: Path) -> list[Recorded]:
     """All starts that `folder`/wandb holds, the oldest first."""
     wandb.teardown()  # run.finish() may return a moment before the service has written the last rows
     paths = (folder / "wandb").glob("*run-*/run-*.wandb")
-    return [_recorded(path) for path in sorted(paths, key=lambda path: path.parent.name)]
+    return sorted(map(_recorded, paths), key=lambda start: start.started_ns)  # folders' names tell seconds only
 
 
 def _recorded(path: Path) -> Recorded:
@@ -58,6 +59,7 @@ def _recorded(path: Path) -> Recorded:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = record.run
+            found.started_ns = run.start_time.ToNanoseconds()
             found.run_id, found.project, found.group = run.run_id, run.project, run.run_group
             found.name, found.job_type, found.host = run.display_name, run.job_type, run.host
             found.tags = list(run.tags)
