@@ -344,7 +344,7 @@ def test_runs_that_cannot_be_written(
     (theirs / "report").touch()  # in the way, for whoever may write anywhere as well
     shown: list[Path] = []
 
-    def show(folder: Path) -> None:
+    def show(folder: Path, *, alone: bool) -> None:
         (folder / "report").mkdir(exist_ok=True)
         shown.append(folder)
 
