@@ -28,3 +28,8 @@ def disclosed_origin(run: Path) -> dict[str, Any]:
     damaged file."""
     origin = read_json_if_there(run / "provenance.json") or {}
     return {key: origin[key] for key in OF_PROVENANCE if key in origin}
+
+
+def config_of(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """Both, as wandb's config of a run."""
+    return {**disclosed_recipe(recipe), "origin": disclosed_origin(run)}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.disclosed import config_of
 from pipeline.files import atomic_write_text
 from pipeline.further import further_rows
 from pipeline.mirror import Label, Mirror
@@ -22,7 +23,6 @@ from pipeline.page.examples import Shown, examples_of
 from pipeline.page.pictures import amplified, answers, pixels_of
 from pipeline.report import PAGE
 from pipeline.results import Kind, Network, Run, compare_all, honesty_checks, read_runs
-from pipeline.tracked import config_of
 from pipeline.wandb_ids import forget_run
 
 if TYPE_CHECKING:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.committed import evaluation_path, is_done, unevaluated
-from pipeline.disclosed import disclosed_origin, disclosed_recipe
+from pipeline.disclosed import config_of
 from pipeline.files import read_json
 from pipeline.hardware import hardware_of
 from pipeline.job import Job
 from pipeline.loop import NonFinite
 from pipeline.phases import NETWORK_OF_PHASE, Stage, stages_of
-from pipeline.recipe import Recipe
 from pipeline.stopping import StopRequested
 from pipeline.tracking import Tracker
 
@@ -79,11 +78,6 @@ def tell_kept(job: Job, stage: Stage, tracker: Tracker | None) -> None:
     left = unevaluated(job.run_folder, stage)
     for label in (label for label in stage.evaluations if label not in left):
         tracker.summary(summary_of(stage, label, read_json(evaluation_path(folder, label))))
-
-
-def config_of(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """The resolved recipe and where the run came from."""
-    return {**disclosed_recipe(recipe), "origin": disclosed_origin(run)}
 
 
 def facts_of(stage: Stage) -> dict[str, Any]:

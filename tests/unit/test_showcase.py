@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from pipeline import showcase
 from pipeline.page.examples import Examples, Shown
 from pipeline.results import compare, read_runs
 from pipeline.showcase import CHART, show
+from tests.commands import ROOT
 from tests.unit.test_report import ACCURACY, LAYERS, edit, write_run
 from tests.unit.test_tracked import HOST, SECRET
 from tests.wandb_files import Recorded, recorded
@@ -221,3 +224,11 @@ def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
     for run in (none, off):
         show(run, alone=False)
         assert not (run / "report").exists()
+
+
+def test_reporting_imports_nothing_of_training() -> None:
+    """DeepSpeed would write on standard output, where the report's table is."""
+    heavy = ["ray", "deepspeed"]
+    code = f"import sys, pipeline.report, pipeline.showcase; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
