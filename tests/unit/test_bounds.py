@@ -696,7 +696,10 @@ FIXED_LABELS = torch.tensor([0, 2])
     ],
 )
 def test_margins_are_those_of_auto_lirpa(eps: float, ibp: list[list[float]], crown_ibp: list[list[float]]) -> None:
-    """Numbers of auto_LiRPA 0.3 (methods IBP and CROWN-IBP, the same boxes), whose pins keep it out of this suite."""
+    """Numbers of auto_LiRPA 0.3 (methods IBP and CROWN-IBP, the same boxes), whose pins keep it out of this suite.
+
+    test_bounds_of_others.py runs another library.
+    """
     margins = all_margins(Fixed().eval(), FIXED_IMAGES, FIXED_LABELS, eps)
     torch.testing.assert_close(margins["ibp"], torch.tensor(ibp), rtol=0, atol=5e-6)
     torch.testing.assert_close(margins["crown_ibp"], torch.tensor(crown_ibp), rtol=0, atol=5e-6)
