@@ -1,6 +1,7 @@
 """What every worker checks before its first step: its device, its data files, and that its peers are its likes.
 
 A node with a broken GPU, another version of the code or another copy of the data is named, instead of spoiling a run.
+And a network that no stage could bound is, before another stage has trained it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any
 
 import torch
 
+from pipeline.bounds import trace
 from pipeline.data.manifest import open_checked
 from pipeline.job import Job
+from pipeline.models import build_network
+from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_hash
+from pipeline.recipe_objective import PROVING
 
 SIDE = 256
 VERSIONS = ("torch", "deepspeed", "ffcv", "numpy")
@@ -40,6 +45,19 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def check_bounds(recipe: Recipe) -> None:
+    """Refuse a network without bounds where an objective trains or judges by them. Errors: ValueError."""
+    for key, objective in recipe.objectives.items():
+        if objective.name in PROVING:
+            try:
+                trace(build_network(recipe.model, recipe.seed, recipe.data.image_size))
+            except ValueError as error:
+                raise ValueError(
+                    f"{key}.name {objective.name} needs bounds of model.arch {recipe.model.arch}: {error}; "
+                    "choose another network or objective"
+                ) from None
+
+
 def _identity(job: Job) -> dict[str, Any]:
     """What must be equal on all workers."""
     data = job.recipe.data
@@ -55,7 +73,11 @@ def _identity(job: Job) -> dict[str, Any]:
 
 
 def check_worker(job: Job) -> None:
-    """Raise Unhealthy on every rank if any worker's device fails or differs from the others. Collective."""
+    """Raise Unhealthy on every rank if any worker's device fails or differs from the others. Collective.
+
+    Errors: ValueError, on every rank as well, for a network that cannot be bounded and has to be.
+    """
+    check_bounds(job.recipe)
     problem = None
     try:
         check_device(job.group.device)

@@ -62,7 +62,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "crown_ibp": {"objective": {"name": "crown_ibp"}},
     "mixtrain, adam": {"objective": {"name": "mixtrain"}, "phases": ADAM},
-    "search": {"phases": {"pretrain": {"objective": {"name": "clean"}}, "finetune": None}},
+    "search, ibp": {
+        "objective": {"name": "ibp"},
+        "phases": {"pretrain": {"objective": {"name": "clean"}}, "finetune": None},
+    },
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from pipeline import sparsity
 from pipeline.allocation import erdos_renyi_kernel, global_masks, total_kept, uniform
 from pipeline.models import build_network
-from pipeline.recipe_sections import Model
+from pipeline.recipe_sections import Allocation, Model
 
 dimension = st.integers(1, 12)
 shape = st.one_of(
@@ -83,11 +84,17 @@ def _key(entry: tuple[str, int, float]) -> tuple[float, int]:
     return entry[2], -entry[1]
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "erk", "global"])
-@pytest.mark.parametrize("keep", ["0.1", "0.01", "0.001"])
-def test_every_layer_of_a_network_keeps_something_and_the_total_is_exact(allocation: str, keep: str) -> None:
-    network = build_network(Model(arch="resnet18", num_classes=10), 0)
-    sparsity.attach_scores(network, Decimal(keep), allocation)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("allocation", get_args(Allocation))
+@pytest.mark.parametrize(
+    ("arch", "keep"),
+    [("resnet18", "0.1"), ("resnet18", "0.01"), ("resnet18", "0.001"), ("wrn_28_4", "0.01"), ("cnn_large", "0.01")],
+)
+def test_every_layer_of_a_network_keeps_something_and_the_total_is_exact(
+    arch: str, keep: str, allocation: Allocation
+) -> None:
+    """The first convolution among them: of wrn_28_4's 432 connections, 1 % is 4.3."""
+    network = build_network(Model(arch=arch, num_classes=10), 0, 32)
+    sparsity.attach_scores(network, Decimal(keep), allocation)
     counts = sparsity.layer_counts(network)
     assert min(entry["kept"] for entry in counts) >= 1
     n = sum(entry["total"] for entry in counts)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import sparsity
+from pipeline.architectures import OWN
 from pipeline.attacks import LinfBall, pgd
 from pipeline.bounds import (
     Bounds,
@@ -29,7 +30,10 @@ from pipeline.bounds import (
 from pipeline.bounds.layers import FUNCTIONS, MODULES
 from pipeline.bounds.operations import MaxPool, Operation, Relu
 from pipeline.models import Network, build_network
+from pipeline.models.vgg_cifar import CifarVGG
+from pipeline.models.wide_resnet import WideResNet
 from pipeline.recipe_sections import Model
+from pipeline.sparsity import maskable
 
 POINTS = 10_000
 CLASSES = 4
@@ -76,6 +80,8 @@ def backbones() -> dict[str, nn.Module]:
         "plain": nn.Sequential(*plain, nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES)),
         "pooled": nn.Sequential(*pooled, nn.Linear(16, CLASSES)),
         "residual": Residual(),
+        "wide": WideResNet(10, 2, CLASSES),
+        "vgg6_bn": CifarVGG(6, True, CLASSES),
     }
 
 
@@ -90,12 +96,13 @@ def network_named(name: str, seed: int = 0) -> Network:
         network = build_network(Model(arch=kind, num_classes=CLASSES), seed)
     else:
         network = Network(backbones()[kind], (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    size = 16 if kind.startswith("vgg") else 8
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, -1.0, 1.5)
             nn.init.normal_(module.bias, 0.0, 0.3)
     with torch.no_grad():
-        network.train()(torch.rand(16, 3, 8, 8))
+        network.train()(torch.rand(16, 3, size, size))
         for parameter in network.parameters():  # the last layer starts small: bounds would be near anything
             parameter.mul_(1.5)
     if masked:
@@ -103,9 +110,9 @@ def network_named(name: str, seed: int = 0) -> Network:
     return network.eval()
 
 
-def image(seed: int = 0, count: int = 1) -> Tensor:
+def image(seed: int = 0, count: int = 1, size: int = 8) -> Tensor:
     """Some pixels are near 0 and 1, so that the valid range cuts the box."""
-    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).mul(1.2).sub(0.1).clamp(0, 1)
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).mul(1.2).sub(0.1).clamp(0, 1)
 
 
 def points_in(box: Box, count: int) -> Tensor:
@@ -154,16 +161,31 @@ def test_bounds_contain_sampled_points(name: str) -> None:
             assert margins[0, 1] == 0
 
 
-def test_a_residual_network_of_torchvision_is_bounded() -> None:
-    network, x, y = network_named("resnet18"), image(), torch.tensor([1])
-    box = linf_box(x, 0.01)
-    with torch.no_grad():
-        bounds = interval_bounds(trace(network), box)
-        logits = network(points_in(box, 200))
-        reached = margins_of(logits, y.expand(200)).amin(dim=0)
-        for margins in (bounds.interval_margins(y), bounds.linear_margins(y)):
-            assert bool((margins[0] <= reached + rounding(logits)).all())
-            assert bool(torch.isfinite(margins).all())
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "eps"), [("resnet18", 0.01), ("wide", 0.01), ("vgg6_bn", 0.02), ("vgg6_bn masked", 0.02)]
+)
+def test_the_kinds_of_network_that_are_shipped_are_bounded(name: str, eps: float) -> None:
+    network, y, size = network_named(name), torch.tensor([1]), 16 if name.startswith("vgg") else 8
+    box = linf_box(image(size=size), eps)
+    bounds = interval_bounds(trace(network), box)
+    logits = network(points_in(box, 200))
+    reached = margins_of(logits, y.expand(200)).amin(dim=0)
+    assert float(reached.max() - reached.min()) > 100 * rounding(logits), "nothing moves in this network"
+    for margins in (bounds.interval_margins(y), bounds.linear_margins(y)):
+        assert bool((margins[0] <= reached + rounding(logits)).all())
+        assert bool(torch.isfinite(margins).all())
+
+
+@pytest.mark.parametrize("arch", [*OWN, "resnet18", "resnet34", "resnet50"])
+def test_every_network_of_the_paper_has_bounds(arch: str) -> None:
+    with torch.device("meta"):
+        network = build_network(Model(arch=arch, num_classes=10), 0, 32)
+    if arch == "ra_resnet50":
+        with pytest.raises(ValueError, match=r"stage1-block0\.F\.a\.1 \(SiLU\) cannot be bounded"):
+            trace(network)
+    else:
+        assert len(trace(network).layers) > len(list(maskable(network)))
 
 
 @pytest.mark.parametrize("name", ["plain", "pooled", "residual masked"])
@@ -696,7 +718,10 @@ FIXED_LABELS = torch.tensor([0, 2])
     ],
 )
 def test_margins_are_those_of_auto_lirpa(eps: float, ibp: list[list[float]], crown_ibp: list[list[float]]) -> None:
-    """Numbers of auto_LiRPA 0.3 (methods IBP and CROWN-IBP, the same boxes), whose pins keep it out of this suite."""
+    """Numbers of auto_LiRPA 0.3 (methods IBP and CROWN-IBP, the same boxes), whose pins keep it out of this suite.
+
+    test_bounds_of_others.py runs another library.
+    """
     margins = all_margins(Fixed().eval(), FIXED_IMAGES, FIXED_LABELS, eps)
     torch.testing.assert_close(margins["ibp"], torch.tensor(ibp), rtol=0, atol=5e-6)
     torch.testing.assert_close(margins["crown_ibp"], torch.tensor(crown_ibp), rtol=0, atol=5e-6)

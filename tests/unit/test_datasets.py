@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision.datasets as tv
 
 from pipeline.data import datasets
 from pipeline.data.datasets import open_source, read_idx
 from pipeline.data.manifest import DataError
+from tests.imagenet_tree import encoded, picture
 
 
 def touch(*paths: Path) -> None:
@@ -91,6 +93,41 @@ def test_idx_files_plain_and_gzipped(tmp_path: Path) -> None:
     assert kind == "grey"
     np.testing.assert_array_equal(pixels, np.stack([images[7]] * 3, axis=2))
     assert len(open_source("fashion_mnist", "test", tmp_path / "idx").labels) == 10
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_fashion_mnist_is_what_torchvision_reads(tmp_path: Path, split: str) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.parent.mkdir()
+    write_idx_files(raw)
+    for zipped in raw.glob("*.gz"):  # torchvision reads them unpacked, and we either way
+        zipped.with_suffix("").write_bytes(gzip.decompress(zipped.read_bytes()))
+    expected = tv.FashionMNIST(str(tmp_path), train=split == "train")
+    source = open_source("fashion_mnist", split, raw)
+    assert list(source.class_names) == expected.classes
+    assert source.labels.tolist() == expected.targets.tolist()
+    assert len(source.names) == len(expected) > 0
+    for i in range(len(expected)):
+        pixels, _ = source.read(i)
+        np.testing.assert_array_equal(pixels, np.stack([np.asarray(expected[i][0])] * 3, axis=2))
+
+
+def test_an_image_folder_is_what_torchvision_reads(tmp_path: Path) -> None:
+    """Names that need sorting, a folder below a class, and files that are no images."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for n, name in enumerate(("b/10.png", "b/9.JPEG", "A/deep/x.Jpg", "A/1.jpeg")):
+            file = tmp_path / split / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encoded(picture(rng, n, 20, 24)))
+        touch(tmp_path / split / "A" / "notes.txt")
+    for split, place in (("train", "train"), ("test", "val")):
+        source, expected = open_source("image_folder", split, tmp_path), tv.ImageFolder(str(tmp_path / place))
+        assert list(source.class_names) == expected.classes
+        assert source.labels.tolist() == expected.targets
+        assert source.names == [str(Path(path).relative_to(tmp_path / place)) for path, _ in expected.samples]
+        for i in range(len(expected)):
+            np.testing.assert_array_equal(source.read(i)[0], np.asarray(expected[i][0]))
 
 
 def test_missing_and_damaged_idx_files(tmp_path: Path) -> None:

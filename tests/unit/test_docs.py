@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEY_ROW = re.compile(r"^\| `([a-z0-9_.<>]+)` \| [^|]+ \| `?([^|]*?)`? \|", re.MULTILINE)
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 RECIPE_ROW = re.compile(
-    r"^\| \[`(\w+)`\]\(\.\./recipes/\1\.yaml\) \| `(\w+)` \| `(\w+)` \| `(\w+)` \| ([\d, ]+) % \|", re.MULTILINE
+    r"^\| \[`(\w+)`\]\(\.\./recipes/\1\.yaml\) \| `(\w+)` \| `(\w+)` \| `(\w+)` \| ([\d., ]+) % \|", re.MULTILINE
 )
 COMMAND = re.compile(r"python -m launch\b([^`\n]*)")
 REQUIRED = "required"
@@ -79,7 +79,7 @@ def test_the_table_of_recipes_is_true():
     true = {}
     for path in RECIPES:
         recipe = load_recipe(path, [])
-        pruned = ", ".join(str(int(100 * (1 - keep))) for keep in recipe.sparsity.keep_fractions)
+        pruned = ", ".join(f"{float(100 * (1 - keep)):g}" for keep in recipe.sparsity.keep_fractions)
         true[path.stem] = (recipe.data.dataset, recipe.model.arch, recipe.objective.name, pruned)
     assert said == true
 

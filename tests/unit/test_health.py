@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.group import Group
-from pipeline.health import Unhealthy, check_device, check_worker
+from pipeline.health import Unhealthy, check_bounds, check_device, check_worker
 from pipeline.job import Job
 from tests.small_recipe import small_recipe
 
@@ -81,3 +81,18 @@ def test_what_another_worker_found_stops_all(fashion_data: Path) -> None:
 
     with pytest.raises(Unhealthy, match="node-3: cuda:0 computes wrongly"):
         check_worker(job_among(fashion_data, like, broken))
+
+
+def test_a_network_without_bounds_is_refused_before_it_is_trained_for_nothing(fashion_data: Path) -> None:
+    """In a search the objective that needs bounds begins when pretraining on clean images is over."""
+    phase = {"epochs": 1, "lr": 0.1}
+    phases = {"pretrain": {**phase, "objective": {"name": "clean"}}, "prune": phase, "finetune": None}
+    search: dict[str, Any] = {"phases": phases, "sparsity": {"baselines": []}, "objective": {"name": "crown_ibp"}}
+    without = {"arch": "squeezenet1_1", "num_classes": 10}
+    small = {"image_size": 32, "augmentation": "none"}
+    words = r"^objective.name crown_ibp needs bounds of model.arch squeezenet1_1: .*MaxPool2d.*; choose another network"
+    job = Job(small_recipe(fashion_data, **search, model=without, data=small), fashion_data, "token", Peers(0, 1, CPU))
+    with pytest.raises(ValueError, match=words):
+        check_worker(job)
+    check_bounds(small_recipe(fashion_data, **search))
+    check_bounds(small_recipe(fashion_data, model=without, data=small))
