@@ -34,6 +34,7 @@ from pipeline.replays import carried_noise
 from pipeline.schedules import lr_at
 from pipeline.sparsity import named_state, refresh_masks
 from pipeline.stopwatch import Stopwatch
+from pipeline.system import Nodes
 
 STOP = 4
 """Which of a step's sums counts the workers that were asked to stop."""
@@ -112,7 +113,7 @@ def train(training: Training, progress: Progress) -> Progress:
     """
     recipe, stage, group = training.recipe, training.stage, training.group
     statistics = BatchStatistics(training.network, group)
-    clock = Stopwatch(group.device)
+    clock, nodes = Stopwatch(group.device), Nodes(group)
     try:
         while not progress.finished:
             sums = _step(training, statistics, progress, clock)
@@ -120,7 +121,7 @@ def train(training: Training, progress: Progress) -> Progress:
             training.observe("step", {"stage": stage.name, "step": progress.step})
             ends_epoch = progress.at_epoch_end
             if progress.step % recipe.tracking.log_every_steps == 0 or ends_epoch:
-                _log_window(training, progress, clock.read())
+                _log_window(training, progress, clock.read(), nodes.sample())
                 progress = progress.after_window()
             if ends_epoch and recipe.evaluation.validation_steps > 0:
                 progress = _validated(training, progress)
@@ -210,8 +211,10 @@ def _added(window: Window, sums: torch.Tensor) -> Window:
     )
 
 
-def _log_window(training: Training, progress: Progress, seconds_in: dict[str, float]) -> None:
-    """One metrics row for the steps since the last one. What is timed is kept apart: the rest is repeatable."""
+def _log_window(
+    training: Training, progress: Progress, seconds_in: dict[str, float], system: dict[str, dict[str, float]]
+) -> None:
+    """One metrics row for the steps since the last one. What is measured is kept apart: the rest is repeatable."""
     if training.rows is None:
         return
     seconds = sum(seconds_in.values())
@@ -231,6 +234,7 @@ def _log_window(training: Training, progress: Progress, seconds_in: dict[str, fl
                 "images_per_s": window.images / max(seconds, 1e-9),
                 "seconds": seconds,
                 "seconds_in": seconds_in,
+                "system": system,
             },
             **_level(training, progress),
             **({"mask_drift": training.drift.measured()} if training.drift is not None else {}),

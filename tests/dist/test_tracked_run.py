@@ -139,6 +139,7 @@ def test_rows_tell_where_their_time_went(runs: Path) -> None:
     (start,) = recorded(runs / "straight" / "pretrain")
     for row in (row for row in start.rows if "train/loss" in row):
         assert all(f"train/timing/seconds_in/{part}" in row for part in PARTS)
+        assert 0 < row["system/node-0/memory_percent"] <= 100
 
 
 def test_wandb_has_each_row_once(runs: Path) -> None:
