@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from launch import run_folder
+from pipeline.data.prefetch import LoaderError
 from pipeline.files import exclusive, read_json, sha256_of
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
@@ -105,6 +107,16 @@ def _attack(arguments: argparse.Namespace, recipe: Recipe) -> Attack:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    try:
+        _attack_each(arguments)
+    except LoaderError as error:  # nothing that the user could say differently: no ValueError
+        print(f"error: {error}; {KEPT}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _attack_each(arguments: argparse.Namespace) -> None:
+    """Print the counts of every network that is meant. Errors: ValueError; LoaderError for images that do not come."""
     folder, files = _targets(arguments.target)
     run_folder.check_same_data(folder)
     recipe = load_recipe(folder / "recipe.yaml")
@@ -129,7 +141,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         task = task_of(attack, recipe, source, group)
         for path in files:
             print(json.dumps({"file": str(path), **_judged(path, task, loader, crops, group)}), flush=True)
-    return 0
 
 
 def _images(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Images, Crops]:

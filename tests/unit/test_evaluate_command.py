@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from launch import run_folder
 from launch.__main__ import main
 from pipeline import judging
 from pipeline.committed import evaluation_path
+from pipeline.data import listed_images
 from pipeline.evaluate.autoattack import Ensemble
 from pipeline.evaluate.chunks import read_verdicts
 from pipeline.evaluate.pgd import Pgd
@@ -236,6 +238,23 @@ def test_listed_images_are_judged_as_torchvision_prepares_them(
     chunks = judging_of(monkeypatch, Ensemble)
     assert evaluate(capsys, run, "--attack", "square", *options) == (0, [found], "")
     assert chunks == []
+
+
+def test_a_list_that_does_not_come_is_one_line_and_a_failure(
+    listed: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, options = listed
+    path = Path(options[-1])
+    path.unlink()
+    os.mkfifo(path)  # nobody writes to it: opening it waits
+    monkeypatch.setattr(listed_images, "FILE_DEADLINE_S", 0.05)
+    code, found, err = evaluate(capsys, run, "--attack", "square", *options)
+    os.close(os.open(path, os.O_RDWR))  # whoever waits for a writer gets on
+    assert (code, found) == (1, [])
+    assert err == (
+        f"error: {path}: nothing within 0.05 s; its reader is stuck; "
+        "what was judged is kept: the same command goes on with it\n"
+    )
 
 
 def test_listed_images_that_cannot_be_judged_are_refused(
