@@ -179,6 +179,21 @@ def test_examples_are_transferred_to_every_other_network(run: Path, capsys: pyte
     assert (code, found["file"]) == (0, str(run / STAGES[0] / "model.safetensors"))
 
 
+def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, err = evaluate(capsys, run, "--attack", "square,transfer", "--images", IMAGES)
+    assert (code, err) == (0, "")
+    files = [str(run / stage / "model.safetensors") for stage in STAGES]
+    assert [(one["attack"], one["file"]) for one in found] == [
+        ("square", files[0]),
+        ("square", files[1]),
+        ("transfer", files[1]),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run), "--attack", "square,rumour"])
+    assert ended.value.code == 2
+    assert "'rumour' is none of pgd, apgd, autoattack, square, transfer, corruptions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -187,6 +202,7 @@ def test_examples_are_transferred_to_every_other_network(run: Path, capsys: pyte
         (["--images", "few"], "--images few: expected all or a number"),
         (["--steps", "0"], "--steps, --restarts and --step-size must be positive"),
         (["--attack", "apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
+        (["--attack", "pgd,apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
         (["--attack", "square", "--source", "x"], "--source x is for --attack transfer"),
         (["--attack", "transfer", "--source", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
