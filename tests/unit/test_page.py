@@ -172,6 +172,7 @@ def test_numbers_intervals_and_differences(tmp_path: Path) -> None:
 def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
     run = write_run(tmp_path / "even")
     same_verdicts(run, "keep-0.01/magnitude", "keep-0.01/finetune", flipped=20)
+    assert re.search(r"^magnitude +99 %.* \+0\.00 +p = 1\.000, within noise$", report([run]), re.MULTILINE)
     page = page_of([run])
     assert "the 0.0 points between it and magnitude pruning are a difference within noise" in page.text
     assert page.row("magnitude", "99 %", "+0.00")[-2:] == ["p = 1.000", "within noise"]
