@@ -33,10 +33,8 @@ demo: setup
 	$(PY) -m launch report runs/demo
 	@echo 'The pictures, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
 
-# The rest has the machine to itself: its clusters and processes fill two cores.
 test: setup
-	$(PY) -m pytest tests/unit -n logical --maxprocesses=8 --dist=loadfile
-	$(PY) -m pytest --ignore=tests/unit
+	$(PY) -m tests.lanes
 
 lint: setup
 	$(PY) -m ruff check

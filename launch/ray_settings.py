@@ -23,6 +23,8 @@ def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Workers that Ray starts before they are asked for lack Ray Train's environment, and are never used.
         "RAY_prestart_worker_first_driver": "0",
+        # Ray would have workers give way to whatever else runs on the node (nice 15): training then starves.
+        "RAY_worker_niceness": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -31,6 +31,9 @@ from pipeline.stopping import StopRequested, repeated_failure
 
 log = logging.getLogger(__name__)
 
+WORKERS_START_S = 300
+"""How long the workers of an attempt may wait for their places, which those of the attempt before may still hold."""
+
 
 class RunFailed(RuntimeError):
     """The run stopped; the message says where, why and how to go on."""
@@ -83,8 +86,9 @@ def run(order: Order, connect: Connect) -> None:
     leases = Leases([order.run_folder / stage.name for stage in stages], order.lease_patience_s)
     try:
         (order.run_folder / "logs").mkdir(exist_ok=True)
-        # Ray's own deadline for workers that do not answer, such as one that was frozen.
+        # Ray's own deadlines, for workers that do not answer, such as one that was frozen, and for those that start.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.workers.hang_timeout_s)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKERS_START_S)
         with connect(recipe) as cluster:
             _fit_until_done(order, recipe, leases.token, cluster)
     except SystemExit:

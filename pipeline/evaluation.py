@@ -68,8 +68,8 @@ def validation_of(
 def evaluate_stage(job: Job, stage: Stage, labels: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The finished file, as anybody would load it, on the test set: those of `stage.evaluations` that are asked for.
 
-    Yields each with its counts, once they are kept. What was judged before a stop or a crash is
-    not judged again. Collective.
+    Yields each with its counts, once they are kept. What was judged before a stop or a crash is not judged again.
+    Collective.
     """
     recipe, folder, group = job.recipe, job.folder(stage), job.group
     model, evaluations = folder / "model.safetensors", folder / "evaluate"

@@ -139,6 +139,6 @@ class Command:
         return "\n".join(path.read_text() for path in self._streams)
 
 
-def launch(place: Path, *arguments: str, deadline_s: float = 60) -> Finished:
-    """Run one command to its end."""
+def launch(place: Path, *arguments: str, deadline_s: float = 180) -> Finished:
+    """Run one command to its end. It takes seconds, but may get a tenth of a processor."""
     return Command(place, *arguments).finish(deadline_s)

@@ -92,7 +92,7 @@ def story(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story
         second.kill()
     resumed = launch(place, "resume", "life", deadline_s=RUN_S)
     before = _modified(run)
-    run_again = launch(place, *start, deadline_s=60)
+    run_again = launch(place, *start)
     assert holder is not None
     return Story(
         place=place,

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from pipeline import checkpoint
 from pipeline.files import read_json
+from pipeline.phases import stages_of
+from pipeline.recipe import Recipe
 
 
 def _rows(stage: Path) -> list[dict[str, Any]]:
@@ -46,3 +48,9 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
 
     everything = one.keys() | two.keys()
     return sorted(key for key in everything if key not in one or key not in two or not same(one[key], two[key]))
+
+
+def unlike(recipe: Recipe, one: Path, other: Path) -> list[str]:
+    """What two finished runs of a recipe do not have in common, bit for bit, over all its stages."""
+    stages = [stage.name for stage in stages_of(recipe)]
+    return differences(final_state(one, stages), final_state(other, stages))

@@ -20,9 +20,9 @@ from pathlib import Path
 from launch.slurm import living, read_jobs
 from tests.calm import calm_run, new_run
 from tests.commands import wait_until
-from tests.fault.final_state import differences, final_state
+from tests.fault.final_state import unlike
 from tests.launch.faults import KINDS, Outcome, as_row
-from tests.launch.struck import stages, strike_in_turn, two_node_recipe
+from tests.launch.struck import strike_in_turn, two_node_recipe
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 
@@ -82,12 +82,12 @@ def main(arguments: Sequence[str]) -> int:
             wait_until(lambda: not living(read_jobs(folder)), 900, "the end of all jobs")
         print(table(outcomes))
         calm = calm_run(place / "runs" / "calm", recipe)
-        unlike = differences(*(final_state(run, stages(recipe)) for run in (calm, folder)))
+        found = unlike(recipe, calm, folder)
         print(
             f"{len(outcomes)} faults, seed {options.seed}: "
-            + (f"DIFFERENT: {unlike[:5]}" if unlike else "equal bit for bit")
+            + (f"DIFFERENT: {found[:5]}" if found else "equal bit for bit")
         )
-        return 1 if unlike else 0
+        return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.slurm import living, read_jobs, submit
-from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
 from tests.commands import launch, wait_until
 from tests.launch.faults import RECOVERY_S, Outcome, Victim
@@ -35,10 +34,6 @@ def two_node_recipe(data: Path, faults: int) -> Recipe:
         tracking={"log_every_steps": 1},
         slurm={"nodes": 2, "cpus_per_task": 1, "time": 60, "signal_s": 30, "parallel_jobs": 2},
     )
-
-
-def stages(recipe: Recipe) -> list[str]:
-    return [stage.name for stage in stages_of(recipe)]
 
 
 def job_of(folder: Path, group: str) -> str:

@@ -11,9 +11,9 @@ import pytest
 from launch.slurm import living, read_jobs
 from tests.calm import calm_run, new_run
 from tests.commands import launch, wait_until
-from tests.fault.final_state import differences, final_state
+from tests.fault.final_state import unlike
 from tests.launch.faults import KINDS, as_row
-from tests.launch.struck import cancel, job_of, stages, strike_in_turn, two_node_recipe
+from tests.launch.struck import cancel, job_of, strike_in_turn, two_node_recipe
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 
@@ -36,11 +36,12 @@ def test_faults_are_survived(
     (tmp_path / "full-speed").touch()
     wait_until(lambda: not living(read_jobs(folder)), 600, "the end of all jobs")
     assert slurm_cluster.job_state(job_of(folder, "report")) == "COMPLETED"
+    assert (folder / "report" / "robust_accuracy.png").exists()
     assert len((folder / "report" / "robust_accuracy.csv").read_text().splitlines()) == 1 + 4
     said = launch(tmp_path, "status", str(folder)).out
     assert "finished, 7 of 7 stages finished" in said, said
     calm = calm_run(tmp_path / "runs" / "calm", recipe)
-    assert differences(*(final_state(run, stages(recipe)) for run in (calm, folder))) == []
+    assert unlike(recipe, calm, folder) == []
     wait_until(lambda: not _left(slurm_cluster), 30, "the end of all that the jobs started")
 
 

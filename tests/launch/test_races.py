@@ -17,9 +17,9 @@ from pipeline.files import read_json, read_rows
 from pipeline.recipe import Recipe
 from tests.calm import new_run
 from tests.commands import ROOT, Command, wait_until
-from tests.fault.final_state import differences, final_state
+from tests.fault.final_state import unlike
 from tests.launch.faults import Victim
-from tests.launch.struck import job_of, stages
+from tests.launch.struck import job_of
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
 from tests.small_recipe import small_recipe
@@ -77,7 +77,7 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
     assert resumed.code == 0 or "is being written by pid" in resumed.err, resumed.err
     rows = [row["step"] for row in read_rows(raced / "pretrain" / "metrics.jsonl") if row["kind"] == "train"]
     assert rows == list(range(1, 81))
-    assert differences(*(final_state(run, stages(recipe)) for run in (calm, raced))) == []
+    assert unlike(recipe, calm, raced) == []
 
 
 def _strangers_are_refused(victims: list[Victim]) -> None:
