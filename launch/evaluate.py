@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from launch import run_folder
+from pipeline.data.prefetch import LoaderError
 from pipeline.files import exclusive, read_json, sha256_of
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
@@ -42,7 +44,8 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", metavar="RUN|FILE", help="a run, or a model.safetensors inside one")
-    parser.add_argument("--attack", default="pgd", choices=ATTACKS, help="the attack (default: pgd)")
+    names = f"one or several of {', '.join(ATTACKS)} (default: pgd)"
+    parser.add_argument("--attack", default="pgd", type=_names, metavar="A[,A]", help=names)
     parser.add_argument("--images", default="all", help="how many test images, evenly spread, or all (default)")
     parser.add_argument("--steps", type=int, help="steps of pgd and transfer (default: the recipe's)")
     parser.add_argument("--restarts", type=int, help="their random restarts (default: the recipe's)")
@@ -51,6 +54,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--folder", type=Path, help="judge image files in folders by class, as leaderboards do")
     parser.add_argument("--image-list", type=Path, metavar="FILE", help="which of them: one <class>/<file> per line")
     parser.set_defaults(handler=_evaluate, after_interrupt=KEPT)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if odd := [name for name in names if name not in ATTACKS]:
+        raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(ATTACKS)}")
+    return names
 
 
 def _pixels(text: str) -> Fraction:
@@ -82,7 +92,7 @@ def _targets(target: str) -> tuple[Path, list[Path]]:
     return folder, files
 
 
-def _attack(arguments: argparse.Namespace, recipe: Recipe) -> Attack:
+def _attack(name: str, arguments: argparse.Namespace, recipe: Recipe) -> Attack:
     """What the command line asks for. Errors: ValueError for what this attack, or this recipe, does not have."""
     images = arguments.images
     if images != "all" and (not images.isdigit() or int(images) == 0):
@@ -91,13 +101,11 @@ def _attack(arguments: argparse.Namespace, recipe: Recipe) -> Attack:
     given = {key: value for key, value in given.items() if value is not None}
     if min(given.values(), default=1) <= 0:
         raise ValueError("--steps, --restarts and --step-size must be positive")
-    if given and arguments.attack not in STEPPING:
-        raise ValueError(
-            f"--attack {arguments.attack} is run as its authors set it: no --steps, --restarts, --step-size"
-        )
-    if arguments.source is not None and arguments.attack != "transfer":
+    if given and name not in STEPPING:
+        raise ValueError(f"--attack {name} is run as its authors set it: no --steps, --restarts, --step-size")
+    if arguments.source is not None and "transfer" not in arguments.attack:
         raise ValueError(f"--source {arguments.source} is for --attack transfer")
-    attack = Attack(name=arguments.attack, images=None if images == "all" else int(images), **given)
+    attack = Attack.model_validate({"name": name, "images": None if images == "all" else int(images), **given})
     if recipe.threat_model is not None or attack.name != "pgd":  # which then counts what is right clean
         usual, classes = recipe.evaluation.step_size, recipe.model.num_classes
         check_attack(attack, "--attack", recipe.objective, recipe.threat_model, classes, usual)
@@ -105,31 +113,46 @@ def _attack(arguments: argparse.Namespace, recipe: Recipe) -> Attack:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    try:
+        _attack_each(arguments)
+    except LoaderError as error:  # nothing that the user could say differently: no ValueError
+        print(f"error: {error}; {KEPT}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _attack_each(arguments: argparse.Namespace) -> None:
+    """Print the counts of every network that is meant. Errors: ValueError; LoaderError for images that do not come."""
     folder, files = _targets(arguments.target)
     run_folder.check_same_data(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    attack = _attack(arguments, recipe)
+    attacks = [_attack(name, arguments, recipe) for name in arguments.attack]
 
     from pipeline.group import Group, make_repeatable, pick_device
     from pipeline.judging import task_of
 
     source = arguments.source or folder / "pretrain" / "model.safetensors"
-    if attack.name == "transfer":
-        own = sha256_of(source) if source.is_file() else None  # a missing one is named by who loads it
-        others = [path for path in files if sha256_of(path) != own]
-        if not others:
-            raise ValueError(f"{source} is the network that is attacked; give another one: --source FILE")
-        files = others
     group = Group(0, 1, pick_device(recipe.workers.device))
     loader, crops = _images(arguments, recipe)
     with loader:
         make_repeatable(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
-        if attack.images is not None and attack.images > loader.num_samples:
-            raise ValueError(f"--images {attack.images}: expected all or a number from 1 to {loader.num_samples}")
-        task = task_of(attack, recipe, source, group)
-        for path in files:
-            print(json.dumps({"file": str(path), **_judged(path, task, loader, crops, group)}), flush=True)
-    return 0
+        if arguments.images != "all" and int(arguments.images) > loader.num_samples:
+            raise ValueError(f"--images {arguments.images}: expected all or a number from 1 to {loader.num_samples}")
+        tasks = [(task_of(attack, recipe, source, group), _attacked(attack, files, source)) for attack in attacks]
+        for task, networks in tasks:
+            for path in networks:
+                print(json.dumps({"file": str(path), **_judged(path, task, loader, crops, group)}), flush=True)
+
+
+def _attacked(attack: Attack, files: list[Path], source: Path) -> list[Path]:
+    """The networks that an attack is for: transfer's source is no target. Errors: ValueError if none is left."""
+    if attack.name != "transfer":
+        return files
+    own = sha256_of(source)
+    others = [path for path in files if sha256_of(path) != own]
+    if not others:
+        raise ValueError(f"{source} is the network that is attacked; give another one: --source FILE")
+    return others
 
 
 def _images(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Images, Crops]:

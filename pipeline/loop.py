@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,8 @@ from pipeline.recipe import Recipe
 from pipeline.replays import carried_noise
 from pipeline.schedules import lr_at
 from pipeline.sparsity import named_state, refresh_masks
+from pipeline.stopwatch import Stopwatch
+from pipeline.system import Nodes
 
 STOP = 4
 """Which of a step's sums counts the workers that were asked to stop."""
@@ -110,24 +113,23 @@ def train(training: Training, progress: Progress) -> Progress:
     """
     recipe, stage, group = training.recipe, training.stage, training.group
     statistics = BatchStatistics(training.network, group)
-    window_started = time.monotonic()
+    clock, nodes = Stopwatch(group.device), Nodes(group)
     try:
         while not progress.finished:
-            sums = _step(training, statistics, progress)
+            sums = _step(training, statistics, progress, clock)
             progress = progress.after_step(_added(progress.window, sums))
             training.observe("step", {"stage": stage.name, "step": progress.step})
             ends_epoch = progress.at_epoch_end
             if progress.step % recipe.tracking.log_every_steps == 0 or ends_epoch:
-                now = time.monotonic()
-                _log_window(training, progress, now - window_started)
-                window_started = now
+                _log_window(training, progress, clock.read(), nodes.sample())
                 progress = progress.after_window()
             if ends_epoch and recipe.evaluation.validation_steps > 0:
                 progress = _validated(training, progress)
-                window_started = time.monotonic()
+                clock.restart()
             stopping = bool(sums[STOP] > 0)
             if stopping or _is_checkpoint_step(training, progress):
-                training.save(snapshot(training, progress))
+                with clock.during("checkpoint"):
+                    training.save(snapshot(training, progress))
             if stopping:
                 break
     finally:
@@ -135,7 +137,7 @@ def train(training: Training, progress: Progress) -> Progress:
     return progress
 
 
-def _step(training: Training, statistics: BatchStatistics, progress: Progress) -> torch.Tensor:
+def _step(training: Training, statistics: BatchStatistics, progress: Progress, clock: Stopwatch) -> torch.Tensor:
     """One optimizer step. Returns sums over all ranks: loss over micro-batches, clean and robust correct, images, and
     how many ranks were asked to stop. They travel in one collective."""
     recipe, stage, group, engine = training.recipe, training.stage, training.group, training.engine
@@ -145,9 +147,10 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
     sums = torch.zeros(5, dtype=torch.float64, device=group.device)
     losses: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index in range(local):
-        batch = next(training.micro_batches)
-        images = batch.images.to(group.device).float().div(255.0)
-        labels = batch.labels.to(group.device)
+        with clock.during("data"):
+            batch = next(training.micro_batches)
+            images = batch.images.to(group.device).float().div(255.0)
+            labels = batch.labels.to(group.device)
         keys = device_keys(batch.ids.numpy(), group.device, recipe.seed, "attack", stage.name, step)
 
         def forward(fed: torch.Tensor, index: int = index, ids: torch.Tensor = batch.ids) -> torch.Tensor:
@@ -158,7 +161,8 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress) -
 
         elapsed = step / progress.total_steps
         carried = None if training.noise is None else training.noise[index]
-        given = Given(training.network, forward, images, labels, keys, engine.autocast, elapsed, carried)
+        attacking = partial(clock.during, "attack")
+        given = Given(training.network, forward, images, labels, keys, engine.autocast, elapsed, attacking, carried)
         outcome = training.objective(given)
         engine.backward(outcome.loss)
         outcome.after_backward()
@@ -207,10 +211,13 @@ def _added(window: Window, sums: torch.Tensor) -> Window:
     )
 
 
-def _log_window(training: Training, progress: Progress, seconds: float) -> None:
-    """One metrics row for the steps since the last one. What is timed is kept apart: the rest is repeatable."""
+def _log_window(
+    training: Training, progress: Progress, seconds_in: dict[str, float], system: dict[str, dict[str, float]]
+) -> None:
+    """One metrics row for the steps since the last one. What is measured is kept apart: the rest is repeatable."""
     if training.rows is None:
         return
+    seconds = sum(seconds_in.values())
     window, recipe = progress.window, training.recipe
     counts_clean, counts_robust = COUNTS[training.stage.objective.name]
     training.rows.log(
@@ -223,7 +230,12 @@ def _log_window(training: Training, progress: Progress, seconds: float) -> None:
             "clean_accuracy": window.clean_correct / window.images if counts_clean else None,
             "robust_accuracy": window.robust_correct / window.images if counts_robust else None,
             "images": window.images,
-            "timing": {"images_per_s": window.images / max(seconds, 1e-9), "seconds": seconds},
+            "timing": {
+                "images_per_s": window.images / max(seconds, 1e-9),
+                "seconds": seconds,
+                "seconds_in": seconds_in,
+                "system": system,
+            },
             **_level(training, progress),
             **({"mask_drift": training.drift.measured()} if training.drift is not None else {}),
         }

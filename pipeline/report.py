@@ -14,6 +14,7 @@ from pipeline.evaluate.statistics import McNemar
 from pipeline.figures import draw_accuracy, draw_certified, draw_layers
 from pipeline.further import further_rows, further_table
 from pipeline.page import write_page
+from pipeline.page.verdict import NOISE, SIGNIFICANT
 from pipeline.results import (
     CertifiedCurves,
     Comparisons,
@@ -105,7 +106,10 @@ def _cells(accuracies: list[dict[str, float]], expected: int) -> list[str]:
 
 
 def _difference_cells(test: McNemar | None) -> tuple[str, str]:
-    return (f"{100 * test.difference:+.2f}", p_text(test.p_value)) if test else ("missing", "")
+    if test is None:
+        return "missing", ""
+    noise = f", {NOISE}" if test.p_value >= SIGNIFICANT else ""
+    return f"{100 * test.difference:+.2f}", f"{p_text(test.p_value)}{noise}"
 
 
 def _accuracy_rows(runs: list[Run], comparisons: Comparisons) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from pipeline.further import further_rows
 from pipeline.mirror import Label, Mirror
 from pipeline.page.examples import Shown, examples_of
 from pipeline.page.pictures import amplified, answers, pixels_of
+from pipeline.page.verdict import SIGNIFICANT
 from pipeline.report import PAGE
 from pipeline.results import Kind, Network, Run, compare_all, honesty_checks, read_runs
 from pipeline.wandb_ids import forget_run
@@ -95,7 +96,9 @@ def tables_of(run: Run) -> dict[str, Rows]:
                 row[f"{kind}_accuracy"] = accuracy["value"]
                 row |= {f"{kind}_{bound}": accuracy[bound] for bound in ("low", "high")}
             test = comparisons.get((0, network.name, network.keep_fraction))
-            lead = {"hydra_lead": test.difference, "p": test.p_value} if test else {"hydra_lead": None, "p": None}
+            lead: dict[str, Any] = dict.fromkeys(("hydra_lead", "p", "within_noise"))
+            if test is not None:
+                lead = {"hydra_lead": test.difference, "p": test.p_value, "within_noise": test.p_value >= SIGNIFICANT}
             tables["accuracies"].append(row | lead)
         for layer in network.layers:
             counts = {key: layer[key] for key in ("kept", "total")}

@@ -17,7 +17,7 @@ from pipeline.files import atomic_write_text, parse_row, read_rows
 from pipeline.mirror import Label, Level, Mirror, WandbMode
 from pipeline.wandb_ids import forget_run
 
-AXES = {"train/*": "images_seen", "validation/*": "epoch"}
+AXES = {"train/*": "images_seen", "validation/*": "epoch", "system/*": "images_seen"}
 """What wandb draws by what; the optimizer step is in every row too, as global_step."""
 
 
@@ -100,7 +100,10 @@ class Tracker:
         if "epoch" in row:
             position["epoch"] = row["epoch"]
         values = {key: value for key, value in row.items() if key not in ("kind", "step", "epoch")}
-        self._mirror.row(number, position | flatten(values, f"{row['kind']}/"))
+        timing = dict(row.get("timing") or {})
+        system = timing.pop("system", {})
+        flat = flatten({**values, "timing": timing}, f"{row['kind']}/") | flatten(system, "system/")
+        self._mirror.row(number, position | flat)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row, which holds "kind" and "step". Errors: ValueError for NaN or infinity, which JSON has not."""

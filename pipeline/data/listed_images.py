@@ -33,7 +33,7 @@ PREPROCESSING = f"torchvision, resize {RESIZED}, centre crop {CROPPED}"
 _PREPARE = Compose([Resize(RESIZED), CenterCrop(CROPPED)])
 AHEAD = 4
 FILE_DEADLINE_S = 100.0
-"""How long one file may take. Less than a batch may, whose error does not name the file."""
+"""How long one file may take, the list too. Less than a batch may, whose error does not name the file."""
 
 Result = TypeVar("Result")
 
@@ -45,7 +45,7 @@ class ListedImages:
     like an FFCV file (`data.loader.Loader`): it has `num_samples` and `labels` int64 [num_samples], and gives batches.
 
     Errors: DataError for a list that names a class that is not there, a file that is missing or cannot be looked at,
-    or a line twice; LoaderError for a folder that does not answer within FILE_DEADLINE_S.
+    or a line twice; LoaderError for a list or a folder that does not answer within FILE_DEADLINE_S.
     """
 
     def __init__(self, folder: Path, list_file: Path, class_names: Iterable[str], *, threads: int) -> None:
@@ -133,10 +133,12 @@ def list_sha256(names: Iterable[str]) -> str:
 
 
 def _read_list(path: Path) -> list[str]:
+    read = functools.partial(Path.read_text, encoding="utf-8")
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        (text,) = mapped(read, [path], threads=1, deadline_s=FILE_DEADLINE_S)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     odd = [name for name in names if len(parts := name.split("/")) != 2 or {"", ".", ".."} & set(parts)]
     if odd or not names:
         raise DataError(f"{path}: expected <class>/<file> in every line, found {some(odd)}")

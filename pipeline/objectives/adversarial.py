@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
     """
 
     def objective(given: Given) -> Outcome:
-        return _attacked(given, ball, steps, step_size, ball.random_start(given.x, given.keys))
+        return _attacked(given, ball, steps, step_size, lambda: ball.random_start(given.x, given.keys))
 
     return objective
 
@@ -38,17 +39,19 @@ def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Object
     """
 
     def objective(given: Given) -> Outcome:
-        noise = 2.0 * uniform_noise(given.keys, given.x.shape[1:]) - 1.0
-        start = (given.x + magnitude * ball.eps * noise).clamp_(0.0, 1.0)
+        def start() -> Tensor:
+            noise = 2.0 * uniform_noise(given.keys, given.x.shape[1:]) - 1.0
+            return (given.x + magnitude * ball.eps * noise).clamp_(0.0, 1.0)
+
         return _attacked(given, LinfBall(math.inf), 1, step_size, start)
 
     return objective
 
 
-def _attacked(given: Given, ball: Ball, steps: int, step_size: float, start: Tensor) -> Outcome:
-    """Cross-entropy on what PGD makes of the start."""
+def _attacked(given: Given, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]) -> Outcome:
+    """Cross-entropy on what PGD makes of the start, which is part of the attack."""
     y = given.y
-    with crafting(given.network):
+    with given.attacking(), crafting(given.network):
         x_adv = pgd(
             craft_forward(given.network, given.autocast),
             given.x,
@@ -56,7 +59,7 @@ def _attacked(given: Given, ball: Ball, steps: int, step_size: float, start: Ten
             ball=ball,
             steps=steps,
             step_size=step_size,
-            start=start,
+            start=start(),
         )
     logits = given.forward(x_adv).float()
     return Outcome(F.cross_entropy(logits, y), None, count_correct(logits, y))

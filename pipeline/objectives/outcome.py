@@ -54,6 +54,8 @@ class Given:
     autocast: Autocast = nullcontext
     elapsed: float = 0.0
     """Share of the phase's steps that are done, in [0, 1): what schedules of eps and of mixing go by."""
+    attacking: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Opened around the attack, for whoever wants to know how long it takes; nothing else depends on it."""
     noise: Tensor | None = None
     """Perturbation [n, ...] float32 of this micro-batch's places in the step, 0 when a stage begins; what is written
     to it is there again in the next step. For objectives that carry one; None for the others."""

@@ -35,6 +35,7 @@ from pipeline.results import (
     p_text,
     pruned_text,
 )
+from pipeline.stopwatch import PARTS
 
 HERE = Path(__file__).parent
 TEMPLATES = Environment(
@@ -150,6 +151,8 @@ def _story(run: Run) -> dict[str, Any]:
         "layer_table": _layer_table(run),
         "costs": [_cost_cells(h, cost, costs) for h, cost in zip(histories, costs, strict=True)],
         "total": _total(costs),
+        "parts": [(h.stage.name, _part_cells([cost])) for h, cost in zip(histories, costs, strict=True)],
+        "total_parts": _part_cells(costs),
         "stages": [_parentage(history) for history in histories],
         "origin": _origin_rows(origin),
         "versions": origin.get("versions", {}),
@@ -199,6 +202,13 @@ def _total(costs: list[Spent]) -> dict[str, str]:
         "train": _duration(sum(cost.train_s for cost in costs)),
         "held_out": _duration(sum(cost.held_out_s for cost in costs)),
     }
+
+
+def _part_cells(costs: list[Spent]) -> dict[str, str]:
+    """Part -> percent of the training time that is told apart; nothing where none is."""
+    seconds = {part: sum(cost.seconds_in[part] for cost in costs) for part in PARTS}
+    told = sum(seconds.values())
+    return {part: f"{100 * spent / told:.1f} %" for part, spent in seconds.items()} if told else {}
 
 
 def _duration(seconds: float) -> str:

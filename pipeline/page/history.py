@@ -10,6 +10,7 @@ from pipeline.overfitting import stronger
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe_objective import PROVING, Objective
 from pipeline.results import Run
+from pipeline.stopwatch import PARTS
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Spent:
     """Forward and backward passes over the training images; None for objectives that propagate bounds instead."""
     train_s: float
     held_out_s: float
+    seconds_in: dict[str, float]
+    """What of train_s was spent in each of `stopwatch.PARTS`; zeros for rows that do not tell them apart."""
     images: int
 
     @property
@@ -94,5 +97,6 @@ def spent(history: History) -> Spent:
         pass_epochs=passes / in_epoch if passes is not None and in_epoch else None,
         train_s=sum(row["timing"]["seconds"] for row in trained),
         held_out_s=sum(row["timing"]["seconds"] for row in validated),
+        seconds_in={part: sum(row["timing"].get("seconds_in", {}).get(part, 0.0) for row in trained) for part in PARTS},
         images=images,
     )

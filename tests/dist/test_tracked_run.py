@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_file import dump_recipe
 from pipeline.stage import run_stages
 from pipeline.stopping import StopRequested
+from pipeline.stopwatch import PARTS
 from tests.dist.processes import run_group
 from tests.small_recipe import small_recipe
 from tests.wandb_files import recorded
@@ -70,7 +71,7 @@ def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch={"batch_per_step": 16, "micro_batch": 8},
         data={"train_images": 16 * STEPS // 2, "validation_images": 50},
         evaluation={"images": 20, "chunk": 50, "steps": 1, "honesty_images": 0},
-        checkpoint={"every_steps": 100, "keep": 9},
+        checkpoint={"every_steps": 7, "keep": 9},
         tracking={"log_every_steps": 3, "wandb": "offline"},
         sparsity={"baselines": []},
     )
@@ -105,7 +106,7 @@ def test_stopped_runs_have_the_rows_of_straight_ones(runs: Path) -> None:
         assert [row["step"] for row in straight if row["kind"] == "train"] == [3, 6, 9, 12]
         assert straight == stopped
     assert all("mask_drift" not in row for row in rows_of(runs / "straight" / "pretrain"))
-    assert checkpoint.steps_on_disk(runs / "stopped" / PRUNE) == [5, 10, 12]
+    assert checkpoint.steps_on_disk(runs / "stopped" / PRUNE) == [5, 7, 10, 12]
 
 
 def test_drift_is_that_of_the_masks(runs: Path) -> None:
@@ -124,6 +125,21 @@ def test_drift_is_that_of_the_masks(runs: Path) -> None:
 
 def _score(name: str) -> str:
     return name.replace("weight/", "score/")
+
+
+def test_rows_tell_where_their_time_went(runs: Path) -> None:
+    """In parts that add up to it; the checkpoint of step 7 is in the row of step 9."""
+    rows = [row for row in read_rows(runs / "straight" / "pretrain" / "metrics.jsonl") if row["kind"] == "train"]
+    for row in rows:
+        spent = row["timing"]["seconds_in"]
+        assert set(spent) == set(PARTS)
+        assert sum(spent.values()) == pytest.approx(row["timing"]["seconds"])
+        assert min(spent["data"], spent["attack"], spent["update"]) > 0
+    assert [row["step"] for row in rows if row["timing"]["seconds_in"]["checkpoint"] > 0] == [9]
+    (start,) = recorded(runs / "straight" / "pretrain")
+    for row in (row for row in start.rows if "train/loss" in row):
+        assert all(f"train/timing/seconds_in/{part}" in row for part in PARTS)
+        assert 0 < row["system/node-0/memory_percent"] <= 100
 
 
 def test_wandb_has_each_row_once(runs: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from launch import run_folder
 from launch.__main__ import main
 from pipeline import judging
 from pipeline.committed import evaluation_path
+from pipeline.data import listed_images
 from pipeline.evaluate.autoattack import Ensemble
 from pipeline.evaluate.chunks import read_verdicts
 from pipeline.evaluate.pgd import Pgd
@@ -177,6 +179,21 @@ def test_examples_are_transferred_to_every_other_network(run: Path, capsys: pyte
     assert (code, found["file"]) == (0, str(run / STAGES[0] / "model.safetensors"))
 
 
+def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, err = evaluate(capsys, run, "--attack", "square,transfer", "--images", IMAGES)
+    assert (code, err) == (0, "")
+    files = [str(run / stage / "model.safetensors") for stage in STAGES]
+    assert [(one["attack"], one["file"]) for one in found] == [
+        ("square", files[0]),
+        ("square", files[1]),
+        ("transfer", files[1]),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run), "--attack", "square,rumour"])
+    assert ended.value.code == 2
+    assert "'rumour' is none of pgd, apgd, autoattack, square, transfer, corruptions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,6 +202,7 @@ def test_examples_are_transferred_to_every_other_network(run: Path, capsys: pyte
         (["--images", "few"], "--images few: expected all or a number"),
         (["--steps", "0"], "--steps, --restarts and --step-size must be positive"),
         (["--attack", "apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
+        (["--attack", "pgd,apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
         (["--attack", "square", "--source", "x"], "--source x is for --attack transfer"),
         (["--attack", "transfer", "--source", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
@@ -236,6 +254,23 @@ def test_listed_images_are_judged_as_torchvision_prepares_them(
     chunks = judging_of(monkeypatch, Ensemble)
     assert evaluate(capsys, run, "--attack", "square", *options) == (0, [found], "")
     assert chunks == []
+
+
+def test_a_list_that_does_not_come_is_one_line_and_a_failure(
+    listed: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, options = listed
+    path = Path(options[-1])
+    path.unlink()
+    os.mkfifo(path)  # nobody writes to it: opening it waits
+    monkeypatch.setattr(listed_images, "FILE_DEADLINE_S", 0.05)
+    code, found, err = evaluate(capsys, run, "--attack", "square", *options)
+    os.close(os.open(path, os.O_RDWR))  # whoever waits for a writer gets on
+    assert (code, found) == (1, [])
+    assert err == (
+        f"error: {path}: nothing within 0.05 s; its reader is stuck; "
+        "what was judged is kept: the same command goes on with it\n"
+    )
 
 
 def test_listed_images_that_cannot_be_judged_are_refused(

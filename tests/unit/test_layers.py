@@ -30,7 +30,7 @@ recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
 evaluate.autoattack evaluate.transfer evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
 group evaluate.chunks judging snip engine batch_statistics replays
-loop job health evaluation scrutiny hardware tracked rollback stage
+stopwatch system loop job health evaluation scrutiny hardware tracked rollback stage
 results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards
 figures page.history page.svg page.verdict page.charts page.examples page.pictures page report showcase
 worker driver
@@ -46,6 +46,7 @@ DOORS = {
     "wandb": {"pipeline.recorded", "pipeline.mirror", "pipeline.showcase"},
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.page"},
+    "psutil": {"pipeline.system"},
     "pyautoattack": {"pipeline.evaluate.autoattack", "pipeline.evaluate.probes"},
     "submitit": {"launch.slurm", "launch.allocation"},
 }

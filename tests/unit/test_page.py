@@ -116,7 +116,8 @@ def write_history(run: Path, rows_per_epoch: int = 2, steps_per_epoch: int = STE
         for n in range(1, count + 1):
             step = n * steps_per_epoch // rows_per_epoch
             position = {"step": step, "epoch": step / steps_per_epoch}
-            timing = {"images_per_s": 100.0, "seconds": 2.5}
+            seconds_in = {"data": 0.25, "attack": 1.5, "update": 0.5, "checkpoint": 0.25}
+            timing = {"images_per_s": 100.0, "seconds": 2.5, "seconds_in": seconds_in}
             images = BATCH * steps_per_epoch // rows_per_epoch
             facts = {"lr": 0.1 * (1 - n / count), "loss": 2.0 / n, "clean_accuracy": None, "robust_accuracy": n / count}
             rows.append({"kind": "train", **position, **facts, "images": images, "timing": timing})
@@ -171,6 +172,7 @@ def test_numbers_intervals_and_differences(tmp_path: Path) -> None:
 def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
     run = write_run(tmp_path / "even")
     same_verdicts(run, "keep-0.01/magnitude", "keep-0.01/finetune", flipped=20)
+    assert re.search(r"^magnitude +99 %.* \+0\.00 +p = 1\.000, within noise$", report([run]), re.MULTILINE)
     page = page_of([run])
     assert "the 0.0 points between it and magnitude pruning are a difference within noise" in page.text
     assert page.row("magnitude", "99 %", "+0.00")[-2:] == ["p = 1.000", "within noise"]
@@ -392,6 +394,23 @@ def test_costs_are_the_sums_of_the_rows(tmp_path: Path) -> None:
         assert row[2:] == [str(epochs), str(4 * epochs), f"{4 * epochs:.1f}", *seconds, f"{256 / 2.5:.0f}", row[-1]]
     assert page.row("all")[2:5] == ["25", "100", "100.0"]
     assert sum(int(row[-1].removesuffix(" %")) for row in page.rows if row[1:2] in (["trained"], ["under way"])) == 100
+
+
+def test_shares_of_the_training_time(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    write_history(run)
+    slow = run / "pretrain" / "metrics.jsonl"  # waits for its images
+    slow.write_text(slow.read_text().replace('"data": 0.25', '"data": 2.5'))
+    older = run / "keep-0.1" / "finetune" / "metrics.jsonl"  # its rows do not tell parts apart
+    rows = [json.loads(line) for line in older.read_text().splitlines()]
+    for row in rows:
+        row["timing"].pop("seconds_in", None)
+    older.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of([run])
+    assert page.row("pretrain", "31.6 %") == ["pretrain", "31.6 %", "52.6 %", "10.5 %", "5.3 %"]
+    assert page.row("keep-0.1/prune", "60.0 %")[1:] == ["60.0 %", "10.0 %", "20.0 %", "10.0 %"]
+    assert page.row("keep-0.1/finetune", "\u2013")[1:] == ["\u2013"] * 4
+    assert page.row("all stages")[1] == f"{100 * 44 * 1.5 / (10 * 4.75 + 34 * 2.5):.1f} %"
 
 
 class Counted(nn.Module):

@@ -110,8 +110,9 @@ def test_what_is_logged_is_what_the_run_left(finished: Path) -> None:
             test = compare(run, Decimal(str(cells["keep_fraction"])), "magnitude")
             assert test is not None
             assert (cells["hydra_lead"], cells["p"]) == (test.difference, test.p_value)
+            assert cells["within_noise"] is (test.p_value >= 0.05)
         else:
-            assert cells["hydra_lead"] is cells["p"] is None
+            assert cells["hydra_lead"] is cells["p"] is cells["within_noise"] is None
 
     kept = found.table("kept_fractions")
     assert len(kept["data"]) == len(ACCURACY) * len(LAYERS)

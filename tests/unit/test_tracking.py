@@ -30,7 +30,7 @@ ROW = {
     "clean_accuracy": None,
     "robust_accuracy": 0.5,
     "images": 2560,
-    "timing": {"images_per_s": 2310.5, "seconds": 1.1},
+    "timing": {"images_per_s": 2310.5, "seconds": 1.1, "system": {"node-0": {"memory_percent": 40.5}}},
 }
 
 
@@ -175,6 +175,8 @@ def test_wandb_mirrors_offline_from_another_thread(tmp_path: Path, caplog: pytes
     row = found.rows[0]
     assert (row["epoch"], row["images_seen"], row["train/loss"]) == (0.5, 20 * 128, 5.0)
     assert row["train/timing/images_per_s"] == 2310.5
+    assert row["system/node-0/memory_percent"] == 40.5
+    assert [key for key in row if "system" in key] == ["system/node-0/memory_percent"]
     assert "train/clean_accuracy" not in row  # it was null
     assert found.rows[2]["validation/robust_accuracy"] == 0.4
     assert found.summary["robust_accuracy/value"] == 0.625
@@ -191,6 +193,7 @@ def test_every_metric_has_an_axis_that_rows_have(tmp_path: Path) -> None:
     axes = {name: axis for name, axis in found.axes.items() if axis}
     assert axes["train/*"] == "images_seen"
     assert axes["validation/*"] == "epoch"
+    assert axes["system/*"] == "images_seen"
     assert set(axes.values()) <= set(found.axes)
     for row in found.rows:
         assert {"global_step", "images_seen", "epoch"} <= set(row)

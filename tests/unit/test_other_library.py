@@ -1,0 +1,80 @@
+"""Attacks against those of Foolbox (Rauber et al., JOSS 2020), which shares no code with this project or AutoAttack."""
+
+from __future__ import annotations
+
+import warnings
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.evaluate.autoattack import Ensemble
+from pipeline.evaluate.pgd import Pgd
+from pipeline.evaluate.statistics import mcnemar
+from pipeline.recipe_objective import ThreatModel
+from tests.stripes import CLASSES, draw, trained_network
+
+with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+    import foolbox  # names a module of scipy by its old name
+    from foolbox import attacks
+
+COUNT = 400
+IDS = np.arange(COUNT)
+LINF, L2 = ThreatModel(norm="linf", eps=Fraction(7, 100)), ThreatModel(norm="l2", eps=Fraction(1, 2))
+TOLERANCE = 0.01
+"""Between AutoAttack's robust accuracy and what Foolbox's PGD and DeepFool leave."""
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return trained_network()
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[Tensor, Tensor]:
+    return draw(COUNT, seed=1000)
+
+
+def withstood(network: nn.Module, images: tuple[Tensor, Tensor], eps: float, *theirs: Any) -> NDArray[np.bool_]:
+    """Which images are right, and still are after each of their attacks."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        model = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
+        broken = torch.stack([attack(model, *images, epsilons=eps)[2] for attack in theirs])
+    return ~broken.any(dim=0).numpy()
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+def test_pgd_is_within_noise_of_theirs(
+    network: nn.Module, images: tuple[Tensor, Tensor], threat: ThreatModel, steps: int
+) -> None:
+    """Same loss, steps, and start, uniform in the ball, which matters after three steps. Random numbers differ."""
+    eps = float(threat.eps)
+    ours = Pgd(threat, steps, eps / 4, restarts=1, seed=3).judge(network, *images, IDS)["robust_correct"].numpy()
+    kind = attacks.LinfPGD if threat.norm == "linf" else attacks.L2PGD
+    theirs = withstood(network, images, eps, kind(abs_stepsize=eps / 4, steps=steps, random_start=True))
+    found = mcnemar(ours, theirs)
+    assert 0.1 < ours.mean() < 0.8, "the attack must neither fail nor break everything"
+    assert found.p_value > 0.05, found
+    if steps == 3:
+        centred = withstood(network, images, eps, kind(abs_stepsize=eps / 4, steps=steps, random_start=False))
+        assert mcnemar(ours, centred).p_value < 0.001, "another attack is told apart"
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+def test_autoattack_agrees_with_theirs_on_the_whole(
+    network: nn.Module, images: tuple[Tensor, Tensor], threat: ThreatModel
+) -> None:
+    eps = float(threat.eps)
+    whole = Ensemble("autoattack", threat, CLASSES, seed=3, iterations=20, queries=100)
+    ours = whole.judge(network, *images, IDS)["robust_correct"].numpy()
+    linf = threat.norm == "linf"
+    pgd, nearest = (attacks.LinfPGD, attacks.LinfDeepFoolAttack) if linf else (attacks.L2PGD, attacks.L2DeepFoolAttack)
+    theirs = withstood(network, images, eps, pgd(abs_stepsize=eps / 10, steps=100), nearest())
+    assert 0.05 < ours.mean() < 0.5
+    assert abs(ours.mean() - theirs.mean()) <= TOLERANCE, (ours.mean(), theirs.mean())
