@@ -19,8 +19,9 @@ from pipeline.recipe_objective import ThreatModel
 from tests.stripes import CLASSES, draw, trained_network
 
 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-    import foolbox  # names a module of scipy by its old name
-    from foolbox import attacks
+    from foolbox import attacks  # names a module of scipy by its old name
+    from foolbox.attacks.deepfool import L2DeepFoolAttack, LinfDeepFoolAttack
+    from foolbox.models.pytorch import PyTorchModel
 
 COUNT = 400
 IDS = np.arange(COUNT)
@@ -43,7 +44,7 @@ def withstood(network: nn.Module, images: tuple[Tensor, Tensor], eps: float, *th
     """Which images are right, and still are after each of their attacks."""
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
-        model = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
+        model = PyTorchModel(network, bounds=(0, 1), device="cpu")
         broken = torch.stack([attack(model, *images, epsilons=eps)[2] for attack in theirs])
     return ~broken.any(dim=0).numpy()
 
@@ -74,7 +75,7 @@ def test_autoattack_agrees_with_theirs_on_the_whole(
     whole = Ensemble("autoattack", threat, CLASSES, seed=3, iterations=20, queries=100)
     ours = whole.judge(network, *images, IDS)["robust_correct"].numpy()
     linf = threat.norm == "linf"
-    pgd, nearest = (attacks.LinfPGD, attacks.LinfDeepFoolAttack) if linf else (attacks.L2PGD, attacks.L2DeepFoolAttack)
+    pgd, nearest = (attacks.LinfPGD, LinfDeepFoolAttack) if linf else (attacks.L2PGD, L2DeepFoolAttack)
     theirs = withstood(network, images, eps, pgd(abs_stepsize=eps / 10, steps=100), nearest())
     assert 0.05 < ours.mean() < 0.5
     assert abs(ours.mean() - theirs.mean()) <= TOLERANCE, (ours.mean(), theirs.mean())
