@@ -1,9 +1,9 @@
 """BatchNorm's running statistics, combined over all micro-batches of a step, the same on every rank.
 
 Within a step the running statistics stand still, so an attack sees the same ones whichever micro-batch it is for. Each
-training forward's batch mean and (unbiased) variance are caught by a hook; when the step ends those of all ranks are
-gathered in micro-batch order, averaged in float32 and folded in once: r <- (1 - m) r + m * mean(batch statistics). Who
-computed which micro-batch does not matter.
+training forward's batch mean and (unbiased) variance are caught by a hook; after the last backward those of all ranks
+are gathered in micro-batch order, averaged in float32 and folded in once: r <- (1 - m) r + m * mean(batch statistics).
+Who computed which micro-batch does not matter. The step's own sums travel in the same collective.
 """
 
 from __future__ import annotations
@@ -61,12 +61,21 @@ class BatchStatistics:
         return hook
 
     @torch.no_grad()
-    def fold_in(self) -> None:
-        """End of a step: combine, write back. Collective; every rank must have done equally many forwards."""
-        if not self._layers:
-            return
-        rows = torch.stack([torch.cat(list(forward)) for forward in zip(*self._caught, strict=True)])
-        mean = self._group.gather_rows(rows).mean(dim=0)
+    def fold_in(self, sums: torch.Tensor) -> torch.Tensor:
+        """After a step's last backward: combine, write back, and add up `sums` [m] float64 over the ranks.
+
+        One collective carries both. Every rank must have done equally many forwards. Returns the sums, the same bits on
+        every rank.
+        """
+        rows = [torch.cat(list(forward)) for forward in zip(*self._caught, strict=True)]
+        own = torch.cat([sums.view(torch.float32), *rows])  # the bits of the float64, first for their alignment
+        from_all = self._group.gather_rows(own[None])
+        bits, statistics = from_all.split([2 * len(sums), len(own) - 2 * len(sums)], dim=1)
+        if self._layers:
+            self._fold(statistics.reshape(self._group.world * len(rows), -1).mean(dim=0))
+        return bits.contiguous().view(torch.float64).sum(dim=0)
+
+    def _fold(self, mean: torch.Tensor) -> None:
         for index, part in enumerate(mean.split([r.numel() for r in self._running])):
             momentum = self._momenta[index]
             self._running[index] = (1.0 - momentum) * self._running[index] + momentum * part

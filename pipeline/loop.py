@@ -1,8 +1,9 @@
 """The training loop, for every phase and objective.
 
 Phases are data (`phases.Stage`), objectives are functions that are handed the attack. A step is: for each of this
-worker's micro-batches attack and accumulate gradients; agree that the loss is finite; move the parameters; fold
-BatchNorm's statistics in; rank the scores anew. All randomness is keyed, so that the loop can begin at any step.
+worker's micro-batches attack and accumulate gradients; fold BatchNorm's statistics in and agree that the loss is
+finite, in one collective; move the parameters; rank the scores anew. All randomness is keyed, so that the loop can
+begin at any step.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def train(training: Training, progress: Progress) -> Progress:
 
 def _step(training: Training, statistics: BatchStatistics, progress: Progress, clock: Stopwatch) -> torch.Tensor:
     """One optimizer step. Returns sums over all ranks: loss over micro-batches, clean and robust correct, images, and
-    how many ranks were asked to stop. They travel in one collective."""
+    how many ranks were asked to stop. They travel in one collective, with BatchNorm's statistics."""
     recipe, stage, group, engine = training.recipe, training.stage, training.group, training.engine
     step = progress.step
     engine.set_lr(lr_at(stage.optimisation, step, progress.steps_per_epoch))
@@ -173,11 +174,10 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
         losses.append((batch.ids, outcome.loss.detach()))
         if index == local - 1:
             sums[STOP] = float(training.stop_requested())
-            group.sum(sums)
+            sums = statistics.fold_in(sums)
             if not math.isfinite(float(sums[0])):
                 raise NonFinite(_what_is_not_finite(training, step, losses))
         engine.advance()
-    statistics.fold_in()
     if stage.trains == "scores":
         try:
             refresh_masks(training.network)

@@ -1,69 +1,105 @@
-"""What a training step costs, as ratios measured in one run: `python -m tests.bench.step`.
+"""What a training step costs, as ratios: `python -m tests.bench.step [FOLDER]`; JSON and a table go into the folder.
 
-One process, one thread, ResNet-18 on 64 x 64 noise: forward and backward of the update alone (clean), with one attack
-step (fgsm), with three (pgd); and with the masks of 99 % pruned made once per step, as the loop does, or before every
-forward.
+The loop's own steps, through DeepSpeed in a process group of one, against a plain PyTorch loop (`baseline`) and each
+other. On a CPU small images, one thread and CPU time; on a GPU the sizes of ImageNet and wall clock.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from decimal import Decimal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
 
 import torch
 
-from pipeline.models import build_network
-from pipeline.objectives import Given, build_objective
-from pipeline.recipe_objective import Objective, ThreatModel
-from pipeline.recipe_sections import Model
-from pipeline.sparsity import attach_scores, refresh_masks, train_only
+from pipeline.data.loader import Batch
+from pipeline.group import make_repeatable
+from pipeline.masked import Masked
+from pipeline.masks import kept_count
+from tests.bench.alternate import alternate, device, ratio, write
+from tests.bench.baseline import candidates
+from tests.bench.real_step import KEEP, Trains, alone, real_step, recipe_of
 
-REPEATS = 5
-THREAT = ThreatModel.model_validate({"norm": "linf", "eps": "4/255"})
+ARCH, PARTS = "resnet50", 2
+MICRO_BATCH = {"cpu": 16, "cuda": 64}
+SIZE = {"cpu": 64, "cuda": 224}
+ROUNDS = {"cpu": 5, "cuda": 30}
+CHOICE_ROUNDS = 3
+"""Rounds that choose the fastest baseline."""
+CLEAN, FGSM, PGD, PRUNE, SORTING = "clean", "fgsm", "pgd-3", "prune, pgd-3", "prune, pgd-3, sorting at every forward"
+K = 3
+"""Attack steps of PGD."""
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    step()
-    samples = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        step()
-        samples.append(time.perf_counter() - started)
-    return statistics.median(samples)
+@contextmanager
+def _sorting_at_every_forward() -> Iterator[None]:
+    """Masks as HYDRA's reference makes them: every forward, the attack's too, sorts the scores of every layer."""
+    original = Masked.forward
+
+    def forward(self: Masked, weight: torch.Tensor) -> torch.Tensor:
+        order = self.score.detach().abs().flatten().argsort()
+        flat = torch.ones_like(order, dtype=torch.bool)
+        flat[order[: len(order) - kept_count(len(order), KEEP)]] = False
+        self.mask = flat.view(self.mask.shape)
+        return original(self, weight)
+
+    with (
+        mock.patch.object(Masked, "forward", forward),
+        mock.patch("pipeline.attacks.cached_weights", return_value=nullcontext()),
+        mock.patch("pipeline.loop.refresh_masks"),
+    ):
+        yield
+
+
+def _sorting(step: Callable[[], None]) -> Callable[[], None]:
+    def sorted_step() -> None:
+        with _sorting_at_every_forward():
+            step()
+
+    return sorted_step
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    images, labels = torch.rand(8, 3, 64, 64), torch.arange(8)
-    keys = torch.arange(8)
-    network = build_network(Model(arch="resnet18", num_classes=10), seed=0).train()
-    attach_scores(network, Decimal("0.01"))
-    train_only(network, "scores")
+    where = device()
+    kind = where.type
+    make_repeatable(1)
+    count, size, rounds = MICRO_BATCH[kind], SIZE[kind], ROUNDS[kind]
+    group = alone(where)
+    images = torch.randint(256, (count * PARTS, 3, size, size), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)  # as the loader hands them over
+    labels, ids = torch.arange(count * PARTS), torch.arange(count * PARTS)
+    batch = Batch(images[:count], labels[:count], ids[:count])
 
-    def step_of(name: str, steps: int, masks_per_forward: bool) -> Callable[[], None]:
-        values = {"name": name, "steps": steps, "step_size": "2/255"}
-        objective = build_objective(Objective.model_validate(values), THREAT, "prune")
+    plain = candidates(ARCH, images.to(where), labels.to(where), PARTS)
+    chosen = alternate(plain, CHOICE_ROUNDS, where)
+    fastest = min(chosen, key=lambda label: statistics.median(chosen[label]))
+    precision = "bf16" if "bf16" in fastest else "fp32"
 
-        def step() -> None:
-            forwards = steps + 1 if masks_per_forward else 1
-            for _ in range(forwards):
-                refresh_masks(network)
-            objective(Given(network, network, images, labels, keys)).loss.backward()
+    def ours(objective: str, trains: Trains = "weights") -> Callable[[], None]:
+        return real_step(recipe_of(ARCH, objective, count, PARTS, precision), group, batch, trains)
 
-        return step
-
-    clean = _seconds(step_of("clean", 1, masks_per_forward=False))
-    print(f"{'step':<34} {'ms':>8} {'/ clean':>8}")
-    for label, name, steps, per_forward in (
-        ("clean", "clean", 1, False),
-        ("fgsm, masks once per step", "fgsm", 1, False),
-        ("pgd-3, masks once per step", "pgd", 3, False),
-        ("pgd-3, masks at every forward", "pgd", 3, True),
-    ):
-        seconds = clean if label == "clean" else _seconds(step_of(name, steps, per_forward))
-        print(f"{label:<34} {seconds * 1e3:>8.0f} {seconds / clean:>8.2f}")
+    things = {
+        fastest: plain[fastest],
+        CLEAN: ours("clean"),
+        FGSM: ours("fgsm"),
+        PGD: ours("pgd-3"),
+        PRUNE: ours("pgd-3", "scores"),
+        SORTING: _sorting(ours("pgd-3", "scores")),
+    }
+    seconds = alternate(things, rounds, where)
+    ratios = [
+        ratio("baseline / clean step", seconds, fastest, CLEAN, ">= 0.98"),
+        ratio("one-step adversarial / clean step", seconds, FGSM, CLEAN, "<= 1.85"),
+        ratio(f"PGD-{K} / clean step", seconds, PGD, CLEAN, f"<= {0.75 * K + 1.1:.2f}"),
+        ratio("prune / dense step, both PGD-3", seconds, PRUNE, PGD, "<= 1.05"),
+        ratio("prune step that sorts at every forward / ours", seconds, SORTING, PRUNE),
+    ]
+    setting = f"{ARCH}, {size} px, {PARTS} micro-batches of {count}, {precision}, ZeRO 1, {rounds} rounds"
+    write(Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks"), setting, {**chosen, **seconds}, ratios, where)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

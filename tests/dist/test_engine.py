@@ -76,7 +76,7 @@ def _train(
         for images, labels in _batches(step)[group.rank * local : (group.rank + 1) * local]:
             engine.backward(F.cross_entropy(engine.forward(images).float(), labels))
             engine.advance()
-        statistics.fold_in()
+        statistics.fold_in(torch.zeros(1, dtype=torch.float64))
         refresh_masks(network)
     statistics.close()
     state = {name: tensor.detach().clone() for name, tensor in named_state(network).items()}

@@ -261,7 +261,7 @@ def test_a_frozen_batchnorm_is_that_of_the_dense_network_through_a_step() -> Non
     keys = torch.arange(6)
     outcome = adversarial_training(LinfBall(0.1), 1, 0.1)(Given(network, network, images, labels, keys))
     outcome.loss.backward()
-    statistics.fold_in()
+    statistics.fold_in(torch.zeros(1, dtype=torch.float64))
     alone = torch.cat([network(image[None]) for image in images])
     torch.testing.assert_close(network(images), alone, msg="an image was normalised by those beside it")
     assert network.training

@@ -1,0 +1,115 @@
+"""Ratios of things that run alternately in one process, and the files that say what came out."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import atomic_write_json, atomic_write_text
+from pipeline.processor import processor_model
+
+Seconds = dict[str, list[float]]
+"""Label -> one measurement per round; the i-th of each label were taken one right after the other."""
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _now(where: torch.device) -> float:
+    """Seconds of wall clock, once a GPU is done; else of this process's CPU time, which other load disturbs less."""
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def alternate(things: dict[str, Callable[[], None]], rounds: int, where: torch.device) -> Seconds:
+    """Run each once to warm up, then all in turn, in the other direction every second round."""
+    for thing in things.values():
+        thing()
+    seconds: Seconds = {label: [] for label in things}
+    for number in range(rounds):
+        order = list(things.items())
+        for label, thing in order if number % 2 else reversed(order):
+            started = _now(where)
+            thing()
+            seconds[label].append(_now(where) - started)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the results: the median over rounds of a quotient of two times, its extremes, and what it must be."""
+
+    name: str
+    median: float
+    smallest: float
+    largest: float
+    bound: str
+    """Such as '<= 1.05'; empty where nothing is asked."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the median is within the bound; None without one."""
+        if not self.bound:
+            return None
+        sense, number = self.bound.split()
+        return self.median <= float(number) if sense == "<=" else self.median >= float(number)
+
+
+def ratio(name: str, seconds: Seconds, above: str, below: str, bound: str = "") -> Ratio:
+    """Time of `above` / time of `below`, round by round."""
+    values = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+    return Ratio(name, statistics.median(values), min(values), max(values), bound)
+
+
+def hardware(where: torch.device) -> str:
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else processor_model()
+
+
+def _facts(where: torch.device, setting: str) -> dict[str, str]:
+    packages = ("torch", "torchvision", "deepspeed")
+    return {
+        "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{hardware(where)}, {torch.get_num_threads()} thread(s)",
+        "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "setting": setting,
+    }
+
+
+def _module() -> str:
+    spec: Any = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else sys.argv[0]
+
+
+def write(folder: Path, setting: str, seconds: Seconds, ratios: list[Ratio], where: torch.device) -> None:
+    """`<date>-<hardware>.json` and `.md` below the folder; also prints the table."""
+    facts = _facts(where, setting)
+    rows = ["| ratio of times | median | smallest to largest | asked | holds |", "|---|---|---|---|---|"]
+    for r in ratios:
+        spread, holds = f"{r.smallest:.3f} to {r.largest:.3f}", {None: "", True: "yes", False: "no"}[r.holds]
+        rows.append(f"| {r.name} | {r.median:.3f} | {spread} | {r.bound} | {holds} |")
+    table = "\n".join(rows)
+    rows = [f"| {label} | {1e3 * statistics.median(values):.0f} |" for label, values in seconds.items()]
+    times = "\n".join(["| step | median ms |", "|---|---|", *rows])
+    head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    text = f"# The step on {hardware(where)}\n\n{head}\n\n{table}\n\n{times}\n"
+    slug = "-".join("".join(c if c.isalnum() else " " for c in hardware(where).lower()).split())
+    name = f"{facts['date']}-{slug}"
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / f"{name}.md", text)
+    lines = [{**vars(r), "holds": r.holds} for r in ratios]
+    atomic_write_json(folder / f"{name}.json", {**facts, "ratios": lines, "seconds": seconds})
+    print(text)

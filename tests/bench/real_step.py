@@ -1,0 +1,93 @@
+"""The loop's own step (`pipeline.loop._step`) as a function to call: one process, no Ray, no files, no loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from decimal import Decimal
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from pipeline.batch_statistics import BatchStatistics
+from pipeline.data.loader import Batch
+from pipeline.engine import Engine, prepare_deepspeed
+from pipeline.group import Group
+from pipeline.loop import Training, _step, unobserved
+from pipeline.models import build_network
+from pipeline.objectives import build_objective
+from pipeline.phases import Stage
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe
+from pipeline.sparsity import attach_scores, refresh_masks, train_only, trained_parameters
+from tests.small_recipe import small_recipe
+
+Trains = Literal["weights", "scores"]
+KEEP = Decimal("0.01")
+OBJECTIVES = {
+    "clean": {"name": "clean"},
+    "fgsm": {"name": "fgsm", "steps": 1, "step_size": "5/255"},
+    "pgd-3": {"name": "pgd", "steps": 3, "step_size": "8/765"},
+}
+
+
+def alone(where: torch.device) -> Group:
+    """A process group of one, without a port."""
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    prepare_deepspeed(where)
+    return Group(0, 1, where)
+
+
+def recipe_of(arch: str, objective: str, micro_batch: int, parts: int, precision: str, zero_stage: int = 1) -> Recipe:
+    """ImageNet's recipe in what decides a step's cost, with small numbers."""
+    values: dict[str, Any] = {
+        "model": {"arch": arch, "num_classes": 1000},
+        "threat_model": {"norm": "linf", "eps": "4/255"},
+        "objective": OBJECTIVES[objective],
+        "batch": {"batch_per_step": micro_batch * parts, "micro_batch": micro_batch},
+        "evaluation": {"validation_steps": 5},  # more than one, which the guard against overfitting asks for
+        "sparsity": {"keep_fractions": [str(KEEP)]},
+        "engine": {"zero_stage": zero_stage, "precision": precision},
+    }
+    return small_recipe(Path("."), **values)
+
+
+def real_step(recipe: Recipe, group: Group, batch: Batch, trains: Trains) -> Callable[[], None]:
+    """One step of the phase that trains weights or scores per call, as the loop takes it, on the same images again."""
+    network = build_network(recipe.model, recipe.seed).to(group.device).train()
+    phase = recipe.phases.pretrain if trains == "weights" else recipe.phases.prune
+    if trains == "scores":
+        attach_scores(network, KEEP, recipe.sparsity.allocation)
+    train_only(network, trains)
+    refresh_masks(network)
+    name = "prune" if trains == "scores" else "pretrain"
+    stage = Stage(name, name, phase, recipe.objective, 0, trains=trains)
+    training = Training(
+        stage=stage,
+        recipe=recipe,
+        group=group,
+        network=network,
+        engine=Engine(network, trained_parameters(network), phase, recipe, group),
+        objective=build_objective(recipe.objective, recipe.threat_model, stage.phase),
+        micro_batches=repeat(batch),
+        rows=None,
+        average={},
+        noise=None,
+        drift=None,
+        validate=lambda strength: {},
+        save=lambda snapshot: None,
+        observe=unobserved,
+        stop_requested=lambda: False,
+    )
+    statistics = BatchStatistics(network, group)
+    progress = Progress(0, 1000, 1000)
+
+    def step() -> None:
+        _step(training, statistics, progress)
+
+    return step

@@ -1,0 +1,46 @@
+"""What a step sends: ZeRO's own collectives and one more, however strong the attack is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.data.loader import Batch
+from pipeline.group import Group
+from tests.bench.real_step import Trains, real_step, recipe_of
+from tests.dist.processes import run_group
+
+MICRO, PARTS = 4, 4
+OWN = Counter({"c10d::_allgather_base_": 1})
+"""BatchNorm's statistics, the metrics' sums and the stop flag, in one."""
+ZERO = {
+    0: Counter({"c10d::allreduce_": 1}),  # the gradients
+    1: Counter({"c10d::allreduce_": 2, "c10d::_allgather_base_": 1}),
+    2: Counter({"c10d::allreduce_": 3, "c10d::_allgather_base_": 1}),  # gradients after each of two micro-batches
+}
+"""What DeepSpeed adds per step by ZeRO stage, for gradients that fit one bucket."""
+STEPS: tuple[tuple[str, Trains], ...] = (("clean", "weights"), ("pgd-3", "weights"), ("pgd-3", "scores"))
+
+
+def _sent(group: Group, zero: int) -> dict[str, Counter[str]]:
+    batch = Batch(torch.randint(256, (MICRO, 3, 28, 28), dtype=torch.uint8), torch.arange(MICRO), torch.arange(MICRO))
+    counts = {}
+    for objective, trains in STEPS:
+        recipe = recipe_of("small_cnn", objective, MICRO, PARTS, "fp32", zero)
+        step = real_step(recipe, group, batch, trains)
+        step()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            step()
+        names = [event.name for event in seen.events() or () if event.name.startswith("c10d::")]
+        counts[f"{objective}, {trains}"] = Counter(names)
+    return counts
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_collectives_of_a_step(zero: int) -> None:
+    for counts in run_group(2, _sent, zero):
+        for step, sent in counts.items():
+            assert sent == OWN + ZERO[zero], step
