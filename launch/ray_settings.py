@@ -25,6 +25,8 @@ def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",
         # Ray would have workers give way to whatever else runs on the node (nice 15): training then starves.
         "RAY_worker_niceness": "0",
+        # Nor have them die for memory that others took: who takes too much is for the kernel and SLURM to say.
+        "RAY_memory_monitor_refresh_ms": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -23,6 +23,7 @@ from pipeline.phases import Stage
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.sparsity import attach_scores, refresh_masks, train_only, trained_parameters
+from pipeline.stopwatch import Stopwatch
 from tests.small_recipe import small_recipe
 
 Trains = Literal["weights", "scores"]
@@ -85,9 +86,10 @@ def real_step(recipe: Recipe, group: Group, batch: Batch, trains: Trains) -> Cal
         stop_requested=lambda: False,
     )
     statistics = BatchStatistics(network, group)
-    progress = Progress(0, 1000, 1000)
+    progress, clock = Progress(0, 1000, 1000), Stopwatch(group.device)
 
     def step() -> None:
-        _step(training, statistics, progress)
+        clock.restart()
+        _step(training, statistics, progress, clock)
 
     return step
