@@ -36,7 +36,13 @@ log = logging.getLogger(__name__)
 RESUMABLE = "checkpoints are kept: python -m launch resume RUN goes on"
 
 
+def _refuse_after_without_slurm(arguments: argparse.Namespace, on: str) -> None:
+    if arguments.after is not None and on != "slurm":
+        raise ValueError(f"--after {arguments.after} is a SLURM job, and this run is not for SLURM: add --on slurm")
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    _refuse_after_without_slurm(arguments, arguments.on)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.cluster)
     if arguments.dry_run:
         _print_plan(recipe, arguments)
@@ -71,6 +77,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     if on == "slurm":
         run_folder.check_same_data(folder)
         return _submit(folder, arguments.after)
+    _refuse_after_without_slurm(arguments, on)
     return run_here(folder)
 
 

@@ -72,6 +72,7 @@ class Report:
     def __call__(self) -> None:
         control = Control.of(Path(self.run_folder), *_start_of_job())
         control.create()
+        control.count()
         code = subprocess.run([sys.executable, "-m", "launch", "report", self.run_folder]).returncode
         control.end(code, "" if code == 0 else "the report could not be written; its reason is above")
         if code:
@@ -119,14 +120,22 @@ class _Task:
         while not condition():
             if time.monotonic() - self._beat_at > ALIVE_EVERY_S:
                 self._beat_at = time.monotonic()
-                self.control.beat(self.node)
+                self._beat()
             if time.monotonic() > end:
                 return False
-            if os.getppid() != self._parent:
-                # slurmstepd was killed, and with it what SLURM knows of this task: its guard ends the rest.
-                os.kill(os.getpid(), signal.SIGKILL)
+            if os.getppid() != self._parent:  # slurmstepd was killed, and with it what SLURM knows of this task
+                os.kill(os.getpid(), signal.SIGKILL)  # its guard ends the rest
             pause.wait(POLL_S)
         return True
+
+    def _beat(self) -> None:
+        """Say that this node lives, and end if others have its job, as when only its slurmd has died."""
+        try:
+            self.control.beat(self.node)
+        except OSError as error:  # others notice if it stays
+            self.say(f"cannot say that this node lives: {error}")
+        if self.control.was_replaced():
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _is_silent(self, node: int) -> bool:
         """Lost with its node, or hung: the deadline is that of workers."""
@@ -225,8 +234,12 @@ class _Task:
     def _check_progress(self) -> None:
         """Errors: JobFailed if the last starts of this job led nowhere."""
         starts, marks = Starts.of(self.run_folder), self._marks()
-        count, limit = starts.without_progress(self.share.group, marks), self.recipe.workers.restarts_without_progress
+        count, limit = (
+            starts.without_progress(self.share.group, self.job, marks),
+            self.recipe.workers.restarts_without_progress,
+        )
         starts.add(self.share.group, self.job, self.restart, self.nodes, marks)
+        self.control.count()
         if count > 2 * limit + 1:
             why = (
                 f"{self.run_folder}: {self.share.group} was started {count} times without a new checkpoint; "
@@ -238,14 +251,11 @@ class _Task:
     def stop_driver(self) -> None:
         """Have the workers write a checkpoint, and wait for it, but not beyond the time that SLURM gives."""
         self.control.stop.touch()
-        if self._driver is None:
+        if (driver := self._driver) is None:
             return
         self.say("asked to stop: the workers write a checkpoint at the next step")
-        try:
-            self._driver.wait(self.slurm.signal_s * 0.8)
-            self.say("stopped with a checkpoint")
-        except subprocess.TimeoutExpired:
-            self.say("no checkpoint in time: the job will go on from the one before")
+        done = self._wait(lambda: driver.poll() is not None, self.slurm.signal_s * 0.8)
+        self.say("stopped with a checkpoint" if done else "no checkpoint in time: the job goes on from the one before")
 
     def _terminated(self, number: int, frame: object) -> None:
         """Preemption without a warning, or scancel: use what time there is."""

@@ -68,7 +68,10 @@ def joined_cluster(recipe: Recipe, control: Control, generation: int, nodes: int
     address = control.address(generation)
     scratch = Path(os.environ["TMPDIR"])  # the guard's, that this process was started in
     with _environment(ray_environment(control.token, scratch, uses_gpu(recipe))):
-        _connect(address=address)
+        try:
+            _connect(address=address)
+        except RunFailed as error:  # its head or a node may have died meanwhile: another cluster is started
+            raise NodesMissing(str(error)) from error
         try:
             _wait_for_nodes(nodes, recipe.slurm.node_start_s)
             yield Cluster(workers, scratch)

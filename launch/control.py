@@ -2,6 +2,7 @@
 
     control/starts.jsonl                      one line per start of a job, for counting those without progress
     control/<job>-<restart>/                  one start of one job (SLURM counts its restarts)
+        counted                               it stands in starts.jsonl, so that it may be queued again
         token                                 the Ray cluster's, 0600
         cluster-<generation>.json             the head is up: where
         lost-<generation>-<node>              a node's Ray processes ended
@@ -46,6 +47,15 @@ class Control:
 
     def create(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def count(self) -> None:
+        """This start is in `Starts`, which bounds how often the job is queued again."""
+        (self.folder / "counted").touch()
+
+    def was_replaced(self) -> bool:
+        """Whether SLURM has started the job once more, while this start's node was taken for lost."""
+        job, _, restart = self.folder.name.rpartition("-")
+        return (self.folder.parent / f"{job}-{int(restart) + 1}").exists()
 
     def publish(self, generation: int, address: str) -> None:
         atomic_write_json(self.folder / f"cluster-{generation}.json", {"address": address})
@@ -93,10 +103,13 @@ class Starts:
     def read(self) -> list[dict[str, Any]]:
         return read_rows(self.path)
 
-    def without_progress(self, group: str, marks: list[int]) -> int:
-        """How many starts in a row, the newest first, found exactly what is there now."""
+    def without_progress(self, group: str, job: str, marks: list[int]) -> int:
+        """How many starts of this job in a row, the newest first, found exactly what is there now.
+
+        Those of other jobs do not count: who submits the run again has looked at what stopped it.
+        """
         count = 0
-        for start in reversed([s for s in self.read() if s["group"] == group]):
+        for start in reversed([s for s in self.read() if s["group"] == group and s["job"] == job]):
             if start["marks"] != marks:
                 break
             count += 1

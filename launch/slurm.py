@@ -67,10 +67,14 @@ def parse_jobs(value: Any) -> list[Submitted]:
     return [Submitted(**job) for job in value["jobs"]]
 
 
+def _require(program: str) -> None:
+    if shutil.which(program) is None:
+        raise ValueError(f"{program} was not found: is this a machine of a SLURM cluster? --on local needs none")
+
+
 def _client(*command: str) -> str:
     """Output of a SLURM command. Errors: ValueError with what it said."""
-    if shutil.which(command[0]) is None:
-        raise ValueError(f"{command[0]} was not found: is this a machine of a SLURM cluster?")
+    _require(command[0])
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_S)
     except subprocess.TimeoutExpired:
@@ -143,14 +147,18 @@ def _srun_arguments(slurm: Slurm) -> list[str]:
 def _teardown(run_folder: Path) -> list[str]:
     """Shell lines after srun: queue again what began and did not end by itself, unless SLURM has taken the job away.
 
-    A job that does not even begin (no Python, no project on the node) is not queued again: it would not begin then.
+    A start that was not even counted (no Python, no project on the node, no room in the run directory) is not queued
+    again: nothing would bound that. One task of an array has the array's own job id, which stands for all of them, so
+    an array's tasks are named by their numbers.
     """
     return [
         "code=$?",
         f'start={shlex.quote(str(run_folder.resolve()))}/control/"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
-        'if [ "$code" -ne 0 ] && [ -d "$start" ] && [ ! -e "$start/ended.json" ] &&',
-        '  [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
-        '  scontrol requeue "$SLURM_JOB_ID"',
+        "me=$SLURM_JOB_ID",
+        'if [ -n "$SLURM_ARRAY_JOB_ID" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi',
+        'if [ "$code" -ne 0 ] && [ -e "$start/counted" ] && [ ! -e "$start/ended.json" ] &&',
+        '  [ "$(squeue -h -r -j "$me" -o %T)" = RUNNING ]; then',
+        '  scontrol requeue "$me"',
         "fi",
         'exit "$code"',
     ]
@@ -190,6 +198,7 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
     import submitit
     from submitit.core.utils import FailedJobError
 
+    _require("srun")  # what submitit looks for
     executor = submitit.SlurmExecutor(run_folder / "jobs", max_num_timeout=NO_LIMIT, python=_python(recipe))
     executor.update_parameters(**sbatch_parameters(recipe, run_folder, name, dependency))
     try:

@@ -201,6 +201,11 @@ def read_newest(stage: Path) -> Snapshot | None:
     return None
 
 
+def committed_steps(stage: Path) -> list[int]:
+    """Steps whose checkpoints were once complete, damaged since or not."""
+    return [step for step in steps_on_disk(stage) if (folder_of(stage, step) / "MANIFEST.json").exists()]
+
+
 def prune(stage: Path, keep: int, *protected: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the `protected` steps (the best, the one to go back to)."""
     steps = [s for s in steps_on_disk(stage) if s not in protected]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.bounds import trace
-from pipeline.data.manifest import open_checked
+from pipeline.data.manifest import DataError, open_checked
 from pipeline.job import Job
 from pipeline.models import build_network
 from pipeline.recipe import Recipe
@@ -75,21 +75,27 @@ def _identity(job: Job) -> dict[str, Any]:
 def check_worker(job: Job) -> None:
     """Raise Unhealthy on every rank if any worker's device fails or differs from the others. Collective.
 
-    Errors: ValueError, on every rank as well, for a network that cannot be bounded and has to be.
+    Errors: ValueError, on every rank as well, for a network that cannot be bounded and has to be; DataError naming
+    the host and the file for data that is not there or not whole.
     """
     check_bounds(job.recipe)
-    problem = None
+    problem = refusal = None
+    identity: dict[str, Any] = {}
     try:
         check_device(job.group.device)
+        identity = _identity(job)
     except Unhealthy as error:
         problem = str(error)
-    answers = job.group.gather((platform.node(), problem, _identity(job)))
-    problems = [said for _, said, _ in answers if said]
-    if problems:
-        raise Unhealthy("; ".join(sorted(set(problems))))
-    for key in answers[0][2]:
-        values = [identity[key] for _, _, identity in answers]
+    except DataError as error:
+        refusal = f"{platform.node()}: {error}"
+    answers = job.group.gather((platform.node(), problem, refusal, identity))
+    if problems := {said for _, said, _, _ in answers if said}:
+        raise Unhealthy("; ".join(sorted(problems)))
+    if refusals := {said for _, _, said, _ in answers if said}:
+        raise DataError("; ".join(sorted(refusals)))
+    for key in identity:
+        values = [other[key] for *_, other in answers]
         usual, count = Counter(values).most_common(1)[0]
         if count < len(values):
-            odd = sorted({f"{host} has {identity[key]}" for host, _, identity in answers if identity[key] != usual})
+            odd = sorted({f"{host} has {other[key]}" for host, *_, other in answers if other[key] != usual})
             raise Unhealthy(f"the workers differ in {key}: most have {usual}, {'; '.join(odd)}")

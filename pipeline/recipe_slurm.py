@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from pipeline.recipe_fields import Section
 
-Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:;|&()\[\]*@%+=/-]+$")]
-"""A value of an sbatch option."""
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:;|&()\[\]*@%+=/-][A-Za-z0-9_.,:;|&()\[\]*@%+=/#-]*$")]
+"""A value of an sbatch option. Not at its beginning, # begins no comment: Pyxis has it in registry#image."""
 
 _TIME = re.compile(r"^(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>\d{2})(?::(?P<s>\d{2}))?$")
 

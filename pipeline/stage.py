@@ -80,7 +80,7 @@ def _run_stage(job: Job, stage: Stage) -> None:
     if not to_train and not to_evaluate:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    own = _own_checkpoint(folder) if to_train and job.group.is_first else None
+    own = _own_checkpoint(folder, job.token) if to_train and job.group.is_first else None
     # Only now, as the rows beyond the checkpoint were cut: one wandb run for training and test.
     with tracked(job, stage) as tracker:
         if to_train:
@@ -94,9 +94,18 @@ def _run_stage(job: Job, stage: Stage) -> None:
                     tracker.summary(summary_of(stage, label, facts))
 
 
-def _own_checkpoint(folder: Path) -> Snapshot | None:
-    """The stage's own newest whole checkpoint; what lies beyond it is removed."""
+def _own_checkpoint(folder: Path, token: str) -> Snapshot | None:
+    """The stage's own newest whole checkpoint; what lies beyond it is removed.
+
+    Errors: LeaseHeld if the stage is another's by now; ValueError if it has checkpoints, and none of them is whole.
+    """
+    check_token(folder, token)  # what is removed must be ours
     own = checkpoint.read_newest(folder)
+    if own is None and (lost := checkpoint.committed_steps(folder)):
+        raise ValueError(
+            f"{folder}: none of its checkpoints is whole (steps {', '.join(map(str, lost))}; logs/worker-0.log says "
+            "what is wrong with each); bring one back, or delete its step-* folders to begin it anew, then resume"
+        )
     checkpoint.discard_after(folder, own.progress.step if own else 0)
     cut_rows(folder / "metrics.jsonl", own.progress.step if own else 0)
     return own

@@ -50,9 +50,12 @@ def _left(cluster: SlurmCluster) -> list[str]:
 
 
 def test_the_command_line_submits_a_run_once(slurm: SlurmCluster, fashion_data: Path, tmp_path: Path) -> None:
-    """Pretrain, an array of three sparsities, two at a time, once that is done, and a report."""
+    """After another job pretrain, once that is done an array of three sparsities, two at a time, and a report."""
     folder = new_run(tmp_path / "runs" / "fan", two_node_recipe(fashion_data, 1))
-    done = launch(tmp_path, "resume", "fan", "--on", "slurm")
+    refused = launch(tmp_path, "resume", "fan", "--on", "local", "--after", "1")
+    assert (refused.code, "add --on slurm" in refused.err) == (2, True)
+    before = slurm.submit("--hold", "--output=/dev/null", "--wrap=true")
+    done = launch(tmp_path, "resume", "fan", "--on", "slurm", "--after", before)
     assert done.code == 0, done.err
     jobs = read_jobs(folder)
     assert launch(tmp_path, "resume", "fan").code == 0
@@ -61,5 +64,6 @@ def test_the_command_line_submits_a_run_once(slurm: SlurmCluster, fashion_data: 
     array = jobs[1].id.partition("_")[0]
     assert [job.id for job in jobs[1:4]] == [f"{array}_{task}" for task in range(3)]
     queued = slurm.client("squeue", "-h", "-o", "%i|%E").splitlines()
+    assert f"{jobs[0].id}|afterany:{before}(unfulfilled)" in queued, queued
     assert f"{array}_[0-2%2]|afterok:{jobs[0].id}(unfulfilled)" in queued, queued
     cancel(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import REPORT, sbatch_text
+from launch.slurm import REPORT, sbatch_parameters, sbatch_text
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from tests.slurm_cluster import SlurmCluster
@@ -71,6 +71,34 @@ def test_options_say_what_the_recipe_says(tmp_path: Path) -> None:
     assert "--cpus-per-task=2" in text.partition("\nsrun ")[2]
 
 
+def test_each_task_of_an_array_is_queued_again_by_itself(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """The last has the array's own job id, and ends while another runs. What was not counted is not queued again."""
+    control = tmp_path / "control"
+    control.mkdir()
+    script = tmp_path / "job.sh"
+    teardown = "\n".join(sbatch_parameters(recipe_with(), tmp_path, "sparsities", None)["teardown"])
+    script.write_text(
+        f"""#!/bin/bash
+restart=${{SLURM_RESTART_COUNT:-0}}
+start={control}/$SLURM_JOB_ID-$restart
+mkdir "$start"
+echo "$SLURM_ARRAY_TASK_ID $restart" >> {tmp_path}/starts
+[ "$SLURM_ARRAY_TASK_ID" = 0 ] || touch "$start/counted"
+[ "$SLURM_ARRAY_TASK_ID" != 2 ] || echo $SLURM_JOB_ID > {tmp_path}/last
+if [ "$SLURM_ARRAY_TASK_ID$restart" = 10 ]; then
+  for _ in $(seq 300); do grep -q "2 1" {tmp_path}/starts && break; sleep 0.1; done
+fi
+test "$restart" != 0
+{teardown}
+"""
+    )
+    array = slurm.submit("--array=0-2", "--requeue", "--output=/dev/null", str(script))
+    for task, state in enumerate(("FAILED", "COMPLETED", "COMPLETED")):
+        slurm.wait_for_state(f"{array}_{task}", state)
+    assert sorted((tmp_path / "starts").read_text().splitlines()) == ["0 0", "1 0", "1 1", "2 0", "2 1"]
+    assert (tmp_path / "last").read_text().strip() == array
+
+
 def test_the_report_needs_one_node_and_no_gpu(tmp_path: Path) -> None:
     options = options_of(sbatch_text(recipe_with("slurm.nodes=4", "slurm.gpus_per_node=8"), tmp_path, REPORT))
     assert options["nodes"] == "1"
@@ -86,8 +114,11 @@ def test_a_container_is_sruns_and_brings_its_own_python(tmp_path: Path) -> None:
     )
     command = text.partition("\nsrun ")[2].splitlines()[0]
     assert "--container-image=/images/hydra.sqsh --container-mounts=/data:/data python3 -u -m submitit" in command
-    with pytest.raises(ValueError, match=r"slurm\.container_image"):
-        recipe_with(f"slurm.container_image={image} x")
+    text = sbatch_text(recipe_with(f"slurm.container_image={image}"), tmp_path, "pretrain")
+    assert f"'--container-image={image}' python3 -u" in text.partition("\nsrun ")[2].splitlines()[0]
+    for bad in (f"{image} x", "#hydra"):
+        with pytest.raises(ValueError, match=r"slurm\.container_image"):
+            recipe_with(f"slurm.container_image='{bad}'")
 
 
 def test_values_never_become_shell(tmp_path: Path) -> None:

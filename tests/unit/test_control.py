@@ -52,15 +52,23 @@ def test_the_end_is_said_once_and_for_all(start: Control) -> None:
     assert start.ended() == {"code": 1, "message": "why"}
 
 
+def test_a_start_knows_when_its_job_was_given_to_others(start: Control) -> None:
+    assert not start.was_replaced()
+    job, _, restart = start.folder.name.rpartition("-")
+    (start.folder.parent / f"{job}-{int(restart) + 1}").mkdir()
+    assert start.was_replaced()
+
+
 def test_starts_without_progress_are_those_of_the_group_since_the_marks_changed(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
     starts = Starts.of(tmp_path)
-    assert starts.without_progress("pretrain", [0]) == 0
+    assert starts.without_progress("pretrain", "12", [0]) == 0
     for group, marks in (("pretrain", [0]), ("pretrain", [9]), ("keep-0.1", [0]), ("pretrain", [9])):
         starts.add(group, "12", "0", 2, marks)
-    assert starts.without_progress("pretrain", [9]) == 2
-    assert starts.without_progress("pretrain", [18]) == 0
-    assert starts.without_progress("keep-0.1", [0]) == 1
+    assert starts.without_progress("pretrain", "12", [9]) == 2
+    assert starts.without_progress("pretrain", "12", [18]) == 0
+    assert starts.without_progress("keep-0.1", "12", [0]) == 1
+    assert starts.without_progress("pretrain", "13", [9]) == 0, "a job that was submitted anew begins to count anew"
     with starts.path.open("a") as stream:
         stream.write('{"torn')
     assert len(starts.read()) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.data.manifest import DataError
 from pipeline.group import Group
 from pipeline.health import Unhealthy, check_bounds, check_device, check_worker
 from pipeline.job import Job
 from tests.small_recipe import small_recipe
 
 CPU = torch.device("cpu")
-Answer = tuple[str, str | None, dict[str, Any]]
+Answer = tuple[str, str | None, str | None, dict[str, Any]]
+"""(host, what is wrong with it, what is wrong with its data, what must be equal)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def like(answer: Answer) -> Answer:
 
 
 def unlike(host: str, **differences: Any) -> Callable[[Answer], Answer]:
-    return lambda answer: (host, None, answer[2] | differences)
+    return lambda answer: (host, None, None, answer[3] | differences)
 
 
 def test_a_device_that_computes_passes() -> None:
@@ -77,10 +80,21 @@ def test_the_odd_one_is_named_with_its_host(fashion_data: Path, key: str) -> Non
 
 def test_what_another_worker_found_stops_all(fashion_data: Path) -> None:
     def broken(answer: Answer) -> Answer:
-        return "node-3", "node-3: cuda:0 computes wrongly", answer[2]
+        return "node-3", "node-3: cuda:0 computes wrongly", None, answer[3]
 
     with pytest.raises(Unhealthy, match="node-3: cuda:0 computes wrongly"):
         check_worker(job_among(fashion_data, like, broken))
+
+
+def test_data_that_one_node_lacks_is_the_users_to_mend_and_its_host_named(fashion_data: Path, tmp_path: Path) -> None:
+    def without(answer: Answer) -> Answer:
+        return "node-3", None, "node-3: train.beton: no such file", {}
+
+    with pytest.raises(DataError, match=r"^node-3: train.beton: no such file$"):
+        check_worker(job_among(fashion_data, like, without))
+    here = Job(small_recipe(tmp_path), tmp_path, "token", Peers(0, 2, CPU, (like,)))
+    with pytest.raises(DataError, match=rf"^{platform.node()}: .*train.beton"):
+        check_worker(here)
 
 
 def test_a_network_without_bounds_is_refused_before_it_is_trained_for_nothing(fashion_data: Path) -> None:
