@@ -234,10 +234,8 @@ class _Task:
     def _check_progress(self) -> None:
         """Errors: JobFailed if the last starts of this job led nowhere."""
         starts, marks = Starts.of(self.run_folder), self._marks()
-        count, limit = (
-            starts.without_progress(self.share.group, self.job, marks),
-            self.recipe.workers.restarts_without_progress,
-        )
+        count = starts.without_progress(self.share.group, self.job, marks)
+        limit = self.recipe.workers.restarts_without_progress
         starts.add(self.share.group, self.job, self.restart, self.nodes, marks)
         self.control.count()
         if count > 2 * limit + 1:

@@ -49,7 +49,8 @@ class Control:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def count(self) -> None:
-        """This start is in `Starts`, which bounds how often the job is queued again."""
+        """The batch script may queue the job again if this start fails; training starts are in `Starts` by then, which
+        bounds how often."""
         (self.folder / "counted").touch()
 
     def was_replaced(self) -> bool:

@@ -47,15 +47,15 @@ def check_device(device: torch.device) -> None:
 
 def check_bounds(recipe: Recipe) -> None:
     """Refuse a network without bounds where an objective trains or judges by them. Errors: ValueError."""
-    for key, objective in recipe.objectives.items():
-        if objective.name in PROVING:
-            try:
-                trace(build_network(recipe.model, recipe.seed, recipe.data.image_size))
-            except ValueError as error:
-                raise ValueError(
-                    f"{key}.name {objective.name} needs bounds of model.arch {recipe.model.arch}: {error}; "
-                    "choose another network or objective"
-                ) from None
+    proving = [f"{key}.name {found.name}" for key, found in recipe.objectives.items() if found.name in PROVING]
+    if not proving:
+        return
+    try:
+        trace(build_network(recipe.model, recipe.seed, recipe.data.image_size))
+    except ValueError as error:
+        raise ValueError(
+            f"{proving[0]} needs bounds of model.arch {recipe.model.arch}: {error}; choose another network or objective"
+        ) from None
 
 
 def _identity(job: Job) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.evaluate.statistics import McNemar
 from pipeline.figures import draw_accuracy, draw_certified, draw_layers
 from pipeline.further import further_rows, further_table
 from pipeline.page import write_page
-from pipeline.page.verdict import NOISE, SIGNIFICANT
+from pipeline.page.verdict import NOISE, within_noise
 from pipeline.results import (
     CertifiedCurves,
     Comparisons,
@@ -108,7 +108,7 @@ def _cells(accuracies: list[dict[str, float]], expected: int) -> list[str]:
 def _difference_cells(test: McNemar | None) -> tuple[str, str]:
     if test is None:
         return "missing", ""
-    noise = f", {NOISE}" if test.p_value >= SIGNIFICANT else ""
+    noise = f", {NOISE}" if within_noise(test) else ""
     return f"{100 * test.difference:+.2f}", f"{p_text(test.p_value)}{noise}"
 
 

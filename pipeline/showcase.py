@@ -21,7 +21,7 @@ from pipeline.further import further_rows
 from pipeline.mirror import Label, Mirror
 from pipeline.page.examples import Shown, examples_of
 from pipeline.page.pictures import amplified, answers, pixels_of
-from pipeline.page.verdict import SIGNIFICANT
+from pipeline.page.verdict import within_noise
 from pipeline.report import PAGE
 from pipeline.results import Kind, Network, Run, compare_all, honesty_checks, read_runs
 from pipeline.wandb_ids import forget_run
@@ -98,7 +98,7 @@ def tables_of(run: Run) -> dict[str, Rows]:
             test = comparisons.get((0, network.name, network.keep_fraction))
             lead: dict[str, Any] = dict.fromkeys(("hydra_lead", "p", "within_noise"))
             if test is not None:
-                lead = {"hydra_lead": test.difference, "p": test.p_value, "within_noise": test.p_value >= SIGNIFICANT}
+                lead = {"hydra_lead": test.difference, "p": test.p_value, "within_noise": within_noise(test)}
             tables["accuracies"].append(row | lead)
         for layer in network.layers:
             counts = {key: layer[key] for key in ("kept", "total")}

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.recipe_objective import ThreatModel
+
 SIDE, CLASSES = 10, 4
+BALLS = {
+    "linf": ThreatModel(norm="linf", eps=Fraction(7, 100)),
+    "l2": ThreatModel(norm="l2", eps=Fraction(1, 2)),
+}
+"""In which the network is robust to some of the attacks."""
 
 
 def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:

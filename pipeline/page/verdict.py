@@ -14,6 +14,10 @@ SIGNIFICANT = 0.05
 AHEAD, BEHIND, NOISE, MISSING = "HYDRA ahead", "HYDRA behind", "within noise", "missing"
 
 
+def within_noise(test: McNemar) -> bool:
+    return test.p_value >= SIGNIFICANT
+
+
 @dataclass(frozen=True)
 class Difference:
     """HYDRA against one baseline on the same images of one run."""
@@ -31,7 +35,7 @@ class Difference:
     def says(self) -> str:
         if self.test is None:
             return MISSING
-        if self.test.p_value >= SIGNIFICANT:
+        if within_noise(self.test):
             return NOISE
         return AHEAD if self.test.difference > 0 else BEHIND
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.evaluate.autoattack import ENSEMBLES, FLAGS, Ensemble, EnsembleName
 from pipeline.evaluate.measure import summarise
-from pipeline.recipe_objective import ThreatModel
-from tests.stripes import CLASSES, draw, trained_network
+from tests.stripes import BALLS, CLASSES, draw, trained_network
 
-BALLS = {
-    "linf": ThreatModel(norm="linf", eps=Fraction(7, 100)),
-    "l2": ThreatModel(norm="l2", eps=Fraction(1, 2)),
-}
 COUNT, FIRST = 48, 1000
 IDS = np.arange(FIRST, FIRST + COUNT)
 SHORT: dict[str, int] = {"iterations": 6, "queries": 60}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from pipeline.evaluate.autoattack import Ensemble
 from pipeline.evaluate.pgd import Pgd
 from pipeline.evaluate.statistics import mcnemar
 from pipeline.recipe_objective import ThreatModel
-from tests.stripes import CLASSES, draw, trained_network
+from tests.stripes import BALLS, CLASSES, draw, trained_network
 
 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
     from foolbox import attacks  # names a module of scipy by its old name
@@ -25,7 +24,6 @@ with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
 
 COUNT = 400
 IDS = np.arange(COUNT)
-LINF, L2 = ThreatModel(norm="linf", eps=Fraction(7, 100)), ThreatModel(norm="l2", eps=Fraction(1, 2))
 TOLERANCE = 0.01
 """Between AutoAttack's robust accuracy and what Foolbox's PGD and DeepFool leave."""
 
@@ -50,7 +48,7 @@ def withstood(network: nn.Module, images: tuple[Tensor, Tensor], eps: float, *th
 
 
 @pytest.mark.parametrize("steps", [3, 20])
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+@pytest.mark.parametrize("threat", BALLS.values(), ids=BALLS)
 def test_pgd_is_within_noise_of_theirs(
     network: nn.Module, images: tuple[Tensor, Tensor], threat: ThreatModel, steps: int
 ) -> None:
@@ -67,7 +65,7 @@ def test_pgd_is_within_noise_of_theirs(
         assert mcnemar(ours, centred).p_value < 0.001, "another attack is told apart"
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+@pytest.mark.parametrize("threat", BALLS.values(), ids=BALLS)
 def test_autoattack_agrees_with_theirs_on_the_whole(
     network: nn.Module, images: tuple[Tensor, Tensor], threat: ThreatModel
 ) -> None:
