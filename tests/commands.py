@@ -59,13 +59,13 @@ def _killed(process: psutil.Process) -> str | None:
     return said
 
 
-def wait_until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
-    """Return once `condition()` holds. Errors: TimeoutError naming `what`."""
+def wait_until(condition: Callable[[], bool], deadline_s: float, what: str, every_s: float = 0.1) -> None:
+    """Return once `condition()` holds, asked every `every_s`. Errors: TimeoutError naming `what`."""
     end, pause = time.monotonic() + deadline_s, threading.Event()
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"not within {deadline_s} s: {what}")
-        pause.wait(0.1)
+        pause.wait(every_s)
 
 
 def _unused_shared_memory(since: float) -> set[str]:

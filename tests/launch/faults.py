@@ -1,17 +1,18 @@
 """Faults that a cluster inflicts on a running job, and what became of the job after each.
 
-Every fault is real: SLURM's own commands, or a signal to the process itself. Each is inflicted while the job is seen to
-be training (the newest row of metrics.jsonl moves), and is survived when a step beyond it has been logged.
+Every fault is real: SLURM's own commands, or a signal to the process itself. Each is inflicted while a worker is seen
+to be amid a step or a save (`throttle`), and is survived when a step beyond it has been logged. What SLURM brings about
+later by itself, such as a time limit, is ordered then.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import psutil
 
 from pipeline.committed import progress_marks
 from tests.commands import wait_until
+from tests.launch.throttle import FOLDER, inside
 from tests.slurm_cluster import SlurmCluster
 
 RECOVERY_S = 240
 """How long a job may take to train again."""
+Act = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Outcome:
     """What one fault did."""
 
     kind: str
+    place: str
+    """What it struck amid: a step or a save."""
     at_step: int
     """The newest step that was logged when it struck."""
     resumed_from: int
@@ -89,11 +94,17 @@ class Victim:
 
     # --- striking -----------------------------------------------------------------------------------------------------
 
-    def strike(self, kind: str, index: int) -> Outcome:
-        """Inflict one fault now, and return when the job trains again. `index` chooses among several victims."""
+    def strike(self, kind: str, index: int, place: str) -> Outcome:
+        """Inflict one fault amid the next step or save, and return when the job trains again.
+
+        `index` chooses among several victims.
+        """
         starts = self._starts()
+        blow, heal = getattr(self, f"_{kind}")(index)
+        amid = self._wait_until_inside(place)
         before, began = self.step(), time.monotonic()
-        heal = getattr(self, f"_{kind}")(index)
+        blow()
+        assert amid.exists() or not kind.startswith(SIGNALS), f"{kind} came after the {place} it was meant for"
         # Rows are cut to the checkpoint that is gone on from, and then grow: the first log line after tells it.
         wait_until(lambda: len(self._starts()) > len(starts), RECOVERY_S, f"another start after {kind}")
         resumed = self._starts()[len(starts)]
@@ -101,7 +112,19 @@ class Victim:
         recovered = time.monotonic() - began
         if heal is not None:
             heal()
-        return Outcome(kind, before, resumed, recovered)
+        return Outcome(kind, place, before, resumed, recovered)
+
+    def _wait_until_inside(self, place: str) -> Path:
+        folder, found = Path(os.environ[FOLDER]), []
+
+        def looked() -> bool:
+            mark = inside(folder, place)
+            found.extend([mark] if mark is not None else [])
+            return mark is not None or self.finished()
+
+        wait_until(looked, RECOVERY_S, f"a worker amid a {place} of {self.stage}", every_s=0.01)
+        assert found, f"{self.stage} finished before a {place} could be struck"
+        return found[0]
 
     def _starts(self) -> list[int]:
         """The steps that the stage was started at, by rank 0's log."""
@@ -110,28 +133,31 @@ class Victim:
         mark = f"{self.stage}: starting at step "
         return [int(line.split(mark)[1].split()[0]) for line in text.splitlines() if mark in line]
 
-    def _warning(self, index: int) -> None:
-        self.cluster.client("scancel", "--signal=USR2", self.job)
+    # Each returns the blow, and what undoes it once the job trains again.
 
-    def _requeue(self, index: int) -> None:
-        self.cluster.client("scontrol", "requeue", self.job)
+    def _warning(self, index: int) -> tuple[Act, Act | None]:
+        return partial(self.cluster.client, "scancel", "--signal=USR2", self.job), None
 
-    def _preemption(self, index: int) -> Callable[[], None]:
-        nodes = len(self.cluster.nodes)
-        rival = self.cluster.submit(
-            "--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=srun sleep 5"
-        )
+    def _requeue(self, index: int) -> tuple[Act, Act | None]:
+        return partial(self.cluster.client, "scontrol", "requeue", self.job), None
 
-        def ended() -> None:
-            self.cluster.wait_for_state(rival, "COMPLETED", 60)
+    def _preemption(self, index: int) -> tuple[Act, Act | None]:
+        nodes, rivals = len(self.cluster.nodes), list[str]()
 
-        return ended
+        def blow() -> None:
+            rivals.append(
+                self.cluster.submit(
+                    "--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=srun sleep 5"
+                )
+            )
 
-    def _unwarned_preemption(self, index: int) -> Callable[[], None]:
+        return blow, lambda: self.cluster.wait_for_state(rivals[0], "COMPLETED", 60)
+
+    def _unwarned_preemption(self, index: int) -> tuple[Act, Act | None]:
         """On a cluster whose warnings are off, which it must be set to while no job runs."""
         return self._preemption(index)
 
-    def _time_limit(self, index: int) -> Callable[[], None]:
+    def _time_limit(self, index: int) -> tuple[Act, Act | None]:
         def limit(minutes: int) -> None:
             self.cluster.client("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
 
@@ -139,40 +165,42 @@ class Victim:
         minutes = sum(
             int(part) * unit for part, unit in zip(reversed(elapsed.split(":")), (1 / 60, 1, 60), strict=False)
         )
-        limit(int(minutes + 0.5) + 1)  # half a minute to a minute and a half from now
-        return lambda: limit(60)
+        soon = int(minutes + 0.5) + 1  # half a minute to a minute and a half from now
+        return partial(limit, soon), partial(limit, 60)
 
-    def _node_down(self, index: int) -> Callable[[], None]:
+    def _node_down(self, index: int) -> tuple[Act, Act | None]:
         nodes = self.cluster.job_nodes(self.job)
         node = nodes[index % len(nodes)]
-        self.cluster.client("scontrol", "update", f"NodeName={node}", "State=down", "Reason=fault")
 
         def back() -> None:
             if self.cluster.node_state(node) == "down":  # else its daemon has already reported back
                 self.cluster.client("scontrol", "update", f"NodeName={node}", "State=resume")
 
-        return back
+        return partial(
+            self.cluster.client, "scontrol", "update", f"NodeName={node}", "State=down", "Reason=fault"
+        ), back
 
-    def _kill_step(self, index: int) -> None:
+    def _kill_step(self, index: int) -> tuple[Act, Act | None]:
         """SIGKILL of the slurmstepd of the job's step on one node."""
-        self.one(
-            lambda p: p.name() == "slurmstepd" and f"[{self.job}.0]" in " ".join(p.cmdline()), "slurmstepd", index
-        ).kill()
+        step = f"[{self.job}.0]"
+        return self.one(
+            lambda p: p.name() == "slurmstepd" and step in " ".join(p.cmdline()), "slurmstepd", index
+        ).kill, None
 
-    def _kill_raylet(self, index: int) -> None:
-        self.one(lambda p: p.name() == "raylet", "raylet", index).kill()
+    def _kill_raylet(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(lambda p: p.name() == "raylet", "raylet", index).kill, None
 
-    def _kill_head(self, index: int) -> None:
-        self.one(lambda p: p.name().startswith("gcs_server"), "GCS").kill()
+    def _kill_head(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(lambda p: p.name().startswith("gcs_server"), "GCS").kill, None
 
-    def _kill_worker(self, index: int) -> None:
-        self.one(_is_worker, "worker", index).kill()
+    def _kill_worker(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(_is_worker, "worker", index).kill, None
 
-    def _stop_worker(self, index: int) -> None:
-        os.kill(self.one(_is_worker, "worker", index).pid, signal.SIGSTOP)
+    def _stop_worker(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(_is_worker, "worker", index).suspend, None
 
-    def _kill_driver(self, index: int) -> None:
-        self.one(lambda p: "launch.drive" in p.cmdline(), "driver").kill()
+    def _kill_driver(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(lambda p: "launch.drive" in p.cmdline(), "driver").kill, None
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -194,6 +222,8 @@ KINDS = (
     "kill_driver",
 )
 """What `Victim.strike` can inflict."""
+SIGNALS = ("kill_", "stop_")
+"""How kinds begin that act at once."""
 
 
 def as_row(outcome: Outcome) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""An observer that writes down which images a worker is fed, at which step, and trains slowly until told otherwise."""
+"""An observer that writes down what a worker is fed, at which step, and trains slowly until told otherwise."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,14 +13,18 @@ import torch
 from tests.launch.throttle import FOLDER, slow
 
 
-def ids(event: str, facts: dict[str, Any]) -> None:
+def _hash(image: torch.Tensor) -> str:
+    return hashlib.sha256(image.detach().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def fed(event: str, facts: dict[str, Any]) -> None:
     """Called on every worker at every event: one line per micro-batch."""
     if event == "forward":
         line = {
             "stage": facts["stage"],
             "step": facts["step"],
             "world": torch.distributed.get_world_size(),
-            "ids": facts["ids"].tolist(),
+            "images": {str(i): _hash(image) for i, image in zip(facts["ids"].tolist(), facts["fed"], strict=True)},
         }
         with (Path(os.environ[FOLDER]) / f"fed-{os.getpid()}.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")

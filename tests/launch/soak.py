@@ -1,8 +1,8 @@
 """Many random faults on one run, on a real SLURM: `python -m tests.launch.soak DATA_FOLDER --faults 50 --seed 1`.
 
-Each fault lands while a step is being computed or saved. When all have struck, the run ends by itself, and its weights,
-scores, momenta, metrics and verdicts must equal those of an undisturbed run. Prints the table that docs/failures.md
-holds: which fault, how often, steps lost, seconds until the next step.
+Each fault strikes while a step is being computed or saved. When all have struck, the run ends by itself, and its
+weights, scores, momenta, metrics and verdicts must equal those of an undisturbed run. Prints the table that
+docs/failures.md holds: which fault, how often, steps lost, seconds until the next step.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ def drawn(count: int, seed: int) -> list[str]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: one row per kind."""
     lines = [
-        "| fault | times | steps lost, median (most) | seconds until the next step, median (most) |",
+        "| fault | times (amid a save) | steps lost, median (most) | seconds until the next step, median (most) |",
         "|---|---|---|---|",
     ]
     for kind in KINDS:
         ours = [outcome for outcome in outcomes if outcome.kind == kind]
         if ours:
             lost, seconds = [o.lost_steps for o in ours], [o.recovered_s for o in ours]
+            saves = sum(o.place == "save" for o in ours)
             lines.append(
-                f"| `{kind}` | {len(ours)} | {statistics.median(lost):.0f} ({max(lost)}) "
+                f"| `{kind}` | {len(ours)} ({saves}) | {statistics.median(lost):.0f} ({max(lost)}) "
                 f"| {statistics.median(seconds):.0f} ({max(seconds):.0f}) |"
             )
     return "\n".join(lines)

@@ -57,7 +57,8 @@ def strike_in_turn(
             victim = _started(cluster, folder)
         _let_it_progress(victim, outcomes)
         victim.wait_for_step(victim.step() + chance.randint(2, 8))
-        outcomes.append(victim.strike(kind, chance.randrange(4)))
+        place = chance.choice(["step", "step", "save"])
+        outcomes.append(victim.strike(kind, chance.randrange(4), place))
         yield outcomes[-1]
 
 

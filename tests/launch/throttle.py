@@ -1,4 +1,7 @@
-"""An observer that lets a job train slowly, so that a fault has a step to land in, until it is told to go on."""
+"""An observer that lets a job train slowly, so that a fault has a step or a save to land in, until told to go on.
+
+While a worker is inside one, a file says so: `inside-<place>-<pid>`, which holds the step.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,26 @@ from typing import Any
 
 FOLDER = "HYDRA_TEST_THROTTLE"
 """Names the folder in which a file `full-speed` ends the throttling."""
+PLACES = {"forward": "step", "before_manifest": "save"}
+"""Where it lingers: amid a step, whose gradients are incomplete, and amid a checkpoint, which has no manifest yet."""
 _PAUSE_S = 0.3
 _never = threading.Event()
 
 
 def slow(event: str, facts: dict[str, Any]) -> None:
     """Called on every worker at every event."""
-    if event == "step" and not (Path(os.environ[FOLDER]) / "full-speed").exists():
-        _never.wait(_PAUSE_S)
+    place, folder = PLACES.get(event), Path(os.environ[FOLDER])
+    if place is None or facts.get("micro_batch", 0) > 0 or (folder / "full-speed").exists():
+        return
+    mark = folder / f"inside-{place}-{os.getpid()}"
+    mark.write_text(str(facts["step"]))
+    _never.wait(_PAUSE_S)
+    mark.unlink()
+
+
+def inside(folder: Path, place: str) -> Path | None:
+    """The mark of a living worker that is inside a step or a save now."""
+    for mark in folder.glob(f"inside-{place}-*"):
+        if Path("/proc", mark.name.rpartition("-")[2]).exists() and mark.exists():
+            return mark
+    return None
