@@ -94,8 +94,8 @@ def _module() -> str:
     return spec.name if spec is not None else sys.argv[0]
 
 
-def write(folder: Path, setting: str, seconds: Seconds, ratios: list[Ratio], where: torch.device) -> None:
-    """`<date>-<hardware>.json` and `.md` below the folder; also prints the table."""
+def write(what: str, folder: Path, setting: str, seconds: Seconds, ratios: list[Ratio], where: torch.device) -> None:
+    """`<date>-<hardware>-<what>.json` and `.md` below the folder; also prints the table."""
     facts = _facts(where, setting)
     rows = ["| ratio of times | median | smallest to largest | asked | holds |", "|---|---|---|---|---|"]
     for r in ratios:
@@ -103,11 +103,11 @@ def write(folder: Path, setting: str, seconds: Seconds, ratios: list[Ratio], whe
         rows.append(f"| {r.name} | {r.median:.3f} | {spread} | {r.bound} | {holds} |")
     table = "\n".join(rows)
     rows = [f"| {label} | {1e3 * statistics.median(values):.0f} |" for label, values in seconds.items()]
-    times = "\n".join(["| step | median ms |", "|---|---|", *rows])
+    times = "\n".join(["| what | median ms |", "|---|---|", *rows])
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    text = f"# The step on {hardware(where)}\n\n{head}\n\n{table}\n\n{times}\n"
+    text = f"# {what.capitalize()} on {hardware(where)}\n\n{head}\n\n{table}\n\n{times}\n"
     slug = "-".join("".join(c if c.isalnum() else " " for c in hardware(where).lower()).split())
-    name = f"{facts['date']}-{slug}"
+    name = f"{facts['date']}-{slug}-{what}"
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / f"{name}.md", text)
     lines = [{**vars(r), "holds": r.holds} for r in ratios]

@@ -98,7 +98,8 @@ def main() -> None:
         ratio("prune step that sorts at every forward / ours", seconds, SORTING, PRUNE),
     ]
     setting = f"{ARCH}, {size} px, {PARTS} micro-batches of {count}, {precision}, ZeRO 1, {rounds} rounds"
-    write(Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks"), setting, {**chosen, **seconds}, ratios, where)
+    folder = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
+    write("step", folder, setting, {**chosen, **seconds}, ratios, where)
     torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,67 @@
+"""Throughput over workers on this machine: `python -m tests.bench.workers [FOLDER]`.
+
+The loop's own adversarial step in process groups of one worker with two threads, two with one, and four with one, each
+started anew, in turn. The batch is the same: four micro-batches, dealt to the workers. Wall clock, so the machine must
+be quiet. It says too how much memory a worker takes at the most.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.data.loader import Batch
+from pipeline.group import Group
+from tests.bench.alternate import Seconds, ratio, write
+from tests.bench.real_step import real_step, recipe_of
+from tests.dist.processes import run_group
+
+ARCH, SIZE, MICRO_BATCH, PARTS, PRECISION = "resnet50", 64, 16, 4, "fp32"
+WARM_UP, STEPS, ROUNDS = 2, 5, 3
+GROUPS = {"1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 1), "4 workers, 1 thread each": (4, 1)}
+
+
+def timed(group: Group) -> tuple[float, int]:
+    """Median seconds of a step, and this process's largest resident memory in bytes."""
+    images = torch.randint(256, (MICRO_BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
+    batch = Batch(images, torch.arange(MICRO_BATCH), torch.arange(MICRO_BATCH))
+    step = real_step(recipe_of(ARCH, "fgsm", MICRO_BATCH, PARTS, PRECISION), group, batch, "weights")
+    seconds = []
+    for _ in range(WARM_UP + STEPS):
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_UP:]), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    seconds: Seconds = {label: [] for label in GROUPS}
+    largest: dict[str, int] = {}
+    for number in range(ROUNDS):
+        for label, (world, threads) in list(GROUPS.items())[:: 1 if number % 2 else -1]:
+            answers = run_group(world, timed, threads=threads)
+            seconds[label].append(max(step for step, _ in answers))
+            largest[label] = max(most for _, most in answers)
+    one, two, four = GROUPS
+    ratios = [
+        ratio("images/s of 2 workers / 1 worker with 2 threads", seconds, one, two, ">= 0.9"),
+        ratio("images/s of 4 workers / 1 worker with 2 threads", seconds, one, four),
+    ]
+    memory = ", ".join(f"{label}: {most / 2**20:.0f} MiB" for label, most in largest.items())
+    setting = (
+        f"{ARCH}, {SIZE} px, one-step adversarial, {PARTS} micro-batches of {MICRO_BATCH} in all, {PRECISION}, ZeRO 1, "
+        f"{ROUNDS} rounds of {STEPS} steps, wall clock; largest memory of a worker: {memory}"
+    )
+    folder = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
+    write("workers", folder, setting, seconds, ratios, torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main()
