@@ -6,6 +6,7 @@ only what the phase trains. State is gathered and restored in full, so a checkpo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from pipeline.group import Group
 from pipeline.recipe import Recipe
@@ -135,9 +137,20 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def advance(self) -> None:
-        """Call after every micro-batch's backward; the parameters move at the last one of a step."""
+    def advance(self) -> bool:
+        """Call after every micro-batch's backward; the parameters move at the last one of a step.
+
+        False, the same on every rank, if they do not because a gradient is NaN or infinite.
+        """
+        if self._zero is not None:  # which takes the gradients' norm, and then skips the step without a word
+            self._engine.step()
+            return not self._zero.overflow
+        if self._engine.is_gradient_accumulation_boundary():  # the gradients are summed over the ranks by now
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            if not bool(torch.isfinite(get_total_norm(gradients, math.inf))):
+                return False
         self._engine.step()
+        return True
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Full state as CPU copies, fp32; call it after a step. Collective.

@@ -177,7 +177,10 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             sums = statistics.fold_in(sums)
             if not math.isfinite(float(sums[0])):
                 raise NonFinite(_what_is_not_finite(training, step, losses))
-        engine.advance()
+        if not engine.advance():
+            ids = [i for ids, _ in losses for i in ids.tolist()]
+            what = f"a gradient of step {step} is not finite, although every loss is: samples {ids} and other workers'"
+            raise NonFinite(f"{stage.name}: {what}; {_advice(training)}")
     if stage.trains == "scores":
         try:
             refresh_masks(training.network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -240,3 +241,53 @@ def test_adam_moves_in_pytorchs_direction(trained: dict[str, Trained], setting: 
     for name, start in trained_parameters(network).items():
         ways = [(state[name] - start.detach()).flatten() for state in (end, reference)]
         assert F.cosine_similarity(*ways, dim=0) > 0.9, name
+
+
+def _poisoned(group: Group, zero: int, precision: str, odd: float) -> tuple[list[bool], bool]:
+    """What each call of advance said in two steps, when rank 1's last gradient of the second is `odd`; and whether
+    parameters and momenta stood still in that one."""
+    batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
+    recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero, "precision": precision})
+    network = _network(recipe, "weights")
+    parameters = trained_parameters(network)
+    engine = Engine(network, parameters, PHASES["sgd"], recipe, group)
+
+    def state() -> State:
+        return {**{name: p.detach().clone() for name, p in parameters.items()}, **engine.optimizer_state()}
+
+    def take(step: int, spoiled: int | None) -> list[bool]:
+        answers, local = [], COUNT // group.world
+        for index in range(local):
+            images, labels = _batches(step)[group.rank * local + index]
+            loss = F.cross_entropy(engine.forward(images).float(), labels)
+            assert torch.isfinite(loss)
+            handles = []
+            if group.rank == 1 and index == spoiled:
+                handles = [
+                    next(iter(parameters.values())).register_hook(lambda gradient: torch.full_like(gradient, odd))
+                ]
+            engine.backward(loss)
+            for handle in handles:
+                handle.remove()
+            answers.append(engine.advance())
+        return answers
+
+    answers = take(0, None)
+    before = state()
+    answers += take(1, COUNT // group.world - 1)
+    after = state()
+    engine.close()
+    return answers, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _all_poisoned(group: Group) -> dict[tuple[int, str, float], tuple[list[bool], bool]]:
+    settings = [(0, "fp32", math.inf), (0, "bf16", math.nan), (1, "fp32", math.nan), (1, "bf16", math.inf)]
+    return {setting: _poisoned(group, *setting) for setting in [*settings, (2, "fp32", math.inf)]}
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_every_rank_is_told() -> None:
+    for said in run_group(2, _all_poisoned, deadline_s=DEADLINE_S):
+        assert len(said) == 5
+        for setting, (answers, still) in said.items():
+            assert answers == [True, True, True, False], setting
+            assert still, setting

@@ -1,6 +1,6 @@
 """What `python -m launch resume` does, with an observer in the workers, on Ray or in processes without it.
 
-`python -m tests.fault.run_observed FOLDER [without-ray]`
+`python -m tests.fault.run_observed FOLDER OBSERVER [without-ray]`
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from launch.local import run_here
 from pipeline.recipe_file import load_recipe
+from pipeline.worker import resolve_observer
 from tests.calm import finish
-from tests.fault.cuts import cut
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if sys.argv[2:] == ["without-ray"]:
-        finish(folder, load_recipe(folder / "recipe.yaml"), cut)
+    folder, observer = Path(sys.argv[1]), sys.argv[2]
+    if sys.argv[3:] == ["without-ray"]:
+        finish(folder, load_recipe(folder / "recipe.yaml"), resolve_observer(observer))
     else:
-        sys.exit(run_here(folder, observer="tests.fault.cuts:cut"))
+        sys.exit(run_here(folder, observer=observer))

@@ -20,6 +20,7 @@ from tests.small_recipe import ROOT, small_recipe
 
 DEADLINE_S = 420
 STAGES = ["pretrain", "keep-0.1/prune", "keep-0.1/finetune"]
+CUT = "tests.fault.cuts:cut"
 STEPS = 40  # of every stage; an epoch has 20
 
 
@@ -80,7 +81,7 @@ def test_killed_workers_and_runs_go_on_exactly(fashion_data: Path, tmp_path: Pat
     folder = new_run(tmp_path / "run", _recipe(fashion_data))
     set_cuts(folder, [cut for _, cuts in STARTS for cut in cuts])
     for number, (where, cuts) in enumerate(STARTS):
-        module = ("tests.fault.run_observed", str(folder), *(() if where == "ray" else (where,)))
+        module = ("tests.fault.run_observed", str(folder), CUT, *(() if where == "ray" else (where,)))
         assert _start(folder, *module) == -signal.SIGKILL, cuts
         assert done_cuts(folder) == sum(len(cuts) for _, cuts in STARTS[: number + 1])
         if cuts[0][0] == "before_manifest":

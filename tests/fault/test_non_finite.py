@@ -1,0 +1,103 @@
+"""A loss or a gradient that is not finite never enters a checkpoint, is tried once more, and then stops the run."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.data.loader import Batch
+from pipeline.group import Group
+from pipeline.loop import NonFinite
+from pipeline.objectives import Given, Outcome
+from tests.bench.real_step import real_step, recipe_of
+from tests.calm import calm_run, new_run
+from tests.dist.processes import run_group
+from tests.fault.final_state import unlike
+from tests.fault.poison import given, set_doses
+from tests.small_recipe import ROOT, small_recipe
+
+PRUNE = "keep-0.1/prune"
+
+
+def _do(folder: Path, *module: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HYDRA_TEST_RUN": str(folder)}
+    command = [sys.executable, "-m", *module]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.mark.timeout(1200)
+def test_once_is_mended_and_always_stops_the_run(fashion_data: Path, tmp_path: Path) -> None:
+    """A worker of two computes nonsense: once amid pretraining, and twice at the same step of pruning."""
+    recipe = small_recipe(
+        fashion_data,
+        sparsity={"baselines": []},
+        workers={"count": 2},
+        checkpoint={"every_steps": 9, "keep": 2},
+    )
+    folder = new_run(tmp_path / "run", recipe)
+    set_doses(folder, [("pretrain", 13, 1), (PRUNE, 12, 2)])
+    done = _do(folder, "tests.fault.run_observed", str(folder), "tests.fault.poison:spoil")
+    assert done.returncode == 1, done.stderr[-3000:]
+    (once,), (first, second) = given(folder, "pretrain"), given(folder, PRUNE)
+    assert first == second
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr[-3000:]
+    for part in (f"{PRUNE} failed twice in the same way at step 12", "NonFinite", str(first), "lower phases.prune.lr"):
+        assert part in said[0]
+    assert "Traceback" not in done.stderr
+    restarts = (folder / "logs" / "restarts.log").read_text()
+    assert f"the loss of step 13 is not finite: nan for samples {once}" in restarts
+    newest = checkpoint.read_newest(folder / PRUNE)
+    assert newest is not None
+    assert newest.progress.step == 9
+    for name, tensor in {**newest.model, **newest.optimizer, **newest.carried}.items():
+        assert bool(torch.isfinite(tensor).all()), name
+
+    resumed = _do(folder, "launch", "resume", str(folder))  # on another machine, say
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert unlike(recipe, calm_run(tmp_path / "calm", recipe), folder) == []
+
+
+class _Infinite(torch.autograd.Function):
+    """The identity, whose gradient overflows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradients[0] * math.inf
+
+
+def _spoiled_step(group: Group) -> str:
+    """What a step says whose loss is finite on every rank, and whose gradient is not on rank 1."""
+
+    def objective(given: Given) -> Outcome:
+        loss = given.forward(given.x).float().logsumexp(dim=1).mean()
+        return Outcome(_Infinite.apply(loss) if group.rank == 1 else loss, None, None)  # pyright: ignore[reportArgumentType]
+
+    ids = torch.arange(4) + 100 * group.rank
+    batch = Batch(torch.randint(256, (4, 3, 28, 28), dtype=torch.uint8), torch.arange(4), ids)
+    with mock.patch("tests.bench.real_step.build_objective", return_value=objective):
+        step = real_step(recipe_of("small_cnn", "clean", 4, 2, "fp32"), group, batch, "weights")
+    with pytest.raises(NonFinite) as error:
+        step()
+    return str(error.value)
+
+
+def test_a_gradient_is_named_by_its_own_step() -> None:
+    for rank, said in enumerate(run_group(2, _spoiled_step)):
+        ids = [i + 100 * rank for i in range(4)]
+        assert "a gradient of step 0 is not finite" in said
+        assert str(ids) in said
+        assert "lower phases.pretrain.lr" in said
