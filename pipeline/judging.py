@@ -34,6 +34,8 @@ class Task:
     images: int | None
     """How many test images; None means all of them."""
     chunk: int
+    passes: int | None = None
+    """Through the network for a chunk, where that is the same for all."""
 
     def ids(self, loader: Images) -> NDArray[np.int64]:
         """The samples, evenly spread over the file, which may be sorted by class."""
@@ -58,7 +60,7 @@ class Task:
 
 def task_of(attack: Attack, recipe: Recipe, dense: Path, group: Group) -> Task:
     """An attack of a recipe as it is run; `dense` is the file whose examples are transferred."""
-    threat_model, evaluation = recipe.threat_model, recipe.evaluation
+    threat_model, evaluation, passes = recipe.threat_model, recipe.evaluation, None
     if attack.name == "pgd" or attack.name == "transfer":
         given = attack.model_dump(include={"steps", "restarts"}, exclude_none=True)
         given["step_size"] = attack.step_size or evaluation.step_size
@@ -67,10 +69,11 @@ def task_of(attack: Attack, recipe: Recipe, dense: Path, group: Group) -> Task:
             measure = Transfer(load_model(dense).to(group.device), sha256_of(dense), measure)
     elif attack.name == "corruptions":
         measure = Corrupted(recipe.data.image_size, recipe.seed)
+        passes = measure.passes
     else:
         assert threat_model is not None
         measure = Ensemble(attack.name, threat_model, recipe.model.num_classes, recipe.seed)
-    return Task(attack.label, measure, attack.images, attack.chunk or evaluation.chunk)
+    return Task(attack.label, measure, attack.images, attack.chunk or evaluation.chunk, passes)
 
 
 def judge(

@@ -1,8 +1,9 @@
-"""Honesty checks inside a run: once per network that an attack judges, on a few test images, before its evaluation."""
+"""Honesty checks: once per network that an attack judges, on a few test images, before its evaluation."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pipeline import checkpoint
 from pipeline.averaging import overlaid
 from pipeline.checkpoint import CheckpointDamaged
 from pipeline.committed import honesty_path
-from pipeline.evaluate.chunks import ChunkStore, evaluate
+from pipeline.evaluate.chunks import ChunkStore, Crops, Images, evaluate
 from pipeline.evaluate.exported import mask_check, plain_network
 from pipeline.evaluate.honesty import Check, checks
 from pipeline.evaluate.measure import Verdicts
@@ -20,11 +21,13 @@ from pipeline.evaluate.probes import Probes
 from pipeline.evaluation import measure_of
 from pipeline.export import load_model
 from pipeline.files import atomic_write_json, read_json, sha256_of
+from pipeline.group import Group
 from pipeline.job import Job
 from pipeline.judging import Task
 from pipeline.lease import check_token
 from pipeline.models import Network, build_network
 from pipeline.phases import Stage
+from pipeline.recipe import Recipe
 from pipeline.score_init import zero
 from pipeline.sparsity import attach_scores, load_state
 
@@ -32,6 +35,12 @@ CHUNK = 50
 """Images in one forward, or evaluation.chunk if that is less: few, as each takes as long as hundreds of PGD's steps."""
 
 log = logging.getLogger(__name__)
+
+
+def honesty_task(recipe: Recipe, pgd: Pgd, most: int) -> Task:
+    """The look at networks that `pgd` judges, on at most so many images."""
+    images, chunk = min(recipe.evaluation.honesty_images, most), min(CHUNK, recipe.evaluation.chunk)
+    return Task("honesty", Probes(pgd), images, chunk)
 
 
 def scrutinise(job: Job, stage: Stage) -> None:
@@ -45,17 +54,13 @@ def scrutinise(job: Job, stage: Stage) -> None:
     if not isinstance(pgd, Pgd) or pgd.threat_model is None or not recipe.evaluation.honesty_images:
         return
     model, loader = folder / "model.safetensors", job.loader(recipe.data.test_file)
-    most = recipe.evaluation.images or loader.num_samples
-    images, chunk = min(recipe.evaluation.honesty_images, most), min(CHUNK, recipe.evaluation.chunk)
-    task = Task("honesty", Probes(pgd), images, chunk)
-    ids, facts = task.ids(loader), task.facts(loader, sha256_of(model))
+    task = honesty_task(recipe, pgd, recipe.evaluation.images or loader.num_samples)
+    facts = task.facts(loader, sha256_of(model))
     target = honesty_path(folder)
-    if job.group.broadcast(job.group.is_first and _is_there(target, facts)):
+    if job.group.broadcast(job.group.is_first and made_before(target, facts) is not None):
         return
-    network, live = load_model(model).to(job.group.device), live_network(job, stage)
-    twins = [plain_network(model)] if live is None else [plain_network(model), live.eval()]
-    probes = Probes(pgd, tuple(twin.to(job.group.device) for twin in twins))
-    store = ChunkStore(folder / "evaluate" / "honesty.chunks", facts | {"twins": len(twins)})
+    live = live_network(recipe, folder, stage)
+    store = chunk_store(folder / "evaluate" / "honesty.chunks", facts, live)
 
     def on_chunk(done: int, total: int) -> bool:
         job.observe("chunk", {"stage": stage.name, "done": done})
@@ -66,22 +71,49 @@ def scrutinise(job: Job, stage: Stage) -> None:
         return job.stop_requested()
 
     crops = job.evaluation_crops(loader)
-    verdicts = evaluate(network, loader, ids, crops, probes, chunk, job.group, on_chunk, store, on_pass)
+    _, found = look(model, live, task, loader, crops, job.group, store=store, on_chunk=on_chunk, on_pass=on_pass)
     if job.group.is_first:
-        found = _found(verdicts, model, live is not None)
         check_token(folder, job.token)
         atomic_write_json(target, facts | {"checks": [asdict(check) for check in found]})
         store.remove()
-        _say(stage, found)
+        say(stage.name, found)
     job.group.barrier()
 
 
-def live_network(job: Job, stage: Stage) -> Network | None:
+def chunk_store(folder: Path, facts: dict[str, Any], live: Network | None) -> ChunkStore:
+    """For a `look`, whose columns depend on what there is to compare with."""
+    return ChunkStore(folder, facts | {"twins": 1 if live is None else 2})
+
+
+def look(
+    model: Path,
+    live: Network | None,
+    task: Task,
+    loader: Images,
+    crops: Crops,
+    group: Group,
+    *,
+    store: ChunkStore,
+    on_chunk: Callable[[int, int], bool],
+    on_pass: Callable[[], bool],
+) -> tuple[Verdicts, list[Check]]:
+    """What an honesty task finds of a file, beside the `live` network that was exported, if that is there. Collective.
+
+    Chunks that `store` has are not looked at again. Errors: those of `evaluate`; StopRequested.
+    """
+    assert isinstance(task.measure, Probes)
+    twins = [plain_network(model)] if live is None else [plain_network(model), live.eval()]
+    probes = replace(task.measure, twins=tuple(twin.to(group.device) for twin in twins))
+    network, ids = load_model(model).to(group.device), task.ids(loader)
+    verdicts = evaluate(network, loader, ids, crops, probes, task.chunk, group, on_chunk, store, on_pass)
+    return verdicts, _found(verdicts, model, live is not None)
+
+
+def live_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | None:
     """What was trained, with its scores and masks, from the checkpoint that became the stage's result; on the CPU.
 
     None, loudly, if that checkpoint is gone or damaged.
     """
-    recipe, folder = job.recipe, job.folder(stage)
     try:
         snapshot = checkpoint.read(checkpoint.folder_of(folder, read_json(folder / "result.json")["selected_step"]))
     except CheckpointDamaged as error:
@@ -99,19 +131,22 @@ def _found(verdicts: Verdicts, model: Path, compared: bool) -> list[Check]:
     if compared:
         return listed
     missing = "the checkpoint of the live network is gone or damaged, so that only the file's own parts were compared"
-    return [replace(c, verdict="warn", figure=missing) if c.name == "exported file" else c for c in listed]
+    meaning = "It is not known whether model.safetensors is the network that was trained."
+    unknown = Check("exported file", "warn", missing, meaning)
+    return [unknown if check.name == unknown.name else check for check in listed]
 
 
-def _is_there(path: Path, facts: dict[str, Any]) -> bool:
+def made_before(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file says, if it is of what `facts` describe."""
     try:
         found = read_json(path)
-        return all(found.get(name) == value for name, value in facts.items())
     except ValueError:
-        return False
+        return None
+    return found if all(found.get(name) == value for name, value in facts.items()) else None
 
 
-def _say(stage: Stage, found: list[Check]) -> None:
+def say(name: str, found: list[Check]) -> None:
     for check in found:
         if check.verdict == "warn":
-            log.warning("%s: honesty check %s: %s. %s", stage.name, check.name, check.figure, check.meaning)
-    log.info("%s: %d of %d honesty checks pass", stage.name, sum(c.verdict == "pass" for c in found), len(found))
+            log.warning("%s: honesty check %s: %s. %s", name, check.name, check.figure, check.meaning)
+    log.info("%s: %d of %d honesty checks pass", name, sum(c.verdict == "pass" for c in found), len(found))

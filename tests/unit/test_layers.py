@@ -28,7 +28,8 @@ data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.listed_images data.verified_copy data.staging
 recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
-evaluate.autoattack evaluate.transfer evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
+evaluate.autoattack evaluate.transfer evaluate.resampling evaluate.noises evaluate.blurs evaluate.weather
+evaluate.digital evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
 group evaluate.chunks judging snip engine batch_statistics replays
 stopwatch system loop job health evaluation scrutiny hardware tracked rollback stage
 results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards

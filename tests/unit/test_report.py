@@ -333,6 +333,40 @@ def test_what_was_attacked_besides(tmp_path: Path, no_pictures: None) -> None:
     ]
 
 
+def test_corruptions_have_a_mean_for_each_severity(tmp_path: Path, no_pictures: None) -> None:
+    run = write_run(tmp_path / "demo")
+    plain, folder = report([run]), run / "keep-0.01" / "finetune" / "evaluate"
+    facts = json.loads((folder / "pgd.json").read_text())
+    facts |= {"attack": "corruptions", "title": "all of 18 corruptions at severities 1 to 5, constants of ImageNet-C"}
+    earlier = facts | {"title": "all of 8 corruptions", "mean_corruption_accuracy": 0.7}  # had none for each severity
+    (folder / "corruptions-1.json").write_text(json.dumps(earlier))
+    facts |= {"severity_accuracy": [0.81, 0.7, 0.6, 0.5, 0.4], "mean_corruption_accuracy": 0.602}
+    (folder / "corruptions.json").write_text(json.dumps(facts))
+    _, table = report([run]).removeprefix(plain).strip().split("\n\n")
+    header, row = table.splitlines()
+    assert re.split(r"  +", header)[5:] == ["severity 1", "severity 2", "severity 3", "severity 4", "severity 5", "all"]
+    assert re.split(r"  +", row) == [
+        *("constants of ImageNet-C", "2,000", "0", "HYDRA", "99 %"),
+        *("81.00", "70.00", "60.00", "50.00", "40.00", "60.20"),
+    ]
+    first, second = read_csv(run / "report" / "further_attacks.csv")
+    assert (first["severity_1_accuracy"], first["severity_5_accuracy"]) == ("0.81", "0.4")
+    assert (first["mean_corruption_accuracy"], second["severity_1_accuracy"]) == ("0.602", "")
+
+
+def test_what_honesty_checks_of_another_attack_warn_of_is_a_doubt(tmp_path: Path, no_pictures: None) -> None:
+    run = write_run(tmp_path / "demo")
+    plain, folder = report([run]), run / "keep-0.01" / "finetune" / "evaluate"
+    facts = json.loads((folder / "pgd.json").read_text()) | {"title": "APGD", "attack": "apgd", "flags": {"other": 1}}
+    checks = [{"name": name, "verdict": name[:4], "figure": ""} for name in ("warning", "passing", "warned")]
+    (folder / "apgd.json").write_text(json.dumps(facts | {"honesty": {"images": 100, "checks": checks}}))
+    (folder / "honesty.json").write_text(json.dumps(facts | {"attack": "honesty", "checks": checks}))
+    _, row = report([run]).removeprefix(plain).strip().splitlines()
+    assert row.endswith("  other; honesty: warning, warned")
+    (row,) = read_csv(run / "report" / "further_attacks.csv")
+    assert (row["flags"], row["honesty_warnings"]) == ("other", "warning, warned")
+
+
 def test_runs_that_cannot_be_written(
     tmp_path: Path,
     no_pictures: None,

@@ -140,7 +140,7 @@ def test_it_is_made_once_for_a_network(finished: Finished) -> None:
     finished.chunks.clear()
     assert finished.scrutinise() == first
     assert finished.chunks == []
-    recipe, live = finished.recipe, live_network(finished.job(), finished.stage)
+    recipe, live = finished.recipe, live_network(finished.recipe, finished.folder, finished.stage)
     assert live is not None
     with torch.no_grad():
         live.backbone.get_parameter("fc2.bias").add_(1.0)
@@ -174,7 +174,7 @@ def test_what_is_not_judged_by_pgd_is_left_alone(finished: Finished) -> None:
 
 def test_the_live_network_is_the_one_of_the_checkpoint(finished: Finished) -> None:
     """A file of another network, and one whose mask was left out, are both caught."""
-    live = live_network(finished.job(), finished.stage)
+    live = live_network(finished.recipe, finished.folder, finished.stage)
     assert live is not None
     dense = {name.removeprefix("weight/").removeprefix("buffer/"): tensor for name, tensor in named_state(live).items()}
     dense = {name: tensor for name, tensor in dense.items() if not name.startswith("score/")}
