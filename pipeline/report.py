@@ -48,7 +48,7 @@ def report(run_folders: list[Path]) -> str:
     accuracies = _accuracy_rows(runs, comparisons)
     _write_csv(folder / "robust_accuracy.csv", tuple(accuracies[0]), accuracies)
     _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
-    draw_accuracy(runs, folder / "robust_accuracy.png")
+    draw_accuracy(runs, comparisons, folder / "robust_accuracy.png")
     draw_layers(runs[0], folder / "kept_fraction.png")
     curves = certified_curves(runs)
     if curves:

@@ -33,7 +33,7 @@ evaluate.digital evaluate.corruptions evaluate.probes evaluate.honesty evaluate.
 group evaluate.chunks judging snip engine batch_statistics replays
 stopwatch system loop job health evaluation scrutiny hardware tracked rollback stage
 results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards
-figures page.history page.svg page.verdict page.charts page.examples page.pictures page report showcase
+page.history page.svg page.verdict figures page.charts page.examples page.pictures page report showcase
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""

@@ -15,12 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 from launch.__main__ import main
 from pipeline import showcase
 from pipeline.evaluate.statistics import wilson_interval
+from pipeline.figures import accuracy_figure
 from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.report import report
+from pipeline.results import compare_all, read_runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"
 IMAGES = 2000
@@ -56,7 +59,7 @@ def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, A
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a second or two; where only numbers are looked at it is left out."""
-    monkeypatch.setattr("pipeline.report.draw_accuracy", lambda runs, path: None)
+    monkeypatch.setattr("pipeline.report.draw_accuracy", lambda runs, comparisons, path: None)
     monkeypatch.setattr("pipeline.report.draw_layers", lambda run, path: None)
 
 
@@ -154,6 +157,29 @@ def test_one_run(tmp_path: Path) -> None:
         width, height = png_size(run / "report" / name)
         assert width >= 1200
         assert height >= 300
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_marks_in_the_picture_are_hollow_within_noise(tmp_path: Path, seeds: int) -> None:
+    runs = read_runs([write_run(tmp_path / str(seed), seed) for seed in range(seeds)])
+    comparisons = compare_all(runs)
+    near = {key for key, test in comparisons.items() if test is not None and test.p_value >= 0.05}
+    assert 0 < len(near) < len(comparisons)
+    figure = accuracy_figure(runs, comparisons)
+    expected = {
+        (100 * found["value"], (i, network.name, network.keep_fraction) in near)
+        for i, run in enumerate(runs)
+        for network in run.networks
+        if network.name != "dense" and (found := (network.evaluation or {})["robust_accuracy"])
+    }
+    for axes, points in ((figure.axes[0], expected), (figure.axes[1], None)):
+        marks = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
+        found = {(float(mark.get_ydata()[0]), mark.get_markerfacecolor() == "white") for mark in marks}
+        assert len(marks) == 4 * seeds
+        assert found == points if points is not None else not any(hollow for _, hollow in found)
+    assert "hollow mark: within noise of HYDRA (McNemar's p of 0.05 or more)" in figure.get_suptitle()
+    sure = {key: None for key in comparisons}
+    assert "hollow" not in accuracy_figure(runs, sure).get_suptitle()
 
 
 @pytest.mark.usefixtures("no_pictures")
