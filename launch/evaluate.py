@@ -146,7 +146,7 @@ def _attack_each(arguments: argparse.Namespace) -> None:
 def _checked(attack: Attack, task: Task, recipe: Recipe) -> Pgd | None:
     """The PGD whose honesty says whether an attack can be believed; None where the checks have nothing to say."""
     from pipeline.evaluate.pgd import Pgd
-    from pipeline.evaluation import measure_of
+    from pipeline.judging import measure_of
 
     if recipe.threat_model is None or attack.name not in FOLLOWING or not recipe.evaluation.honesty_images:
         return None

@@ -22,10 +22,10 @@ from pipeline.export import load_model
 from pipeline.files import exclusive, sha256_of
 from pipeline.group import Group
 from pipeline.judging import Task
+from pipeline.looking import chunk_store, honesty_task, live_network, look, made_before, say
 from pipeline.models import Network
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
-from pipeline.scrutiny import chunk_store, honesty_task, live_network, look, made_before, say
 
 Facts = dict[str, Any]
 
@@ -151,4 +151,4 @@ class _Bar:
     def passed(self) -> str:
         if self._passes_of_chunk is None:
             return f"{self._passes:,} passes"
-        return f"pass {self._in_chunk} of {self._passes_of_chunk} of this chunk"
+        return f"pass {self._in_chunk} of {self._passes_of_chunk}"

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.evaluate.autoattack import Ensemble
+from pipeline.evaluate.certify import Certified
 from pipeline.evaluate.chunks import ChunkStore, Crops, Images, evaluate, write_verdicts
 from pipeline.evaluate.corruptions import Corrupted
 from pipeline.evaluate.measure import Measure, Verdicts, summarise
 from pipeline.evaluate.pgd import Pgd
 from pipeline.evaluate.transfer import Transfer
+from pipeline.evaluate.verified import Proved
 from pipeline.export import load_model
 from pipeline.files import atomic_write_json, sha256_of
 from pipeline.group import Group
@@ -56,6 +58,18 @@ class Task:
             **loader.identity,
             "images": len(self.ids(loader)),
         }
+
+
+def measure_of(recipe: Recipe) -> Measure:
+    """How the finished networks of a recipe are judged."""
+    if recipe.objective.measure == "certified":
+        assert recipe.threat_model is not None
+        assert recipe.objective.sigma is not None
+        return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
+    if recipe.objective.measure == "verified":
+        assert recipe.threat_model is not None
+        return Proved(recipe.threat_model, recipe.evaluation.bounds == "symbolic")
+    return Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
 
 
 def task_of(attack: Attack, recipe: Recipe, dense: Path, group: Group) -> Task:

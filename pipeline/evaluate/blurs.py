@@ -20,7 +20,7 @@ def gaussian(x: Tensor, keys: Tensor, deviation: float) -> Tensor:
 def defocus(x: Tensor, keys: Tensor, constant: tuple[float, float]) -> Tensor:
     """A disk with a softened edge, laid over the image, which is mirrored at its border pixels: by Fourier transforms,
     in float64."""
-    disk = _disk(*constant)
+    disk = disk_of(*constant)
     radius, (height, width) = len(disk) // 2, x.shape[2:]
     rows, columns = (mirrored_at_centre(torch.arange(-radius, side + radius), side) for side in (height, width))
     around = x.double()[:, :, rows.to(x.device)][..., columns.to(x.device)]
@@ -30,7 +30,7 @@ def defocus(x: Tensor, keys: Tensor, constant: tuple[float, float]) -> Tensor:
     return torch.fft.irfft2(spectrum, s=size)[..., 2 * radius :, 2 * radius :]
 
 
-def _disk(radius: float, soft: float) -> Tensor:
+def disk_of(radius: float, soft: float) -> Tensor:
     """[k, k] float64: a disk of sum 1, smoothed by a Gaussian of 3 pixels, or 5 for large ones, inside its square."""
     reach = DISK_RADIUS if radius <= DISK_RADIUS else int(radius)
     places = torch.arange(-reach, reach + 1, dtype=torch.float64)

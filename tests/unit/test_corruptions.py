@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.attacks import device_keys, gaussian_noise, uniform_noise
+from pipeline.evaluate.blurs import disk_of
 from pipeline.evaluate.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, Corrupted, corrupted
 from pipeline.evaluate.measure import summarise
-from pipeline.evaluate.resampling import streams
+from pipeline.evaluate.resampling import streams, zoomed
 from pipeline.evaluate.weather import spatter
 from tests.stripes import draw, trained_network
 
@@ -201,6 +202,7 @@ def test_defocus_is_a_soft_disk(severity: int, side: int) -> None:
     rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = (rows**2 + columns**2 <= radius**2).astype(np.float64)
     kernel = cv2.GaussianBlur(disk / disk.sum(), (size, size), soft)
+    assert np.allclose(disk_of(radius, soft).numpy(), kernel, rtol=0, atol=1e-9)
     expected = scipy.ndimage.correlate(x.double().numpy(), kernel[None, None], mode="mirror")
     close(corrupt(x, "defocus_blur", severity), expected)
 
@@ -269,6 +271,11 @@ def test_zoom_is_scipys(severity: int, side: int) -> None:
     assert (factors[0], factors[-1]) == (1, pytest.approx(1.1 if side == 28 else 1.15, abs=0.16))
     expected = np.mean([pixels, *(enlarged(pixels, factor) for factor in factors)], axis=0)
     close(corrupt(x, "zoom_blur", severity), expected)
+
+
+def test_what_juts_out_of_an_enlarged_image_is_trimmed_on_both_sides() -> None:
+    x = torch.rand(1, 1, 73, 73, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert np.allclose(zoomed(x, 4).numpy(), enlarged(x.numpy(), 4), rtol=0, atol=1e-12)
 
 
 def test_snow_falls_both_ways_over_a_paler_image() -> None:

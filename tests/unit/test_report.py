@@ -174,11 +174,11 @@ def test_marks_in_the_picture_are_hollow_within_noise(tmp_path: Path, seeds: int
     }
     for axes, points in ((figure.axes[0], expected), (figure.axes[1], None)):
         marks = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
-        found = {(float(mark.get_ydata()[0]), mark.get_markerfacecolor() == "white") for mark in marks}
+        found = {(float(np.asarray(mark.get_ydata())[0]), mark.get_markerfacecolor() == "white") for mark in marks}
         assert len(marks) == 4 * seeds
         assert found == points if points is not None else not any(hollow for _, hollow in found)
     assert "hollow mark: within noise of HYDRA (McNemar's p of 0.05 or more)" in figure.get_suptitle()
-    sure = {key: None for key in comparisons}
+    sure = dict.fromkeys(comparisons)
     assert "hollow" not in accuracy_figure(runs, sure).get_suptitle()
 
 

@@ -23,11 +23,12 @@ from pipeline.files import atomic_write_json, read_json, sha256_of
 from pipeline.group import Group
 from pipeline.job import Job
 from pipeline.lease import LeaseHeld, Leases
+from pipeline.looking import live_network
 from pipeline.models import Network, build_network
 from pipeline.phases import Stage, stages_of
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
-from pipeline.scrutiny import live_network, scrutinise
+from pipeline.scrutiny import scrutinise
 from pipeline.sparsity import attach_scores, effective_state, named_state
 from pipeline.stopping import StopRequested
 from tests.conftest import TEST_IMAGES
