@@ -182,7 +182,8 @@ def test_pixels_and_jpegs_are_pillows(severity: int, side: int) -> None:
 
 
 def filtered(x: Images, deviation: float) -> Images:
-    return scipy.ndimage.gaussian_filter(x, (0, 0, deviation, deviation), mode="nearest", truncate=4.0)
+    found = scipy.ndimage.gaussian_filter(x, (0, 0, deviation, deviation), mode="nearest", truncate=4.0)
+    return np.asarray(found, np.float64)
 
 
 def close(found: Tensor, expected: Images, *, most: float = 0.01) -> None:
@@ -237,7 +238,7 @@ def in_motion(image: Images, radius: int, deviation: float, angle: float) -> Ima
                 down = math.ceil(i * math.sin(math.radians(angle)) - 0.5)
                 there = (min(max(row + down, 0), height - 1), min(max(column + right, 0), width - 1))
                 found[row, column] += weight / sum(weights) * image[there]
-    return np.asarray(np.round(found * LEVELS) / LEVELS, np.float64)
+    return np.round(found * LEVELS) / LEVELS
 
 
 @pytest.mark.parametrize(("severity", "side"), [(1, 28), (5, 28)])
@@ -261,7 +262,7 @@ def enlarged(x: Images, factor: float) -> Images:
     middle = x[..., first : first + part, first : first + part]
     large = scipy.ndimage.zoom(middle, [1] * (x.ndim - 2) + [factor, factor], order=1, mode="nearest")
     trim = (large.shape[-1] - side) // 2
-    return large[..., trim : trim + side, trim : trim + side]
+    return np.asarray(large, np.float64)[..., trim : trim + side, trim : trim + side]
 
 
 @pytest.mark.parametrize(("severity", "side"), [(1, 28), (5, 28), (3, 80), (5, 80)])
