@@ -206,9 +206,7 @@ def test_the_bar_moves_with_every_corruption(run: Path, monkeypatch: pytest.Monk
     file = run / STAGES[0] / "model.safetensors"
     assert main(["evaluate", str(file), "--attack", "corruptions", "--images", "6"]) == 0
     drawn = [line for line in terminal.getvalue().split("\r") if "pass " in line]
-    found = [
-        re.search(r"pretrain: corruptions: .* (\d)/6 .*, pass (\d+) of 91\]", line) for line in drawn
-    ]
+    found = [re.search(r"pretrain: corruptions: .* (\d)/6 .*, pass (\d+) of 91\]", line) for line in drawn]
     seen = [(int(match[1]), int(match[2])) for match in found if match is not None]
     assert len(seen) == len(drawn)
     expected = [(before + size * i // 91, i) for before, size in ((0, 4), (4, 2)) for i in range(1, 92)]
