@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from launch import run_folder
 from pipeline.data.prefetch import LoaderError
-from pipeline.files import exclusive, read_json, sha256_of
+from pipeline.files import sha256_of
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
-from pipeline.recipe_attacks import ATTACKS, STEPPING, Attack, check_attack
+from pipeline.recipe_attacks import ATTACKS, FOLLOWING, STEPPING, Attack, check_attack
 from pipeline.recipe_fields import parse_fraction
 from pipeline.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from pipeline.evaluate.chunks import Crops, Images
-    from pipeline.group import Group
+    from pipeline.evaluate.pgd import Pgd
     from pipeline.judging import Task
 
 EXAMPLE = """\
@@ -128,6 +123,7 @@ def _attack_each(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     attacks = [_attack(name, arguments, recipe) for name in arguments.attack]
 
+    from launch.judge import Judge
     from pipeline.group import Group, make_repeatable, pick_device
     from pipeline.judging import task_of
 
@@ -138,10 +134,24 @@ def _attack_each(arguments: argparse.Namespace) -> None:
         make_repeatable(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
         if arguments.images != "all" and int(arguments.images) > loader.num_samples:
             raise ValueError(f"--images {arguments.images}: expected all or a number from 1 to {loader.num_samples}")
+        judge = Judge(folder, recipe, loader, crops, group)
         tasks = [(task_of(attack, recipe, source, group), _attacked(attack, files, source)) for attack in attacks]
-        for task, networks in tasks:
+        for attack, (task, networks) in zip(attacks, tasks, strict=True):
+            pgd = _checked(attack, task, recipe)
             for path in networks:
-                print(json.dumps({"file": str(path), **_judged(path, task, loader, crops, group)}), flush=True)
+                honesty = {} if pgd is None else {"honesty": judge.honesty(path, pgd, task.images)}
+                print(json.dumps({"file": str(path), **judge.counts(path, task, honesty)}), flush=True)
+
+
+def _checked(attack: Attack, task: Task, recipe: Recipe) -> Pgd | None:
+    """The PGD whose honesty says whether an attack can be believed; None where the checks have nothing to say."""
+    from pipeline.evaluate.pgd import Pgd
+    from pipeline.judging import measure_of
+
+    if recipe.threat_model is None or attack.name not in FOLLOWING or not recipe.evaluation.honesty_images:
+        return None
+    measure = task.measure if attack.name == "pgd" else measure_of(recipe)
+    return measure if isinstance(measure, Pgd) else None
 
 
 def _attacked(attack: Attack, files: list[Path], source: Path) -> list[Path]:
@@ -180,78 +190,3 @@ def _images(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Images, Crop
     classes = read_manifest(Path(data.test_file)).class_names
     # These are cropped as they are read.
     return ListedImages(folder, image_list, classes, threads=threads), lambda ids: np.zeros((len(ids), 5), np.int32)
-
-
-def _judged(path: Path, task: Task, loader: Images, crops: Crops, group: Group) -> dict[str, Any]:
-    """Counts of one network: kept ones of the same evaluation, whoever made them, or new ones, which are then kept."""
-    from pipeline.evaluate.chunks import ChunkStore
-    from pipeline.export import load_model
-    from pipeline.judging import judge, keep
-
-    facts = task.facts(loader, sha256_of(path))
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent} cannot be written, and verdicts are kept there; make a copy of the run")
-    folder = path.parent / "evaluate"
-    folder.mkdir(exist_ok=True)
-    # Not a name that the run itself would give.
-    label = f"{task.label}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]}"
-    with exclusive(folder / f".{label}.lock"):
-        if (kept := _kept(folder, facts)) is not None:
-            return kept
-        network = load_model(path).to(group.device)
-        store = ChunkStore(folder / f"{label}.chunks", facts)
-        with _Bar(f"{path.parent.name} under {task.label}", facts["images"], task.chunk) as bar:
-            facts, verdicts = judge(
-                network,
-                facts,
-                task,
-                loader,
-                crops,
-                group,
-                store=store,
-                on_chunk=bar.on_chunk,
-                on_pass=bar.on_pass,
-            )
-        keep(folder, label, facts, verdicts)
-        store.remove()
-    return facts
-
-
-def _kept(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """What was counted before by an evaluation that `facts` describe."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found = read_json(path)
-        except ValueError:
-            continue
-        if all(found.get(key) == value for key, value in facts.items()) and path.with_suffix(".parquet").exists():
-            return found
-    return None
-
-
-class _Bar:
-    """Images judged, on a terminal; and passes through the network, as a chunk may take long."""
-
-    def __init__(self, label: str, images: int, chunk: int) -> None:
-        self._chunk, self._chunks = chunk, -(-images // chunk)
-        self._passes, self._drawn_at = 0, time.monotonic()
-        self._bar = tqdm(total=images, desc=label, unit=" images", disable=None)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def on_chunk(self, done: int, left: int) -> bool:
-        """`done` of the `left` chunks that were not kept."""
-        images = min(self._chunk * (self._chunks - left + done), self._bar.total)
-        self._bar.update(images - self._bar.n)
-        return False
-
-    def on_pass(self) -> bool:
-        self._passes += 1
-        if time.monotonic() - self._drawn_at >= 1:
-            self._drawn_at = time.monotonic()
-            self._bar.set_postfix_str(f"{self._passes:,} passes")
-        return False

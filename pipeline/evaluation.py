@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.averaging import averaged
 from pipeline.data.loader import Loader
-from pipeline.evaluate.certify import Certified, Noisy
+from pipeline.evaluate.certify import Noisy
 from pipeline.evaluate.chunks import ChunkStore, evaluate
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.pgd import Pgd
@@ -22,7 +22,7 @@ from pipeline.evaluate.verified import Proved
 from pipeline.export import load_model
 from pipeline.files import atomic_write_json, sha256_of
 from pipeline.job import Job
-from pipeline.judging import Task, judge, keep, task_of
+from pipeline.judging import Task, judge, keep, measure_of, task_of
 from pipeline.lease import check_token
 from pipeline.models import Network
 from pipeline.phases import Stage
@@ -113,18 +113,6 @@ def own_task(recipe: Recipe) -> Task:
     """How the finished networks of a recipe are judged in any case."""
     measure, evaluation = measure_of(recipe), recipe.evaluation
     return Task(measure.name, measure, evaluation.images, evaluation.chunk)
-
-
-def measure_of(recipe: Recipe) -> Measure:
-    """How the finished networks of a recipe are judged."""
-    if recipe.objective.measure == "certified":
-        assert recipe.threat_model is not None
-        assert recipe.objective.sigma is not None
-        return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
-    if recipe.objective.measure == "verified":
-        assert recipe.threat_model is not None
-        return Proved(recipe.threat_model, recipe.evaluation.bounds == "symbolic")
-    return Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
 
 
 def _validation_measure(recipe: Recipe) -> Measure:

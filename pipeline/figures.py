@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 
-from pipeline.results import CertifiedCurves, Kind, Network, Run, accuracies, attack_text, claim
+from pipeline.page.verdict import NOISE, SIGNIFICANT, near_hydra
+from pipeline.results import CertifiedCurves, Comparisons, Kind, Network, Run, accuracies, attack_text, claim
 
 COLOURS = {"dense": "#444444", "HYDRA": "#0072B2", "magnitude": "#D55E00", "random": "#009E73", "SNIP": "#CC79A7"}
 """From Okabe and Ito's palette: told apart with any colour vision."""
@@ -35,21 +36,31 @@ class Mean(NamedTuple):
     name: str
 
 
-def draw_accuracy(runs: list[Run], path: Path) -> None:
+def draw_accuracy(runs: list[Run], comparisons: Comparisons, path: Path) -> None:
     """Robust and clean accuracy against sparsity as a PNG; bars and band are 95 % Wilson intervals.
 
-    Several runs: every seed's point with its interval, lines and numbers through the means.
+    Several runs: every seed's point with its interval, lines and numbers through the means. A robust accuracy has a
+    hollow mark where its difference from HYDRA's is within noise.
     """
+    accuracy_figure(runs, comparisons).savefig(path, dpi=160)
+
+
+def accuracy_figure(runs: list[Run], comparisons: Comparisons) -> Figure:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _accuracy_panel(left, runs, "robust")
-    _accuracy_panel(right, runs, "clean")
+    keeps = runs[0].recipe.sparsity.keep_fractions
+    near = {(name, keep): near_hydra(runs, comparisons, name, keep) for name in runs[0].baselines for keep in keeps}
+    _accuracy_panel(left, runs, "robust", near)
+    _accuracy_panel(right, runs, "clean", {})
     seeds = "" if len(runs) == 1 else f"; means of {len(runs)} seeds"
-    figure.suptitle(f"{attack_text(runs)}{seeds}; bars and bands: 95 % intervals", fontsize=10, color="#333333")
+    about = f"{attack_text(runs)}{seeds}; bars and bands: 95 % intervals"
+    if any(any(marks) for marks in near.values()):
+        about += f"\nhollow mark: {NOISE} of HYDRA (McNemar's p of {SIGNIFICANT} or more)"
+    figure.suptitle(about, fontsize=10, color="#333333")
     missing = [f"{n.name} at {n.pruned} pruned" for run in runs for n in run.networks if n.evaluation is None]
     if missing:
         figure.supxlabel(f"not evaluated yet: {', '.join(dict.fromkeys(missing))}", fontsize=9, color="#333333")
-    figure.savefig(path, dpi=160)
+    return figure
 
 
 def draw_layers(run: Run, path: Path) -> None:
@@ -139,7 +150,8 @@ def _layer_marks(axes: Axes, network: Network) -> None:
             )
 
 
-def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
+def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind, near: dict[tuple[str, Decimal], list[bool]]) -> None:
+    """`near`: which of a network's points are hollow, for those that have any."""
     keeps = sorted(runs[0].recipe.sparsity.keep_fractions, reverse=True)
     positions = {keep: -math.log10(keep) for keep in keeps}
     span = max(positions[keeps[-1]] - positions[keeps[0]], 0.5)
@@ -163,8 +175,9 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
             found = accuracies(runs, name, keep, kind)
             # Side by side, so that no error bar hides another: a slot for each network and seed.
             first = positions[keep] + slot * (place * len(runs) - (slots - 1) / 2)
+            hollow = near.get((name, keep), [False] * len(found))
             for seed, accuracy in enumerate(found):
-                _interval_mark(axes, first + slot * seed, accuracy, name, faint=len(runs) > 1)
+                _interval_mark(axes, first + slot * seed, accuracy, name, faint=len(runs) > 1, hollow=hollow[seed])
             if found:
                 low, high = min(a["low"] for a in found), max(a["high"] for a in found)
                 value, x = 100 * fmean(a["value"] for a in found), first + slot * (len(runs) - 1) / 2
@@ -189,7 +202,7 @@ def _accuracy_panel(axes: Axes, runs: list[Run], kind: Kind) -> None:
     _strip(axes)
 
 
-def _interval_mark(axes: Axes, x: float, accuracy: dict[str, float], name: str, *, faint: bool) -> None:
+def _interval_mark(axes: Axes, x: float, accuracy: dict[str, float], name: str, *, faint: bool, hollow: bool) -> None:
     value = 100 * accuracy["value"]
     bars = [[value - 100 * accuracy["low"]], [100 * accuracy["high"] - value]]
     axes.errorbar(
@@ -198,6 +211,7 @@ def _interval_mark(axes: Axes, x: float, accuracy: dict[str, float], name: str, 
         yerr=bars,
         fmt=MARKERS[name],
         color=COLOURS[name],
+        markerfacecolor="white" if hollow else COLOURS[name],
         markersize=4 if faint else 6,
         alpha=0.55 if faint else 1.0,
         capsize=2 if faint else 4,

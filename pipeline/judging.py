@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.evaluate.autoattack import Ensemble
+from pipeline.evaluate.certify import Certified
 from pipeline.evaluate.chunks import ChunkStore, Crops, Images, evaluate, write_verdicts
 from pipeline.evaluate.corruptions import Corrupted
 from pipeline.evaluate.measure import Measure, Verdicts, summarise
 from pipeline.evaluate.pgd import Pgd
 from pipeline.evaluate.transfer import Transfer
+from pipeline.evaluate.verified import Proved
 from pipeline.export import load_model
 from pipeline.files import atomic_write_json, sha256_of
 from pipeline.group import Group
@@ -34,6 +36,8 @@ class Task:
     images: int | None
     """How many test images; None means all of them."""
     chunk: int
+    passes: int | None = None
+    """Through the network for a chunk, where that is the same for all."""
 
     def ids(self, loader: Images) -> NDArray[np.int64]:
         """The samples, evenly spread over the file, which may be sorted by class."""
@@ -56,9 +60,21 @@ class Task:
         }
 
 
+def measure_of(recipe: Recipe) -> Measure:
+    """How the finished networks of a recipe are judged."""
+    if recipe.objective.measure == "certified":
+        assert recipe.threat_model is not None
+        assert recipe.objective.sigma is not None
+        return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
+    if recipe.objective.measure == "verified":
+        assert recipe.threat_model is not None
+        return Proved(recipe.threat_model, recipe.evaluation.bounds == "symbolic")
+    return Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
+
+
 def task_of(attack: Attack, recipe: Recipe, dense: Path, group: Group) -> Task:
     """An attack of a recipe as it is run; `dense` is the file whose examples are transferred."""
-    threat_model, evaluation = recipe.threat_model, recipe.evaluation
+    threat_model, evaluation, passes = recipe.threat_model, recipe.evaluation, None
     if attack.name == "pgd" or attack.name == "transfer":
         given = attack.model_dump(include={"steps", "restarts"}, exclude_none=True)
         given["step_size"] = attack.step_size or evaluation.step_size
@@ -67,10 +83,11 @@ def task_of(attack: Attack, recipe: Recipe, dense: Path, group: Group) -> Task:
             measure = Transfer(load_model(dense).to(group.device), sha256_of(dense), measure)
     elif attack.name == "corruptions":
         measure = Corrupted(recipe.data.image_size, recipe.seed)
+        passes = measure.passes
     else:
         assert threat_model is not None
         measure = Ensemble(attack.name, threat_model, recipe.model.num_classes, recipe.seed)
-    return Task(attack.label, measure, attack.images, attack.chunk or evaluation.chunk)
+    return Task(attack.label, measure, attack.images, attack.chunk or evaluation.chunk, passes)
 
 
 def judge(

@@ -13,6 +13,8 @@ AttackName = Literal["pgd", "apgd", "autoattack", "square", "transfer", "corrupt
 ATTACKS: tuple[AttackName, ...] = get_args(AttackName)
 STEPPING = ("pgd", "transfer")
 """Attacks whose steps are chosen; AutoAttack's budgets are its authors'."""
+FOLLOWING = ("pgd", "apgd", "autoattack")
+"""Attacks that follow the network's own gradient, so that honesty checks tell whether they can be believed."""
 TARGETED = ("apgd", "autoattack")
 LEAST_CLASSES = 4
 """What the targeted loss needs: it looks at the four largest logits (Croce and Hein, ICML 2020, eq. 7)."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.evaluate.statistics import McNemar
 from pipeline.figures import draw_accuracy, draw_certified, draw_layers
-from pipeline.further import further_rows, further_table
+from pipeline.further import corruption_table, further_rows, further_table
 from pipeline.page import write_page
 from pipeline.page.verdict import NOISE, within_noise
 from pipeline.results import (
@@ -36,7 +36,7 @@ def report(run_folders: list[Path]) -> str:
     """Write report.html, robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return
     the table. Runs that are judged by certificates have certified_accuracy.{png,csv} too.
 
-    What networks were attacked with besides is a table of its own, and further_attacks.csv.
+    What networks were attacked with besides is a table of its own, and further_attacks.csv; so is what corruptions do.
 
     Several runs are seeds of one recipe: means, and every seed's own difference and p. What is not evaluated yet is
     shown as missing. Errors: ValueError, see `results.read_runs`.
@@ -48,7 +48,7 @@ def report(run_folders: list[Path]) -> str:
     accuracies = _accuracy_rows(runs, comparisons)
     _write_csv(folder / "robust_accuracy.csv", tuple(accuracies[0]), accuracies)
     _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
-    draw_accuracy(runs, folder / "robust_accuracy.png")
+    draw_accuracy(runs, comparisons, folder / "robust_accuracy.png")
     draw_layers(runs[0], folder / "kept_fraction.png")
     curves = certified_curves(runs)
     if curves:
@@ -59,7 +59,7 @@ def report(run_folders: list[Path]) -> str:
     if besides:
         _write_csv(folder / "further_attacks.csv", tuple(besides[0]), besides)
     write_page(runs, comparisons, curves, folder / PAGE)
-    return "\n\n".join(filter(None, [table(runs, comparisons), further_table(besides)]))
+    return "\n\n".join(filter(None, [table(runs, comparisons), further_table(besides), corruption_table(besides)]))
 
 
 def table(runs: list[Run], comparisons: Comparisons) -> str:

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
-from pipeline import checkpoint
-from pipeline.averaging import overlaid
-from pipeline.checkpoint import CheckpointDamaged
 from pipeline.committed import honesty_path
-from pipeline.evaluate.chunks import ChunkStore, evaluate
-from pipeline.evaluate.exported import mask_check, plain_network
-from pipeline.evaluate.honesty import Check, checks
-from pipeline.evaluate.measure import Verdicts
 from pipeline.evaluate.pgd import Pgd
-from pipeline.evaluate.probes import Probes
-from pipeline.evaluation import measure_of
-from pipeline.export import load_model
-from pipeline.files import atomic_write_json, read_json, sha256_of
+from pipeline.files import atomic_write_json, sha256_of
 from pipeline.job import Job
-from pipeline.judging import Task
+from pipeline.judging import measure_of
 from pipeline.lease import check_token
-from pipeline.models import Network, build_network
+from pipeline.looking import chunk_store, honesty_task, live_network, look, made_before, say
 from pipeline.phases import Stage
-from pipeline.score_init import zero
-from pipeline.sparsity import attach_scores, load_state
-
-CHUNK = 50
-"""Images in one forward, or evaluation.chunk if that is less: few, as each takes as long as hundreds of PGD's steps."""
-
-log = logging.getLogger(__name__)
 
 
 def scrutinise(job: Job, stage: Stage) -> None:
@@ -45,17 +25,13 @@ def scrutinise(job: Job, stage: Stage) -> None:
     if not isinstance(pgd, Pgd) or pgd.threat_model is None or not recipe.evaluation.honesty_images:
         return
     model, loader = folder / "model.safetensors", job.loader(recipe.data.test_file)
-    most = recipe.evaluation.images or loader.num_samples
-    images, chunk = min(recipe.evaluation.honesty_images, most), min(CHUNK, recipe.evaluation.chunk)
-    task = Task("honesty", Probes(pgd), images, chunk)
-    ids, facts = task.ids(loader), task.facts(loader, sha256_of(model))
+    task = honesty_task(recipe, pgd, recipe.evaluation.images or loader.num_samples)
+    facts = task.facts(loader, sha256_of(model))
     target = honesty_path(folder)
-    if job.group.broadcast(job.group.is_first and _is_there(target, facts)):
+    if job.group.broadcast(job.group.is_first and made_before(target, facts) is not None):
         return
-    network, live = load_model(model).to(job.group.device), live_network(job, stage)
-    twins = [plain_network(model)] if live is None else [plain_network(model), live.eval()]
-    probes = Probes(pgd, tuple(twin.to(job.group.device) for twin in twins))
-    store = ChunkStore(folder / "evaluate" / "honesty.chunks", facts | {"twins": len(twins)})
+    live = live_network(recipe, folder, stage)
+    store = chunk_store(folder / "evaluate" / "honesty.chunks", facts, live)
 
     def on_chunk(done: int, total: int) -> bool:
         job.observe("chunk", {"stage": stage.name, "done": done})
@@ -66,52 +42,10 @@ def scrutinise(job: Job, stage: Stage) -> None:
         return job.stop_requested()
 
     crops = job.evaluation_crops(loader)
-    verdicts = evaluate(network, loader, ids, crops, probes, chunk, job.group, on_chunk, store, on_pass)
+    _, found = look(model, live, task, loader, crops, job.group, store=store, on_chunk=on_chunk, on_pass=on_pass)
     if job.group.is_first:
-        found = _found(verdicts, model, live is not None)
         check_token(folder, job.token)
         atomic_write_json(target, facts | {"checks": [asdict(check) for check in found]})
         store.remove()
-        _say(stage, found)
+        say(stage.name, found)
     job.group.barrier()
-
-
-def live_network(job: Job, stage: Stage) -> Network | None:
-    """What was trained, with its scores and masks, from the checkpoint that became the stage's result; on the CPU.
-
-    None, loudly, if that checkpoint is gone or damaged.
-    """
-    recipe, folder = job.recipe, job.folder(stage)
-    try:
-        snapshot = checkpoint.read(checkpoint.folder_of(folder, read_json(folder / "result.json")["selected_step"]))
-    except CheckpointDamaged as error:
-        log.warning("%s: the exported file is not compared with the trained network: %s", stage.name, error)
-        return None
-    network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
-    if stage.keep_fraction is not None:
-        attach_scores(network, stage.keep_fraction, recipe.sparsity.allocation, zero)
-    load_state(network, overlaid(snapshot.model, snapshot.carried))
-    return network
-
-
-def _found(verdicts: Verdicts, model: Path, compared: bool) -> list[Check]:
-    listed = [*checks(verdicts), mask_check(model)]
-    if compared:
-        return listed
-    missing = "the checkpoint of the live network is gone or damaged, so that only the file's own parts were compared"
-    return [replace(c, verdict="warn", figure=missing) if c.name == "exported file" else c for c in listed]
-
-
-def _is_there(path: Path, facts: dict[str, Any]) -> bool:
-    try:
-        found = read_json(path)
-        return all(found.get(name) == value for name, value in facts.items())
-    except ValueError:
-        return False
-
-
-def _say(stage: Stage, found: list[Check]) -> None:
-    for check in found:
-        if check.verdict == "warn":
-            log.warning("%s: honesty check %s: %s. %s", stage.name, check.name, check.figure, check.meaning)
-    log.info("%s: %d of %d honesty checks pass", stage.name, sum(c.verdict == "pass" for c in found), len(found))

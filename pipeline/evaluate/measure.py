@@ -67,14 +67,16 @@ def summarise(verdicts: Verdicts) -> dict[str, Any]:
         found = [name for name in verdicts if name.startswith(prefix)]
         if found:
             summary[key] = {name.removeprefix(prefix): int(verdicts[name].sum()) for name in found}
-    corrupted = [name for name in verdicts if name.startswith("right_")]
+    corrupted = [name for name in verdicts if name.startswith(("right_", "extra_"))]
     if corrupted:
         accuracies: dict[str, list[float]] = {}
         for name in corrupted:  # by corruption, in the order of severities
-            corruption = name.removeprefix("right_").rpartition("_")[0]
+            corruption = name.partition("_")[2].rpartition("_")[0]
             accuracies.setdefault(corruption, []).append(float(verdicts[name].mean()))
+        counted = [accuracies[corruption] for corruption in accuracies if f"right_{corruption}_1" in verdicts]
         summary["corruption_accuracy"] = accuracies
-        summary["mean_corruption_accuracy"] = float(np.mean([verdicts[name].mean() for name in corrupted]))
+        summary["severity_accuracy"] = np.mean(counted, axis=0).tolist()
+        summary["mean_corruption_accuracy"] = float(np.mean(counted))
     if "radius" in verdicts:
         # Over all images; one that is not right counts as 0 (Zhai et al., ICLR 2020, "ACR").
         summary["mean_certified_radius"] = float((verdicts["radius"] * verdicts["clean_correct"]).mean())

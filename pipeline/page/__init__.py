@@ -61,7 +61,7 @@ def write_page(runs: list[Run], comparisons: Comparisons, curves: CertifiedCurve
         "attack": attack_text(runs),
         "legend": [(name, sample(name.lower())) for name in ("dense", "HYDRA", *runs[0].baselines)],
         "held_out_sample": sample("hydra held-out"),
-        "accuracy": [accuracy_chart(runs, "robust"), accuracy_chart(runs, "clean")],
+        "accuracy": [accuracy_chart(runs, comparisons, "robust"), accuracy_chart(runs, comparisons, "clean")],
         "lead": difference_chart(found, runs),
         "certified": certified_charts(runs, curves),
         "accuracies": [_accuracy_cells(run, network) for run in runs for network in run.networks],

@@ -10,17 +10,21 @@ from typing import Any
 
 from pipeline.page.history import History
 from pipeline.page.svg import LINE_HEIGHT, Axis, Chart, Label, Level, Point, Series, draw, nice_axis
-from pipeline.page.verdict import NOISE, Difference, signed
+from pipeline.page.verdict import NOISE, Difference, near_hydra, signed
 from pipeline.phases import NETWORK_OF_PHASE
-from pipeline.results import CertifiedCurves, Kind, Run, accuracies, claim, pruned_text
+from pipeline.results import CertifiedCurves, Comparisons, Kind, Run, accuracies, claim, pruned_text
 
 MOST_POINTS = 240
 """Of one line; more rows are averaged in groups, as no screen shows them."""
 SMALL = (300.0, 200.0)
+NEAR = f", {NOISE} of HYDRA"
 
 
-def accuracy_chart(runs: list[Run], kind: Kind) -> Chart:
-    """Accuracy against sparsity, with 95 % intervals; several seeds side by side, the line through their means."""
+def accuracy_chart(runs: list[Run], comparisons: Comparisons, kind: Kind) -> Chart:
+    """Accuracy against sparsity, with 95 % intervals; several seeds side by side, the line through their means.
+
+    A robust accuracy has a hollow mark where its difference from HYDRA's is within noise.
+    """
     keeps = sorted(runs[0].recipe.sparsity.keep_fractions, reverse=True)
     where = {keep: -math.log10(keep) for keep in keeps}
     span = max(where[keeps[-1]] - where[keeps[0]], 0.5)
@@ -35,14 +39,23 @@ def accuracy_chart(runs: list[Run], kind: Kind) -> Chart:
         for keep in keeps:
             first = where[keep] + slot * (place * len(runs) - (len(names) * len(runs) - 1) / 2)
             found = accuracies(runs, name, keep, kind)
+            near = near_hydra(runs, comparisons, name, keep) if kind == "robust" else [False] * len(found)
             what = f"{name}, {pruned_text(keep)} pruned"
-            seeds = [_accuracy_point(a, first + slot * i, what) for i, a in enumerate(found)]
+            seeds = [
+                _accuracy_point(a, first + slot * i, what, NEAR if hollow else "")
+                for i, (a, hollow) in enumerate(zip(found, near, strict=True))
+            ]
             if not seeds:
                 continue
-            series.append(Series(name.lower(), seeds, line=False, faint=len(runs) > 1))
+            for style, hollow in ((name.lower(), False), (f"{name.lower()} noise", True)):
+                marked = [point for point, one in zip(seeds, near, strict=True) if one == hollow]
+                if marked:
+                    series.append(Series(style, marked, line=False, faint=len(runs) > 1))
             middle = first + slot * (len(runs) - 1) / 2
             means[keep].append((name, Point(middle, fmean(p.y for p in seeds), *_bounds(found))))
+            of = "" if len(runs) == 1 else f" in {sum(near)} of {len(near)} seeds"
             said.append(f"{name} {means[keep][-1][1].y:.1f} % at {pruned_text(keep)} pruned")
+            said[-1] += f"{NEAR}{of}" if any(near) else ""
         line = [Point(point.x, point.y) for keep in keeps for other, point in means[keep] if other == name]
         series.append(Series(name.lower(), line, marks=False))
     values = [v for s in series for p in s.points for v in (p.low, p.high) if v is not None]
@@ -162,9 +175,9 @@ def layer_chart(run: Run, keep: Decimal) -> Chart | None:
     return draw(f"{pruned_text(keep)} pruned", series[::-1], x, y, says=f"{'; '.join(said)}.", size=SMALL)
 
 
-def _accuracy_point(accuracy: dict[str, float], x: float, what: str) -> Point:
+def _accuracy_point(accuracy: dict[str, float], x: float, what: str, more: str) -> Point:
     value, low, high = (100 * accuracy[part] for part in ("value", "low", "high"))
-    return Point(x, value, low, high, f"{what}: {value:.2f} % [{low:.2f}, {high:.2f}]")
+    return Point(x, value, low, high, f"{what}: {value:.2f} % [{low:.2f}, {high:.2f}]{more}")
 
 
 def _bounds(found: list[dict[str, float]]) -> tuple[float, float]:

@@ -18,6 +18,14 @@ def within_noise(test: McNemar) -> bool:
     return test.p_value >= SIGNIFICANT
 
 
+def near_hydra(runs: list[Run], comparisons: Comparisons, name: str, keep: Decimal) -> list[bool]:
+    """For each of a network's accuracies that `results.accuracies` finds: whether its difference from HYDRA's robust
+    one is within noise. HYDRA and the dense network are compared with nothing."""
+    found = [(i, run.find(name, keep)) for i, run in enumerate(runs)]
+    tests = [comparisons.get((i, name, keep)) for i, network in found if network is not None and network.evaluation]
+    return [test is not None and within_noise(test) for test in tests]
+
+
 @dataclass(frozen=True)
 class Difference:
     """HYDRA against one baseline on the same images of one run."""

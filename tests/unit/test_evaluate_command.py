@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,27 +20,32 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
-from launch import run_folder
+from launch import judge, run_folder
 from launch.__main__ import main
-from pipeline import judging
-from pipeline.committed import evaluation_path
+from pipeline import checkpoint, judging
+from pipeline.checkpoint import Snapshot
+from pipeline.committed import evaluation_path, honesty_path
 from pipeline.data import listed_images
 from pipeline.evaluate.autoattack import Ensemble
 from pipeline.evaluate.chunks import read_verdicts
 from pipeline.evaluate.pgd import Pgd
+from pipeline.evaluate.probes import Probes
 from pipeline.export import write_model
+from pipeline.files import atomic_write_json, sha256_of
 from pipeline.load import load
 from pipeline.models import build_network
-from pipeline.sparsity import effective_state
+from pipeline.progress import Progress
+from pipeline.recipe_file import load_recipe
+from pipeline.sparsity import effective_state, named_state
 from tests.small_recipe import small_recipe
 
 STAGES = ("pretrain", "keep-0.1/finetune")
-IMAGES, CHUNK, TEST_IMAGES = 12, 4, 500
+IMAGES, HONESTY_IMAGES, CHUNK, TEST_IMAGES = 12, 10, 4, 500
 
 
 @pytest.fixture(scope="module")
 def finished(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose networks are untrained."""
+    """A run whose networks are untrained, and the pruned one's mask was left out."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     recipe = small_recipe(
         fashion_data, sparsity={"keep_fractions": [0.1], "baselines": []}, evaluation={"chunk": CHUNK}, seed=5
@@ -46,7 +54,8 @@ def finished(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for seed, stage in enumerate(STAGES):
         (folder / stage).mkdir(parents=True)
         network = build_network(recipe.model, seed=seed, image_size=28)
-        write_model(folder / stage / "model.safetensors", effective_state(network), recipe.model, {"image_size": 28})
+        facts = {"image_size": 28, "keep_fraction": "0.1" if "keep" in stage else None}
+        write_model(folder / stage / "model.safetensors", effective_state(network), recipe.model, facts)
     return folder
 
 
@@ -86,19 +95,123 @@ def judging_of(monkeypatch: pytest.MonkeyPatch, measure: type, stop_at: int | No
 def test_every_network_of_a_run_is_attacked_and_its_verdicts_are_kept(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found, err = evaluate(capsys, run, "--attack", "apgd", "--images", IMAGES)
-    assert (code, err) == (0, "")
+    code, found, _ = evaluate(capsys, run, "--attack", "apgd", "--images", IMAGES)
+    assert code == 0
     assert [one["file"] for one in found] == [str(run / stage / "model.safetensors") for stage in STAGES]
     for stage, one in zip(STAGES, found, strict=True):
-        (path,) = (run / stage / "evaluate").glob("*.json")
+        (path,) = (run / stage / "evaluate").glob("apgd-*.json")
         assert {"file": one["file"], **json.loads(path.read_text())} == one
         verdicts = read_verdicts(path.with_suffix(".parquet"))
         assert np.array_equal(verdicts["sample_id"], np.arange(IMAGES) * TEST_IMAGES // IMAGES)
         assert one["robust_correct"] == verdicts["robust_correct"].sum()
         assert (one["attack"], one["settings"]["iterations"], one["chunk"]) == ("apgd", 2, CHUNK)
         assert list(one["broken_by"]) == ["apgd-ce", "apgd-t"]
-        left = {p.name for p in (run / stage / "evaluate").iterdir() if not p.name.startswith(".")}
+        left = {p.name for p in (run / stage / "evaluate").glob("[!.]*") if not p.name.startswith("honesty-")}
         assert left == {path.name, path.with_suffix(".parquet").name}
+
+
+def test_honesty_checks_go_with_attacks_that_follow_gradients(
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, found, _ = evaluate(capsys, run, "--attack", "apgd,pgd", "--images", IMAGES)
+    assert [(one["attack"], one["honesty"]["images"]) for one in found] == [
+        (attack, HONESTY_IMAGES) for attack in ("apgd", "pgd") for _ in STAGES
+    ]
+    assert found[0]["honesty"] == found[2]["honesty"]
+    checks = {check["name"]: check for check in found[1]["honesty"]["checks"]}
+    assert len(checks) == 11
+    assert (checks["mask"]["verdict"], checks["repeatable"]["verdict"]) == ("warn", "pass")
+    assert "keep_fraction 0.1 allows" in checks["mask"]["figure"]
+    assert any(f"{STAGES[1]}: honesty check mask: {checks['mask']['figure']}" in said for said in caplog.messages)
+    for stage, one in zip(STAGES, found, strict=False):
+        (path,) = (run / stage / "evaluate").glob("apgd-*.json")
+        assert json.loads(path.read_text())["honesty"] == one["honesty"]
+        (path,) = (run / stage / "evaluate").glob("honesty-*.json")
+        whole = json.loads(path.read_text())["checks"]
+        assert all(check["meaning"] for check in whole)
+        verdicts = read_verdicts(path.with_suffix(".parquet"))
+        assert np.array_equal(verdicts["sample_id"], np.arange(HONESTY_IMAGES) * TEST_IMAGES // HONESTY_IMAGES)
+    _, found, _ = evaluate(capsys, run, "--attack", "square,transfer,corruptions", "--images", 2)
+    assert [one["attack"] for one in found if "honesty" in one] == []
+
+
+def test_a_network_is_looked_at_once_for_each_pgd(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run / STAGES[1] / "model.safetensors"
+    chunks = judging_of(monkeypatch, Probes)
+    _, (first,), _ = evaluate(capsys, file, "--images", 6)
+    assert [len(ids) for ids in chunks] == [4, 2]
+    assert first["honesty"]["images"] == 6
+    _, (again,), _ = evaluate(capsys, file, "--images", 6, "--attack", "apgd")
+    assert (len(chunks), again["honesty"]) == (2, first["honesty"])
+    evaluate(capsys, file, "--images", 6, "--steps", 3)
+    assert len(chunks) == 4
+    (made,) = [
+        p for p in file.parent.glob("evaluate/honesty-*.json") if json.loads(p.read_text())["settings"]["steps"] == 2
+    ]
+    made.rename(honesty_path(file.parent))  # as the run's own
+    made.with_suffix(".parquet").unlink()
+    assert evaluate(capsys, file, "--images", 6)[1] == [first]
+    assert len(chunks) == 4
+
+
+def test_an_interrupted_look_goes_on_with_the_next_chunk(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run / STAGES[1] / "model.safetensors"
+    undisturbed = evaluate(capsys, file, "--images", IMAGES)[1]
+    shutil.rmtree(file.parent / "evaluate")
+    with monkeypatch.context() as patched:
+        judging_of(patched, Probes, stop_at=2)
+        assert evaluate(capsys, file, "--images", IMAGES)[0] == 1
+    chunks = judging_of(monkeypatch, Probes)
+    assert evaluate(capsys, file, "--images", IMAGES)[1] == undisturbed
+    assert [len(ids) for ids in chunks] == [2]
+
+
+def test_the_file_is_compared_with_the_network_that_was_trained(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, stage = load_recipe(run / "recipe.yaml"), run / STAGES[0]
+    model = stage / "model.safetensors"
+
+    def verdict() -> str:
+        (found,) = evaluate(capsys, model, "--images", 2)[1]
+        return next(check["verdict"] for check in found["honesty"]["checks"] if check["name"] == "exported file")
+
+    assert verdict() == "warn"  # there is none
+    for seed, expected in ((0, "pass"), (1, "warn")):
+        shutil.rmtree(stage / "evaluate")
+        state = dict(named_state(build_network(recipe.model, seed, 28)))
+        checkpoint.write(stage, Snapshot(state, {}, Progress(seed, seed, seed)))
+        atomic_write_json(stage / "result.json", {"selected_step": seed, "model_sha256": sha256_of(model)})
+        assert verdict() == expected
+
+
+def test_no_honesty_checks_where_the_recipe_has_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"honesty_images: {HONESTY_IMAGES}", "honesty_images: 0"))
+    _, (found,), _ = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--images", 2)
+    assert "honesty" not in found
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_moves_with_every_corruption(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, seconds = Terminal(), itertools.count()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(judge, "monotonic", lambda: float(next(seconds)))
+    file = run / STAGES[0] / "model.safetensors"
+    assert main(["evaluate", str(file), "--attack", "corruptions", "--images", "6"]) == 0
+    drawn = [line for line in terminal.getvalue().split("\r") if "pass " in line]
+    found = [re.search(r"pretrain: corruptions: .* (\d)/6 .*, pass (\d+) of 91\]", line) for line in drawn]
+    seen = [(int(match[1]), int(match[2])) for match in found if match is not None]
+    assert len(seen) == len(drawn)
+    expected = [(before + size * i // 91, i) for before, size in ((0, 4), (4, 2)) for i in range(1, 92)]
+    assert [at for at in seen if at in expected] == seen
+    assert set(expected) <= set(seen)
 
 
 def test_what_was_evaluated_before_is_not_evaluated_again(
@@ -141,7 +254,7 @@ def test_the_runs_own_evaluation_is_taken_and_left_alone(
         "restarts": 2,
         "step_size": pytest.approx(1 / 30),
     }
-    assert len(chunks) == IMAGES // CHUNK
+    assert len(chunks) == IMAGES // CHUNK + -(-HONESTY_IMAGES // CHUNK)  # honesty checks begin with it, too
     assert own.read_bytes() == before
     assert len(list(own.parent.glob("pgd-3x2-*.json"))) == 1
 

@@ -28,11 +28,12 @@ data.datasets data.verify data.scan data.watch data.write_worker data.write
 data.prefetch data.loader data.listed_images data.verified_copy data.staging
 recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
-evaluate.autoattack evaluate.transfer evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
-group evaluate.chunks judging snip engine batch_statistics replays
+evaluate.autoattack evaluate.transfer evaluate.resampling evaluate.noises evaluate.blurs evaluate.weather
+evaluate.digital evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
+group evaluate.chunks judging looking snip engine batch_statistics replays
 stopwatch system loop job health evaluation scrutiny hardware tracked rollback stage
 results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards
-figures page.history page.svg page.verdict page.charts page.examples page.pictures page report showcase
+page.history page.svg page.verdict figures page.charts page.examples page.pictures page report showcase
 worker driver
 """
 """Every module of pipeline/; each imports only from those before it. The first paragraph loads no torch."""
@@ -128,6 +129,14 @@ def test_a_login_node_reads_recipes_without_torch_and_ray() -> None:
     modules = ", ".join(f"pipeline.{name}" for name in WITHOUT_TORCH)
     heavy = sorted(["torch", *DOORS])
     code = f"import sys, launch.__main__, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_evaluating_again_needs_neither_ray_nor_deepspeed() -> None:
+    code = "import sys, launch.judge, pipeline.judging; print([n for n in ('ray', 'deepspeed') if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )

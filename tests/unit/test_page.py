@@ -33,12 +33,12 @@ from pipeline.page.examples import Examples, Shown, examples
 from pipeline.page.history import passes_per_step, read_history, spent
 from pipeline.page.pictures import cards
 from pipeline.page.svg import nice_axis
-from pipeline.page.verdict import headline
+from pipeline.page.verdict import headline, within_noise
 from pipeline.phases import stages_of
 from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.recipe_objective import PROVING, Objective, ThreatModel
 from pipeline.report import PAGE, report
-from pipeline.results import Network, read_runs
+from pipeline.results import Network, compare_all, read_runs
 from tests.unit.test_report import ACCURACY, IMAGES, RECIPE, edit, evaluation, verdicts, write_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -50,7 +50,7 @@ PER_STAGE = {"pretrain": 5, "prune": 2, "finetune": 3, "magnitude": 5}
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The PNGs are looked at elsewhere."""
-    monkeypatch.setattr("pipeline.report.draw_accuracy", lambda runs, path: None)
+    monkeypatch.setattr("pipeline.report.draw_accuracy", lambda runs, comparisons, path: None)
     monkeypatch.setattr("pipeline.report.draw_layers", lambda run, path: None)
 
 
@@ -177,6 +177,31 @@ def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
     assert "the 0.0 points between it and magnitude pruning are a difference within noise" in page.text
     assert page.row("magnitude", "99 %", "+0.00")[-2:] == ["p = 1.000", "within noise"]
     assert ("g", {"class": "series magnitude noise"}) in page.tags
+
+
+def test_curves_have_hollow_marks_within_noise(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed{seed}", seed) for seed in range(2)]
+    same_verdicts(runs[1], "keep-0.01/magnitude", "keep-0.01/finetune", flipped=20)
+    read = read_runs(runs)
+    comparisons = compare_all(read)
+    root = ET.fromstring(accuracy_chart(read, comparisons, "robust").svg)
+    marks = {
+        (keep, i): f"{100 * verdicts(runs[i], f'keep-{keep}/magnitude').mean():.2f} % ["
+        for keep in ("0.1", "0.01")
+        for i in range(2)
+    }
+    near = {(str(keep), i) for (i, _, keep), test in comparisons.items() if test is not None and within_noise(test)}
+    assert ("0.01", 1) in near
+    assert ("0.01", 0) not in near
+    for style, expected in (("magnitude noise", near), ("magnitude", marks.keys() - near)):
+        groups = [g for g in root if g.get("class") == f"series {style} faint"]
+        notes = [title.text or "" for g in groups for title in g.iter("title")]
+        assert len(notes) == len(expected)
+        assert all(any(marks[one] in note for note in notes) for one in expected)
+        assert all(note.endswith(", within noise of HYDRA") == ("noise" in style) for note in notes)
+    assert re.search(r"% at 99 % pruned, within noise of HYDRA in 1 of 2 seeds", root.attrib["aria-label"])
+    clean = ET.fromstring(accuracy_chart(read, comparisons, "clean").svg)
+    assert not [g for g in clean if "noise" in (g.get("class") or "")]
 
 
 def test_who_is_behind_is_said(tmp_path: Path) -> None:
@@ -318,7 +343,7 @@ def axis_of(root: ET.Element) -> Any:
 
 def test_marks_and_intervals_stand_at_their_values(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "demo")])
-    root = ET.fromstring(accuracy_chart(runs, "robust").svg)
+    root = ET.fromstring(accuracy_chart(runs, {}, "robust").svg)
     value_at = axis_of(root)
     for style, name in (("hydra", "HYDRA"), ("magnitude", "magnitude")):
         for keep in (0.1, 0.01):

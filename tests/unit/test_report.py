@@ -15,12 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 from launch.__main__ import main
 from pipeline import showcase
 from pipeline.evaluate.statistics import wilson_interval
+from pipeline.figures import accuracy_figure
 from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.report import report
+from pipeline.results import compare_all, read_runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"
 IMAGES = 2000
@@ -56,7 +59,7 @@ def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, A
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a second or two; where only numbers are looked at it is left out."""
-    monkeypatch.setattr("pipeline.report.draw_accuracy", lambda runs, path: None)
+    monkeypatch.setattr("pipeline.report.draw_accuracy", lambda runs, comparisons, path: None)
     monkeypatch.setattr("pipeline.report.draw_layers", lambda run, path: None)
 
 
@@ -154,6 +157,29 @@ def test_one_run(tmp_path: Path) -> None:
         width, height = png_size(run / "report" / name)
         assert width >= 1200
         assert height >= 300
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_marks_in_the_picture_are_hollow_within_noise(tmp_path: Path, seeds: int) -> None:
+    runs = read_runs([write_run(tmp_path / str(seed), seed) for seed in range(seeds)])
+    comparisons = compare_all(runs)
+    near = {key for key, test in comparisons.items() if test is not None and test.p_value >= 0.05}
+    assert 0 < len(near) < len(comparisons)
+    figure = accuracy_figure(runs, comparisons)
+    expected = {
+        (100 * found["value"], (i, network.name, network.keep_fraction) in near)
+        for i, run in enumerate(runs)
+        for network in run.networks
+        if network.name != "dense" and (found := (network.evaluation or {})["robust_accuracy"])
+    }
+    for axes, points in ((figure.axes[0], expected), (figure.axes[1], None)):
+        marks = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
+        found = {(float(np.asarray(mark.get_ydata())[0]), mark.get_markerfacecolor() == "white") for mark in marks}
+        assert len(marks) == 4 * seeds
+        assert found == points if points is not None else not any(hollow for _, hollow in found)
+    assert "hollow mark: within noise of HYDRA (McNemar's p of 0.05 or more)" in figure.get_suptitle()
+    sure = dict.fromkeys(comparisons)
+    assert "hollow" not in accuracy_figure(runs, sure).get_suptitle()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -331,6 +357,40 @@ def test_what_was_attacked_besides(tmp_path: Path, no_pictures: None) -> None:
         ("apgd", "0.01", "200", "131", ""),
         ("square", "0.01", "200", "131", "randomised other"),
     ]
+
+
+def test_corruptions_have_a_mean_for_each_severity(tmp_path: Path, no_pictures: None) -> None:
+    run = write_run(tmp_path / "demo")
+    plain, folder = report([run]), run / "keep-0.01" / "finetune" / "evaluate"
+    facts = json.loads((folder / "pgd.json").read_text())
+    facts |= {"attack": "corruptions", "title": "all of 18 corruptions at severities 1 to 5, constants of ImageNet-C"}
+    earlier = facts | {"title": "all of 8 corruptions", "mean_corruption_accuracy": 0.7}  # had none for each severity
+    (folder / "corruptions-1.json").write_text(json.dumps(earlier))
+    facts |= {"severity_accuracy": [0.81, 0.7, 0.6, 0.5, 0.4], "mean_corruption_accuracy": 0.602}
+    (folder / "corruptions.json").write_text(json.dumps(facts))
+    _, table = report([run]).removeprefix(plain).strip().split("\n\n")
+    header, row = table.splitlines()
+    assert re.split(r"  +", header)[5:] == ["severity 1", "severity 2", "severity 3", "severity 4", "severity 5", "all"]
+    assert re.split(r"  +", row) == [
+        *("constants of ImageNet-C", "2,000", "0", "HYDRA", "99 %"),
+        *("81.00", "70.00", "60.00", "50.00", "40.00", "60.20"),
+    ]
+    first, second = read_csv(run / "report" / "further_attacks.csv")
+    assert (first["severity_1_accuracy"], first["severity_5_accuracy"]) == ("0.81", "0.4")
+    assert (first["mean_corruption_accuracy"], second["severity_1_accuracy"]) == ("0.602", "")
+
+
+def test_what_honesty_checks_of_another_attack_warn_of_is_a_doubt(tmp_path: Path, no_pictures: None) -> None:
+    run = write_run(tmp_path / "demo")
+    plain, folder = report([run]), run / "keep-0.01" / "finetune" / "evaluate"
+    facts = json.loads((folder / "pgd.json").read_text()) | {"title": "APGD", "attack": "apgd", "flags": {"other": 1}}
+    checks = [{"name": name, "verdict": name[:4], "figure": ""} for name in ("warning", "passing", "warned")]
+    (folder / "apgd.json").write_text(json.dumps(facts | {"honesty": {"images": 100, "checks": checks}}))
+    (folder / "honesty.json").write_text(json.dumps(facts | {"attack": "honesty", "checks": checks}))
+    _, row = report([run]).removeprefix(plain).strip().splitlines()
+    assert row.endswith("  other; honesty: warning, warned")
+    (row,) = read_csv(run / "report" / "further_attacks.csv")
+    assert (row["flags"], row["honesty_warnings"]) == ("other", "warning, warned")
 
 
 def test_runs_that_cannot_be_written(

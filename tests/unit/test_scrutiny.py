@@ -23,11 +23,12 @@ from pipeline.files import atomic_write_json, read_json, sha256_of
 from pipeline.group import Group
 from pipeline.job import Job
 from pipeline.lease import LeaseHeld, Leases
+from pipeline.looking import live_network
 from pipeline.models import Network, build_network
 from pipeline.phases import Stage, stages_of
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
-from pipeline.scrutiny import live_network, scrutinise
+from pipeline.scrutiny import scrutinise
 from pipeline.sparsity import attach_scores, effective_state, named_state
 from pipeline.stopping import StopRequested
 from tests.conftest import TEST_IMAGES
@@ -140,7 +141,7 @@ def test_it_is_made_once_for_a_network(finished: Finished) -> None:
     finished.chunks.clear()
     assert finished.scrutinise() == first
     assert finished.chunks == []
-    recipe, live = finished.recipe, live_network(finished.job(), finished.stage)
+    recipe, live = finished.recipe, live_network(finished.recipe, finished.folder, finished.stage)
     assert live is not None
     with torch.no_grad():
         live.backbone.get_parameter("fc2.bias").add_(1.0)
@@ -174,7 +175,7 @@ def test_what_is_not_judged_by_pgd_is_left_alone(finished: Finished) -> None:
 
 def test_the_live_network_is_the_one_of_the_checkpoint(finished: Finished) -> None:
     """A file of another network, and one whose mask was left out, are both caught."""
-    live = live_network(finished.job(), finished.stage)
+    live = live_network(finished.recipe, finished.folder, finished.stage)
     assert live is not None
     dense = {name.removeprefix("weight/").removeprefix("buffer/"): tensor for name, tensor in named_state(live).items()}
     dense = {name: tensor for name, tensor in dense.items() if not name.startswith("score/")}

@@ -53,7 +53,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("draw_accuracy", "draw_layers"):
-        monkeypatch.setattr(f"pipeline.report.{name}", lambda runs, path: None)
+        monkeypatch.setattr(f"pipeline.report.{name}", lambda *_: None)
 
 
 def logged(run: Path) -> Recorded:
