@@ -28,10 +28,17 @@ END_S = 20.0
 POLL_S = 0.1
 LOOK_S = 1.0
 """How often the guard looks who is new."""
+YOUNG_S = 10.0
+"""A process may still be about to become another program, with another environment, for so long."""
 
 
 Process = tuple[int, int]
 """pid and start time in clock ticks, which tells a pid from its later reuse."""
+
+
+def _uptime_s() -> float:
+    """Seconds since the boot that start times count from."""
+    return float(Path("/proc/uptime").read_text().split()[0])
 
 
 class Family:
@@ -57,12 +64,13 @@ class Family:
                     parents[process] = int(fields[1])
         self._ours &= living
         pids = {pid for pid, _ in self._ours}
-        # By start time: a parent is judged before its children. Environments are read once.
+        # By start time: a parent is judged before its children. Environments are read until a process is not young.
         for process in sorted(living - self._seen, key=lambda one: (one[1], one[0])):
             if parents[process] in pids or self._carries(process[0]):
                 self._ours.add(process)
                 pids.add(process[0])
-        self._seen = living
+        grown = (_uptime_s() - YOUNG_S) * os.sysconf("SC_CLK_TCK")
+        self._seen = {process for process in living if process[1] < grown}
         return sorted(pids)
 
     def _carries(self, pid: int) -> bool:

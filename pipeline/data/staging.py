@@ -3,7 +3,8 @@
     <stage_to>/hydra-<uid>/train-0123456789abcdef.beton   + its manifest, and `lock`
 
 The name holds the manifest's SHA-256, so that another file never meets the copy and the next job finds it again. The
-folder belongs to one user alone. One process of a node copies, the others wait for it. Copying fills the page cache.
+folder belongs to one user alone. One process of a node copies, the others wait for it. Copying fills the page cache; a
+copy that is used again is read ahead into it.
 
 What is verified: each page while it is copied, by the manifest's hash; when a copy is used again, that its manifest is
 the original's, its size and its index. Its images are not read again then: for a large file that would take minutes of
@@ -43,6 +44,8 @@ LOOK_S = 0.25
 TELL_S = 10.0
 """How often a long wait is logged."""
 MARGIN_BYTES = 64 << 20
+WARM_BYTES = 16 << 20
+"""How much is read ahead at a time."""
 
 
 class StagingFailed(RuntimeError):
@@ -71,6 +74,7 @@ def staged(path: Path, folder: Path, heard: Listener = _unheard) -> Path:
                 left.unlink()  # whoever made it has died: the lock is ours
             if _usable(copy, manifest):
                 log.info("%s: using its copy %s", path, copy)
+                _warm(copy, lambda done: heard(_say(lock, f"reading {copy}: {done} of {manifest.file_size} bytes")))
             else:
                 discard(copy)
                 _make(path, manifest, copy, lock, heard)
@@ -98,6 +102,14 @@ def _make(path: Path, manifest: Manifest, copy: Path, lock: int, heard: Listener
         temporary.unlink(missing_ok=True)
     fsync_folder(copy.parent)
     atomic_write_text(manifest_path(copy), manifest.model_dump_json(), 0o600)
+
+
+def _warm(copy: Path, progressed: Callable[[int], None]) -> None:
+    """Have the system read the copy ahead, as far as its memory goes: another job's files may have pushed it out."""
+    with copy.open("rb") as stream:
+        for start in range(0, copy.stat().st_size, WARM_BYTES):
+            os.posix_fadvise(stream.fileno(), start, WARM_BYTES, os.POSIX_FADV_WILLNEED)
+            progressed(start)
 
 
 def discard(copy: Path) -> None:

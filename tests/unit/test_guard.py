@@ -31,6 +31,23 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_process_that_is_seen_before_it_becomes_ours_is_ours() -> None:
+    """As between fork and exec, when it still has its parent's environment."""
+    become = (
+        f"import os, sys; sys.stdin.read(1); os.execve({SLEEP[0]!r}, {SLEEP!r}, {{**os.environ, {MARK!r}: 'young'}})"
+    )
+    with subprocess.Popen([sys.executable, "-c", become], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        try:
+            family = Family("young")
+            assert family.look() == []
+            process.stdin.write(b"x")
+            process.stdin.close()
+            wait_until(lambda: family.look() == [process.pid], 9, "the process to be noticed")
+        finally:
+            process.kill()
+
+
 def test_closing_ends_the_marked_and_removes_the_folder(bystander: subprocess.Popen[bytes]) -> None:
     guard = Guard()
     stubborn = subprocess.Popen(SLEEP, env={**os.environ, MARK: guard.mark}, start_new_session=True)

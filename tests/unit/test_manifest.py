@@ -46,14 +46,14 @@ def jpeg(rng: np.random.Generator, height: int, width: int) -> bytes:
     return stream.getvalue()
 
 
-def build(path: Path, seed: int = 0) -> Path:
-    """A file of three raw and three JPEG samples of 10 x 12 pixels with its manifest; stored in reverse order."""
+def build(path: Path, seed: int = 0, height: int = 10, width: int = 12) -> Path:
+    """A file of three raw and three JPEG samples with its manifest; stored in reverse order."""
     rng = np.random.default_rng(seed)
-    raw = [rng.integers(0, 256, 360, dtype=np.uint8).tobytes() for _ in range(3)]
-    stored = raw + [jpeg(rng, 10, 12) for _ in range(3)]
+    raw = [rng.integers(0, 256, 3 * height * width, dtype=np.uint8).tobytes() for _ in range(3)]
+    stored = raw + [jpeg(rng, height, width) for _ in range(3)]
     samples = np.zeros(SAMPLES, SAMPLE)
     samples["mode"] = [MODE_RAW] * 3 + [MODE_JPEG] * 3
-    samples["height"], samples["width"], samples["label"] = 10, 12, [0, 1, 0, 1, 0, 1]
+    samples["height"], samples["width"], samples["label"] = height, width, [0, 1, 0, 1, 0, 1]
     table = np.zeros(SAMPLES, ALLOCATION)
     position = METADATA_START + samples.nbytes
     data = b""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -34,6 +36,7 @@ from pipeline.job import Job
 from pipeline.recipe import RecipeError
 from pipeline.recipe_file import recipe_hash
 from pipeline.stopping import StopRequested
+from tests.commands import wait_until
 from tests.small_recipe import ROOT, small_recipe
 from tests.unit.test_manifest import build, overwrite
 
@@ -101,6 +104,33 @@ def test_a_copy_is_the_file_and_the_next_job_uses_it(original: Path, scratch: Pa
     assert heard[-1] == f"pid {os.getpid()} on {platform.node()}, copying {original}: {size} of {size} bytes"
     assert staged(original, scratch) == copy
     assert copyings == [original]
+
+
+def cached(path: Path) -> float:
+    """The share of a file's pages that are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        found = np.zeros(-(-len(pages) // mmap.PAGESIZE), np.uint8)
+        content = np.frombuffer(pages, np.uint8)  # holds the mapping, which cannot be closed before it is gone
+        where = ctypes.c_void_p(content.ctypes.data)
+        said = libc.mincore(where, ctypes.c_size_t(len(pages)), ctypes.c_void_p(found.ctypes.data))
+        assert said == 0, os.strerror(ctypes.get_errno())
+        del content
+    return float((found & 1).mean())
+
+
+def test_a_copy_is_in_memory_and_comes_back_into_it(tmp_path: Path, scratch: Path, copyings: list[Path]) -> None:
+    original = build(tmp_path / "train.beton", height=500, width=600)  # more than the system reads ahead by itself
+    copy = staged(original, scratch)
+    assert cached(copy) == 1.0
+    with copy.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(copy) == 1.0:
+        pytest.skip("this file system keeps files in memory whatever it is told")
+    assert staged(original, scratch) == copy
+    assert copyings == [original]
+    wait_until(lambda: cached(copy) == 1.0, 20, "the copy to be read ahead")
 
 
 def test_another_file_of_the_same_name_has_its_own_copy(original: Path, scratch: Path, tmp_path: Path) -> None:
