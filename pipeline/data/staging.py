@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from pipeline.data.loader import Batch, CorruptSample, Loader
@@ -44,8 +45,8 @@ LOOK_S = 0.25
 TELL_S = 10.0
 """How often a long wait is logged."""
 MARGIN_BYTES = 64 << 20
-WARM_BYTES = 16 << 20
-"""How much is read ahead at a time."""
+WARM_BYTES = 128 << 10
+"""How much is read ahead at a time: Linux ignores what goes beyond a device's own limit, which is rarely less."""
 
 
 class StagingFailed(RuntimeError):
@@ -106,10 +107,12 @@ def _make(path: Path, manifest: Manifest, copy: Path, lock: int, heard: Listener
 
 def _warm(copy: Path, progressed: Callable[[int], None]) -> None:
     """Have the system read the copy ahead, as far as its memory goes: another job's files may have pushed it out."""
+    size = min(copy.stat().st_size, psutil.virtual_memory().available)
     with copy.open("rb") as stream:
-        for start in range(0, copy.stat().st_size, WARM_BYTES):
+        for number, start in enumerate(range(0, size, WARM_BYTES)):
             os.posix_fadvise(stream.fileno(), start, WARM_BYTES, os.POSIX_FADV_WILLNEED)
-            progressed(start)
+            if number % 1000 == 0:
+                progressed(start)
 
 
 def discard(copy: Path) -> None:
