@@ -95,9 +95,15 @@ def _failures_of(run_folder: Path) -> Path:
 
 
 def record_failure(run_folder: Path, failure: Failure) -> None:
-    """Append one line; concurrent ranks do not mix, as it is one write."""
-    with _failures_of(run_folder).open("a") as stream:
-        stream.write(json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
+    """Append one line; concurrent ranks do not mix, as it is one write.
+
+    Where that fails, as on a full disk, it is said: the failure itself must not be hidden by it.
+    """
+    try:
+        with _failures_of(run_folder).open("a") as stream:
+            stream.write(json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
+    except OSError as error:
+        log.error("%s cannot be recorded: %s", failure, error)
 
 
 def read_failures(run_folder: Path) -> list[Failure]:
@@ -107,11 +113,13 @@ def read_failures(run_folder: Path) -> list[Failure]:
     return [Failure(**{name: row[name] for name in names}) for row in rows if row.keys() >= set(names)]
 
 
-def repeated_failure(run_folder: Path) -> Failure | None:
-    """The failure of the newest attempt that the one before it ended with as well, at the same step; None if none."""
+def repeated_failure(run_folder: Path, attempt: str) -> Failure | None:
+    """The failure of this attempt that the one before it ended with as well, at the same step; None if none.
+
+    Attempts of which nothing was recorded, as when workers were killed, are passed over.
+    """
     failures = read_failures(run_folder)
-    attempts = list(dict.fromkeys(failure.attempt for failure in failures))
-    if len(attempts) < 2:
-        return None
-    newest, before = ([f for f in failures if f.attempt == attempt] for attempt in (attempts[-1], attempts[-2]))
-    return next((one for one in newest for other in before if one.happened_like(other)), None)
+    attempts = list(dict.fromkeys(failure.attempt for failure in failures if failure.attempt != attempt))
+    ours = [f for f in failures if f.attempt == attempt]
+    before = [f for f in failures if f.attempt in attempts[-1:]]
+    return next((one for one in ours for other in before if one.happened_like(other)), None)
