@@ -138,6 +138,7 @@ def _fit_until_done(order: Order, recipe: Recipe, token: str, cluster: Cluster) 
     folder = order.run_folder
     ours = [stage.name for stage in stages_left(order, recipe)]
     without_progress, marks = 0, progress_marks(folder, ours)
+    killed: list[str] = []
     go_on = f"See {folder}/logs/, then: python -m launch resume {folder}"
     while stages_left(order, recipe):
         attempt = secrets.token_hex(4)
@@ -149,7 +150,9 @@ def _fit_until_done(order: Order, recipe: Recipe, token: str, cluster: Cluster) 
                 raise user_error from None
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             _note(folder, f"attempt {attempt} failed: {error}\n")
-            if not _somebody_died(error) and (twice := repeated_failure(folder, attempt)) is not None:
+            if _somebody_died(error):
+                killed.append(attempt)
+            elif (twice := repeated_failure(folder, attempt, killed)) is not None:
                 raise RunFailed(
                     f"{folder}: {twice.stage} failed twice in the same way at step {twice.step}, so that a restart "
                     f"cannot mend it: {twice.error}. {go_on}"

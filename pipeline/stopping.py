@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -113,13 +114,13 @@ def read_failures(run_folder: Path) -> list[Failure]:
     return [Failure(**{name: row[name] for name in names}) for row in rows if row.keys() >= set(names)]
 
 
-def repeated_failure(run_folder: Path, attempt: str) -> Failure | None:
+def repeated_failure(run_folder: Path, attempt: str, killed: Collection[str] = ()) -> Failure | None:
     """The failure of this attempt that the one before it ended with as well, at the same step; None if none.
 
-    Attempts of which nothing was recorded, as when workers were killed, are passed over.
+    Attempts whose workers were killed are passed over: what is recorded of them is that somebody is gone.
     """
-    failures = read_failures(run_folder)
-    attempts = list(dict.fromkeys(failure.attempt for failure in failures if failure.attempt != attempt))
+    failures = [f for f in read_failures(run_folder) if f.attempt not in killed]
     ours = [f for f in failures if f.attempt == attempt]
-    before = [f for f in failures if f.attempt in attempts[-1:]]
+    others = [f for f in failures if f.attempt != attempt]
+    before = [f for f in others if f.attempt == others[-1].attempt]
     return next((one for one in ours for other in before if one.happened_like(other)), None)

@@ -121,8 +121,10 @@ def test_another_exception_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_killed_attempt_between_them_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not its survivors said something."""
+    survivor = says(RuntimeError("connection closed by peer"), RayActorError())
     with pytest.raises(RunFailed, match="failed twice in the same way"):
-        run_script(tmp_path, monkeypatch, 9, says(oom()), killed, says(oom()))
+        run_script(tmp_path, monkeypatch, 9, says(oom()), killed, survivor, says(oom()))
 
 
 @pytest.mark.parametrize(
@@ -141,10 +143,14 @@ def test_what_workers_say_when_another_was_killed_is_no_exception_of_the_run(
 def test_what_an_earlier_start_ended_with_is_not_said_of_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cause was mended and the run resumed; then its workers find no place at first."""
+    """The cause was mended and the run resumed; then its workers find no place at first. If it was not mended, one
+    more time is enough."""
     with pytest.raises(RunFailed, match="failed twice"):
         run_script(tmp_path, monkeypatch, 9, says(oom()), says(oom()))
-    run_script(tmp_path, monkeypatch, 9, does_not_start, finishes)
+    with pytest.raises(RunFailed, match="failed 1 times in a row"):
+        run_script(tmp_path, monkeypatch, 0, does_not_start)
+    with pytest.raises(RunFailed, match="failed twice"):
+        run_script(tmp_path, monkeypatch, 9, says(oom()))
 
 
 def test_a_users_mistake_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
