@@ -31,7 +31,8 @@ def test_a_checkpoint_resets_the_count_and_the_same_exception_twice_stops_the_ru
     folder = new_run(tmp_path / "run", small_recipe(fashion_data, workers=workers, checkpoint=checkpoints))
     set_cuts(folder, CUTS)
     monkeypatch.setenv("HYDRA_TEST_RUN", str(folder))
-    ended = Command(tmp_path, str(folder), module="tests.fault.run_observed").finish(DEADLINE_S)
+    command = Command(tmp_path, str(folder), "tests.fault.cuts:cut", module="tests.fault.run_observed")
+    ended = command.finish(DEADLINE_S)
     assert ended.code == 1
     words = f"error: {folder}: pretrain failed twice in the same way at step {STEP}, so that a restart cannot mend it: "
     assert f"{words}Mishap: as the test asked for. See " in ended.err, ended.err
