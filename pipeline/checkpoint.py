@@ -115,9 +115,11 @@ def write(
         shutil.rmtree(folder)  # left by a writer that died: without a manifest it never existed
     needed, free = needed_bytes(snapshot), free_bytes(stage)
     if free is not None and free < needed:
+        log.error("%s: a checkpoint needs %d bytes and %d are free", stage, needed, free)
+        # Without what is free, which is another number after every restart: the same failure must read the same.
         raise DiskFull(
             errno.ENOSPC,
-            f"a checkpoint needs {needed} bytes and {free} are free, so nothing was written; make room, then resume",
+            f"a checkpoint needs {needed} bytes, more than are free, so nothing was written; make room, then resume",
             str(stage),
         )
     folder.mkdir(parents=True)

@@ -138,6 +138,7 @@ def _fit_until_done(order: Order, recipe: Recipe, token: str, cluster: Cluster) 
     folder = order.run_folder
     ours = [stage.name for stage in stages_left(order, recipe)]
     without_progress, marks = 0, progress_marks(folder, ours)
+    killed: list[str] = []
     go_on = f"See {folder}/logs/, then: python -m launch resume {folder}"
     while stages_left(order, recipe):
         attempt = secrets.token_hex(4)
@@ -148,9 +149,10 @@ def _fit_until_done(order: Order, recipe: Recipe, token: str, cluster: Cluster) 
             if user_error is not None:
                 raise user_error from None
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            with (folder / "logs" / "restarts.log").open("a") as stream:
-                stream.write(f"attempt {attempt} failed: {error}\n")
-            if not _somebody_died(error) and (twice := repeated_failure(folder)) is not None:
+            _note(folder, f"attempt {attempt} failed: {error}\n")
+            if _somebody_died(error):
+                killed.append(attempt)
+            elif (twice := repeated_failure(folder, attempt, killed)) is not None:
                 raise RunFailed(
                     f"{folder}: {twice.stage} failed twice in the same way at step {twice.step}, so that a restart "
                     f"cannot mend it: {twice.error}. {go_on}"
@@ -166,6 +168,15 @@ def _fit_until_done(order: Order, recipe: Recipe, token: str, cluster: Cluster) 
         else:
             if order.stop_file is not None and order.stop_file.exists() and stages_left(order, recipe):
                 raise StopRequested(f"{folder} was asked to stop; {go_on}")
+
+
+def _note(folder: Path, text: str) -> None:
+    """What happened, for people. Restarts do not depend on it: the disk may be what is full."""
+    try:
+        with (folder / "logs" / "restarts.log").open("a") as stream:
+            stream.write(text)
+    except OSError as error:
+        log.warning("%s: logs/restarts.log cannot be written: %s", folder.name, error)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

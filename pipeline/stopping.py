@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -95,9 +96,15 @@ def _failures_of(run_folder: Path) -> Path:
 
 
 def record_failure(run_folder: Path, failure: Failure) -> None:
-    """Append one line; concurrent ranks do not mix, as it is one write."""
-    with _failures_of(run_folder).open("a") as stream:
-        stream.write(json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
+    """Append one line; concurrent ranks do not mix, as it is one write.
+
+    Where that fails, as on a full disk, it is said: the failure itself must not be hidden by it.
+    """
+    try:
+        with _failures_of(run_folder).open("a") as stream:
+            stream.write(json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
+    except OSError as error:
+        log.error("%s cannot be recorded: %s", failure, error)
 
 
 def read_failures(run_folder: Path) -> list[Failure]:
@@ -107,11 +114,13 @@ def read_failures(run_folder: Path) -> list[Failure]:
     return [Failure(**{name: row[name] for name in names}) for row in rows if row.keys() >= set(names)]
 
 
-def repeated_failure(run_folder: Path) -> Failure | None:
-    """The failure of the newest attempt that the one before it ended with as well, at the same step; None if none."""
-    failures = read_failures(run_folder)
-    attempts = list(dict.fromkeys(failure.attempt for failure in failures))
-    if len(attempts) < 2:
-        return None
-    newest, before = ([f for f in failures if f.attempt == attempt] for attempt in (attempts[-1], attempts[-2]))
-    return next((one for one in newest for other in before if one.happened_like(other)), None)
+def repeated_failure(run_folder: Path, attempt: str, killed: Collection[str] = ()) -> Failure | None:
+    """The failure of this attempt that the one before it ended with as well, at the same step; None if none.
+
+    Attempts whose workers were killed are passed over: what is recorded of them is that somebody is gone.
+    """
+    failures = [f for f in read_failures(run_folder) if f.attempt not in killed]
+    ours = [f for f in failures if f.attempt == attempt]
+    others = [f for f in failures if f.attempt != attempt]
+    before = [f for f in others if f.attempt == others[-1].attempt]
+    return next((one for one in ours for other in before if one.happened_like(other)), None)

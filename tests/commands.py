@@ -92,16 +92,16 @@ class Finished:
 
 
 class Command:
-    """`python -m launch ARGUMENTS` in the folder `place`, from its start to the end of its last descendant."""
+    """`python -m MODULE ARGUMENTS` in the folder `place`, from its start to the end of its last descendant."""
 
-    def __init__(self, place: Path, *arguments: str) -> None:
+    def __init__(self, place: Path, *arguments: str, module: str = "launch") -> None:
         self._value = secrets.token_hex(8)
         self._started = time.time()
         self._streams = [place / f".{self._value}.{name}" for name in ("out", "err")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self._value}
         with self._streams[0].open("w") as out, self._streams[1].open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch", *arguments], cwd=place, env=environment, stdout=out, stderr=err
+                [sys.executable, "-m", module, *arguments], cwd=place, env=environment, stdout=out, stderr=err
             )
 
     @property

@@ -1,7 +1,8 @@
-"""Kills a run at an exact place: an observer inside the workers, told by a file in the run directory what to do.
+"""Ends a run at an exact place: an observer inside the workers, told by a file in the run directory what to do.
 
-`cut.json`: [[event, stage, step or null, "worker" | "run"], ...]. Each fires once, after the one before it; "run" means
-the driver, with which its cluster dies, or the process that started the workers where there is no Ray.
+`cut.json`: [[event, stage, step or null, "worker" | "run" | "exception"], ...]. Each fires once, after the one before
+it; "run" means the driver, with which its cluster dies, or the process that started the workers where there is no Ray.
+A worker and a run are killed; an exception is raised in a worker.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ Cut = tuple[str, str, int | None, str]
 """(event, stage, step, victim)"""
 
 
+class Mishap(RuntimeError):
+    """What "exception" raises; it says nothing of its place."""
+
+
 def _run_folder() -> Path:
     return Path(os.environ["HYDRA_TEST_RUN"])
 
@@ -35,7 +40,7 @@ def done_cuts(folder: Path) -> int:
 
 
 def cut(event: str, facts: dict[str, Any]) -> None:
-    """The observer: kills at the place that cut.json names, on the highest rank (a worker) or rank 0 (the run)."""
+    """The observer: acts at the place that cut.json names, on the highest rank, or on rank 0 for the whole run."""
     folder = _run_folder()
     try:
         when, stage, step, victim = json.loads((folder / "cut.json").read_text())[done_cuts(folder)]
@@ -44,9 +49,11 @@ def cut(event: str, facts: dict[str, Any]) -> None:
     if (event, facts["stage"]) != (when, stage) or (step is not None and facts.get("step") != step):
         return
     # Checkpoints are written by rank 0, in a thread of its own.
-    if torch.distributed.get_rank() != (torch.distributed.get_world_size() - 1 if victim == "worker" else 0):
+    if torch.distributed.get_rank() != (0 if victim == "run" else torch.distributed.get_world_size() - 1):
         return
     (folder / f"cut-done-{done_cuts(folder)}").touch()
+    if victim == "exception":
+        raise Mishap("as the test asked for")
     if victim == "run":
         holder = read_holder(folder / facts["stage"])
         assert holder is not None

@@ -389,7 +389,9 @@ def test_a_checkpoint_takes_no_more_room_than_was_asked_for(tmp_path: Path) -> N
         assert taken <= checkpoint.needed_bytes(large)
 
 
-def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     stage = tmp_path / "run" / "stage"
     needed = checkpoint.needed_bytes(snapshot(10))
     with_free(monkeypatch, needed)
@@ -402,11 +404,16 @@ def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DiskFull) as caught:
         writer.wait()
     assert caught.value.errno == errno.ENOSPC
-    for words in (f"needs {needed} bytes", f"and {needed - 1} are free", "make room, then resume", str(stage)):
+    for words in (f"needs {needed} bytes", "make room, then resume", str(stage)):
         assert words in str(caught.value)
+    assert f"and {needed - 1} are free" in caplog.text
     assert pauses == []
     assert sorted(tmp_path.rglob("*")) == before
     assert newest(stage) == 5
+    with_free(monkeypatch, needed - 2)
+    with pytest.raises(DiskFull) as again:
+        checkpoint.write(stage, snapshot(10))
+    assert str(again.value) == str(caught.value), "a restart would not know it for the same failure"
     with_free(monkeypatch, 0, total=0)  # a file system that does not tell
     checkpoint.write(stage, snapshot(10))
 

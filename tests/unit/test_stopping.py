@@ -81,15 +81,24 @@ def test_failures_are_read_as_written_and_damaged_lines_are_left_out(tmp_path: P
 
 
 def test_the_same_failure_in_two_attempts_in_a_row_is_repeated(tmp_path: Path) -> None:
-    assert repeated_failure(run_with(tmp_path, failure("a"))) is None
-    assert repeated_failure(run_with(tmp_path, failure("b", rank=1))) == failure("b", rank=1)
+    assert repeated_failure(run_with(tmp_path, failure("a")), "a") is None
+    assert repeated_failure(run_with(tmp_path, failure("b", rank=1)), "b") == failure("b", rank=1)
+    assert repeated_failure(tmp_path, "c") is None, "nothing was recorded of this one"
 
 
 @pytest.mark.parametrize("other", [failure("b", step=8), failure("b", error="OSError: disk")])
 def test_another_step_or_another_error_is_not_a_repetition(tmp_path: Path, other: Failure) -> None:
-    assert repeated_failure(run_with(tmp_path, failure("a"), other)) is None
-    assert repeated_failure(run_with(tmp_path, failure("c"))) is None, "only attempts in a row count"
+    assert repeated_failure(run_with(tmp_path, failure("a"), other), "b") is None
+    assert repeated_failure(run_with(tmp_path, failure("c")), "c") is None, "only attempts in a row count"
 
 
 def test_two_ranks_of_one_attempt_are_not_a_repetition(tmp_path: Path) -> None:
-    assert repeated_failure(run_with(tmp_path, failure("a", rank=0), failure("a", rank=1))) is None
+    assert repeated_failure(run_with(tmp_path, failure("a", rank=0), failure("a", rank=1)), "a") is None
+
+
+def test_a_failure_that_cannot_be_recorded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "failures.jsonl").symlink_to("/dev/full")
+    record_failure(tmp_path, failure("a"))
+    assert "NonFinite: nan" in caplog.text
+    assert "No space left on device" in caplog.text

@@ -1,0 +1,46 @@
+"""Attempts on a real Ray cluster: what is counted, what resets the count, and what stops a run at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import checkpoint
+from pipeline.stopping import read_failures
+from tests.calm import new_run
+from tests.commands import Command
+from tests.fault.cuts import Cut, done_cuts, set_cuts
+from tests.small_recipe import small_recipe
+
+DEADLINE_S = 600
+STEP = 26  # checkpoints are due at 9 and 18; the second is begun once the first is committed
+CUTS: list[Cut] = [
+    ("step", "pretrain", 3, "worker"),  # the one restart without progress that is allowed
+    ("step", "pretrain", STEP, "exception"),  # a checkpoint was committed, so the run goes on
+    ("step", "pretrain", STEP, "worker"),  # at the same step, but killed
+    ("step", "pretrain", STEP, "exception"),
+]
+
+
+@pytest.mark.timeout(900)
+def test_a_checkpoint_resets_the_count_and_the_same_exception_twice_stops_the_run(
+    fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers, checkpoints = {"count": 2, "restarts_without_progress": 1}, {"every_steps": 9}
+    folder = new_run(tmp_path / "run", small_recipe(fashion_data, workers=workers, checkpoint=checkpoints))
+    set_cuts(folder, CUTS)
+    monkeypatch.setenv("HYDRA_TEST_RUN", str(folder))
+    command = Command(tmp_path, str(folder), "tests.fault.cuts:cut", module="tests.fault.run_observed")
+    ended = command.finish(DEADLINE_S)
+    assert ended.code == 1
+    words = f"error: {folder}: pretrain failed twice in the same way at step {STEP}, so that a restart cannot mend it: "
+    assert f"{words}Mishap: as the test asked for. See " in ended.err, ended.err
+    assert "Traceback" not in ended.err
+    assert done_cuts(folder) == len(CUTS)
+    assert (folder / "logs" / "restarts.log").read_text().count(" failed: ") == len(CUTS)
+    mishaps = [failure for failure in read_failures(folder) if "Mishap" in failure.error]
+    assert [(failure.rank, failure.stage, failure.step) for failure in mishaps] == [(1, "pretrain", STEP)] * 2
+    kept = checkpoint.read_newest(folder / "pretrain")
+    assert kept is not None
+    assert kept.progress.step in (9, 18), "the second may have been under way when its writer was killed"
