@@ -15,6 +15,8 @@ from types import FrameType
 
 from launch import data, evaluate, leaderboard, logs, run_folder, slurm, status
 from launch.local import run_here
+from launch.nodes import unused_workers
+from launch.sbatch import section_of
 from pipeline.phases import stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import dump_recipe, load_recipe
@@ -59,12 +61,17 @@ def _print_plan(recipe: Recipe, arguments: argparse.Namespace) -> None:
         start = f"from {stage.starts_from}" if stage.starts_from else "from scratch"
         print(f"#   {stage.name:<22} {o.epochs:>3} epochs  lr {o.lr:<7g} trains {stage.trains}, {start}")
     if arguments.on == "slurm":
+        if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
+            print(f"# {note}")
         folder = run_folder.RUNS / (arguments.name or recipe.name)
         for text in slurm.plan(recipe, folder, arguments.after):
             print(text)
 
 
 def _submit(folder: Path, after: str | None) -> int:
+    recipe = load_recipe(folder / "recipe.yaml")
+    if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
+        print(note)
     for job in slurm.submit(folder, after):
         print(f"job {job.id:<10} {job.group}: {', '.join(job.stages) or 'table and pictures'}")
     print(f"follow it with: python -m launch status {folder.name}    python -m launch logs {folder.name} -f")

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.control import ALIVE_EVERY_S, Control, Starts
+from launch.control import ALIVE_EVERY_S, Control, JobFailed, begin, start_of_job
 from launch.guard import MARK, Guard, ignore_job_signals
+from launch.nodes import look_at
 from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
 from pipeline.committed import progress_marks
 from pipeline.recipe import Recipe
@@ -33,10 +34,6 @@ STOPPED = 75
 """The driver's exit code once it has stopped as asked (EX_TEMPFAIL)."""
 LEAVE_S = 20.0
 """How long the leader waits for the others when a start is over."""
-
-
-class JobFailed(RuntimeError):
-    """This start of the job is over. Whether SLURM queues it again is decided by whether `ended.json` is there."""
 
 
 @dataclass
@@ -62,42 +59,22 @@ class Share:
         return submitit.helpers.DelayedSubmission(Share(self.run_folder, self.group, self.stages, self.observer))
 
 
-@dataclass
-class Report:
-    """The last job of a run: its report, once the others have ended."""
-
-    run_folder: str
-    stages: list[str]
-
-    def __call__(self) -> None:
-        control = Control.of(Path(self.run_folder), *_start_of_job())
-        control.create()
-        control.count()
-        code = subprocess.run([sys.executable, "-m", "launch", "report", self.run_folder]).returncode
-        control.end(code, "" if code == 0 else "the report could not be written; its reason is above")
-        if code:
-            raise JobFailed(f"report: exit code {code}")
-
-
-def _start_of_job() -> tuple[str, str]:
-    """(job id, how often SLURM has queued it again)."""
-    return os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
-
-
 class _Task:
     """One node's part, from the start of its task to the end."""
 
     def __init__(self, share: Share) -> None:
+        import submitit
+
         self.share = share
         self.run_folder = Path(share.run_folder)
         self.node = int(os.environ["SLURM_PROCID"])
-        self.nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-        self.job, self.restart = _start_of_job()
-        self.control = Control.of(self.run_folder, self.job, self.restart)
+        self.control = Control.of(self.run_folder, *start_of_job())
         self.recipe: Recipe = load_recipe(self.run_folder / "recipe.yaml")
         assert self.recipe.slurm is not None
         self.slurm: Slurm = self.recipe.slurm
-        self.host = os.environ.get("SLURMD_NODENAME", f"node {self.node}")
+        self.hosts = list(submitit.JobEnvironment().hostnames)
+        """Of all nodes, in the order of their numbers."""
+        self.host = self.hosts[self.node]
         self._driver: subprocess.Popen[bytes] | None = None
         self._parent = os.getppid()
         self._beat_at = float("-inf")
@@ -141,6 +118,11 @@ class _Task:
         """Lost with its node, or hung: the deadline is that of workers."""
         return self.control.silent(node, self.recipe.workers.hang_timeout_s)
 
+    def _not_heard_of(self, nodes: list[int]) -> str:
+        hosts = [self.hosts[node] for node in nodes]
+        waited = f"{self.recipe.workers.hang_timeout_s:g} s"
+        return f"nothing was heard of {', '.join(hosts)} for {waited}; {look_at(hosts, self.slurm)}"
+
     def _start(self, guard: Guard, *command: str) -> subprocess.Popen[bytes]:
         """A child that carries the guard's mark, and is deaf to what SLURM sends to the job."""
         gpu = self.recipe.workers.device != "cpu"
@@ -164,7 +146,8 @@ class _Task:
 
     def _lead(self) -> None:
         signal.signal(signal.SIGTERM, self._terminated)
-        self._check_progress()
+        limit = self.recipe.workers.restarts_without_progress
+        begin(self.run_folder, self.share.group, len(self.hosts), self._marks(), limit)
         if not self.control.token.exists():
             write_token(self.control.token)
         generation, failures, marks = 0, 0, self._marks()
@@ -175,8 +158,9 @@ class _Task:
             now = self._marks()
             failures = 0 if now != marks else failures + 1
             marks = now
-            if failures > self.recipe.workers.restarts_without_progress:
-                code, why = 1, f"{why}, {failures} times in a row without a new checkpoint; see {self.run_folder}/logs/"
+            if failures > limit:
+                why = f"failed {failures} times in a row without a new checkpoint; last: {why}"
+                code, why = 1, f"{why}; see {self.run_folder}/logs/"
                 break
             self.say(f"{why}; starting again from the newest checkpoint")
             generation += 1
@@ -185,7 +169,7 @@ class _Task:
             # not end as if all were done.
             raise JobFailed("stopped with a checkpoint before the end of the run")
         self.control.end(code, why)
-        self._wait(lambda: len(list(self.control.folder.glob("left-*"))) >= self.nodes - 1, LEAVE_S)
+        self._wait(lambda: len(list(self.control.folder.glob("left-*"))) >= len(self.hosts) - 1, LEAVE_S)
         if code:
             raise JobFailed(why)
 
@@ -202,7 +186,7 @@ class _Task:
             driver = self._start(
                 guard,
                 *("-m", "launch.drive", self.share.run_folder, ",".join(self.share.stages)),
-                *(str(self.control.folder), str(generation), str(self.nodes), self.share.observer or "-"),
+                *(str(self.control.folder), str(generation), ",".join(self.hosts), self.share.observer or "-"),
             )
             self._driver = driver
 
@@ -216,35 +200,22 @@ class _Task:
             if (ended := self.control.ended()) is not None:
                 return ended["code"], ended["message"]
             if code is not None:
-                return None, f"the driver ended with {code}"
+                return None, self.control.failure(generation) or f"the driver ended with {code}"
             if head.poll() is not None:
                 return None, f"the Ray head on {self.host} ended"
             if lost := self.control.lost(generation):
-                return None, f"Ray ended on node {', '.join(map(str, lost))}"
-            raise JobFailed(f"nothing was heard of node {', '.join(map(str, self._silent()))}")
+                return None, f"Ray ended on {', '.join(self.hosts[node] for node in lost)}"
+            why = self._not_heard_of(self._silent())
+            self.control.fail(generation, why)  # for the last of several starts that end like this
+            raise JobFailed(why)
         finally:
             guard.close()
 
     def _silent(self) -> list[int]:
-        return [node for node in range(1, self.nodes) if self._is_silent(node)]
+        return [node for node in range(1, len(self.hosts)) if self._is_silent(node)]
 
     def _marks(self) -> list[int]:
         return progress_marks(self.run_folder, self.share.stages)
-
-    def _check_progress(self) -> None:
-        """Errors: JobFailed if the last starts of this job led nowhere."""
-        starts, marks = Starts.of(self.run_folder), self._marks()
-        count = starts.without_progress(self.share.group, self.job, marks)
-        limit = self.recipe.workers.restarts_without_progress
-        starts.add(self.share.group, self.job, self.restart, self.nodes, marks)
-        self.control.count()
-        if count > 2 * limit + 1:
-            why = (
-                f"{self.run_folder}: {self.share.group} was started {count} times without a new checkpoint; "
-                f"mend the cause (see logs/), then: python -m launch resume {self.run_folder}"
-            )
-            self.control.end(1, why)
-            raise JobFailed(why)
 
     def stop_driver(self) -> None:
         """Have the workers write a checkpoint, and wait for it, but not beyond the time that SLURM gives."""
@@ -270,12 +241,19 @@ class _Task:
                 return self.control.address(current) is not None or self.control.ended() is not None
 
             if not self._wait(known, self.slurm.node_start_s + LEAVE_S):
-                raise JobFailed(f"{self.host}: the first node did not start Ray within {self.slurm.node_start_s} s")
+                self._miss_first_node()
             if self.control.ended() is not None:
                 break
             self._follow_generation(generation)
             generation += 1
         (self.control.folder / f"left-{self.node}").touch()
+
+    def _miss_first_node(self) -> None:
+        first, waited = self.hosts[0], self.slurm.node_start_s
+        why = f"{first}, the first node, did not start Ray in {waited} s; {look_at([first], self.slurm)}"
+        if not self.control.was_counted():  # so that the job is not queued again, and nobody else can say why
+            self.control.end(1, why)
+        raise JobFailed(why)
 
     def _follow_generation(self, generation: int) -> None:
         """Join one Ray cluster, until the next one is there or all is over."""
@@ -287,7 +265,7 @@ class _Task:
 
             def over() -> bool:
                 if self._is_silent(0):
-                    raise JobFailed(f"{self.host}: nothing was heard of the first node")
+                    raise JobFailed(self._not_heard_of([0]))
                 return self.control.address(generation + 1) is not None or self.control.ended() is not None
 
             self._wait(lambda: over() or ray.poll() is not None, float("inf"))

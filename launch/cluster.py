@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[rep
 
 from launch.control import Control
 from launch.guard import MARK, Guard
+from launch.nodes import look_at, workers_for
 from launch.ray_settings import OBJECT_STORE_BYTES, ray_environment, write_token
 from pipeline.driver import Cluster, RunFailed, uses_gpu
 from pipeline.recipe import Recipe
-from pipeline.recipe_sections import divisors
+from pipeline.recipe_slurm import Slurm
 
 
 @contextmanager
@@ -57,14 +58,14 @@ def _connect(**arguments: Any) -> None:
 
 
 @contextmanager
-def joined_cluster(recipe: Recipe, control: Control, generation: int, nodes: int) -> Iterator[Cluster]:
-    """The cluster that a job's nodes have started, once all of them are there.
+def joined_cluster(recipe: Recipe, control: Control, generation: int, hosts: Sequence[str]) -> Iterator[Cluster]:
+    """The cluster that a job's nodes, by name, have started, once all of them are there.
 
     It is for as many workers as the nodes carry and the recipe's micro-batches can be dealt to. Errors: NodesMissing
     naming the nodes that did not come.
     """
     assert recipe.slurm is not None
-    workers = workers_for(recipe, nodes)
+    workers = workers_for(recipe, len(hosts))
     address = control.address(generation)
     scratch = Path(os.environ["TMPDIR"])  # the guard's, that this process was started in
     with _environment(ray_environment(control.token, scratch, uses_gpu(recipe))):
@@ -73,7 +74,7 @@ def joined_cluster(recipe: Recipe, control: Control, generation: int, nodes: int
         except RunFailed as error:  # its head or a node may have died meanwhile: another cluster is started
             raise NodesMissing(str(error)) from error
         try:
-            _wait_for_nodes(nodes, recipe.slurm.node_start_s)
+            _wait_for_nodes(hosts, recipe.slurm)
             yield Cluster(workers, scratch)
         finally:
             ray.shutdown()
@@ -83,20 +84,14 @@ class NodesMissing(RuntimeError):
     """Not all nodes of the job have joined Ray in time; another attempt may find them."""
 
 
-def workers_for(recipe: Recipe, nodes: int) -> int:
-    """The largest legal number of workers on so many nodes. Errors: ValueError if the nodes carry none."""
-    assert recipe.slurm is not None
-    carried = nodes * recipe.slurm.workers_of_a_node(recipe.workers.threads)
-    return max(count for count in divisors(recipe.batch.micro_batches_per_step) if count <= carried)
-
-
-def _wait_for_nodes(nodes: int, deadline_s: float) -> None:
+def _wait_for_nodes(hosts: Sequence[str], slurm: Slurm) -> None:
     """Return when the Ray processes of all nodes have joined: each brings a resource with its number."""
-    end, pause = time.monotonic() + deadline_s, threading.Event()
-    while missing := [n for n in range(nodes) if f"node_{n}" not in ray.cluster_resources()]:
+    end, pause = time.monotonic() + slurm.node_start_s, threading.Event()
+    while missing := [host for n, host in enumerate(hosts) if f"node_{n}" not in ray.cluster_resources()]:
         if time.monotonic() > end:
             raise NodesMissing(
-                f"of {nodes} nodes, number {', '.join(map(str, missing))} did not join Ray in {deadline_s} s"
+                f"of {len(hosts)} nodes, {', '.join(missing)} did not join Ray in {slurm.node_start_s} s; "
+                f"{look_at(missing, slurm)}"
             )
         pause.wait(0.5)
 

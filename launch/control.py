@@ -6,6 +6,7 @@
         token                                 the Ray cluster's, 0600
         cluster-<generation>.json             the head is up: where
         lost-<generation>-<node>              a node's Ray processes ended
+        failed-<generation>                   why it ended, where somebody could say it
         alive-<node>                          heartbeat of a node's task
         stop                                  workers stop with a checkpoint at the next step
         ended.json                            the start is over for good: {"code", "message"}
@@ -16,6 +17,7 @@ A generation is one Ray cluster. Whatever happens to one, all nodes end theirs a
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ from pipeline.files import atomic_write_json, atomic_write_text, read_json, read
 
 ALIVE_EVERY_S = 2.0
 """How often a task renews its heartbeat."""
+
+
+class JobFailed(RuntimeError):
+    """This start of the job is over. Whether SLURM queues it again is decided by whether `ended.json` is there."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class Control:
         bounds how often."""
         (self.folder / "counted").touch()
 
+    def was_counted(self) -> bool:
+        return (self.folder / "counted").exists()
+
     def was_replaced(self) -> bool:
         """Whether SLURM has started the job once more, while this start's node was taken for lost."""
         job, _, restart = self.folder.name.rpartition("-")
@@ -72,6 +81,19 @@ class Control:
     def lost(self, generation: int) -> list[int]:
         """Nodes whose Ray processes ended in this generation."""
         return sorted(int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"lost-{generation}-*"))
+
+    def fail(self, generation: int, why: str) -> None:
+        atomic_write_text(self.folder / f"failed-{generation}", f"{why}\n")
+
+    def failure(self, generation: int) -> str | None:
+        """Why a generation ended, if somebody has said so."""
+        path = self.folder / f"failed-{generation}"
+        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+    def last_failure(self) -> str | None:
+        """Of all generations."""
+        generations = [int(path.name.rpartition("-")[2]) for path in self.folder.glob("failed-*")]
+        return self.failure(max(generations)) if generations else None
 
     def beat(self, node: int) -> None:
         atomic_write_text(self.folder / f"alive-{node}", f"{time.time()}\n")
@@ -120,3 +142,25 @@ class Starts:
         line = {"time": time.time(), "group": group, "job": job, "restart": restart, "nodes": nodes, "marks": marks}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+
+def start_of_job() -> tuple[str, str]:
+    """(job id, how often SLURM has queued it again)."""
+    return os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
+def begin(run_folder: Path, group: str, nodes: int, marks: list[int], limit: int) -> None:
+    """Count this start of a job, and so let it be queued again. Errors: JobFailed if the last ones led nowhere."""
+    (job, restart), starts = start_of_job(), Starts.of(run_folder)
+    control, before = (Control.of(run_folder, job, str(number)) for number in (restart, int(restart) - 1))
+    count = starts.without_progress(group, job, marks)
+    starts.add(group, job, restart, nodes, marks)
+    control.count()
+    if count > 2 * limit + 1:
+        last = f" (last: {why})" if (why := before.last_failure()) is not None else ""
+        why = (
+            f"{run_folder}: {group} was started {count} times without anything new committed{last}; "
+            f"mend the cause (see jobs/ and logs/), then: python -m launch resume {run_folder}"
+        )
+        control.end(1, why)
+        raise JobFailed(why)

@@ -1,6 +1,6 @@
 """The driver inside a SLURM job: joins the Ray cluster that the job's nodes have started, and does the job's stages.
 
-    python -m launch.drive RUN_FOLDER STAGE[,STAGE] CONTROL_FOLDER GENERATION NODES OBSERVER|-
+    python -m launch.drive RUN_FOLDER STAGE[,STAGE] CONTROL_FOLDER GENERATION HOST[,HOST] OBSERVER|-
 
 Started by `launch.allocation`: 0 means done, 75 stopped as asked. Any other end leads to another attempt, an exception
 that nobody foresaw included, unless ended.json says that it would be in vain.
@@ -16,6 +16,7 @@ from launch.allocation import STOPPED
 from launch.cluster import NodesMissing, joined_cluster
 from launch.control import Control
 from launch.local import run_and_show
+from launch.nodes import unused_workers
 from pipeline.driver import Cluster, Order, RunFailed
 from pipeline.lease import STALE_AFTER_S
 from pipeline.recipe import Recipe
@@ -27,7 +28,7 @@ LEASE_PATIENCE_S = STALE_AFTER_S + 30
 
 def main(run_folder: str, stages: str, control_folder: str, generation: str, nodes: str, observer: str) -> int:
     """Do the stages; the exit code says what to do next."""
-    control = Control(Path(control_folder))
+    control, hosts = Control(Path(control_folder)), nodes.split(",")
     order = Order(
         Path(run_folder),
         tuple(stages.split(",")),
@@ -37,7 +38,9 @@ def main(run_folder: str, stages: str, control_folder: str, generation: str, nod
     )
 
     def connect(recipe: Recipe) -> AbstractContextManager[Cluster]:
-        return joined_cluster(recipe, control, int(generation), int(nodes))
+        if (note := unused_workers(recipe, len(hosts))) is not None:
+            print(note, file=sys.stderr)
+        return joined_cluster(recipe, control, int(generation), hosts)
 
     try:
         run_and_show(order, connect)
@@ -46,6 +49,7 @@ def main(run_folder: str, stages: str, control_folder: str, generation: str, nod
         return STOPPED
     except NodesMissing as error:
         print(error, file=sys.stderr)
+        control.fail(int(generation), str(error))
         return 1
     except (ValueError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)

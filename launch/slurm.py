@@ -8,28 +8,27 @@ jobs.json there says which job does what.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.allocation import Report, Share
-from launch.ray_settings import ROOT
+from launch.allocation import Share
+from launch.report_job import REPORT, Report
+from launch.sbatch import CLIENT_S, FAN, python_of, sbatch_parameters, sbatch_text, section_of
 from pipeline.committed import is_done
 from pipeline.files import atomic_write_json, exclusive, read_json
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
-from pipeline.recipe_slurm import Slurm
 
-CLIENT_S = 60
-"""How long a SLURM command may take."""
-REPORT = "report"
-"""The group of the last job, which needs one node and no GPU."""
+SUBMIT_S = 6 * CLIENT_S
+"""How long another submission of the same run may take: squeue, and sbatch for three jobs."""
+TIMED_OUT = (124, 137)
+"""Exit codes of timeout(1)."""
 NO_LIMIT = 10**6
 """submitit counts timeouts; what bounds restarts here is lack of progress."""
 
@@ -92,105 +91,15 @@ def living(jobs: list[Submitted]) -> list[Submitted]:
     return [job for job in jobs if job.id in queued]
 
 
-def sbatch_parameters(recipe: Recipe, run_folder: Path, group: str, dependency: str | None) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is told; its names are sbatch's."""
-    slurm = _section(recipe)
-    low, high = slurm.nodes
-    extra: dict[str, Any] = {
-        "nodes": str(low) if low == high else f"{low}-{high}",
-        "requeue": True,
-        "chdir": str(ROOT),
-        **slurm.options,
-    }
-    if slurm.mem is not None:
-        extra["mem"] = slurm.mem
-    if dependency is not None:
-        extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
-    named = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type"]
-    if group == REPORT:
-        extra["nodes"] = "1"
-    else:
-        named += ["gpus_per_node", "gres"]
-    return {
-        "job_name": f"{run_folder.name}-{group}",
-        "time": slurm.time,
-        "ntasks_per_node": 1,
-        "cpus_per_task": slurm.cpus_per_task,
-        "signal_delay_s": slurm.signal_s,
-        "array_parallelism": slurm.parallel_jobs,
-        "setup": list(slurm.setup),
-        "teardown": _teardown(run_folder),
-        "srun_args": _srun_arguments(slurm),
-        "additional_parameters": extra,
-        **{name: value for name in named if (value := getattr(slurm, name)) is not None},
-    }
-
-
-def _section(recipe: Recipe) -> Slurm:
-    if recipe.slurm is None:
-        raise ValueError(
-            "--on slurm needs a slurm: section in the recipe, a profile (--cluster FILE), or at least one "
-            "slurm.key=value, for example slurm.time=12:00:00"
-        )
-    return recipe.slurm
-
-
-def _srun_arguments(slurm: Slurm) -> list[str]:
-    # srun does not take over --cpus-per-task since SLURM 22.05; one dead task ends the others.
-    arguments = [f"--cpus-per-task={slurm.cpus_per_task}", "--kill-on-bad-exit=1"]
-    if slurm.container_image is not None:
-        arguments.append(f"--container-image={slurm.container_image}")
-        arguments += [f"--container-mounts={slurm.container_mounts}"] if slurm.container_mounts is not None else []
-    return arguments
-
-
-def _teardown(run_folder: Path) -> list[str]:
-    """Shell lines after srun: queue again what began and did not end by itself, unless SLURM has taken the job away.
-
-    A start that was not even counted (no Python, no project on the node, no room in the run directory) is not queued
-    again: nothing would bound that. One task of an array has the array's own job id, which stands for all of them, so
-    an array's tasks are named by their numbers.
-    """
-    return [
-        "code=$?",
-        f'start={shlex.quote(str(run_folder.resolve()))}/control/"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
-        "me=$SLURM_JOB_ID",
-        'if [ -n "$SLURM_ARRAY_JOB_ID" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi',
-        'if [ "$code" -ne 0 ] && [ -e "$start/counted" ] && [ ! -e "$start/ended.json" ] &&',
-        '  [ "$(squeue -h -r -j "$me" -o %T)" = RUNNING ]; then',
-        '  scontrol requeue "$me"',
-        "fi",
-        'exit "$code"',
-    ]
-
-
-def _python(recipe: Recipe) -> str:
-    """The interpreter on the nodes: this one, or the container's own."""
-    return "python3" if _section(recipe).container_image else shlex.quote(sys.executable)
-
-
-def sbatch_text(
-    recipe: Recipe, run_folder: Path, group: str, *, array: int | None = None, after: str | None = None
-) -> str:
-    """The file that sbatch would be given. Works where there is no SLURM."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    jobs = (run_folder / "jobs").resolve()
-    return _make_sbatch_string(
-        command=f"{_python(recipe)} -u -m submitit.core._submit {shlex.quote(str(jobs))}",
-        folder=jobs,
-        map_count=array,
-        **sbatch_parameters(recipe, run_folder, group, after),
-    )
-
-
 def plan(recipe: Recipe, run_folder: Path, after: str | None) -> list[str]:
     """The files that `submit` would give to sbatch for a new run."""
     first, *rest = groups_of(recipe)
-    texts = [sbatch_text(recipe, run_folder, first, after=f"afterany:{after}" if after else None)]
-    texts.append(sbatch_text(recipe, run_folder, "sparsities", array=len(rest), after="afterok:<pretrain>"))
-    texts.append(sbatch_text(recipe, run_folder, REPORT, after="afterany:<pretrain>:<sparsities>"))
-    return texts
+    array = len(rest) if len(rest) > 1 else None  # as submitit does
+    return [
+        sbatch_text(recipe, run_folder, first, after=f"afterany:{after}" if after else None),
+        sbatch_text(recipe, run_folder, FAN, array=array, after=f"afterok:JOB_OF_{first}"),
+        sbatch_text(recipe, run_folder, REPORT, after=f"afterany:JOB_OF_{first}:JOBS_OF_{FAN}"),
+    ]
 
 
 def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], dependency: str | None) -> list[str]:
@@ -199,16 +108,30 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
     from submitit.core.utils import FailedJobError
 
     _require("srun")  # what submitit looks for
-    executor = submitit.SlurmExecutor(run_folder / "jobs", max_num_timeout=NO_LIMIT, python=_python(recipe))
+    # For all executors, as an array is submitted by another one, which submitit makes itself.
+    submitit.SlurmExecutor._make_submission_command = _sbatch
+    executor = submitit.SlurmExecutor(
+        (run_folder / "jobs").resolve(), max_num_timeout=NO_LIMIT, python=python_of(recipe)
+    )
     executor.update_parameters(**sbatch_parameters(recipe, run_folder, name, dependency))
     try:
         with executor.batch():
             jobs = [executor.submit(one) for one in work]
     except FailedJobError as error:
+        if isinstance(cause := error.__cause__, subprocess.CalledProcessError) and cause.returncode in TIMED_OUT:
+            raise ValueError(
+                f"sbatch did not answer in {CLIENT_S} s; if squeue shows a job {run_folder.name}-{name} all the same, "
+                "scancel it; then give the command again"
+            ) from None
         raise ValueError(
             f"SLURM refused the job: {str(error).strip().splitlines()[-1]}; mend slurm.* of the recipe"
         ) from None
     return [job.job_id for job in jobs]
+
+
+def _sbatch(self: Any, submission_file_path: Path) -> list[str]:
+    """A method for submitit's executors, whose own would wait for ever."""
+    return ["timeout", "--foreground", "--kill-after=5", str(CLIENT_S), "sbatch", str(submission_file_path)]
 
 
 def submit(run_folder: Path, after: str | None = None, observer: str | None = None) -> list[Submitted]:
@@ -216,13 +139,19 @@ def submit(run_folder: Path, after: str | None = None, observer: str | None = No
 
     Errors: ValueError for what SLURM refuses, naming what it says.
     """
-    with exclusive(run_folder / ".jobs.lock"):  # two at once would submit everything twice
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(run_folder / ".jobs.lock", SUBMIT_S))  # two at once would submit all twice
+        except TimeoutError:
+            raise ValueError(
+                f"{run_folder} has been submitted by another process for {SUBMIT_S} s; end that, or wait for it"
+            ) from None
         return _submit_what_is_left(run_folder, after, observer)
 
 
 def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | None) -> list[Submitted]:
     recipe = load_recipe(run_folder / "recipe.yaml")
-    _section(recipe).workers_of_a_node(recipe.workers.threads)
+    section_of(recipe).workers_of_a_node(recipe.workers.threads)
     known = read_jobs(run_folder)
     alive = {job.group: job for job in living(known)}
     left = {
@@ -245,7 +174,7 @@ def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | No
     fan = [group for group in rest if left[group] and group not in alive]
     if fan:
         dependency = f"afterok:{before}" if before else f"afterany:{after}" if after else None
-        add(fan, "sparsities", [Share(folder, group, left[group], observer) for group in fan], dependency)
+        add(fan, FAN, [Share(folder, group, left[group], observer) for group in fan], dependency)
     if REPORT not in alive and (new or not any(left.values())):
         ids = [job.id for job in [*new, *alive.values()]]
         add([REPORT], REPORT, [Report(folder, [])], f"afterany:{':'.join(ids)}" if ids else None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.disk import TRANSIENT
 
@@ -71,11 +74,26 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Serialise what processes do with something, by a lock on the file `path` beside it."""
+def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
+    """Serialise what processes do with something, by a lock on the file `path` beside it.
+
+    Errors: TimeoutError when another has held it for `patience_s`.
+    """
+    end, pause = time.monotonic() + patience_s, threading.Event()
     with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        while not _locked(stream, wait=patience_s == math.inf):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{path} is held by another process for more than {patience_s:g} s")
+            pause.wait(0.1)
         yield
+
+
+def _locked(stream: TextIO, wait: bool) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -67,7 +67,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, cluster: s
     values = _read_mapping(Path(path), "a recipe is a mapping of sections", "the recipes shipped are in recipes/")
     if cluster is not None:
         profile = _read_mapping(Path(cluster), "a cluster profile is a mapping of slurm keys", "see docs/slurm.md")
-        values["slurm"] = {**profile, **(values.get("slurm") or {})}
+        own = values.get("slurm") or {}
+        if not isinstance(own, dict):
+            raise RecipeError(f"{path}: slurm = {own!r}: expected keys and values, for example slurm: {{nodes: 2}}")
+        values["slurm"] = {**profile, **own}
     return parse_recipe(apply_overrides(values, overrides or []), str(path))
 
 

@@ -47,6 +47,14 @@ def _node_range(value: Any) -> tuple[int, int]:
     return low, high
 
 
+_OURS = (
+    *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "ntasks"),
+    *("ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "tasks-per-node", "test-only", "wait"),
+    "wrap",
+)
+"""sbatch options that a job is made with, or that would undo those."""
+
+
 class Slurm(Section):
     """What one job asks for."""
 
@@ -101,10 +109,13 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _options_are_others(self) -> Slurm:
-        ours = set(Slurm.model_fields) | {"job-name", "output", "error", "signal", "dependency", "array", "open-mode"}
-        for name in self.options:
-            if not re.match(r"^[a-z][a-z-]*$", name) or name.replace("-", "_") in ours or name in ours:
-                raise ValueError(f"options.{name}: not an sbatch option of its own, or one that is set elsewhere")
+        for name, value in self.options.items():
+            if (key := name.replace("-", "_")) in Slurm.model_fields:
+                raise ValueError(f"options.{name} = {value!r}: it has a key of its own; say slurm.{key}={value}")
+            if name in _OURS:
+                raise ValueError(f"options.{name} = {value!r}: a job is made with its own value of it; leave it out")
+            if not re.match(r"^[a-z][a-z-]*$", name):
+                raise ValueError(f"options.{name} = {value!r}: write the long name of an sbatch option, without --")
         return self
 
     def workers_of_a_node(self, threads: int) -> int:

@@ -122,9 +122,9 @@ class Command:
             self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise TimeoutError(f"{self.process.args} did not end within {deadline_s} s:\n{self._said()}") from None
+            raise TimeoutError(f"{self.process.args} did not end within {deadline_s} s:\n{self.said()}") from None
         left = wait_for_end(self.family, END_S)
-        assert not left, f"{self.process.args} left behind: {left}\n{self._said()}"
+        assert not left, f"{self.process.args} left behind: {left}\n{self.said()}"
         # Waited for, as other programs of the machine have files there too, for moments.
         wait_until(lambda: not _unused_shared_memory(self._started), END_S, "shared memory as clean as before")
         return Finished(self.process.returncode, *(path.read_text() for path in self._streams))
@@ -135,7 +135,8 @@ class Command:
             _killed(process)
         self.process.wait()
 
-    def _said(self) -> str:
+    def said(self) -> str:
+        """What it has printed so far."""
         return "\n".join(path.read_text() for path in self._streams)
 
 

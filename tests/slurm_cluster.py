@@ -61,7 +61,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-MailProg=/bin/true
+MailProg={folder}/mail
 MpiDefault=none
 
 ProctrackType=proctrack/linuxproc
@@ -72,6 +72,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={accounting_port}
 AccountingStoragePass={folder}/munge.sock
 AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=associations,qos
 
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -257,6 +258,11 @@ class SlurmCluster:
         said = self.client("squeue", "--noheader", f"--jobs={job_id}", "--format=%N").strip()
         return self.client("scontrol", "show", "hostnames", said).split() if said else []
 
+    def mails(self) -> list[str]:
+        """What was mailed so far: subject and addressee of each."""
+        path = self.folder / "mails"
+        return path.read_text().splitlines() if path.exists() else []
+
     def node_state(self, node: str) -> str:
         """As sinfo says, without its marks: idle, mixed, allocated, completing, down, ..."""
         said = self.client("sinfo", "--noheader", "--Node", "--partition=low", f"--nodes={node}", "--format=%T")
@@ -341,6 +347,9 @@ class SlurmCluster:
         private.touch(0o600)
         private.write_text(_SLURMDBD_CONF.format(**facts))
         (self.folder / "slurm.conf").write_text(_SLURM_CONF.format(**facts))
+        mail = self.folder / "mail"
+        mail.write_text(f'#!/bin/sh\necho "$*" >> {self.folder}/mails\n')
+        mail.chmod(0o755)
         # A GPU that has no device file is not counted. The scheduler opens none of them; names must differ.
         for number in range(GPUS):
             device = self.folder / f"gpu{number}"

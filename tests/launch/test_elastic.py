@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +18,21 @@ from launch.slurm import submit
 from pipeline.files import read_json
 from pipeline.recipe import Recipe
 from tests.calm import calm_run, finish
-from tests.commands import launch
+from tests.commands import Command, launch, wait_until
 from tests.launch.faults import Victim
 from tests.launch.record import fed
 from tests.launch.struck import cancel, job_of
 from tests.launch.throttle import FOLDER
 from tests.slurm_cluster import SlurmCluster
-from tests.small_recipe import small_recipe
+from tests.small_recipe import small_recipe, small_values
 
 pytestmark = pytest.mark.timeout(900)
 EPOCHS, STEPS_PER_EPOCH, BATCH = 5, 20, 64
-NODES = (2, 1, 4)
+NODES = {"1-2": 2, "1-3": 1, "1-4": 4}
+"""What is asked for, and what there is."""
 
 
-def recipe_on(data: Path, nodes: int) -> Recipe:
+def recipe_on(data: Path, place: Path, nodes: str) -> Recipe:
     """Trains on noisy images: what the network is fed does not depend on its weights, so that it can be compared."""
     phase = {"epochs": 1, "lr": 0.05}
     return small_recipe(
@@ -37,10 +41,14 @@ def recipe_on(data: Path, nodes: int) -> Recipe:
         objective={"name": "noise", "steps": 1, "step_size": None, "sigma": 0.25},
         evaluation={"steps": 1, "step_size": None, "images": 400, "n0": 10, "n": 100},
         phases={"pretrain": {"epochs": EPOCHS, "lr": 0.05}, "prune": phase, "finetune": phase},
+        data={**small_values(data)["data"], "stage_to": str(place / "local")},
         sparsity={"baselines": []},
         checkpoint={"every_steps": 5, "keep": 2},
         tracking={"log_every_steps": 1},
-        slurm={"nodes": nodes, "cpus_per_task": 1, "time": 30, "signal_s": 30},
+        slurm={
+            **{"nodes": nodes, "cpus_per_task": 1, "time": 30, "signal_s": 30, "account": "tests", "qos": "normal"},
+            "setup": [f"echo $SLURM_JOB_ID $SLURM_JOB_NUM_NODES >> {place}/set-up"],
+        },
     )
 
 
@@ -54,25 +62,34 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_two_then_one_then_four_nodes_and_back(
     slurm: SlurmCluster, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Back to one worker, without SLURM and without Ray, which finishes the run."""
+    """As many of a range as are idle, then back to one worker without SLURM and Ray, which finishes the run. Data is
+    staged; the run is watched meanwhile."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
     folder = tmp_path / "runs" / "elastic"
-    for number, nodes in enumerate(NODES):
-        recipe = recipe_on(fashion_data, nodes)
+    jobs: list[str] = []
+    for nodes, given in NODES.items():
+        recipe = recipe_on(fashion_data, tmp_path, nodes)
         run_folder.write(folder, recipe, run_folder.check_data(recipe))
-        submit(folder, observer="tests.launch.record:fed")
-        victim = Victim(slurm, folder, job_of(folder, "pretrain"), "pretrain")
-        victim.wait_for_step(victim.step() + 8)
-        if number == 0:
-            _refuses_others(folder)
-        cancel(folder)
+        with _others_on(slurm, 3 if given == 1 else 0):
+            submit(folder, observer="tests.launch.record:fed")
+            jobs.append(job_of(folder, "pretrain"))
+            victim = Victim(slurm, folder, jobs[-1], "pretrain")
+            victim.wait_for_step(victim.step() + 8)
+            if len(jobs) == 1:
+                _refuses_others(folder)
+                _can_be_watched(folder, jobs[0])
+            cancel(folder)
+    assert (tmp_path / "set-up").read_text().splitlines() == [
+        f"{job} {given}" for job, given in zip(jobs, NODES.values(), strict=True)
+    ]
+    assert [path.name[:6] for path in (tmp_path / "local").glob("hydra-*/*.beton")] == ["train-"]
     (tmp_path / "full-speed").touch()
-    recipe = recipe_on(fashion_data, 1)
+    recipe = recipe_on(fashion_data, tmp_path, "1")
     run_folder.write(folder, recipe, run_folder.check_data(recipe))
     finish(folder, recipe, fed)
 
     starts = [start["nodes"] for start in Starts.of(folder).read() if start["group"] == "pretrain"]
-    assert tuple(starts) == NODES
+    assert starts == list(NODES.values())
     rows = rows_of(tmp_path)
     assert {row["world"] for row in rows} == {1, 2, 4}
     seen: dict[int, dict[str, str]] = {}
@@ -97,6 +114,35 @@ def test_two_then_one_then_four_nodes_and_back(
             read_json(run / stage / "evaluate" / "certified.json")["robust_accuracy"] for run in (folder, calm)
         )
         assert undisturbed["low"] <= ours["value"] <= undisturbed["high"]
+
+
+@contextmanager
+def _others_on(slurm: SlurmCluster, nodes: int) -> Iterator[None]:
+    """So many nodes belong to somebody else."""
+    wish = ("--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    others = [slurm.submit(*wish)] if nodes else []
+    for other in others:
+        slurm.wait_for_state(other, "RUNNING")
+    yield
+    for other in others:
+        slurm.client("scancel", other)
+        slurm.wait_for_state(other, "CANCELLED")
+
+
+def _can_be_watched(folder: Path, job: str) -> None:
+    """By `status` and `logs -f`, while the job trains."""
+    place = folder.parent.parent
+    said = launch(place, "status", "elastic").out
+    row = next(line for line in said.splitlines() if line.startswith("pretrain ")).split()
+    assert "elastic: running, 0 of 3 stages finished" in said
+    assert (row[1], row[-3:]) == ("training", [job, "RUNNING", "0"])
+    logs = Command(place, "logs", "elastic", "-f", "-n", "1")
+    wait_until(lambda: "/logs/worker-1.log <==" in logs.said(), 60, "the logs of both workers")
+    shown = logs.said()
+    wait_until(lambda: len(logs.said()) > len(shown), 60, "what is logged meanwhile")
+    logs.signal(signal.SIGINT)
+    assert logs.finish(60).code == 0
+    assert f"/jobs/{job}_0_log.err <==" in logs.said()
 
 
 def _refuses_others(folder: Path) -> None:

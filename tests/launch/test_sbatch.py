@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import REPORT, sbatch_parameters, sbatch_text
+from launch import run_folder
+from launch.report_job import REPORT
+from launch.sbatch import sbatch_parameters, sbatch_text
+from launch.slurm import submit
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
+from tests.commands import launch
 from tests.slurm_cluster import SlurmCluster
+from tests.small_recipe import small_recipe
 
 DEMO = Path(__file__).parents[2] / "recipes" / "fashion_mnist.yaml"
 COMMON = ["slurm.time=1:00:00", "slurm.cpus_per_task=2"]
@@ -64,11 +69,41 @@ def test_options_say_what_the_recipe_says(tmp_path: Path) -> None:
     options = options_of(text)
     assert options["nodes"] == "1-4"
     assert options["gpus-per-node"] == "8"
-    assert options["ntasks-per-node"] == "1"
     assert options["time"] == "60"
     assert options["signal"] == "USR2@90"
     assert "requeue" in options
-    assert "--cpus-per-task=2" in text.partition("\nsrun ")[2]
+    assert "ntasks-per-node" not in options, "of a range of nodes, SLURM would give the fewest"
+    assert "--ntasks-per-node=1 --cpus-per-task=2" in text.partition("\nsrun ")[2]
+
+
+@pytest.mark.parametrize("keep_fractions", [[0.1], [0.5, 0.1, 0.05]])
+def test_what_is_printed_is_what_is_submitted(
+    slurm: SlurmCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keep_fractions: list[float],
+) -> None:
+    """One job after pretrain's is a plain one, several are an array; and runs/ may lie elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    before = slurm.submit("--hold", "--output=/dev/null", "--wrap=true")
+    section = {"nodes": "1-2", "account": "tests", "qos": "normal", "exclude": "n2", "parallel_jobs": 2}
+    section |= {"setup": ["module load 'cuda 12'"], "options": {"nice": "100"}, "mem": "1G", "partition": "low"}
+    recipe = small_recipe(tmp_path, sparsity={"keep_fractions": keep_fractions, "baselines": []}, slurm=section)
+    run_folder.write(Path("runs/mine"), recipe, {})
+    arguments = ["--name", "mine", "--on", "slurm", "--after", before, "--dry-run"]
+    printed = launch(tmp_path, "run", "runs/mine/recipe.yaml", *arguments).out
+    jobs = submit(Path("runs/mine"), before)
+    ids = {"JOB_OF_pretrain": jobs[0].id, "JOBS_OF_sparsities": ":".join(job.id for job in jobs[1:-1])}
+    for placeholder, given in ids.items():
+        printed = printed.replace(placeholder, given)
+    files = [f"runs/mine/jobs/{number}_submission.sh" for number in dict.fromkeys(j.id.partition("_")[0] for j in jobs)]
+    assert [text.strip() for text in printed.split("#!/bin/bash")[1:]] == [
+        Path(file).read_text().removeprefix("#!/bin/bash").strip() for file in files
+    ]
+    assert slurm.client("squeue", "-h", "-j", jobs[0].id, "-o", "%a|%q|%P").strip() == "tests|normal|low"
+    assert "ExcNodeList=n2\n" in slurm.client("scontrol", "show", "job", jobs[0].id)
 
 
 def test_each_task_of_an_array_is_queued_again_by_itself(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -113,9 +148,10 @@ def test_a_container_is_sruns_and_brings_its_own_python(tmp_path: Path) -> None:
         "pretrain",
     )
     command = text.partition("\nsrun ")[2].splitlines()[0]
-    assert "--container-image=/images/hydra.sqsh --container-mounts=/data:/data python3 -u -m submitit" in command
+    assert "--container-image=/images/hydra.sqsh --container-mounts=/data:/data sh -c" in command
+    assert " python3 -u -m submitit" in command
     text = sbatch_text(recipe_with(f"slurm.container_image={image}"), tmp_path, "pretrain")
-    assert f"'--container-image={image}' python3 -u" in text.partition("\nsrun ")[2].splitlines()[0]
+    assert f"'--container-image={image}' sh -c" in text.partition("\nsrun ")[2].splitlines()[0]
     for bad in (f"{image} x", "#hydra"):
         with pytest.raises(ValueError, match=r"slurm\.container_image"):
             recipe_with(f"slurm.container_image='{bad}'")

@@ -63,6 +63,21 @@ def test_a_job_is_accounted_for(slurm: SlurmCluster, command: str, state: str, c
     assert accounted(slurm, job, "ExitCode") == [code]
 
 
+@pytest.mark.parametrize(("command", "subject"), [("true", "Ended"), ("false", "Failed")])
+def test_a_job_mails(slurm: SlurmCluster, command: str, subject: str) -> None:
+    job = slurm.submit("--mail-user=me@here", "--mail-type=END,FAIL", "--output=/dev/null", f"--wrap={command}")
+    wait_until(lambda: any(f"Job_id={job} " in mail for mail in slurm.mails()), 30, "a mail")
+    mail = next(mail for mail in slurm.mails() if f"Job_id={job} " in mail)
+    assert f"Name=wrap {subject}," in mail
+    assert mail.endswith("me@here")
+
+
+@pytest.mark.parametrize("wish", ["--account=none", "--qos=none"])
+def test_whom_accounting_does_not_know_is_rejected(slurm: SlurmCluster, wish: str) -> None:
+    with pytest.raises(RuntimeError, match="Invalid"):
+        slurm.client("sbatch", "--output=/dev/null", wish, "--wrap=true")
+
+
 def test_a_requeued_job_starts_again_within_seconds(slurm: SlurmCluster, tmp_path: Path) -> None:
     job = Noted(slurm, tmp_path)
     job.wait_started(tasks=1)

@@ -29,6 +29,6 @@ def test_a_head_that_has_died_meanwhile_is_worth_another_attempt(
     recipe = small_recipe(tmp_path, slurm={"nodes": 1, "cpus_per_task": 1, "time": 30, "signal_s": 30})
     with (
         pytest.raises(cluster.NodesMissing, match=r"no cluster at 127\.0\.0\.1:1"),
-        cluster.joined_cluster(recipe, control, generation=0, nodes=1),
+        cluster.joined_cluster(recipe, control, generation=0, hosts=["n1"]),
     ):
         pass

@@ -49,7 +49,7 @@ DOORS = {
     "jinja2": {"pipeline.page"},
     "psutil": {"pipeline.system"},
     "pyautoattack": {"pipeline.evaluate.autoattack", "pipeline.evaluate.probes"},
-    "submitit": {"launch.slurm", "launch.allocation"},
+    "submitit": {"launch.slurm", "launch.sbatch", "launch.allocation"},
 }
 """vendor -> the modules that import it"""
 

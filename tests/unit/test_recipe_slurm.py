@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from launch.cluster import workers_for
+from launch.nodes import workers_for
 from launch.slurm import groups_of
 from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.recipe_slurm import Slurm
@@ -59,9 +59,12 @@ def test_other_nodes_are_refused(written: Any) -> None:
         ({"gres": "gpu:8", "gpus_per_node": 8}, "both ask for GPUs"),
         ({"gres": "gpu:8"}, "needs workers_per_node"),
         ({"time": 1, "signal_s": 60}, "must be less than the time limit"),
-        ({"options": {"output": "x"}}, "options.output"),
-        ({"options": {"nodes": "3"}}, "options.nodes"),
-        ({"options": {"Bad Name": "x"}}, "options.Bad Name"),
+        ({"options": {"output": "x"}}, "options.output = 'x': .* leave it out"),
+        ({"options": {"ntasks-per-node": "2"}}, "options.ntasks-per-node = '2': .* leave it out"),
+        ({"options": {"requeue": "no"}}, "options.requeue = 'no': .* leave it out"),
+        ({"options": {"nodes": "3"}}, r"options.nodes = '3': .* say slurm\.nodes=3"),
+        ({"options": {"mail-user": "a"}}, r"options.mail-user = 'a': .* say slurm\.mail_user=a"),
+        ({"options": {"Bad Name": "x"}}, "options.Bad Name = 'x': write the long name"),
         ({"partition": "a b"}, "partition"),
         ({"account": "a\nb"}, "account"),
     ],
@@ -81,6 +84,10 @@ def test_a_profile_is_under_the_recipe_and_the_recipe_under_the_command_line(tmp
     assert (slurm.partition, slurm.account, slurm.mem) == ("gpu", "them", "30G")
     profile.write_text("- gpu\n")
     with pytest.raises(ValueError, match="a cluster profile is a mapping of slurm keys, got list"):
+        load_recipe(recipe, [], profile)
+    profile.write_text("partition: gpu\n")
+    recipe.write_text(DEMO.read_text() + "slurm: [3]\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml: slurm = \[3\]: expected keys and values"):
         load_recipe(recipe, [], profile)
 
 
