@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from pipeline.data.loader import Batch, CorruptSample, Loader
@@ -107,9 +106,9 @@ def _make(path: Path, manifest: Manifest, copy: Path, lock: int, heard: Listener
 
 def _warm(copy: Path, progressed: Callable[[int], None]) -> None:
     """Have the system read the copy ahead, as far as its memory goes: another job's files may have pushed it out."""
-    size = min(copy.stat().st_size, psutil.virtual_memory().available)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with copy.open("rb") as stream:
-        for number, start in enumerate(range(0, size, WARM_BYTES)):
+        for number, start in enumerate(range(0, min(copy.stat().st_size, memory), WARM_BYTES)):
             os.posix_fadvise(stream.fileno(), start, WARM_BYTES, os.POSIX_FADV_WILLNEED)
             if number % 1000 == 0:
                 progressed(start)
