@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from pipeline.disk import DiskFull, Pause, free_bytes, readable, retried
-from pipeline.files import atomic_write_json, atomic_write_text, fsync_folder
+from pipeline.files import atomic_write_json, atomic_write_text, fsync_folder, naming
 from pipeline.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _facts(data: bytes) -> dict[str, Any]:
 
 def _write_file(path: Path, data: bytes) -> dict[str, Any]:
     """Write a file and flush it to disk; returns what it must be from now on."""
-    with path.open("xb") as stream:
+    with naming(path), path.open("xb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

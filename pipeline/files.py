@@ -17,11 +17,23 @@ from typing import Any, TextIO
 from pipeline.disk import TRANSIENT
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError say which file it is about: those of write and fsync know a number only."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -29,7 +41,7 @@ def fsync_folder(folder: Path) -> None:
 def settle_file(path: Path) -> None:
     """Flush a file that a library wrote, and open it to whoever may read its folder: safetensors makes it private."""
     path.chmod(path.parent.stat().st_mode & 0o666)
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, naming(path):
         os.fsync(stream.fileno())
 
 
@@ -38,7 +50,7 @@ def atomic_write_text(path: Path, text: str, mode: int = 0o644) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.files import atomic_write_text, parse_row, read_rows
+from pipeline.files import atomic_write_text, naming, parse_row, read_rows
 from pipeline.mirror import Label, Level, Mirror, WandbMode
 from pipeline.wandb_ids import forget_run
 
@@ -107,8 +107,9 @@ class Tracker:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row, which holds "kind" and "step". Errors: ValueError for NaN or infinity, which JSON has not."""
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-        self._stream.flush()
+        with naming(self._path):
+            self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+            self._stream.flush()
         self._to_wandb(row)
 
     def cut(self, step: int) -> None:
@@ -146,8 +147,9 @@ class Tracker:
 
     def sync(self) -> None:
         """Bring the rows to disk; before a checkpoint is committed, so that no row up to its step can be lost."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with naming(self._path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
 
     def finish(self, *, failed: bool = False) -> None:
         """Close the file and end the wandb run, within a deadline. Calling it again does nothing."""

@@ -24,7 +24,7 @@ from pipeline.attacks import crafting
 from pipeline.data.listed_images import ListedImages
 from pipeline.data.loader import Batch, Loader
 from pipeline.evaluate.measure import Measure, Verdicts
-from pipeline.files import atomic_write_json, read_json
+from pipeline.files import atomic_write_json, naming, read_json
 from pipeline.group import Group
 from pipeline.stopping import StopRequested
 
@@ -87,7 +87,8 @@ class ChunkStore:
 def write_verdicts(path: Path, verdicts: Verdicts) -> None:
     """As parquet; whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(dict(verdicts)), temporary)
+    with naming(path):
+        pq.write_table(pa.table(dict(verdicts)), temporary)
     temporary.replace(path)
 
 
