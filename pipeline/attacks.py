@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,8 +191,10 @@ def pgd(
 
 
 @contextmanager
-def crafting(network: nn.Module) -> Iterator[None]:
-    """Eval mode and weights computed once, for an attack on `network`.
+def crafting(
+    network: nn.Module, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Iterator[None]:
+    """Eval mode and weights computed once, for an attack on `network` whose forwards run under `autocast`.
 
     BatchNorm uses its running statistics and leaves them alone. Every module's training flag is put back as it was,
     also after an error; requires_grad of parameters is not touched.
@@ -200,7 +202,7 @@ def crafting(network: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        with cached_weights(network):
+        with cached_weights(network, autocast):
             yield
     finally:
         for module, flag in training:

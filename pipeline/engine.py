@@ -75,7 +75,8 @@ def build_optimizer(
     groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
     if phase.optimizer == "adam":
         return torch.optim.Adam(groups, lr=phase.lr, betas=BETAS, eps=EPSILON)
-    return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum)
+    # Fused, it takes a quarter of the time on a CPU. Where ZeRO cuts decides its last bits, as it does of the sums.
+    return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, fused=True)
 
 
 def slots_of(phase: Phase) -> tuple[str, ...]:

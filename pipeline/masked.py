@@ -19,26 +19,28 @@ class _StraightThrough(torch.autograd.Function):
     the sum of dL/dz z over the layer. Its length says how steep the loss is, and grows with exp(t): trained by it, the
     rates of a small network were NaN within 70 steps. So it is divided by the sum of |dL/dz z|, in which c exp(t) drops
     out: what is left, in [-1, 1], is how far the connections agree. It does not shrink with the loss.
+
+    The product may be in half precision, as a layer under autocast has it; a parameter's gradient is in its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, score: Tensor, rate: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, score: Tensor, rate: Tensor | None, product: Tensor) -> Tensor:
         ctx.save_for_backward(weight, mask, score, rate)
-        return weight * mask
+        return product
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         (grad,) = grad_outputs
         weight, mask, score, rate = ctx.saved_tensors
-        grad_weight = grad * mask if ctx.needs_input_grad[0] else None
+        grad_weight = grad.to(weight.dtype) * mask if ctx.needs_input_grad[0] else None
         grad_score = grad_rate = None
         if ctx.needs_input_grad[2]:
-            grad_score = grad * weight * score.sign()
+            grad_score = score.sign().mul_(weight).mul_(grad)  # in one tensor of the layer's size
         if rate is not None and ctx.needs_input_grad[3]:
             pulls = grad * weight * score.abs()
             agreement = pulls.sum() / pulls.abs().sum().clamp_min(torch.finfo(pulls.dtype).tiny)
             grad_rate = RATE_STEP * agreement.view(1)
-        return grad_weight, None, grad_score, grad_rate
+        return grad_weight, None, grad_score, grad_rate, None
 
 
 class Masked(nn.Module):
@@ -56,5 +58,22 @@ class Masked(nn.Module):
         """[1]: logarithm of what the layer's scores are multiplied by where layers compete; None: by nothing."""
         self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
+        self._product: Tensor | None = None
+        self._made_from: tuple[Any, ...] = ()
+
     def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self.mask, self.score, self.rate)  # pyright: ignore[reportReturnType]
+        product = self._product_of(weight).detach()
+        return _StraightThrough.apply(weight, self.mask, self.score, self.rate, product)  # pyright: ignore[reportReturnType]
+
+    @torch.no_grad()
+    def _product_of(self, weight: Tensor) -> Tensor:
+        """weight * mask, in autocast's precision if that is on; kept while a frozen weight's mask stays what it is."""
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if weight.requires_grad:
+            self._product = None
+            return (weight * self.mask).to(dtype)
+        made_from = (weight.data_ptr(), weight._version, self.mask.data_ptr(), self.mask._version, dtype)
+        if self._product is None or self._made_from != made_from:
+            self._product, self._made_from = (weight * self.mask).to(dtype), made_from
+        return self._product

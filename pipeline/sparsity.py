@@ -10,10 +10,10 @@ Plain names are the backbone's own ('layer1.0.conv1.weight'), with and without s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from decimal import Decimal
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -267,15 +267,19 @@ def mask_sha256(network: nn.Module) -> str | None:
 
 
 @contextmanager
-def cached_weights(network: nn.Module) -> Iterator[None]:
+def cached_weights(
+    network: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Iterator[None]:
     """Compute every masked weight once, and without a graph, for all forwards inside the context.
+
+    Under `autocast` they are in its precision, so that no forward has to cast them.
 
     An attack's forwards then build no graph to weights or scores; gradients to the input flow as ever. Without scores
     there is nothing to compute.
     """
     masked_layers = [layer for layer in maskable(network).values() if _parametrization(layer)]
     with parametrize.cached():
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             weights = [layer.weight for layer in masked_layers]
         assert not any(weight.requires_grad for weight in weights), "a graph was cached before this context"
         yield

@@ -51,7 +51,7 @@ def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Object
 def _attacked(given: Given, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]) -> Outcome:
     """Cross-entropy on what PGD makes of the start, which is part of the attack."""
     y = given.y
-    with given.attacking(), crafting(given.network):
+    with given.attacking(), crafting(given.network, given.autocast):
         x_adv = pgd(
             craft_forward(given.network, given.autocast),
             given.x,

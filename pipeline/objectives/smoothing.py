@@ -67,7 +67,7 @@ def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float,
             log_p = logits.log_softmax(dim=1).unflatten(0, (len(x), samples))
             return log_p.logsumexp(dim=1) - math.log(samples)
 
-        with given.attacking(), crafting(given.network):
+        with given.attacking(), crafting(given.network, given.autocast):
             logits_of = craft_forward(given.network, given.autocast)
             x_adv = pgd(
                 lambda images: log_average(logits_of(noisy(images))),

@@ -28,7 +28,7 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
 
     def objective(given: Given) -> Outcome:
         x, y = given.x, given.y
-        with given.attacking(), crafting(given.network):
+        with given.attacking(), crafting(given.network, given.autocast):
             logits_of = craft_forward(given.network, given.autocast)
             with torch.no_grad():
                 log_p = logits_of(x).log_softmax(dim=1)
