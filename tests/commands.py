@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -84,6 +85,11 @@ def _unused_shared_memory(since: float) -> set[str]:
     return names
 
 
+def _hear_ctrl_c() -> None:
+    """A shell has its background jobs ignore it, tests begun by one included, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Finished:
     code: int
@@ -101,7 +107,12 @@ class Command:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self._value}
         with self._streams[0].open("w") as out, self._streams[1].open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments], cwd=place, env=environment, stdout=out, stderr=err
+                [sys.executable, "-m", module, *arguments],
+                cwd=place,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                preexec_fn=_hear_ctrl_c,
             )
 
     @property

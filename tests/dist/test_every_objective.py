@@ -110,7 +110,8 @@ def shipped(data: Path, path: Path) -> Recipe:
         chosen += [f"data.image_size={16 if recipe.model.arch.startswith('vgg') else 8}", "data.augmentation=none"]
     for phase in ("pretrain", "prune", "finetune"):
         if getattr(recipe.phases, phase) is not None:
-            chosen += [f"phases.{phase}.epochs=1", f"phases.{phase}.warmup_epochs=0"]
+            # Their learning rates are for large batches: four images at 0.4 make a network's gradients overflow.
+            chosen += [f"phases.{phase}.{key}" for key in ("epochs=1", "warmup_epochs=0", "lr=0.01")]
     if recipe.objective.steps > 2:
         chosen.append("objective.steps=2")
     return load_recipe(path, chosen)

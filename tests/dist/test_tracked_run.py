@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -60,21 +61,24 @@ def _all(group: Group, recipe: Recipe, jobs: list[tuple[Path, str, dict[str, lis
         _run(group, recipe, folder, token, stops)
 
 
-@pytest.fixture(scope="module")
-def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with straight/ and stopped/."""
-    root = tmp_path_factory.mktemp("tracked")
+def _recipe(data: Path, wandb: str) -> Recipe:
     phase = {"epochs": 2, "lr": 0.05, "weight_decay": 1.0e-4}
-    recipe = small_recipe(
-        fashion_data,
+    return small_recipe(
+        data,
         phases={"pretrain": phase, "prune": {**phase, "lr": 0.5}, "finetune": phase},
         batch={"batch_per_step": 16, "micro_batch": 8},
         data={"train_images": 16 * STEPS // 2, "validation_images": 50},
         evaluation={"images": 20, "chunk": 50, "steps": 1, "honesty_images": 0},
         checkpoint={"every_steps": 7, "keep": 9},
-        tracking={"log_every_steps": 3, "wandb": "offline"},
+        tracking={"log_every_steps": 3, "wandb": wandb},
         sparsity={"baselines": []},
     )
+
+
+@pytest.fixture(scope="module")
+def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with straight/ and stopped/."""
+    root, recipe = tmp_path_factory.mktemp("tracked"), _recipe(fashion_data, "offline")
     jobs, leases = [], []
     for name, stops in (("straight", {}), ("stopped", STOPS)):
         (root / name).mkdir()
@@ -158,3 +162,22 @@ def test_wandb_has_each_row_once(runs: Path) -> None:
     assert {"robust_accuracy", "clean_accuracy", "sparsity", "method"} <= set(pretrained.summary)
     assert pretrained.config["stage"]["parent"] is None
     assert starts[0].config["stage"]["parent"] == "pretrain"
+
+
+def test_a_run_whose_network_is_gone_ends_as_ever(
+    runs: Path, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens at wandb's address."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        recipe = _recipe(fashion_data, "online")
+        atomic_write_text(tmp_path / "recipe.yaml", dump_recipe(recipe))
+        leases = Leases([tmp_path / stage.name for stage in stages_of(recipe)[:2]])
+        try:
+            run_group(1, _all, recipe, [(tmp_path, leases.token, {})])
+        finally:
+            leases.release()
+    for stage in ("pretrain", PRUNE):
+        assert rows_of(tmp_path / stage) == rows_of(runs / "straight" / stage)
