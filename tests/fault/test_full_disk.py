@@ -23,7 +23,7 @@ from tests.small_recipe import small_recipe
 
 SEED = 20261127
 NEVER = 10**9
-PARTS = 8
+PARTS = 6
 """A start gets through one of so many parts of the run's calls, on average, until the disk is full."""
 Attempt = tuple[int, str, int | None]
 """(calls about files of the run, what the start ended with, its errno)"""
@@ -83,7 +83,7 @@ def test_a_full_disk_at_any_moment_loses_nothing(
     attempts: list[Attempt] = []
     while len(attempts) < 4 * PARTS and (not attempts or attempts[-1][1]):
         before = _committed(folder, recipe)
-        attempts += _starts(folder, recipe, [chance.randrange(2 * calls // PARTS) for _ in range(2)])
+        attempts += _starts(folder, recipe, [chance.randrange(2 * calls // PARTS) for _ in range(3)])
         after = _committed(folder, recipe)
         assert all(now >= then for now, then in zip(after, before, strict=True)), (before, after, attempts[-2:])
     *full, (_, last, _) = attempts
