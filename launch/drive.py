@@ -26,9 +26,9 @@ LEASE_PATIENCE_S = STALE_AFTER_S + 30
 """A job that is queued again may begin on another node before its last start's lease there has run out."""
 
 
-def main(run_folder: str, stages: str, control_folder: str, generation: str, nodes: str, observer: str) -> int:
+def main(run_folder: str, stages: str, control_folder: str, generation: str, hosts: str, observer: str) -> int:
     """Do the stages; the exit code says what to do next."""
-    control, hosts = Control(Path(control_folder)), nodes.split(",")
+    control, names = Control(Path(control_folder)), hosts.split(",")
     order = Order(
         Path(run_folder),
         tuple(stages.split(",")),
@@ -38,9 +38,9 @@ def main(run_folder: str, stages: str, control_folder: str, generation: str, nod
     )
 
     def connect(recipe: Recipe) -> AbstractContextManager[Cluster]:
-        if (note := unused_workers(recipe, len(hosts))) is not None:
+        if (note := unused_workers(recipe, len(names))) is not None:
             print(note, file=sys.stderr)
-        return joined_cluster(recipe, control, int(generation), hosts)
+        return joined_cluster(recipe, control, int(generation), names)
 
     try:
         run_and_show(order, connect)

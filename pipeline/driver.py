@@ -27,7 +27,7 @@ from pipeline.lease import Leases
 from pipeline.phases import Stage, stages_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
-from pipeline.stopping import StopRequested, repeated_failure
+from pipeline.stopping import StopRequested, note, repeated_failure
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _fit_until_done(order: Order, recipe: Recipe, token: str, cluster: Cluster) 
             if user_error is not None:
                 raise user_error from None
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            _note(folder, f"attempt {attempt} failed: {error}\n")
+            note(folder, "restarts.log", f"attempt {attempt} failed: {error}\n")
             if _somebody_died(error):
                 killed.append(attempt)
             elif (twice := repeated_failure(folder, attempt, killed)) is not None:
@@ -168,15 +168,6 @@ def _fit_until_done(order: Order, recipe: Recipe, token: str, cluster: Cluster) 
         else:
             if order.stop_file is not None and order.stop_file.exists() and stages_left(order, recipe):
                 raise StopRequested(f"{folder} was asked to stop; {go_on}")
-
-
-def _note(folder: Path, text: str) -> None:
-    """What happened, for people. Restarts do not depend on it: the disk may be what is full."""
-    try:
-        with (folder / "logs" / "restarts.log").open("a") as stream:
-            stream.write(text)
-    except OSError as error:
-        log.warning("%s: logs/restarts.log cannot be written: %s", folder.name, error)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """How often a worker looks whether the stop file is there; a look costs a call to a shared file system."""
+FAILURES = "failures.jsonl"
+"""The log that holds every failure of a worker, one per line."""
 EXIT_HUNG = 70
 """Exit code of a worker that ended itself because it hung (EX_SOFTWARE)."""
 
@@ -91,26 +93,27 @@ class Failure:
         return (self.stage, self.step, self.error) == (other.stage, other.step, other.error)
 
 
-def _failures_of(run_folder: Path) -> Path:
-    return run_folder / "logs" / "failures.jsonl"
+def note(run_folder: Path, name: str, text: str) -> None:
+    """Append whole lines to a log of the run; concurrent ranks do not mix, as it is one write.
+
+    Where that fails, as on a full disk, it is said with the text: what happened must not be hidden by it.
+    """
+    try:
+        with (run_folder / "logs" / name).open("a") as stream:
+            stream.write(text)
+    except OSError as error:
+        log.error("%s: logs/%s cannot be written: %s: %s", run_folder.name, name, error, text.rstrip())
 
 
 def record_failure(run_folder: Path, failure: Failure) -> None:
-    """Append one line; concurrent ranks do not mix, as it is one write.
-
-    Where that fails, as on a full disk, it is said: the failure itself must not be hidden by it.
-    """
-    try:
-        with _failures_of(run_folder).open("a") as stream:
-            stream.write(json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
-    except OSError as error:
-        log.error("%s cannot be recorded: %s", failure, error)
+    """Append one line, for whoever starts again."""
+    note(run_folder, FAILURES, json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
 
 
 def read_failures(run_folder: Path) -> list[Failure]:
     """All recorded failures of a run, oldest first; damaged lines are left out."""
     names = [field.name for field in fields(Failure)]
-    rows = read_rows(_failures_of(run_folder))
+    rows = read_rows(run_folder / "logs" / FAILURES)
     return [Failure(**{name: row[name] for name in names}) for row in rows if row.keys() >= set(names)]
 
 
