@@ -196,14 +196,20 @@ def crafting(
 ) -> Iterator[None]:
     """Eval mode and weights computed once, for an attack on `network` whose forwards run under `autocast`.
 
-    BatchNorm uses its running statistics and leaves them alone. Every module's training flag is put back as it was,
-    also after an error; requires_grad of parameters is not touched.
+    BatchNorm uses its running statistics and leaves them alone. Parameters are frozen: a compiled backward computes the
+    gradients of all that require one, asked for or not. Every module's training flag and every requires_grad is put
+    back as it was, also after an error.
     """
     training = [(module, module.training) for module in network.modules()]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     network.eval()
     try:
         with cached_weights(network, autocast):
+            for parameter in trained:
+                parameter.requires_grad_(False)
             yield
     finally:
         for module, flag in training:
             module.training = flag
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -19,9 +19,11 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from pipeline.compiled import Compiled
 from pipeline.group import Group
 from pipeline.recipe import Recipe
 from pipeline.recipe_sections import Phase
+from pipeline.sparsity import weights_moved
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Adam's constants (Kingma and Ba, ICLR 2015, algorithm 1), which HYDRA's reference leaves as they are."""
@@ -29,6 +31,14 @@ STEP = "step"
 """Adam's count of its steps, by which it corrects the bias of its averages: a scalar, the same for all that trains."""
 LARGEST_BUCKET = 50_000_000
 """Elements that ZeRO reduces at once at the most."""
+
+
+def zero_stage(recipe: Recipe, world: int) -> int:
+    """The recipe's stage; 0 for one worker, as ZeRO would copy every gradient and weight to share them with nobody.
+
+    Options of ZeRO in the recipe's `deepspeed:` section are for a stage, which then is kept.
+    """
+    return recipe.engine.zero_stage if world > 1 or "zero_optimization" in recipe.deepspeed else 0
 
 
 def deepspeed_config(recipe: Recipe, world: int, trained: int) -> dict[str, Any]:
@@ -45,7 +55,7 @@ def deepspeed_config(recipe: Recipe, world: int, trained: int) -> dict[str, Any]
         "gradient_accumulation_steps": batch.micro_batches_per_step // world,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # DeepSpeed's own default clips at norm 1
-        "zero_optimization": {**buckets, **config.get("zero_optimization", {}), "stage": recipe.engine.zero_stage},
+        "zero_optimization": {**buckets, **config.get("zero_optimization", {}), "stage": zero_stage(recipe, world)},
     }
     if recipe.engine.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -103,9 +113,12 @@ class Engine:
         self, network: nn.Module, parameters: dict[str, nn.Parameter], phase: Phase, recipe: Recipe, group: Group
     ) -> None:
         self._parameters = parameters
+        self._compiled = Compiled(network) if recipe.engine.mode == "compiled" else None
+        self.network: nn.Module = network if self._compiled is None else self._compiled
+        """What is called in training: the network, compiled if the recipe says so."""
         optimizer = build_optimizer(parameters, phase, recipe.sparsity.score_weight_decay)
         self._engine, *_ = deepspeed.initialize(
-            model=network,
+            model=self.network,
             optimizer=optimizer,
             model_parameters=list(parameters.values()),  # pyright: ignore[reportArgumentType]
             config=deepspeed_config(recipe, group.world, sum(p.numel() for p in parameters.values())),
@@ -115,9 +128,15 @@ class Engine:
         self._slots = slots_of(phase)
         self._counts_steps = phase.optimizer == "adam"
         self._zero: DeepSpeedZeroOptimizer | None = None
-        if recipe.engine.zero_stage > 0:
+        if zero_stage(recipe, group.world) > 0:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
             self._zero = self._engine.optimizer
+        else:
+            # DeepSpeed broadcasts weights at initialisation, which it cannot in another order than the usual one. ZeRO
+            # has them in flat tensors, in that order.
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            # Alone, DeepSpeed would copy every gradient into a buffer, and back.
+            self._engine.enable_backward_allreduce = group.world > 1
         self._begin_state()
         # DeepSpeed divides the loss by this number to get a mean; a rate's gradient does not shrink with it (`masked`).
         local = recipe.batch.micro_batches_per_step // group.world
@@ -128,7 +147,7 @@ class Engine:
 
     @property
     def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The update's forward; gradients flow to what trains. Attacks use the bare network instead."""
+        """The update's forward; gradients flow to what trains. Attacks use `network` instead."""
         return self._engine
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -143,12 +162,15 @@ class Engine:
 
         False, the same on every rank, if they do not because a gradient is NaN or infinite.
         """
+        ends_step = self._engine.is_gradient_accumulation_boundary()
         if self._zero is not None:  # which takes the gradients' norm, and then skips the step without a word
             self._engine.step()
+            if ends_step:
+                weights_moved(self.network)
             return not self._zero.overflow
-        if self._engine.is_gradient_accumulation_boundary():  # the gradients are summed over the ranks by now
+        if ends_step:  # the gradients are summed over the ranks by now
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            if not bool(torch.isfinite(get_total_norm(gradients, math.inf))):
+            if not math.isfinite(float(get_total_norm(gradients))):
                 return False
         self._engine.step()
         return True
@@ -213,3 +235,5 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
         self._engine.destroy()
+        if self._compiled is not None:
+            self._compiled.close()

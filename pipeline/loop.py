@@ -113,7 +113,7 @@ def train(training: Training, progress: Progress) -> Progress:
     Errors: NonFinite; CatastrophicOverfitting where the objective is guarded.
     """
     recipe, stage, group = training.recipe, training.stage, training.group
-    statistics = BatchStatistics(training.network, group)
+    statistics = BatchStatistics(training.engine.network, group)
     clock, nodes = Stopwatch(group.device), Nodes(group)
     try:
         while not progress.finished:
@@ -163,7 +163,7 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
         elapsed = step / progress.total_steps
         carried = None if training.noise is None else training.noise[index]
         attacking = partial(clock.during, "attack")
-        given = Given(training.network, forward, images, labels, keys, engine.autocast, elapsed, attacking, carried)
+        given = Given(engine.network, forward, images, labels, keys, engine.autocast, elapsed, attacking, carried)
         outcome = training.objective(given)
         engine.backward(outcome.loss)
         outcome.after_backward()

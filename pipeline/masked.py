@@ -61,18 +61,19 @@ class Masked(nn.Module):
         self._product: Tensor | None = None
         self._made_from: tuple[Any, ...] = ()
 
+    def weight_moved(self) -> None:
+        """To be called when the weight was changed behind torch's back, as by ZeRO, which changes flat tensors."""
+        self._product = None
+
     def forward(self, weight: Tensor) -> Tensor:
         product = self._product_of(weight).detach()
         return _StraightThrough.apply(weight, self.mask, self.score, self.rate, product)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def _product_of(self, weight: Tensor) -> Tensor:
-        """weight * mask, in autocast's precision if that is on; kept while a frozen weight's mask stays what it is."""
+        """weight * mask, in autocast's precision if that is on; kept until weight or mask changes."""
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        if weight.requires_grad:
-            self._product = None
-            return (weight * self.mask).to(dtype)
         made_from = (weight.data_ptr(), weight._version, self.mask.data_ptr(), self.mask._version, dtype)
         if self._product is None or self._made_from != made_from:
             self._product, self._made_from = (weight * self.mask).to(dtype), made_from

@@ -26,11 +26,14 @@ def kept_count(n: int, keep_fraction: Decimal) -> int:
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest (k from 1 to n) of values [n], as a scalar; linear time."""
+    """The k-th largest (k from 1 to n) of values [n], as a scalar; NaN, on top of all others, if there is one.
+
+    Linear time.
+    """
     if values.device.type == "cpu":
         # numpy's partition is vectorised: 0.8 ms for 0.5 M float32 values, where torch's kthvalue takes 8 ms.
         place = values.numel() - k
-        return torch.from_numpy(np.partition(values.numpy(), place))[place]
+        return torch.from_numpy(np.partition(values.numpy(), place)[place:]).amin()
     return values.topk(k, sorted=False).values.amin()
 
 
@@ -40,17 +43,18 @@ def topk_mask(score: Tensor, kept: int) -> Tensor:
     Row-major means the logical index, so that memory formats and devices agree. Linear time.
     Errors: ValueError for NaN, or a `kept` outside [0, n].
     """
-    magnitude = score.detach().abs().reshape(-1)
-    n = magnitude.numel()
-    if not 0 <= kept <= n:
-        raise ValueError(f"cannot keep {kept} of {n} scores")
-    if n and bool(magnitude.sum().isnan()):  # |score| cannot cancel, so the sum is NaN exactly when a score is
+    magnitude = score.detach().abs()
+    if not 0 <= kept <= magnitude.numel():
+        raise ValueError(f"cannot keep {kept} of {magnitude.numel()} scores")
+    # All values in the order in which they lie in memory, which copies nothing.
+    places = sorted(range(magnitude.dim()), key=magnitude.stride, reverse=True)
+    values = magnitude.permute(places).reshape(-1)
+    threshold = kth_largest(values, kept) if kept else values.new_tensor(math.inf)
+    mask = magnitude >= threshold
+    surplus = int(mask.count_nonzero()) - kept
+    if surplus < 0:  # nothing is as large as NaN
         raise ValueError("scores contain NaN; lower the learning rate of the prune phase")
-    if kept == 0:
-        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    threshold = kth_largest(magnitude, kept)
-    above = magnitude > threshold
-    equal = magnitude == threshold
-    rank_among_equals = equal.cumsum(0, dtype=torch.int32)
-    mask = above | (equal & (rank_among_equals <= kept - above.sum()))
-    return mask.view(score.shape)
+    if surplus:
+        equals = (magnitude == threshold).nonzero()
+        mask[tuple(equals[-surplus:].T)] = False
+    return mask

@@ -109,6 +109,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _bounds_look_into_the_network(self) -> Recipe:
+        for key, objective in self.objectives.items():
+            if self.engine.mode == "compiled" and objective.name in PROVING:
+                raise ValueError(
+                    f"engine.mode compiled: {key}.name {objective.name} bounds the network layer by layer, where a "
+                    "compiled one has no layers; set engine.mode=eager"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _pgd_has_its_step(self) -> Recipe:
         if self.objective.measure == "pgd" and self.evaluation.step_size is None:
             raise ValueError(

@@ -93,10 +93,10 @@ def dump_recipe(recipe: Recipe) -> str:
 def deciding_values(recipe: Recipe) -> dict[str, Any]:
     """The plain values that decide a run's result.
 
-    Workers, checkpoint cadence, tracking, ZeRO stage and where data files are copied to do not.
+    Workers, checkpoint cadence, tracking, ZeRO stage, compilation and where data files are copied to do not.
     """
     values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in NOT_DECIDING}
-    del values["engine"]["zero_stage"]
+    del values["engine"]["zero_stage"], values["engine"]["mode"]
     del values["data"]["stage_to"]
     return values
 

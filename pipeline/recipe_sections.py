@@ -194,6 +194,8 @@ class Engine(Section):
 
     zero_stage: Literal[0, 1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    mode: Literal["eager", "compiled"] = "eager"
+    """compiled: torch.compile for the network of updates and attacks, minutes at every stage's start, then faster."""
 
     @model_validator(mode="before")
     @classmethod

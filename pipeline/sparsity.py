@@ -85,6 +85,11 @@ def _masked(network: nn.Module) -> dict[str, Masked]:
     return {name: masked for name, masked in found.items() if masked is not None}
 
 
+def masked_layers(network: nn.Module) -> list[nn.Module]:
+    """The layers whose weight is masked, so that reading `layer.weight` makes it."""
+    return [layer for layer in maskable(network).values() if _parametrization(layer)]
+
+
 def has_scores(network: nn.Module) -> bool:
     """Whether `attach_scores` was called on this network."""
     return bool(_masked(network))
@@ -112,6 +117,12 @@ def attach_scores(
         parametrize.register_parametrization(layer, "weight", masked)
     setattr(_root(network), _DEAL, deal_of(shapes, keep_fraction, allocation))
     refresh_masks(network)
+
+
+def weights_moved(network: nn.Module) -> None:
+    """Make masked weights anew at their next use; torch's own in-place operations are noticed without it."""
+    for entry in _masked(network).values():
+        entry.weight_moved()
 
 
 @torch.no_grad()
@@ -277,9 +288,8 @@ def cached_weights(
     An attack's forwards then build no graph to weights or scores; gradients to the input flow as ever. Without scores
     there is nothing to compute.
     """
-    masked_layers = [layer for layer in maskable(network).values() if _parametrization(layer)]
     with parametrize.cached():
         with torch.no_grad(), autocast():
-            weights = [layer.weight for layer in masked_layers]
+            weights = [layer.weight for layer in masked_layers(network)]
         assert not any(weight.requires_grad for weight in weights), "a graph was cached before this context"
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from decimal import Decimal
 from itertools import repeat
 from pathlib import Path
@@ -19,14 +19,16 @@ from pipeline.group import Group
 from pipeline.loop import Training, _step, unobserved
 from pipeline.models import build_network
 from pipeline.objectives import build_objective
-from pipeline.phases import Stage
+from pipeline.phases import PhaseName, Stage
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.sparsity import attach_scores, refresh_masks, train_only, trained_parameters
 from pipeline.stopwatch import Stopwatch
 from tests.small_recipe import small_recipe
 
-Trains = Literal["weights", "scores"]
+Trains = Literal["weights", "scores", "kept weights"]
+PHASES: dict[Trains, PhaseName] = {"weights": "pretrain", "scores": "prune", "kept weights": "finetune"}
+"""What trains -> the phase in which it does."""
 KEEP = Decimal("0.01")
 OBJECTIVES = {
     "clean": {"name": "clean"},
@@ -44,7 +46,9 @@ def alone(where: torch.device) -> Group:
     return Group(0, 1, where)
 
 
-def recipe_of(arch: str, objective: str, micro_batch: int, parts: int, precision: str, zero_stage: int = 1) -> Recipe:
+def recipe_of(
+    arch: str, objective: str, micro_batch: int, parts: int, precision: str, zero_stage: int = 1, mode: str = "eager"
+) -> Recipe:
     """ImageNet's recipe in what decides a step's cost, with small numbers."""
     values: dict[str, Any] = {
         "model": {"arch": arch, "num_classes": 1000},
@@ -53,43 +57,48 @@ def recipe_of(arch: str, objective: str, micro_batch: int, parts: int, precision
         "batch": {"batch_per_step": micro_batch * parts, "micro_batch": micro_batch},
         "evaluation": {"validation_steps": 5},  # more than one, which the guard against overfitting asks for
         "sparsity": {"keep_fractions": [str(KEEP)]},
-        "engine": {"zero_stage": zero_stage, "precision": precision},
+        "engine": {"zero_stage": zero_stage, "precision": precision, "mode": mode},
     }
     return small_recipe(Path("."), **values)
 
 
-def real_step(recipe: Recipe, group: Group, batch: Batch, trains: Trains) -> Callable[[], None]:
-    """One step of the phase that trains weights or scores per call, as the loop takes it, on the same images again."""
-    network = build_network(recipe.model, recipe.seed).to(group.device).train()
-    phase = recipe.phases.pretrain if trains == "weights" else recipe.phases.prune
-    if trains == "scores":
-        attach_scores(network, KEEP, recipe.sparsity.allocation)
-    train_only(network, trains)
-    refresh_masks(network)
-    name = "prune" if trains == "scores" else "pretrain"
-    stage = Stage(name, name, phase, recipe.objective, 0, trains=trains)
-    training = Training(
-        stage=stage,
-        recipe=recipe,
-        group=group,
-        network=network,
-        engine=Engine(network, trained_parameters(network), phase, recipe, group),
-        objective=build_objective(recipe.objective, recipe.threat_model, stage.phase),
-        micro_batches=repeat(batch),
-        rows=None,
-        average={},
-        noise=None,
-        drift=None,
-        validate=lambda strength: {},
-        save=lambda snapshot: None,
-        observe=unobserved,
-        stop_requested=lambda: False,
-    )
-    statistics = BatchStatistics(network, group)
-    progress, clock = Progress(0, 1000, 1000), Stopwatch(group.device)
+class RealStep:
+    """One step of the phase that trains weights, scores or kept weights per call, as the loop takes it.
 
-    def step() -> None:
-        clock.restart()
-        _step(training, statistics, progress, clock)
+    `batches` are its micro-batches; a single batch is given again and again.
+    """
 
-    return step
+    def __init__(self, recipe: Recipe, group: Group, batches: Batch | Iterator[Batch], trains: Trains) -> None:
+        network = build_network(recipe.model, recipe.seed).to(group.device).train()
+        phase = PHASES[trains]
+        if trains != "weights":
+            attach_scores(network, KEEP, recipe.sparsity.allocation)
+        what = "scores" if trains == "scores" else "weights"
+        train_only(network, what)
+        refresh_masks(network)
+        optimisation = getattr(recipe.phases, phase)
+        stage = Stage(phase, phase, optimisation, recipe.objective, 0, trains=what)
+        self.training = Training(
+            stage=stage,
+            recipe=recipe,
+            group=group,
+            network=network,
+            engine=Engine(network, trained_parameters(network), optimisation, recipe, group),
+            objective=build_objective(recipe.objective, recipe.threat_model, stage.phase),
+            micro_batches=repeat(batches) if isinstance(batches, Batch) else batches,
+            rows=None,
+            average={},
+            noise=None,
+            drift=None,
+            validate=lambda strength: {},
+            save=lambda snapshot: None,
+            observe=unobserved,
+            stop_requested=lambda: False,
+        )
+        self.progress = Progress(0, 1000, 1000)
+        self.clock = Stopwatch(group.device)
+        self._statistics = BatchStatistics(self.training.engine.network, group)
+
+    def __call__(self) -> None:
+        self.clock.restart()
+        _step(self.training, self._statistics, self.progress, self.clock)

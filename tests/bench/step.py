@@ -21,7 +21,7 @@ from pipeline.masked import Masked
 from pipeline.masks import kept_count
 from tests.bench.alternate import alternate, device, ratio, write
 from tests.bench.baseline import candidates
-from tests.bench.real_step import KEEP, Trains, alone, real_step, recipe_of
+from tests.bench.real_step import KEEP, RealStep, Trains, alone, recipe_of
 
 ARCH, PARTS = "resnet50", 2
 MICRO_BATCH = {"cpu": 16, "cuda": 64}
@@ -79,7 +79,7 @@ def main() -> None:
     precision = "bf16" if "bf16" in fastest else "fp32"
 
     def ours(objective: str, trains: Trains = "weights") -> Callable[[], None]:
-        return real_step(recipe_of(ARCH, objective, count, PARTS, precision), group, batch, trains)
+        return RealStep(recipe_of(ARCH, objective, count, PARTS, precision), group, batch, trains)
 
     things = {
         fastest: plain[fastest],

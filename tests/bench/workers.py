@@ -18,7 +18,7 @@ import torch
 from pipeline.data.loader import Batch
 from pipeline.group import Group
 from tests.bench.alternate import Seconds, ratio, write
-from tests.bench.real_step import real_step, recipe_of
+from tests.bench.real_step import RealStep, recipe_of
 from tests.dist.processes import run_group
 
 ARCH, SIZE, MICRO_BATCH, PARTS, PRECISION = "resnet50", 64, 16, 4, "fp32"
@@ -31,7 +31,7 @@ def timed(group: Group) -> tuple[float, int]:
     images = torch.randint(256, (MICRO_BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(MICRO_BATCH), torch.arange(MICRO_BATCH))
-    step = real_step(recipe_of(ARCH, "fgsm", MICRO_BATCH, PARTS, PRECISION), group, batch, "weights")
+    step = RealStep(recipe_of(ARCH, "fgsm", MICRO_BATCH, PARTS, PRECISION), group, batch, "weights")
     seconds = []
     for _ in range(WARM_UP + STEPS):
         torch.distributed.barrier()

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.data.loader import Batch
 from pipeline.group import Group
-from tests.bench.real_step import Trains, real_step, recipe_of
+from tests.bench.real_step import RealStep, Trains, recipe_of
 from tests.bench.scaling import Sent
 from tests.dist.processes import run_group
 
@@ -36,7 +36,7 @@ def _sent(group: Group) -> dict[tuple[int, str], Counter[str]]:
     for zero in ZERO:
         for objective, trains in STEPS:
             recipe = recipe_of("small_cnn", objective, MICRO, PARTS, "fp32", zero)
-            step = real_step(recipe, group, batch, trains)
+            step = RealStep(recipe, group, batch, trains)
             step()
             with profile(activities=[ProfilerActivity.CPU]) as seen:
                 step()
@@ -56,7 +56,7 @@ def _elements(group: Group) -> dict[str, list[int]]:
     """precision -> how many elements each collective of a step takes from this worker."""
     sizes = {}
     for precision in ("fp32", "bf16"):
-        step = real_step(recipe_of("small_cnn", "clean", MICRO, PARTS, precision), group, _batch(), "weights")
+        step = RealStep(recipe_of("small_cnn", "clean", MICRO, PARTS, precision), group, _batch(), "weights")
         step()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             step()

@@ -18,7 +18,7 @@ from pipeline.data.loader import Batch
 from pipeline.group import Group
 from pipeline.loop import NonFinite
 from pipeline.objectives import Given, Outcome
-from tests.bench.real_step import real_step, recipe_of
+from tests.bench.real_step import RealStep, recipe_of
 from tests.calm import calm_run, new_run
 from tests.dist.processes import run_group
 from tests.fault.final_state import unlike
@@ -89,7 +89,7 @@ def _spoiled_step(group: Group) -> str:
     ids = torch.arange(4) + 100 * group.rank
     batch = Batch(torch.randint(256, (4, 3, 28, 28), dtype=torch.uint8), torch.arange(4), ids)
     with mock.patch("tests.bench.real_step.build_objective", return_value=objective):
-        step = real_step(recipe_of("small_cnn", "clean", 4, 2, "fp32"), group, batch, "weights")
+        step = RealStep(recipe_of("small_cnn", "clean", 4, 2, "fp32"), group, batch, "weights")
     with pytest.raises(NonFinite) as error:
         step()
     return str(error.value)

@@ -30,7 +30,7 @@ recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
 evaluate.autoattack evaluate.transfer evaluate.resampling evaluate.noises evaluate.blurs evaluate.weather
 evaluate.digital evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
-group evaluate.chunks judging looking snip engine batch_statistics replays
+group evaluate.chunks judging looking snip compiled engine batch_statistics replays
 stopwatch system loop job health evaluation scrutiny hardware tracked rollback stage
 results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards
 page.history page.svg page.verdict figures page.charts page.examples page.pictures page report showcase

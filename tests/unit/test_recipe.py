@@ -198,6 +198,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["workers.count=3", "batch.micro_batch=16"], "legal counts: [1, 2, 4, 8]"),
         (["phases.prune.warmup_epochs=9"], "must be less than epochs"),
         (["engine.zero_stage=3"], "zero_stage 3 is refused"),
+        (["engine.mode=compiled", "objective.name=crown_ibp"], "compiled one has no layers; set engine.mode=eager"),
         (["engine.precision=fp16"], "engine.precision = 'fp16': Input should be 'fp32' or 'bf16'"),
         (["deepspeed.train_batch_size=8"], "train_batch_size = 8: batch.batch_per_step decides it; remove this key"),
         (["deepspeed.bf16.enabled=true"], "bf16 = {'enabled': True}: engine.precision decides it; remove this key"),
@@ -329,7 +330,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str, words: str) -> None:
 def test_the_hash_is_of_what_decides_the_result() -> None:
     recipe = load_recipe(DEMO)
     free = ["workers.count=1", "workers.threads=7", "checkpoint.every_steps=5", "tracking.wandb=disabled"]
-    free += ["engine.zero_stage=2", "slurm.nodes=1-4"]
+    free += ["engine.zero_stage=2", "engine.mode=compiled", "slurm.nodes=1-4"]
     assert recipe_hash(load_recipe(DEMO, free)) == recipe_hash(recipe)
     deciding = ["seed=5", "phases.prune.lr=0.123", "threat_model.eps=1/11", "engine.precision=bf16", "select=last"]
     hashes = {recipe_hash(load_recipe(DEMO, [override])) for override in deciding[:-1]}
