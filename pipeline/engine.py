@@ -163,17 +163,14 @@ class Engine:
         False, the same on every rank, if they do not because a gradient is NaN or infinite.
         """
         ends_step = self._engine.is_gradient_accumulation_boundary()
-        if self._zero is not None:  # which takes the gradients' norm, and then skips the step without a word
-            self._engine.step()
-            if ends_step:
-                weights_moved(self.network)
-            return not self._zero.overflow
-        if ends_step:  # the gradients are summed over the ranks by now
+        if ends_step and self._zero is None:  # the gradients are summed over the ranks by now
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             if not math.isfinite(float(get_total_norm(gradients))):
                 return False
         self._engine.step()
-        return True
+        if ends_step:
+            weights_moved(self.network)
+        return self._zero is None or not self._zero.overflow  # ZeRO takes the norm, and then skips the step, silently
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Full state as CPU copies, fp32; call it after a step. Collective.

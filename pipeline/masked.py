@@ -62,7 +62,7 @@ class Masked(nn.Module):
         self._made_from: tuple[Any, ...] = ()
 
     def weight_moved(self) -> None:
-        """To be called when the weight was changed behind torch's back, as by ZeRO, which changes flat tensors."""
+        """To be called when an optimizer has moved the weight: fused ones and ZeRO do so behind torch's back."""
         self._product = None
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def attach_scores(
 
 
 def weights_moved(network: nn.Module) -> None:
-    """Make masked weights anew at their next use; torch's own in-place operations are noticed without it."""
+    """Make masked weights anew at their next use, after an optimizer's step; other changes are noticed."""
     for entry in _masked(network).values():
         entry.weight_moved()
 
