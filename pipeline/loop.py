@@ -192,9 +192,9 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
 
 
 def _what_is_not_finite(training: Training, step: int, losses: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
-    """Names the samples of this worker's micro-batches whose loss is not finite."""
+    """Names the samples of all micro-batches whose loss is not finite. Collective: whoever is heard says the same."""
     odd = [f"{float(loss)} for samples {ids.tolist()}" for ids, loss in losses if not math.isfinite(float(loss))]
-    where = "; ".join(odd) or "of another worker's samples"
+    where = "; ".join(part for parts in training.group.gather(odd) for part in parts)
     return f"{training.stage.name}: the loss of step {step} is not finite: {where}; {_advice(training)}"
 
 

@@ -22,6 +22,7 @@ from pipeline.recipe_sections import (
     Evaluation,
     Model,
     Phases,
+    Resolution,
     Sparsity,
     Tracking,
     Workers,
@@ -67,6 +68,12 @@ class Recipe(Section):
         """Key -> objective, for the recipe's own and those of single phases."""
         phases = {f"phases.{name}.objective": phase.objective for name, phase in self.phases if phase is not None}
         return {"objective": self.objective} | {key: one for key, one in phases.items() if one is not None}
+
+    @property
+    def growing(self) -> dict[str, Resolution]:
+        """Key -> how images grow, for the phases where they do."""
+        phases = {f"phases.{name}.resolution": phase.resolution for name, phase in self.phases if phase is not None}
+        return {key: resolution for key, resolution in phases.items() if resolution is not None}
 
     @model_validator(mode="after")
     def _objectives_have_their_threat(self) -> Recipe:
@@ -115,6 +122,25 @@ class Recipe(Section):
                 raise ValueError(
                     f"engine.mode compiled: {key}.name {objective.name} bounds the network layer by layer, where a "
                     "compiled one has no layers; set engine.mode=eager"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _images_can_grow(self) -> Recipe:
+        for key, growth in self.growing.items():
+            if growth.smallest >= self.data.image_size:
+                raise ValueError(
+                    f"{key}.smallest {growth.smallest} must be less than data.image_size {self.data.image_size}"
+                )
+            if self.data.augmentation != "random_resized_crop":
+                raise ValueError(
+                    f"{key}: data.augmentation {self.data.augmentation} takes images as they are, so that they cannot "
+                    f"be smaller; use random_resized_crop or remove {key}"
+                )
+            if any(objective.name == "free" for objective in self.objectives.values()):
+                raise ValueError(
+                    f"{key}: free training goes on with a perturbation of the last images, which must have the size of "
+                    f"the next; remove {key}"
                 )
         return self
 

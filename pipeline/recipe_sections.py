@@ -85,6 +85,23 @@ class Model(Section):
         return self
 
 
+class Resolution(Section):
+    """Training images that grow during a phase, up to data.image_size; epochs count from the phase's first, 0."""
+
+    smallest: int = Field(gt=0, multiple_of=32)
+    """Height and width in pixels of the images up to the epoch `grows_from`; a multiple of 32."""
+    grows_from: int = Field(default=0, ge=0)
+    """The last epoch of the smallest images; then they grow by steps of 32 pixels, linearly in epochs."""
+    full_from: int = Field(ge=1)
+    """The first epoch of images of data.image_size."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> Resolution:
+        if self.full_from <= self.grows_from:
+            raise ValueError(f"full_from {self.full_from} must be a later epoch than grows_from {self.grows_from}")
+        return self
+
+
 class Phase(Section):
     """Optimisation of one phase: the learning rate is annealed to zero over these epochs."""
 
@@ -102,6 +119,17 @@ class Phase(Section):
     """Training technique of this phase alone; null means the recipe's."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of the exponential moving average of what trains, which is then the phase's result; null: none."""
+    resolution: Resolution | None = None
+    """Images that are smaller at first, which trains faster; null: all of data.image_size."""
+
+    @model_validator(mode="after")
+    def _images_are_whole_in_the_end(self) -> Phase:
+        if self.resolution is not None and self.resolution.full_from >= self.epochs:
+            raise ValueError(
+                f"resolution.full_from {self.resolution.full_from} must be one of the phase's epochs, 1 to "
+                f"{self.epochs - 1}: networks are judged on images of data.image_size"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Phase:

@@ -24,6 +24,23 @@ def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
     return phase.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+GRAIN = 32
+"""Sizes of growing images are multiples of it, in pixels, so that there are few of them."""
+
+
+def image_size_at(phase: Phase, image_size: int, epoch: int) -> int:
+    """Height and width, in pixels, of the training images of a phase's 0-based `epoch`, at most `image_size`.
+
+    Linear in epochs between the two ends and rounded to a multiple of 32, as ffcv-imagenet has it (Leclerc et al.,
+    CVPR 2023; progressive resizing).
+    """
+    growth = phase.resolution
+    if growth is None or epoch >= growth.full_from:
+        return image_size
+    elapsed = max(epoch - growth.grows_from, 0) / (growth.full_from - growth.grows_from)
+    return min(round((growth.smallest + (image_size - growth.smallest) * elapsed) / GRAIN) * GRAIN, image_size)
+
+
 def strength_at(elapsed: float, warmup: float) -> float:
     """Share of its eps that an attack has when `elapsed` (in [0, 1)) of the phase is done: linear from 0 to 1.
 

@@ -6,13 +6,10 @@ Runs inside any process group: Ray's (`pipeline.worker`) or one that a test or a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import checkpoint
@@ -20,18 +17,18 @@ from pipeline.averaging import overlaid, start_average
 from pipeline.checkpoint import Snapshot, Writer
 from pipeline.committed import unevaluated
 from pipeline.data import order
-from pipeline.data.loader import Loader
 from pipeline.drift import Drift
 from pipeline.engine import Engine, autocast_of
 from pipeline.evaluation import evaluate_stage, validation_of
 from pipeline.export import write_model
+from pipeline.feeding import micro_batches
 from pipeline.files import atomic_write_json, read_json, sha256_of
 from pipeline.health import check_worker
 from pipeline.import_weights import load_foreign
 from pipeline.job import Job
 from pipeline.lease import check_token
 from pipeline.loop import Training, train
-from pipeline.models import Network, build_network
+from pipeline.models import Network, build_network, check_size
 from pipeline.objectives import build_objective
 from pipeline.overfitting import CatastrophicOverfitting
 from pipeline.phases import Stage
@@ -151,7 +148,7 @@ def _first_scores(job: Job, stage: Stage, network: Network) -> FirstScore:
     loader = job.loader(recipe.data.train_file)
     train_ids, _ = job.training_samples(loader)
     objective = build_objective(stage.objective, recipe.threat_model, stage.phase)
-    with closing(loader.batches(_plan(job, stage, loader, train_ids, 0, 1))) as batches:
+    with closing(micro_batches(job, stage, loader, train_ids, 0, 1)) as batches:
         dense, autocast = network.to(group.device), autocast_of(recipe, group.device)
         found = connection_sensitivity(dense, batches, objective, autocast, group, seed=recipe.seed, stage=stage.name)
     return lambda name, weight: found[name]
@@ -170,6 +167,8 @@ def _train_stage(job: Job, stage: Stage, own: Snapshot | None, tracker: Tracker 
 def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: Tracker | None) -> None:
     recipe, group, folder = job.recipe, job.group, job.folder(stage)
     network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
+    for key, growth in recipe.growing.items():
+        check_size(network.backbone, recipe.model.arch, growth.smallest, f"{key}.smallest")
     own, start = _starting_point(job, stage, network, own)
     drift = None
     if group.is_first and stage.trains == "scores":
@@ -215,7 +214,7 @@ def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: 
             tracker.sync()  # rows first: a checkpoint promises that those up to its step are on disk
             writer.submit(snapshot)
 
-    batches = loader.batches(_plan(job, stage, loader, train_ids, start // replays, total // replays))
+    batches = micro_batches(job, stage, loader, train_ids, start // replays, total // replays)
     local = recipe.batch.micro_batches_per_step // group.world
     training = Training(
         stage=stage,
@@ -246,30 +245,6 @@ def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: 
         if not progress.finished:
             raise StopRequested(f"{stage.name} was asked to stop, and has a checkpoint of step {progress.step}")
         _finish(job, stage, network, average, progress)
-
-
-def _plan(
-    job: Job, stage: Stage, loader: Loader, train_ids: NDArray[np.int64], start: int, stop: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32]]]:
-    recipe = job.recipe
-    per_epoch = order.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
-    crops = order.training_crops(
-        recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size, recipe.seed
-    )
-    offset = stage.first_epoch * per_epoch
-    return order.training_plan(
-        train_ids,
-        crops,
-        seed=recipe.seed,
-        start_step=offset + start,
-        stop_step=offset + stop,
-        batch_per_step=recipe.batch.batch_per_step,
-        micro_batch=recipe.batch.micro_batch,
-        rank=job.group.rank,
-        world=job.group.world,
-        extra_ids=np.arange(loader.num_samples, loader.num_samples + loader.num_extra),
-        extra_per_step=recipe.extra_per_step,
-    )
 
 
 def _finish(job: Job, stage: Stage, network: Network, average: dict[str, Tensor], progress: Progress) -> None:

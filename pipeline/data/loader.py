@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,11 +116,11 @@ class Loader:
         if all(ended):  # a thread that is stuck still reads
             self._file.close()
 
-    def read(self, ids: NDArray[np.int64], crops: NDArray[np.int32]) -> Batch:
-        """Decode images `ids` [n] with `crops` [n, 5] (see `order`), now.
+    def read(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None = None) -> Batch:
+        """Decode images `ids` [n] with `crops` [n, 5] (see `order`), now, to the loader's size or another.
 
-        A crop of the loader's size is copied, and may reach outside the image, where it is zero; any other is resized
-        with OpenCV's INTER_AREA.
+        A crop of that size is copied, and may reach outside the image, where it is zero; any other is resized with
+        OpenCV's INTER_AREA.
 
         Errors: CorruptSample; ValueError for a resized crop that leaves its image; LoaderError if the disk fails.
         """
@@ -134,9 +134,10 @@ class Loader:
                 f"{self.path}: no sample {_some(ids[outside])}; its {len(self._table)} samples count from 0"
             )
         table = self._table[ids]
-        self._check_crops(ids, crops, table)
+        size = self.image_size if image_size is None else image_size
+        self._check_crops(ids, crops, table, size)
 
-        images = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
+        images = np.empty((len(ids), size, size, 3), np.uint8)
         status = np.zeros(len(ids), np.int32)
         edges = [len(ids) * part // self._threads for part in range(self._threads + 1)]
         parts = [slice(begin, end) for begin, end in pairwise(edges) if begin < end]
@@ -160,31 +161,39 @@ class Loader:
             ids=torch.from_numpy(ids),
         )
 
-    def _check_crops(self, ids: NDArray[np.int64], crops: NDArray[np.int32], table: NDArray[np.int64]) -> None:
+    def _check_crops(
+        self, ids: NDArray[np.int64], crops: NDArray[np.int32], table: NDArray[np.int64], size: int
+    ) -> None:
         if crops.shape != (len(ids), 5):
             raise ValueError(f"crops have shape {list(crops.shape)}, expected [{len(ids)}, 5] for {len(ids)} ids")
         top, left, height, width, _ = crops.T.astype(np.int64)
         fits = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
         fits &= (top + height <= table[:, 1]) & (left + width <= table[:, 2])
-        fits |= (height == self.image_size) & (width == self.image_size)
+        fits |= (height == size) & (width == size)
         if not fits.all():
             first = int(np.argmin(fits))
             raise ValueError(
                 f"{self.path}: crop {crops[first, :4].tolist()} leaves sample {ids[first]} of "
-                f"{table[first, 1]} x {table[first, 2]} pixels; only crops of {self.image_size} x {self.image_size} may"
+                f"{table[first, 1]} x {table[first, 2]} pixels; only crops of {size} x {size} may"
             )
 
     def batches(
-        self, plan: Iterable[tuple[NDArray[np.int64], NDArray[np.int32]]], deadline_s: float = 120.0
+        self,
+        plan: Iterable[tuple[NDArray[np.int64], NDArray[np.int32]]],
+        sizes: Iterable[int] | None = None,
+        deadline_s: float = 120.0,
     ) -> Generator[Batch]:
         """Read a plan's batches ahead of their use, in its order; at most `ahead` wait.
+
+        `sizes` has each batch's image size where it is not the loader's; nothing is compiled anew for another.
 
         Leaving the iteration early stops its thread.
 
         Errors: those of `read` and of the plan itself, at the batch where they happened; LoaderError if a batch takes
         longer than `deadline_s` seconds or the loader is closed.
         """
-        prefetch = Prefetch((self.read(ids, crops) for ids, crops in plan), self._ahead, str(self.path))
+        planned = zip(plan, repeat(None) if sizes is None else sizes, strict=False)
+        prefetch = Prefetch((self.read(*batch, size) for batch, size in planned), self._ahead, str(self.path))
         self._prefetches.add(prefetch)
         try:
             while (batch := prefetch.next(deadline_s)) is not None:

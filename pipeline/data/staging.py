@@ -212,9 +212,9 @@ class StagedLoader(Loader):
         super().__init__(copy, image_size=image_size, threads=threads)
         self.path, self._copy = path, copy
 
-    def read(self, ids: NDArray[np.int64], crops: NDArray[np.int32]) -> Batch:
+    def read(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None = None) -> Batch:
         try:
-            return super().read(ids, crops)
+            return super().read(ids, crops, image_size)
         except CorruptSample as error:
             discard(self._copy)
             said = str(error).removeprefix(f"{self.path}: ").partition("; ")[0]

@@ -75,12 +75,15 @@ def build_network(model: Model, seed: int, image_size: int | None = None) -> Net
         else:
             backbone = sized(model.num_classes, image_size)
     if image_size is not None:
-        _check_size(backbone, model.arch, image_size)
+        check_size(backbone, model.arch, image_size, "data.image_size")
     return Network(backbone, model.mean, model.std)
 
 
-def _check_size(backbone: nn.Module, arch: str, image_size: int) -> None:
-    """Pass the shape of one image through. Errors: ValueError in place of what a layer would say at the first step."""
+def check_size(backbone: nn.Module, arch: str, image_size: int, key: str) -> None:
+    """Pass the shape of one image through, whose size comes from the recipe's `key`.
+
+    Errors: ValueError in place of what a layer would say at the first step.
+    """
     shapes = {name: tensor.to("meta") for name, tensor in backbone.state_dict().items()}
     image = torch.empty(1, 3, image_size, image_size, device="meta")
     backbone.eval()
@@ -89,7 +92,7 @@ def _check_size(backbone: nn.Module, arch: str, image_size: int) -> None:
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"model.arch {arch} cannot take images of data.image_size {image_size} ({reason}); change one of them"
+            f"model.arch {arch} cannot take images of {key} {image_size} ({reason}); change one of them"
         ) from None
     finally:
         backbone.train()

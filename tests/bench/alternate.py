@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from pipeline.processor import processor_model
 
 Seconds = dict[str, list[float]]
 """Label -> one measurement per round; the i-th of each label were taken one right after the other."""
+UNITS = {"ms": 1e3, "MiB": 2.0**-20}
+"""What tables show -> how many there are in a second, or in a byte."""
 
 
 def device() -> torch.device:
@@ -26,25 +28,29 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _now(where: torch.device) -> float:
+def _now(where: torch.device, wall_clock: bool) -> float:
     """Seconds of wall clock, once a GPU is done; else of this process's CPU time, which other load disturbs less."""
     if where.type == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    return time.perf_counter() if wall_clock or where.type == "cuda" else time.process_time()
 
 
-def alternate(things: dict[str, Callable[[], None]], rounds: int, where: torch.device) -> Seconds:
-    """Run each once to warm up, then all in turn, in the other direction every second round."""
+def alternate(
+    things: dict[str, Callable[[], None]], rounds: int, where: torch.device, wall_clock: bool = False
+) -> Seconds:
+    """Run each once to warm up, then all in turn, in the other direction every second round.
+
+    `wall_clock` is for what has other processes work, or waits.
+    """
     for thing in things.values():
         thing()
     seconds: Seconds = {label: [] for label in things}
     for number in range(rounds):
         order = list(things.items())
         for label, thing in order if number % 2 else reversed(order):
-            started = _now(where)
+            started = _now(where, wall_clock)
             thing()
-            seconds[label].append(_now(where) - started)
+            seconds[label].append(_now(where, wall_clock) - started)
     return seconds
 
 
@@ -94,16 +100,30 @@ def _module() -> str:
     return spec.name if spec is not None else sys.argv[0]
 
 
-def write(what: str, folder: Path, setting: str, seconds: Seconds, ratios: list[Ratio], where: torch.device) -> None:
-    """`<date>-<hardware>-<what>.json` and `.md` below the folder; also prints the table."""
+def write(
+    what: str,
+    folder: Path,
+    setting: str,
+    seconds: Seconds,
+    ratios: list[Ratio],
+    where: torch.device,
+    unit: Literal["ms", "MiB"] = "ms",
+) -> None:
+    """`<date>-<hardware>-<what>.json` and `.md` below the folder; also prints the table.
+
+    With MiB, `seconds` are bytes.
+    """
     facts = _facts(where, setting)
-    rows = ["| ratio of times | median | smallest to largest | asked | holds |", "|---|---|---|---|---|"]
+    rows = [
+        f"| ratio of {'times' if unit == 'ms' else 'bytes'} | median | smallest to largest | asked | holds |",
+        "|---|---|---|---|---|",
+    ]
     for r in ratios:
         spread, holds = f"{r.smallest:.3f} to {r.largest:.3f}", {None: "", True: "yes", False: "no"}[r.holds]
         rows.append(f"| {r.name} | {r.median:.3f} | {spread} | {r.bound} | {holds} |")
     table = "\n".join(rows)
-    rows = [f"| {label} | {1e3 * statistics.median(values):.0f} |" for label, values in seconds.items()]
-    times = "\n".join(["| what | median ms |", "|---|---|", *rows])
+    rows = [f"| {label} | {UNITS[unit] * statistics.median(values):.0f} |" for label, values in seconds.items()]
+    times = "\n".join([f"| what | median {unit} |", "|---|---|", *rows])
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     text = f"# {what.capitalize()} on {hardware(where)}\n\n{head}\n\n{table}\n\n{times}\n"
     slug = "-".join("".join(c if c.isalnum() else " " for c in hardware(where).lower()).split())
@@ -111,5 +131,7 @@ def write(what: str, folder: Path, setting: str, seconds: Seconds, ratios: list[
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / f"{name}.md", text)
     lines = [{**vars(r), "holds": r.holds} for r in ratios]
-    atomic_write_json(folder / f"{name}.json", {**facts, "ratios": lines, "seconds": seconds})
+    atomic_write_json(
+        folder / f"{name}.json", {**facts, "ratios": lines, "seconds" if unit == "ms" else "bytes": seconds}
+    )
     print(text)

@@ -31,7 +31,7 @@ evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evalu
 evaluate.autoattack evaluate.transfer evaluate.resampling evaluate.noises evaluate.blurs evaluate.weather
 evaluate.digital evaluate.corruptions evaluate.probes evaluate.honesty evaluate.exported
 group evaluate.chunks judging looking snip compiled engine batch_statistics replays
-stopwatch system loop job health evaluation scrutiny hardware tracked rollback stage
+stopwatch system loop job feeding health evaluation scrutiny hardware tracked rollback stage
 results further leaderboards.rules leaderboards.robustbench leaderboards.adversarial_pruning leaderboards
 page.history page.svg page.verdict figures page.charts page.examples page.pictures page report showcase
 worker driver

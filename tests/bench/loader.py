@@ -1,0 +1,184 @@
+"""How fast images are read: `python -m tests.bench.loader [FOLDER]`; JSON and a table go into the folder.
+
+Random resized crops and flips of real photographs, on the same cores: our loader, FFCV's own and torchvision's
+DataLoader, each a whole epoch in turn, and as the limit TurboJPEG and the resizing alone, in a loop over bytes that are
+in memory already. Wall clock, as all have threads or processes, so the machine must be quiet. Then the share of time
+that the loop's own steps wait for our loader.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import cycle
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+import pipeline.data.loader as ours
+from pipeline.data import order
+from pipeline.data.manifest import read_index
+from pipeline.group import make_repeatable
+from tests.bench.alternate import Ratio, Seconds, alternate, ratio, write
+from tests.bench.photographs import photographs
+from tests.bench.real_step import RealStep, alone, recipe_of
+
+BATCH, SIZE, ROUNDS, AHEAD = 64, 224, 10, 4
+DEADLINE_S = 120.0
+THREADS = len(os.sched_getaffinity(0))
+STEP_ARCH, STEP_BATCH, STEPS = "resnet18", 16, 12
+OURS, STOCK, TORCHVISION = "this project's loader", "FFCV's Loader", "torchvision's DataLoader"
+RAW = "decode and resize"
+
+
+def _epoch(loader: ours.Loader, epoch: int, batch: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
+    """All images in a random order, as a loader's plan."""
+    ids = order.epoch_order(np.arange(loader.num_samples), 0, epoch)
+    crops = order.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, epoch)
+    return [(ids[at : at + batch], crops[at : at + batch]) for at in range(0, len(ids), batch)]
+
+
+def our_epochs(loader: ours.Loader) -> Callable[[], None]:
+    def epoch() -> None:
+        assert sum(len(batch.ids) for batch in loader.batches(_epoch(loader, 0, BATCH))) == loader.num_samples
+
+    return epoch
+
+
+def _serve_stock(path: Path, asked: Connection) -> None:
+    """Read an epoch with FFCV's loader whenever something comes, and say how many images it had."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
+
+    image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
+    pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze(1)]}
+    loader = Loader(
+        str(path), BATCH, THREADS, order=OrderOption.RANDOM, seed=0, drop_last=False, os_cache=True, pipelines=pipelines
+    )
+    while asked.recv():
+        asked.send(sum(len(labels) for _, labels in loader))
+
+
+def stock_epochs(path: Path, count: int) -> Callable[[], None]:
+    """In a process of its own: FFCV changes types that numba shares, after which our kernel would be compiled anew."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_serve_stock, args=(path, there), daemon=True).start()
+
+    def epoch() -> None:
+        here.send(True)
+        assert here.poll(DEADLINE_S), "FFCV's loader does not answer"
+        assert here.recv() == count
+
+    return epoch
+
+
+def torchvision_epochs(folder: Path) -> Callable[[], None]:
+    transform = transforms.Compose(
+        [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    )
+    images = datasets.ImageFolder(folder, transform)
+    loader: Any = DataLoader(images, BATCH, shuffle=True, num_workers=THREADS, persistent_workers=True)
+
+    def epoch() -> None:
+        assert sum(len(labels) for _, labels in loader) == len(images)
+
+    return epoch
+
+
+def raw_epochs(path: Path, loader: ours.Loader) -> Callable[[], None]:
+    """TurboJPEG and OpenCV, as FFCV has them built, over bytes in memory; each thread has its part of the images."""
+    imdecode, resize = ours.libffcv.ctypes_imdecode, ours.libffcv.ctypes_resize
+    index = read_index(path, ours.check_structure(path))
+    stored = np.fromfile(path, np.uint8)
+    places = index.samples["data_ptr"].astype(np.int64)
+    sizes, heights, widths = index.sizes.astype(np.int64), loader.heights, loader.widths
+    ids, crops = (np.concatenate(parts) for parts in zip(*_epoch(loader, 0, BATCH), strict=True))
+
+    @numba.njit(nogil=True)
+    def decode(stored, places, sizes, heights, widths, ids, crops, scratch, image):
+        failed, start = 0, np.int64(stored.ctypes.data)
+        source, target = np.int64(scratch.ctypes.data), np.int64(image.ctypes.data)
+        for n in range(len(ids)):
+            i = ids[n]
+            h, w = heights[i], widths[i]
+            failed += imdecode(start + places[i], sizes[i], h, w, source, h, w, 0, 0, 1, 1, False, False) != 0
+            top, left, high, wide, _ = crops[n]
+            resize(0, source, h, w, top, top + high, left, left + wide, target, SIZE, SIZE)
+        return failed
+
+    edges = [len(ids) * part // THREADS for part in range(THREADS + 1)]
+    pool = ThreadPoolExecutor(THREADS)
+
+    def part(begin: int, end: int) -> int:
+        scratch = np.empty(3 * int((heights * widths).max()), np.uint8)
+        image = np.empty((SIZE, SIZE, 3), np.uint8)
+        return decode(stored, places, sizes, heights, widths, ids[begin:end], crops[begin:end], scratch, image)
+
+    def epoch() -> None:
+        assert sum(pool.map(part, edges[:-1], edges[1:])) == 0
+
+    return epoch
+
+
+def waiting(loader: ours.Loader) -> list[float]:
+    """Share of each step's time that it waits for images, with one thread for training and the others for reading."""
+    torch.set_num_threads(1)
+    plan = (batch for epoch in cycle([0]) for batch in _epoch(loader, epoch, STEP_BATCH) if len(batch[0]) == STEP_BATCH)
+    batches = loader.batches(plan)
+    recipe = recipe_of(STEP_ARCH, "clean", STEP_BATCH, 1, "fp32")
+    step, shares = RealStep(recipe, alone(torch.device("cpu")), batches, "weights"), []
+    for number in range(STEPS):
+        step()
+        spent = step.clock.read()
+        if number:  # the first step finds no batch that is read already
+            shares.append(spent["data"] / sum(spent.values()))
+    batches.close()
+    return shares
+
+
+def main() -> None:
+    make_repeatable(THREADS)
+    where = torch.device("cpu")
+    folder, file = photographs(Path("data/photographs"))
+    with ours.Loader(file, image_size=SIZE, threads=THREADS, ahead=AHEAD) as loader:
+        things = {
+            OURS: our_epochs(loader),
+            STOCK: stock_epochs(file, loader.num_samples),
+            TORCHVISION: torchvision_epochs(folder),
+            RAW: raw_epochs(file, loader),
+        }
+        seconds: Seconds = alternate(things, ROUNDS, where, wall_clock=True)
+        shares = waiting(loader)
+        count = loader.num_samples
+    faster = partial(ratio, seconds=seconds, below=OURS)
+    shares.sort()
+    ratios = [
+        faster(f"images/s against {STOCK}", above=STOCK, bound=">= 1.0"),
+        faster(f"images/s against {TORCHVISION}", above=TORCHVISION, bound=">= 3.0"),
+        faster("images/s against decode and resize alone", above=RAW, bound=">= 0.85"),
+        Ratio(f"waiting for data, of a step ({STEP_ARCH})", shares[len(shares) // 2], shares[0], shares[-1], "<= 0.02"),
+    ]
+    setting = (
+        f"{count} photographs of {file.stat().st_size / count / 1e3:.0f} kB an epoch, batches of {BATCH} at {SIZE} px, "
+        f"{THREADS} threads or workers, page cache warm, {ROUNDS} rounds; the step has {STEP_BATCH} images"
+    )
+    target = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
+    write("loader", target, setting, seconds, ratios, where)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
