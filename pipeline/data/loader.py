@@ -1,62 +1,27 @@
-"""Batches from an FFCV file: exact, owned, and an error instead of a hang or garbage. The door to FFCV's compiled code.
+"""Batches from an FFCV file: exact, owned, and an error instead of a hang or garbage.
 
 The file format and the decoder are FFCV's; its `Loader` is not used, as it compiles anew for every loader, leaks its
-thread on an early exit and hangs on an error. Here one numba kernel, compiled once per process, decodes the contiguous
-part of a batch that one Python thread was given; the plan (see `order`) says which images and which crops.
-
-Stored bytes are read with pread into memory of our own, as a mapped file that is cut while in use, or whose disk fails,
-ends the process with SIGBUS. Each image is compared with the manifest's checksum before it is decoded: libjpeg-turbo
-alone accepts many a damaged JPEG, and raw pixels have nothing that could look wrong.
+thread on an early exit and hangs on an error. Here each thread decodes the contiguous part of a batch that it was given
+(see `decoder`); the plan (see `order`) says which images and which crops.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import zlib
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise, repeat
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numba
-import numba.typed
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.manifest import (
-    MODE_JPEG,
-    MODE_RAW,
-    REWRITE,
-    DataError,
-    Manifest,
-    check_structure,
-    open_checked,
-    read_index,
-)
+from pipeline.data.decoder import REASONS, compiled_decoder, decode_part
+from pipeline.data.manifest import REWRITE, DataError, Manifest, check_structure, open_checked, read_index
 from pipeline.data.prefetch import LoaderError, Prefetch
 
-# Importing ffcv compiles a numba dict of two constants, which takes seconds and is not needed here, and sets torch to
-# one thread. `numba.typed` comes first, so that nothing but ffcv's own modules sees compilation switched off.
-_numba_config: Any = import_module("numba.core.config")
-_torch_threads, _disable_jit = torch.get_num_threads(), _numba_config.DISABLE_JIT
-_numba_config.DISABLE_JIT = True
-import ffcv.libffcv as libffcv  # noqa: E402
-
-_numba_config.DISABLE_JIT = _disable_jit
-torch.set_num_threads(_torch_threads)
-
 READ_DEADLINE_S = 120.0
-CUT, CHECKSUM, UNDECODABLE = 1, 2, 3
-REASONS = {
-    CUT: "the file ends before its data",
-    CHECKSUM: "stored bytes differ from the manifest's checksum",
-    UNDECODABLE: "cannot be decoded",
-}
 NAMED_IDS = 10
 
 
@@ -71,6 +36,16 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch that threads are reading."""
+
+    ids: NDArray[np.int64]
+    images: NDArray[np.uint8]
+    status: NDArray[np.int32]
+    parts: list[Future[None]]
 
 
 class Loader:
@@ -95,7 +70,7 @@ class Loader:
         self._ahead = ahead
         self._table, self.labels = _read_columns(self.path, manifest)
         self.heights, self.widths = self._table[:, 1], self._table[:, 2]
-        self._kernel = _compiled_kernel()
+        self._decoder = compiled_decoder()
         self._file = self.path.open("rb")
         self._closed = False
         # Threads live as long as the loader: FFCV keeps a turbojpeg handle per thread and never frees it.
@@ -124,6 +99,9 @@ class Loader:
 
         Errors: CorruptSample; ValueError for a resized crop that leaves its image; LoaderError if the disk fails.
         """
+        return self._finished(self._begun(ids, crops, image_size))
+
+    def _begun(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None) -> Begun:
         if self._closed:
             raise LoaderError(f"{self.path}: the loader is closed")
         ids = np.array(ids, np.int64)
@@ -142,21 +120,25 @@ class Loader:
         edges = [len(ids) * part // self._threads for part in range(self._threads + 1)]
         parts = [slice(begin, end) for begin, end in pairwise(edges) if begin < end]
         futures = [
-            self._pool.submit(_decode_part, self._kernel, self._file, table[p], crops[p], images[p], status[p])
+            self._pool.submit(decode_part, self._decoder, self._file, table[p], crops[p], images[p], status[p])
             for p in parts
         ]
-        if wait(futures, timeout=READ_DEADLINE_S).not_done:
+        return Begun(ids, images, status, futures)
+
+    def _finished(self, begun: Begun) -> Batch:
+        ids, status = begun.ids, begun.status
+        if wait(begun.parts, timeout=READ_DEADLINE_S).not_done:
             raise LoaderError(f"{self.path}: {len(ids)} images were not read within {READ_DEADLINE_S:g} s")
         try:
-            for future in futures:
-                future.result()
+            for part in begun.parts:
+                part.result()
         except OSError as error:
             raise LoaderError(f"{self.path}: cannot be read: {error}") from error
         if status.any():
             found = [f"sample {_some(ids[status == code])}: {REASONS[code]}" for code in REASONS if code in status]
             raise CorruptSample(f"{self.path}: {'; '.join(found)}; `python -m launch data verify` lists all; {REWRITE}")
         return Batch(
-            images=torch.from_numpy(images).permute(0, 3, 1, 2),
+            images=torch.from_numpy(begun.images).permute(0, 3, 1, 2),
             labels=torch.from_numpy(self.labels[ids]),
             ids=torch.from_numpy(ids),
         )
@@ -193,7 +175,7 @@ class Loader:
         longer than `deadline_s` seconds or the loader is closed.
         """
         planned = zip(plan, repeat(None) if sizes is None else sizes, strict=False)
-        prefetch = Prefetch((self.read(*batch, size) for batch, size in planned), self._ahead, str(self.path))
+        prefetch = Prefetch(self._in_turn(planned), self._ahead, str(self.path))
         self._prefetches.add(prefetch)
         try:
             while (batch := prefetch.next(deadline_s)) is not None:
@@ -201,6 +183,28 @@ class Loader:
         finally:
             prefetch.stop()
             self._prefetches.discard(prefetch)
+
+    def _in_turn(
+        self, planned: Iterable[tuple[tuple[NDArray[np.int64], NDArray[np.int32]], int | None]]
+    ) -> Generator[Batch]:
+        """Each batch is begun before the one before it is whole: images take unequally long, and no thread waits."""
+        before: Begun | None = None
+        left = iter(planned)
+        while True:
+            try:
+                (ids, crops), size = next(left)
+                begun = self._begun(ids, crops, size)
+            except StopIteration:
+                break
+            except Exception:
+                if before is not None:
+                    yield self._finished(before)
+                raise
+            if before is not None:
+                yield self._finished(before)
+            before = begun
+        if before is not None:
+            yield self._finished(before)
 
 
 def _some(ids: NDArray[np.int64]) -> str:
@@ -215,85 +219,3 @@ def _read_columns(path: Path, manifest: Manifest) -> tuple[NDArray[np.int64], ND
     columns = [samples[name] for name in ("mode", "height", "width", "data_ptr")]
     columns += [index.sizes, manifest.crc32_of_samples()]
     return np.stack([column.astype(np.int64) for column in columns], axis=1), samples["label"].astype(np.int64)
-
-
-def _decode_part(
-    kernel: Callable[..., None],
-    file: BinaryIO,
-    table: NDArray[np.int64],
-    crops: NDArray[np.int32],
-    images: NDArray[np.uint8],
-    status: NDArray[np.int32],
-) -> None:
-    """Read and decode a part of a batch, whose rows are all given, into images and status."""
-    ends = np.cumsum(table[:, 4])
-    data = np.empty(int(ends[-1]), np.uint8)
-    for n, (place, size, checksum) in enumerate(table[:, 3:].tolist()):
-        stored = data.data[int(ends[n]) - size : int(ends[n])]
-        if os.preadv(file.fileno(), [stored], place) < size:
-            status[n] = CUT
-        elif zlib.crc32(stored) != checksum:
-            status[n] = CHECKSUM
-    pixels = (table[:, 1] * table[:, 2])[table[:, 0] == MODE_JPEG]
-    kernel(data, table, crops, np.empty(3 * pixels.max(initial=0), np.uint8), images, status)
-
-
-@functools.cache
-def _compiled_kernel() -> Callable[..., None]:
-    """The decoder as machine code that runs without the interpreter's lock; shared by every loader of the process."""
-    imdecode, resize, copy = libffcv.ctypes_imdecode, libffcv.ctypes_resize, libffcv.ctypes_memcopy
-
-    @numba.njit(
-        numba.void(
-            numba.uint8[::1],
-            numba.int64[:, ::1],
-            numba.int32[:, ::1],
-            numba.uint8[::1],
-            numba.uint8[:, :, :, ::1],
-            numba.int32[::1],
-        ),
-        nogil=True,
-    )
-    def decode(data, table, crops, scratch, images, status):
-        side = images.shape[1]
-        end = np.int64(data.ctypes.data)
-        for n in range(len(table)):
-            mode, height, width, _, size, _ = table[n]
-            source, end = end, end + size
-            if status[n] != 0:
-                continue
-            if mode == MODE_JPEG:
-                decoded = np.int64(scratch.ctypes.data)
-                if imdecode(source, size, height, width, decoded, height, width, 0, 0, 1, 1, False, False) != 0:
-                    status[n] = UNDECODABLE
-                    continue
-                source = decoded
-            elif mode != MODE_RAW or size != height * width * 3:
-                status[n] = UNDECODABLE
-                continue
-
-            top, left, crop_height, crop_width, flip = crops[n]
-            image = images[n]
-            target = np.int64(image.ctypes.data)
-            if crop_height == side and crop_width == side:
-                first, last = max(-left, 0), min(side, width - left)
-                for row in range(side):
-                    if 0 <= top + row < height and first < last:
-                        image[row, :first] = 0
-                        offset = ((top + row) * width + left + first) * 3
-                        copy(source + offset, target + (row * side + first) * 3, (last - first) * 3)
-                        image[row, last:] = 0
-                    else:
-                        image[row] = 0
-            else:
-                bottom, right = top + crop_height, left + crop_width
-                resize(0, source, height, width, top, bottom, left, right, target, side, side)
-            if flip:
-                for row in range(side):
-                    for column in range(side // 2):
-                        for channel in range(3):
-                            mirrored = image[row, side - 1 - column, channel]
-                            image[row, side - 1 - column, channel] = image[row, column, channel]
-                            image[row, column, channel] = mirrored
-
-    return decode

@@ -25,10 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipeline.data.loader import Batch, CorruptSample, Loader
+from pipeline.data.loader import Batch, Begun, CorruptSample, Loader
 from pipeline.data.manifest import DataError, Manifest, manifest_path, open_checked
 from pipeline.data.prefetch import LoaderError
 from pipeline.data.verified_copy import copy_verified
@@ -212,9 +209,9 @@ class StagedLoader(Loader):
         super().__init__(copy, image_size=image_size, threads=threads)
         self.path, self._copy = path, copy
 
-    def read(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None = None) -> Batch:
+    def _finished(self, begun: Begun) -> Batch:
         try:
-            return super().read(ids, crops, image_size)
+            return super()._finished(begun)
         except CorruptSample as error:
             discard(self._copy)
             said = str(error).removeprefix(f"{self.path}: ").partition("; ")[0]

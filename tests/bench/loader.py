@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-import pipeline.data.loader as ours
 from pipeline.data import order
-from pipeline.data.manifest import read_index
+from pipeline.data.decoder import libffcv
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import check_structure, read_index
 from pipeline.group import make_repeatable
 from tests.bench.alternate import Ratio, Seconds, alternate, ratio, write
 from tests.bench.photographs import photographs
@@ -42,14 +43,14 @@ OURS, STOCK, TORCHVISION = "this project's loader", "FFCV's Loader", "torchvisio
 RAW = "decode and resize"
 
 
-def _epoch(loader: ours.Loader, epoch: int, batch: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
+def _epoch(loader: Loader, epoch: int, batch: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
     """All images in a random order, as a loader's plan."""
     ids = order.epoch_order(np.arange(loader.num_samples), 0, epoch)
     crops = order.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, epoch)
     return [(ids[at : at + batch], crops[at : at + batch]) for at in range(0, len(ids), batch)]
 
 
-def our_epochs(loader: ours.Loader) -> Callable[[], None]:
+def our_epochs(loader: Loader) -> Callable[[], None]:
     def epoch() -> None:
         assert sum(len(batch.ids) for batch in loader.batches(_epoch(loader, 0, BATCH))) == loader.num_samples
 
@@ -98,10 +99,10 @@ def torchvision_epochs(folder: Path) -> Callable[[], None]:
     return epoch
 
 
-def raw_epochs(path: Path, loader: ours.Loader) -> Callable[[], None]:
+def raw_epochs(path: Path, loader: Loader) -> Callable[[], None]:
     """TurboJPEG and OpenCV, as FFCV has them built, over bytes in memory; each thread has its part of the images."""
-    imdecode, resize = ours.libffcv.ctypes_imdecode, ours.libffcv.ctypes_resize
-    index = read_index(path, ours.check_structure(path))
+    imdecode, resize = libffcv.ctypes_imdecode, libffcv.ctypes_resize
+    index = read_index(path, check_structure(path))
     stored = np.fromfile(path, np.uint8)
     places = index.samples["data_ptr"].astype(np.int64)
     sizes, heights, widths = index.sizes.astype(np.int64), loader.heights, loader.widths
@@ -133,7 +134,7 @@ def raw_epochs(path: Path, loader: ours.Loader) -> Callable[[], None]:
     return epoch
 
 
-def waiting(loader: ours.Loader) -> list[float]:
+def waiting(loader: Loader) -> list[float]:
     """Share of each step's time that it waits for images, with one thread for training and the others for reading."""
     torch.set_num_threads(1)
     plan = (batch for epoch in cycle([0]) for batch in _epoch(loader, epoch, STEP_BATCH) if len(batch[0]) == STEP_BATCH)
@@ -153,7 +154,7 @@ def main() -> None:
     make_repeatable(THREADS)
     where = torch.device("cpu")
     folder, file = photographs(Path("data/photographs"))
-    with ours.Loader(file, image_size=SIZE, threads=THREADS, ahead=AHEAD) as loader:
+    with Loader(file, image_size=SIZE, threads=THREADS, ahead=AHEAD) as loader:
         things = {
             OURS: our_epochs(loader),
             STOCK: stock_epochs(file, loader.num_samples),

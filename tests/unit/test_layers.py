@@ -25,7 +25,7 @@ objectives.outcome objectives.adversarial objectives.free objectives.trades obje
 objectives.mixtrain objectives
 data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
 data.datasets data.verify data.scan data.watch data.write_worker data.write
-data.prefetch data.loader data.listed_images data.verified_copy data.staging
+data.decoder data.prefetch data.loader data.listed_images data.verified_copy data.staging
 recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
 evaluate.autoattack evaluate.transfer evaluate.resampling evaluate.noises evaluate.blurs evaluate.weather
@@ -43,7 +43,7 @@ WITHOUT_TORCH = LAYERS.split("\n\n")[0].split()
 DOORS = {
     "ray": {"pipeline.worker", "pipeline.driver", "launch.cluster"},
     "deepspeed": {"pipeline.engine"},
-    "ffcv": {"pipeline.data.loader", "pipeline.data.write_worker"},
+    "ffcv": {"pipeline.data.decoder", "pipeline.data.write_worker"},
     "wandb": {"pipeline.recorded", "pipeline.mirror", "pipeline.showcase"},
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.page"},

@@ -242,7 +242,7 @@ def test_a_stuck_plan_is_an_error_within_the_deadline(files):
     release = threading.Event()
 
     def stuck(loader):
-        yield from plan(loader, steps=1)
+        yield from plan(loader, steps=2)  # a batch is whole when the one after it is begun
         release.wait(60)
 
     with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
