@@ -66,6 +66,18 @@ def compiled_decoder() -> Callable[..., None]:
     """The decoder as machine code that runs without the interpreter's lock; shared by every loader of the process."""
     imdecode, resize, copy = libffcv.ctypes_imdecode, libffcv.ctypes_resize, libffcv.ctypes_memcopy
 
+    @numba.njit(nogil=True)
+    def mirror(pixels, side):
+        # Places are unsigned, as numba asks of others at every use whether they count from the end.
+        one, two, three = np.uintp(1), np.uintp(2), np.uintp(3)
+        for row in range(side):
+            a, b = np.uintp(row * side * 3), np.uintp((row * side + side - 1) * 3)
+            while a < b:
+                pixels[a], pixels[b] = pixels[b], pixels[a]
+                pixels[a + one], pixels[b + one] = pixels[b + one], pixels[a + one]
+                pixels[a + two], pixels[b + two] = pixels[b + two], pixels[a + two]
+                a, b = a + three, b - three
+
     @numba.njit(
         numba.void(
             numba.uint8[::1],
@@ -112,11 +124,6 @@ def compiled_decoder() -> Callable[..., None]:
                 bottom, right = top + crop_height, left + crop_width
                 resize(0, source, height, width, top, bottom, left, right, target, side, side)
             if flip:
-                for row in range(side):
-                    line = image[row]
-                    for column in range(side // 2):
-                        other = side - 1 - column
-                        for channel in range(3):
-                            line[column, channel], line[other, channel] = line[other, channel], line[column, channel]
+                mirror(image.reshape(side * side * 3), side)
 
     return decode
