@@ -13,7 +13,7 @@ from tests.bench.scaling import ATTACK_PASS
 from tests.small_recipe import ROOT
 
 FAITHFUL, FAST, FREE = (ROOT / "recipes" / f"imagenet_resnet50_{name}.yaml" for name in ("linf4", "fast", "free"))
-SMALL = ("data.train_images=1000", "data.validation_images=100", "evaluation.images=50")
+SMALL = ["data.train_images=1000", "data.validation_images=100", "evaluation.images=50"]
 
 
 def test_training_is_counted_epoch_by_epoch() -> None:
