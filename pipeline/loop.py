@@ -32,7 +32,7 @@ from pipeline.phases import Stage
 from pipeline.progress import Progress, Window
 from pipeline.recipe import Recipe
 from pipeline.replays import carried_noise
-from pipeline.schedules import lr_at
+from pipeline.schedules import image_size_at, lr_at
 from pipeline.sparsity import named_state, refresh_masks
 from pipeline.stopwatch import Stopwatch
 from pipeline.system import Nodes
@@ -96,7 +96,8 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
         for name, tensor in named_state(training.network).items()
     }
     optimizer = training.engine.optimizer_state()
-    carried = {name: tensor.detach().to("cpu", copy=True) for name, tensor in training.average.items()}
+    average = training.average.items()  # in the network's own memory layout, which safetensors does not write
+    carried = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in average}
     if training.noise is not None:
         carried |= carried_noise(training.noise, training.group)
     if training.drift is not None:
@@ -240,6 +241,7 @@ def _log_window(
                 "system": system,
             },
             **_level(training, progress),
+            **_image_size(training, progress),
             **({"mask_drift": training.drift.measured()} if training.drift is not None else {}),
         }
     )
@@ -248,6 +250,15 @@ def _log_window(
 def _level(training: Training, progress: Progress) -> dict[str, int]:
     """How strong the attack has been made, in the rows of stages where it may be."""
     return {"attack_level": progress.level} if training.stage.objective.guarded else {}
+
+
+def _image_size(training: Training, progress: Progress) -> dict[str, int]:
+    """How large the images of a row's steps were, in the rows of stages where they grow; a row ends with its epoch."""
+    optimisation = training.stage.optimisation
+    if optimisation.resolution is None:
+        return {}
+    epoch = (progress.step - 1) // progress.steps_per_epoch
+    return {"image_size": image_size_at(optimisation, training.recipe.data.image_size, epoch)}
 
 
 def _validated(training: Training, progress: Progress) -> Progress:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.committed import evaluation_path
-from pipeline.files import atomic_write_text, read_json
+from pipeline.files import atomic_write_text, read_json, read_rows
 from pipeline.group import Group
 from pipeline.job import Job
 from pipeline.lease import Leases
@@ -34,6 +34,11 @@ ADAM = {phase: {"optimizer": "adam", "lr": 0.001} for phase in ("pretrain", "pru
 VARIANTS: dict[str, dict[str, Any]] = {
     "pgd, averaged": {"objective": {"name": "pgd", **ATTACK}, "phases": AVERAGED},
     "fgsm, eps warm-up": {"objective": {"name": "fgsm", "steps": 1, "step_size": "1/10", "eps_warmup": 0.7}},
+    "fgsm, averaged, growing images": {
+        "objective": {"name": "fgsm", "steps": 1, "step_size": "1/10", "eps_warmup": 0.5},
+        "phases": {phase: {"ema_decay": 0.9, "resolution": {"smallest": 32, "full_from": 1}} for phase in AVERAGED},
+        "data": {"augmentation": "random_resized_crop", "image_size": 64},
+    },
     "nfgsm, learned, every baseline": {
         "objective": {"name": "nfgsm", "steps": 1, "step_size": "1/10"},
         "sparsity": {
@@ -111,7 +116,7 @@ def shipped(data: Path, path: Path) -> Recipe:
     for phase in ("pretrain", "prune", "finetune"):
         if getattr(recipe.phases, phase) is not None:
             # Their learning rates are for large batches: four images at 0.4 make a network's gradients overflow.
-            chosen += [f"phases.{phase}.{key}" for key in ("epochs=1", "warmup_epochs=0", "lr=0.01")]
+            chosen += [f"phases.{phase}.{key}" for key in ("epochs=1", "warmup_epochs=0", "lr=0.01", "resolution=null")]
     if recipe.objective.steps > 2:
         chosen.append("objective.steps=2")
     return load_recipe(path, chosen)
@@ -129,7 +134,7 @@ def variant(data: Path, name: str) -> Recipe:
         objective=chosen.get("objective", {"name": "pgd", **ATTACK}),
         threat_model=chosen.get("threat_model", LINF),
         sparsity={"baselines": [], **chosen.get("sparsity", {})},
-        data={"train_images": 128, "validation_images": 50},
+        data={"train_images": 128, "validation_images": 50, **chosen.get("data", {})},
         evaluation={"validation_steps": 2, "images": 40, "chunk": 20, "n0": 10, "n": 50, "noise_batch": 50},
         tracking={"log_every_steps": 1},
     )
@@ -198,6 +203,17 @@ def test_stopped_and_resumed_equals_straight(runs: Path, fashion_data: Path, nam
     stages = [stage.name for stage in stages_of(variant(fashion_data, name))]
     straight, stopped = (final_state(runs / name / way, stages) for way in ("straight", "stopped"))
     assert differences(straight, stopped) == []
+
+
+def test_rows_say_how_large_growing_images_were(runs: Path, fashion_data: Path) -> None:
+    """An epoch has two steps, and a row one; the second of the stops is at step 1 of prune."""
+    name = "fgsm, averaged, growing images"
+    for stage in stages_of(variant(fashion_data, name)):
+        for way in ("straight", "stopped"):
+            rows = [
+                row for row in read_rows(runs / name / way / stage.name / "metrics.jsonl") if row["kind"] == "train"
+            ]
+            assert [row["image_size"] for row in rows] == [32, 32, 64, 64]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -190,6 +191,31 @@ def test_prefetched_batches_are_the_plan_in_order_and_are_kept_intact(files):
         assert torch.equal(a.labels, b.labels)
     assert not torch.equal(found[0].images, other[0].images)
     assert prefetch_threads() == 0
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_images_of_other_sizes_are_those_of_loaders_of_that_size(files, mode):
+    """The same bytes, whatever size came before, by a decoder that is compiled once."""
+    sizes = [20, 64, 32, 96, 64, 20]
+    with Loader(files[mode], image_size=20, threads=2) as loader:
+        parts = list(plan(loader))
+        found = list(loader.batches(parts, sizes))
+        decoder: Any = loader._decoder
+        assert len(decoder.signatures) == 1
+    for part, size, batch in zip(parts, sizes, found, strict=True):
+        with Loader(files[mode], image_size=size, threads=1) as alone:
+            expected = alone.read(*part).images
+        assert batch.images.shape == (8, 3, size, size)
+        assert torch.equal(batch.images, expected)
+
+
+def test_a_crop_of_the_asked_size_is_copied(files):
+    images = sources()["raw"]
+    with Loader(files["raw"], image_size=64, threads=1) as loader:
+        crops = np.array([[-3, 2, SIDE, SIDE, 1]], np.int32)
+        assert np.array_equal(pixels(loader.read(np.array([7]), crops, SIDE))[0], brute_force(images[7], crops[0]))
+        with pytest.raises(ValueError, match="only crops of 64 x 64 may"):
+            loader.read(np.array([7]), crops)
 
 
 def test_two_loaders_live_at_once(files):

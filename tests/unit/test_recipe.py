@@ -209,6 +209,37 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             ["select=best_validation_robust", "evaluation.validation_steps=0"],
             "set evaluation.validation_steps=5 or select=last",
         ),
+        (
+            ["phases.prune.resolution={smallest: 32, full_from: 1}"],
+            "phases.prune.resolution.smallest 32 must be less than data.image_size 28",
+        ),
+        (
+            ["data.image_size=64", "data.augmentation=none", "phases.prune.resolution={smallest: 32, full_from: 1}"],
+            "phases.prune.resolution: data.augmentation none takes images as they are, so that they cannot be smaller; "
+            "use random_resized_crop or remove phases.prune.resolution",
+        ),
+        (
+            [
+                "data.image_size=64",
+                "data.augmentation=random_resized_crop",
+                "phases.finetune.objective={name: free, step_size: 1/10}",
+                "phases.prune.resolution={smallest: 32, full_from: 1}",
+            ],
+            "phases.prune.resolution: free training goes on with a perturbation of the last images",
+        ),
+        (
+            ["phases.prune.resolution={smallest: 50, full_from: 1}"],
+            "phases.prune.resolution.smallest = 50: Input should be a multiple of 32",
+        ),
+        (["phases.prune.resolution={smallest: 32}"], "phases.prune.resolution.full_from: missing; add it"),
+        (
+            ["phases.prune.resolution={smallest: 32, grows_from: 1, full_from: 1}"],
+            "full_from 1 must be a later epoch than grows_from 1",
+        ),
+        (
+            ["phases.prune.epochs=4", "phases.prune.resolution={smallest: 32, full_from: 4}"],
+            "resolution.full_from 4 must be one of the phase's epochs, 1 to 3",
+        ),
         (["data.dataset=svhn", "data.augmentation=pad_crop_flip"], "a mirrored digit of svhn is none; use pad_crop"),
         (["data.dataset=svhn", "data.augmentation=random_resized_crop"], "random_resized_crop mirrors images"),
         (["data.extra_fraction=0.3"], "data.extra_fraction 0.3 of a micro-batch of 64 is 19.2 images"),

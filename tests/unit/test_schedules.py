@@ -1,4 +1,4 @@
-"""Learning rates and attack strengths: end points, shape, closed form."""
+"""Learning rates, image sizes and attack strengths: end points, shape, closed form."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.recipe_sections import Phase
-from pipeline.schedules import lr_at, strength_at
+from pipeline.recipe_sections import Phase, Resolution
+from pipeline.schedules import image_size_at, lr_at, strength_at
 
 
 @st.composite
@@ -72,3 +72,39 @@ def test_an_attack_grows_in_proportion_to_the_share_of_its_warm_up(elapsed: floa
     else:
         assert strength * warmup == pytest.approx(elapsed, rel=1e-12, abs=1e-300)
     assert strength_at(elapsed, 0.0) == 1.0
+
+
+@st.composite
+def growths(draw: st.DrawFn) -> tuple[Phase, int]:
+    """A phase whose images grow, and the size that they grow to."""
+    epochs = draw(st.integers(2, 60))
+    full_from = draw(st.integers(1, epochs - 1))
+    smallest = 32 * draw(st.integers(1, 31))
+    resolution = Resolution(smallest=smallest, grows_from=draw(st.integers(0, full_from - 1)), full_from=full_from)
+    return Phase(epochs=epochs, lr=0.1, resolution=resolution), draw(st.integers(smallest + 1, 1024))
+
+
+@given(growths())
+@settings(deadline=None)
+def test_images_grow_from_the_smallest_to_those_of_the_data(growth: tuple[Phase, int]) -> None:
+    phase, full = growth
+    resolution = phase.resolution
+    assert resolution is not None
+    sizes = [image_size_at(phase, full, epoch) for epoch in range(phase.epochs)]
+    assert sizes[: resolution.grows_from + 1] == [resolution.smallest] * (resolution.grows_from + 1)
+    assert sizes[resolution.full_from :] == [full] * (phase.epochs - resolution.full_from)
+    assert sizes == sorted(sizes)
+    assert all(size % 32 == 0 or size == full for size in sizes)
+    slope = (full - resolution.smallest) / (resolution.full_from - resolution.grows_from)
+    for epoch in range(resolution.grows_from, resolution.full_from):
+        assert abs(sizes[epoch] - resolution.smallest - slope * (epoch - resolution.grows_from)) <= 16 + 1e-6
+
+
+def test_sizes_are_those_of_ffcv_imagenets_88_epochs() -> None:
+    """160 pixels, then 192 from epoch 71 on: the one jump that rounding makes of its ramp from epoch 65 to 76."""
+    phase = Phase(epochs=88, lr=0.1, resolution=Resolution(smallest=160, grows_from=65, full_from=76))
+    assert [image_size_at(phase, 192, epoch) for epoch in range(88)] == [160] * 71 + [192] * 17
+
+
+def test_a_phase_without_growth_has_the_images_of_the_data() -> None:
+    assert {image_size_at(Phase(epochs=3, lr=0.1), 28, epoch) for epoch in range(3)} == {28}
