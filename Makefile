@@ -9,7 +9,7 @@ help:
 	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the picture'
 	@echo '  make test    every test'
 	@echo '  make lint    ruff (lint and format) and basedpyright (types)'
-	@echo '  make bench   measurements as ratios; those of step and workers go into docs/benchmarks/'
+	@echo '  make bench   measurements as ratios, into docs/benchmarks/: some 30 minutes, on a quiet machine'
 	@echo '  make soak    50 random faults on one run, on a real SLURM on this machine: about an hour'
 	@echo '  make setup   system packages (apt, as root or with sudo) and .venv, without doing anything with them'
 	@echo '  make clean   remove .venv and caches; runs/ and data/ stay'
@@ -44,7 +44,10 @@ lint: setup
 bench: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
 	$(PY) -m tests.bench.loader_start data/fashion_mnist/train.beton data/fashion_mnist/test.beton
+	$(PY) -m tests.bench.loader
 	$(PY) -m tests.bench.step
+	$(PY) -m tests.bench.memory
+	$(PY) -m tests.bench.checkpoints
 	$(PY) -m tests.bench.workers
 	$(PY) -m tests.bench.evaluation data/fashion_mnist/test.beton
 

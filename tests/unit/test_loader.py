@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 import zlib
 from typing import Any
 
@@ -249,6 +250,29 @@ def test_closing_ends_an_iteration_that_is_under_way(files):
     with pytest.raises(LoaderError, match="closed"):
         loader.read(np.arange(1), order.pad_crops(np.arange(1), SIDE, 0, 0, True))
     assert prefetch_threads() == 0
+
+
+def test_memory_is_bounded_however_slow_the_consumer_is(files):
+    """Batches that wait (`ahead`), two that are read, the consumer's and the one before that."""
+    made: list[weakref.ref] = []
+    another = threading.Condition()
+
+    class Counting(Loader):
+        def _begun(self, *planned):
+            begun = super()._begun(*planned)
+            with another:
+                made.append(weakref.ref(begun.images))
+                another.notify_all()
+            return begun
+
+    ahead, most = 3, 0
+    with Counting(files["raw"], image_size=SIDE, threads=2, ahead=ahead) as loader:
+        for number, _batch in enumerate(loader.batches(plan(loader, steps=30))):
+            as_far_as_it_gets = min(number + 1 + ahead + 2, 30)
+            with another:
+                assert another.wait_for(lambda far=as_far_as_it_gets: len(made) >= far, timeout=60)
+            most = max(most, sum(one() is not None for one in made))
+    assert ahead + 2 <= most <= ahead + 4
 
 
 def test_an_error_of_the_plan_is_raised_where_it_happened(files):
