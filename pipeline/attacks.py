@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.device import to_device
 from pipeline.keys import GOLDEN_GAMMA, MIX_1, MIX_2, sample_keys
 from pipeline.recipe_objective import ThreatModel
 from pipeline.sparsity import cached_weights
@@ -27,7 +28,7 @@ def device_keys(
     sample_ids: NDArray[np.int64], device: torch.device, seed: int, purpose: str, *scope: int | str
 ) -> Tensor:
     """`pipeline.keys.sample_keys` as the noise here takes them: [n] int64 with their bits, on a device."""
-    return torch.from_numpy(sample_keys(sample_ids, seed, purpose, *scope).view(np.int64)).to(device)
+    return to_device(torch.from_numpy(sample_keys(sample_ids, seed, purpose, *scope).view(np.int64)), device)
 
 
 def _signed(x: int) -> int:

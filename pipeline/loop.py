@@ -22,6 +22,7 @@ from pipeline.averaging import update_average
 from pipeline.batch_statistics import BatchStatistics
 from pipeline.checkpoint import Snapshot
 from pipeline.data.loader import Batch
+from pipeline.device import to_device
 from pipeline.drift import Drift
 from pipeline.engine import Engine
 from pipeline.group import Group
@@ -151,8 +152,8 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
     for index in range(local):
         with clock.during("data"):
             batch = next(training.micro_batches)
-            images = batch.images.to(group.device).float().div(255.0)
-            labels = batch.labels.to(group.device)
+            images = to_device(batch.images, group.device).float().div(255.0)
+            labels = to_device(batch.labels, group.device)
         keys = device_keys(batch.ids.numpy(), group.device, recipe.seed, "attack", stage.name, step)
 
         def forward(fed: torch.Tensor, index: int = index, ids: torch.Tensor = batch.ids) -> torch.Tensor:
@@ -168,10 +169,10 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
         outcome = training.objective(given)
         engine.backward(outcome.loss)
         outcome.after_backward()
-        counts = [outcome.loss.detach(), outcome.clean_correct, outcome.robust_correct, len(labels)]
-        sums[:STOP] += torch.stack(
-            [torch.as_tensor(0 if c is None else c, dtype=torch.float64, device=group.device) for c in counts]
-        )
+        sums[0] += outcome.loss.detach()
+        for place, count in ((1, outcome.clean_correct), (2, outcome.robust_correct), (3, len(labels))):
+            if count is not None:
+                sums[place] += count
         losses.append((batch.ids, outcome.loss.detach()))
         if index == local - 1:
             sums[STOP] = float(training.stop_requested())

@@ -19,7 +19,7 @@ schedules keys disk files disclosed processor phases committed stopping overfitt
 
 models.initialisation models.pooling models.small_cnn models.verified_cnn models.vgg_cifar models.wide_resnet
 models.ra_resnet models.from_torchvision models.network models masks masked score_init allocation sparsity drift
-averaging attacks
+averaging device attacks
 bounds.operations bounds.layers bounds.graph bounds.propagation bounds
 objectives.outcome objectives.adversarial objectives.free objectives.trades objectives.smoothing objectives.certified
 objectives.mixtrain objectives

@@ -258,8 +258,8 @@ def test_memory_is_bounded_however_slow_the_consumer_is(files):
     another = threading.Condition()
 
     class Counting(Loader):
-        def _begun(self, *planned):
-            begun = super()._begun(*planned)
+        def _begun(self, ids, crops, image_size):
+            begun = super()._begun(ids, crops, image_size)
             with another:
                 made.append(weakref.ref(begun.images))
                 another.notify_all()
