@@ -48,6 +48,7 @@ bench: setup
 	$(PY) -m tests.bench.step
 	$(PY) -m tests.bench.memory
 	$(PY) -m tests.bench.checkpoints
+	$(PY) -m tests.bench.sizes
 	$(PY) -m tests.bench.workers
 	$(PY) -m tests.bench.evaluation data/fashion_mnist/test.beton
 

@@ -1,0 +1,49 @@
+"""What a step costs on smaller images, against their area: `python -m tests.bench.sizes [FOLDER]`.
+
+The loop's own one-step adversarial step of ResNet-50, at the sizes of `recipes/imagenet_resnet50_fast.yaml`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.data.loader import Batch
+from pipeline.group import make_repeatable
+from tests.bench.alternate import alternate, device, ratio, write
+from tests.bench.real_step import RealStep, alone, recipe_of
+
+SIZES = (128, 160, 192, 224)
+MICRO_BATCH = {"cpu": 16, "cuda": 128}
+ROUNDS = {"cpu": 4, "cuda": 20}
+
+
+def _batch(count: int, size: int) -> Batch:
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)  # as the loader hands them over
+    return Batch(images, torch.arange(count), torch.arange(count))
+
+
+def main() -> None:
+    where = device()
+    make_repeatable(1)
+    count, rounds, precision = MICRO_BATCH[where.type], ROUNDS[where.type], "fp32" if where.type == "cpu" else "bf16"
+    group, recipe = alone(where), recipe_of("resnet50", "fgsm", count, 1, precision)
+    labels = {size: f"step at {size} px" for size in SIZES}
+    steps = {label: RealStep(recipe, group, _batch(count, size), "weights") for size, label in labels.items()}
+    seconds = alternate(steps, rounds, where)
+    full = labels[SIZES[-1]]
+    ratios = [
+        ratio(f"{label} / {full}; of their areas: {size**2 / SIZES[-1] ** 2:.3f}", seconds, label, full)
+        for size, label in labels.items()
+        if label != full
+    ]
+    setting = f"resnet50, one attack step, one micro-batch of {count}, {precision}, eager, {rounds} rounds"
+    write("sizes", Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks"), setting, seconds, ratios, where)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
