@@ -95,6 +95,10 @@ def _facts(where: torch.device, setting: str) -> dict[str, str]:
     }
 
 
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.5f}"
+
+
 def _module() -> str:
     spec: Any = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec is not None else sys.argv[0]
@@ -119,8 +123,9 @@ def write(
         "|---|---|---|---|---|",
     ]
     for r in ratios:
-        spread, holds = f"{r.smallest:.3f} to {r.largest:.3f}", {None: "", True: "yes", False: "no"}[r.holds]
-        rows.append(f"| {r.name} | {r.median:.3f} | {spread} | {r.bound} | {holds} |")
+        spread = f"{_shown(r.smallest)} to {_shown(r.largest)}"
+        holds = {None: "", True: "yes", False: "no"}[r.holds]
+        rows.append(f"| {r.name} | {_shown(r.median)} | {spread} | {r.bound} | {holds} |")
     table = "\n".join(rows)
     rows = [f"| {label} | {UNITS[unit] * statistics.median(values):.0f} |" for label, values in seconds.items()]
     times = "\n".join([f"| what | median {unit} |", "|---|---|", *rows])
