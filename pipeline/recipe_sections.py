@@ -85,10 +85,14 @@ class Model(Section):
         return self
 
 
+GRAIN = 32
+"""Sizes of growing images are multiples of it, in pixels, so that there are few of them."""
+
+
 class Resolution(Section):
     """Training images that grow during a phase, up to data.image_size; epochs count from the phase's first, 0."""
 
-    smallest: int = Field(gt=0, multiple_of=32)
+    smallest: int = Field(gt=0, multiple_of=GRAIN)
     """Height and width in pixels of the images up to the epoch `grows_from`; a multiple of 32."""
     grows_from: int = Field(default=0, ge=0)
     """The last epoch of the smallest images; then they grow by steps of 32 pixels, linearly in epochs."""

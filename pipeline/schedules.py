@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.recipe_sections import Phase
+from pipeline.recipe_sections import GRAIN, Phase
 
 
 def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
@@ -22,10 +22,6 @@ def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
     if phase.schedule == "constant":
         return phase.lr
     return phase.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-GRAIN = 32
-"""Sizes of growing images are multiples of it, in pixels, so that there are few of them."""
 
 
 def image_size_at(phase: Phase, image_size: int, epoch: int) -> int:

@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint import Writer
-from pipeline.data.loader import Batch
 from pipeline.group import make_repeatable
 from pipeline.loop import snapshot
 from tests.bench.alternate import Ratio, Seconds, device, write
-from tests.bench.real_step import RealStep, alone, recipe_of
+from tests.bench.real_step import RealStep, alone, random_batch, recipe_of
 from tests.bench.step import ARCH, MICRO_BATCH, PARTS, SIZE
 
 ROUNDS, UNDISTURBED, EVERY = 5, 3, 1000
@@ -42,9 +41,8 @@ def main() -> None:
     where = device()
     make_repeatable(1)
     count, size = MICRO_BATCH[where.type], SIZE[where.type]
-    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    batch = Batch(images, torch.arange(count), torch.arange(count))
-    step = RealStep(recipe_of(ARCH, "pgd-3", count, PARTS, "fp32"), alone(where), batch, "scores")
+    recipe = recipe_of(ARCH, "pgd-3", count, PARTS, "fp32")
+    step = RealStep(recipe, alone(where), random_batch(count, size), "scores")
     training = step.training
     step()
 

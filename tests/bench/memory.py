@@ -20,7 +20,7 @@ from pipeline.data.loader import Batch
 from pipeline.group import make_repeatable
 from tests.bench.alternate import device, ratio, write
 from tests.bench.baseline import plain_step
-from tests.bench.real_step import RealStep, Trains, alone, recipe_of
+from tests.bench.real_step import RealStep, Trains, alone, random_batch, recipe_of
 from tests.bench.step import ARCH, MICRO_BATCH, PARTS, SIZE
 
 PRECISION = "fp32"
@@ -32,11 +32,6 @@ PHASES: dict[str, tuple[str, Trains]] = {
     "prune, PGD-3": ("pgd-3", "scores"),
     "finetune, PGD-3": ("pgd-3", "kept weights"),
 }
-
-
-def _images(arch_size: int, count: int) -> torch.Tensor:
-    images = torch.randint(256, (count, 3, arch_size, arch_size), dtype=torch.uint8)
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _used(where: torch.device) -> int:
@@ -53,12 +48,11 @@ def _most(where: torch.device) -> int:
 
 def _step(label: str, where: torch.device) -> Callable[[], None]:
     count, size = MICRO_BATCH[where.type], SIZE[where.type]
-    labels = torch.arange(count * PARTS)
-    images = _images(size, count * PARTS)
+    whole = random_batch(count * PARTS, size)
     if label == BASELINE:
-        return plain_step(ARCH, images.to(where), labels.to(where), PARTS, bf16=False, compiled=False)
+        return plain_step(ARCH, whole.images.to(where), whole.labels.to(where), PARTS, bf16=False, compiled=False)
     objective, trains = PHASES[label]
-    batch = Batch(images[:count], labels[:count], labels[:count])
+    batch = Batch(whole.images[:count], whole.labels[:count], whole.ids[:count])
     return RealStep(recipe_of(ARCH, objective, count, PARTS, PRECISION), alone(where), batch, trains)
 
 
@@ -77,8 +71,8 @@ def growth() -> tuple[float, float]:
     """Bytes used after a tenth of many prune steps, and after all."""
     where = device()
     make_repeatable(1)
-    batch = Batch(_images(28, 16), torch.arange(16) % 10, torch.arange(16))
-    step = RealStep(recipe_of("small_cnn", "pgd-3", 16, 1, PRECISION), alone(where), batch, "scores")
+    recipe = recipe_of("small_cnn", "pgd-3", 16, 1, PRECISION)
+    step = RealStep(recipe, alone(where), random_batch(16, 28), "scores")
     used = []
     for number in range(1, MANY + 1):
         step()

@@ -63,6 +63,13 @@ def recipe_of(
     return small_recipe(Path("."), **values)
 
 
+def random_batch(count: int, size: int) -> Batch:
+    """Random images of `size` pixels a side, as the loader hands them over."""
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, torch.arange(count), torch.arange(count))
+
+
 class RealStep:
     """One step of the phase that trains weights, scores or kept weights per call, as the loop takes it.
 

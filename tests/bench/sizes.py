@@ -10,20 +10,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.loader import Batch
 from pipeline.group import make_repeatable
 from tests.bench.alternate import alternate, device, ratio, write
-from tests.bench.real_step import RealStep, alone, recipe_of
+from tests.bench.real_step import RealStep, alone, random_batch, recipe_of
 
 SIZES = (128, 160, 192, 224)
 MICRO_BATCH = {"cpu": 16, "cuda": 128}
 ROUNDS = {"cpu": 4, "cuda": 20}
-
-
-def _batch(count: int, size: int) -> Batch:
-    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
-    images = images.contiguous(memory_format=torch.channels_last)  # as the loader hands them over
-    return Batch(images, torch.arange(count), torch.arange(count))
 
 
 def main() -> None:
@@ -32,7 +25,7 @@ def main() -> None:
     count, rounds, precision = MICRO_BATCH[where.type], ROUNDS[where.type], "fp32" if where.type == "cpu" else "bf16"
     group, recipe = alone(where), recipe_of("resnet50", "fgsm", count, 1, precision)
     labels = {size: f"step at {size} px" for size in SIZES}
-    steps = {label: RealStep(recipe, group, _batch(count, size), "weights") for size, label in labels.items()}
+    steps = {label: RealStep(recipe, group, random_batch(count, size), "weights") for size, label in labels.items()}
     seconds = alternate(steps, rounds, where)
     full = labels[SIZES[-1]]
     ratios = [

@@ -22,7 +22,7 @@ from pipeline.masked import Masked
 from pipeline.masks import kept_count
 from tests.bench.alternate import alternate, device, ratio, write
 from tests.bench.baseline import candidates
-from tests.bench.real_step import KEEP, RealStep, Trains, alone, recipe_of
+from tests.bench.real_step import KEEP, RealStep, Trains, alone, random_batch, recipe_of
 
 ARCH, PARTS = "resnet50", 2
 MICRO_BATCH = {"cpu": 16, "cuda": 64}
@@ -70,12 +70,10 @@ def main() -> None:
     make_repeatable(1)
     count, size, rounds = MICRO_BATCH[kind], SIZE[kind], ROUNDS[kind]
     group = alone(where)
-    images = torch.randint(256, (count * PARTS, 3, size, size), dtype=torch.uint8)
-    images = images.contiguous(memory_format=torch.channels_last)  # as the loader hands them over
-    labels, ids = torch.arange(count * PARTS), torch.arange(count * PARTS)
-    batch = Batch(images[:count], labels[:count], ids[:count])
+    whole = random_batch(count * PARTS, size)
+    batch = Batch(whole.images[:count], whole.labels[:count], whole.ids[:count])
 
-    plain = candidates(ARCH, images.to(where), labels.to(where), PARTS)
+    plain = candidates(ARCH, whole.images.to(where), whole.labels.to(where), PARTS)
     chosen = alternate(plain, FEW_ROUNDS, where)
     fastest = min(chosen, key=lambda label: statistics.median(chosen[label]))
     precision, mode = "bf16" if "bf16" in fastest else "fp32", "compiled" if "compile" in fastest else "eager"

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.loader import Batch
 from pipeline.group import Group
 from tests.bench.alternate import Seconds, ratio, write
-from tests.bench.real_step import RealStep, recipe_of
+from tests.bench.real_step import RealStep, random_batch, recipe_of
 from tests.dist.processes import run_group
 
 ARCH, SIZE, MICRO_BATCH, PARTS, PRECISION = "resnet50", 96, 16, 4, "fp32"
@@ -28,9 +27,7 @@ GROUPS = {"1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 1), "4 
 
 def timed(group: Group) -> tuple[float, int]:
     """Median seconds of a step, and this process's largest resident memory in bytes."""
-    images = torch.randint(256, (MICRO_BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    images = images.contiguous(memory_format=torch.channels_last)
-    batch = Batch(images, torch.arange(MICRO_BATCH), torch.arange(MICRO_BATCH))
+    batch = random_batch(MICRO_BATCH, SIZE)
     step = RealStep(recipe_of(ARCH, "fgsm", MICRO_BATCH, PARTS, PRECISION), group, batch, "weights")
     seconds = []
     for _ in range(WARM_UP + STEPS):
