@@ -58,14 +58,15 @@ class Masked(nn.Module):
         """[1]: logarithm of what the layer's scores are multiplied by where layers compete; None: by nothing."""
         self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
-        self._product: Tensor | None = None
+        self._product = torch.empty(0)
         self._made_from: tuple[Any, ...] = ()
 
     def weight_moved(self) -> None:
         """To be called when an optimizer has moved the weight: fused ones and ZeRO do so behind torch's back."""
-        self._product = None
+        self._made_from = ()
 
     def forward(self, weight: Tensor) -> Tensor:
+        """weight * mask, in the same memory at every step: a reader who keeps it longer clones it."""
         product = self._product_of(weight).detach()
         return _StraightThrough.apply(weight, self.mask, self.score, self.rate, product)  # pyright: ignore[reportReturnType]
 
@@ -75,6 +76,11 @@ class Masked(nn.Module):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         made_from = (weight.data_ptr(), weight._version, self.mask.data_ptr(), self.mask._version, dtype)
-        if self._product is None or self._made_from != made_from:
-            self._product, self._made_from = (weight * self.mask).to(dtype), made_from
+        if self._made_from != made_from:
+            # Fresh memory costs a CPU more than the product itself.
+            like = (weight.shape, weight.stride(), weight.device, dtype)
+            if (self._product.shape, self._product.stride(), self._product.device, self._product.dtype) != like:
+                self._product = torch.empty_like(weight, dtype=dtype)
+            torch.mul(weight, self.mask, out=self._product)
+            self._made_from = made_from
         return self._product

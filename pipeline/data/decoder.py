@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data.area import shrink
 from pipeline.data.manifest import MODE_JPEG, MODE_RAW
 
 # Importing ffcv compiles a numba dict of two constants, which takes seconds and is not needed here, and sets torch to
@@ -90,26 +91,26 @@ def compiled_decoder() -> Callable[..., None]:
         nogil=True,
     )
     def decode(data, table, crops, scratch, images, status):
-        side = images.shape[1]
-        end = np.int64(data.ctypes.data)
+        side, end = images.shape[1], 0
         for n in range(len(table)):
             mode, height, width, _, size, _ = table[n]
-            source, end = end, end + size
+            stored, end = data[end : end + size], end + size
             if status[n] != 0:
                 continue
+            pixels = stored
             if mode == MODE_JPEG:
-                decoded = np.int64(scratch.ctypes.data)
-                if imdecode(source, size, height, width, decoded, height, width, 0, 0, 1, 1, False, False) != 0:
+                pixels = scratch[: height * width * 3]
+                start, into = np.int64(stored.ctypes.data), np.int64(pixels.ctypes.data)
+                if imdecode(start, size, height, width, into, height, width, 0, 0, 1, 1, False, False) != 0:
                     status[n] = UNDECODABLE
                     continue
-                source = decoded
             elif mode != MODE_RAW or size != height * width * 3:
                 status[n] = UNDECODABLE
                 continue
 
             top, left, crop_height, crop_width, flip = crops[n]
             image = images[n]
-            target = np.int64(image.ctypes.data)
+            source, target = np.int64(pixels.ctypes.data), np.int64(image.ctypes.data)
             if crop_height == side and crop_width == side:
                 first, last = max(-left, 0), min(side, width - left)
                 for row in range(side):
@@ -120,6 +121,8 @@ def compiled_decoder() -> Callable[..., None]:
                         image[row, last:] = 0
                     else:
                         image[row] = 0
+            elif crop_height >= side and crop_width >= side:
+                shrink(pixels, width, top, left, crop_height, crop_width, image)
             else:
                 bottom, right = top + crop_height, left + crop_width
                 resize(0, source, height, width, top, bottom, left, right, target, side, side)

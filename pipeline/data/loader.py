@@ -94,7 +94,7 @@ class Loader:
     def read(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None = None) -> Batch:
         """Decode images `ids` [n] with `crops` [n, 5] (see `order`), now, to the loader's size or another.
 
-        A crop of that size is copied, and may reach outside the image, where it is zero; any other is resized with
+        A crop of that size is copied, and may reach outside the image, where it is zero; any other is resized as with
         OpenCV's INTER_AREA.
 
         Errors: CorruptSample; ValueError for a resized crop that leaves its image; LoaderError if the disk fails.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ def hardware(where: torch.device) -> str:
 
 
 def _facts(where: torch.device, setting: str) -> dict[str, str]:
-    packages = ("torch", "torchvision", "deepspeed")
+    packages = [p for p in ("torch", "torchvision", "deepspeed", "ffcv", "numba") if find_spec(p)]
     return {
         "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
         "date": time.strftime("%Y-%m-%d"),

@@ -1,9 +1,9 @@
 """How fast images are read: `python -m tests.bench.loader [FOLDER]`; JSON and a table go into the folder.
 
 Random resized crops and flips of real photographs, on the same cores: our loader, FFCV's own and torchvision's
-DataLoader, each a whole epoch in turn, and as the limit TurboJPEG and the resizing alone, in a loop over bytes that are
-in memory already. Wall clock, as all have threads or processes, so the machine must be quiet. Then the share of time
-that the loop's own steps wait for our loader.
+DataLoader, each a whole epoch in turn, and TurboJPEG and OpenCV's resizing alone, in a loop over bytes that are in
+memory already. Wall clock, as all have threads or processes, so the machine must be quiet. Then the share of time that
+the loop's own steps wait for our loader.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import cycle
 from multiprocessing.connection import Connection
@@ -68,8 +69,9 @@ def _serve_stock(path: Path, asked: Connection) -> None:
     loader = Loader(
         str(path), BATCH, THREADS, order=OrderOption.RANDOM, seed=0, drop_last=False, os_cache=True, pipelines=pipelines
     )
-    while asked.recv():
-        asked.send(sum(len(labels) for _, labels in loader))
+    with suppress(EOFError):  # nobody asks any more
+        while asked.recv():
+            asked.send(sum(len(labels) for _, labels in loader))
 
 
 def stock_epochs(path: Path, count: int) -> Callable[[], None]:
@@ -155,6 +157,7 @@ def waiting(loader: Loader) -> list[float]:
         if number:  # the first step finds no batch that is read already
             shares.append(spent["data"] / sum(spent.values()))
     batches.close()
+    torch.set_num_threads(THREADS)
     return shares
 
 

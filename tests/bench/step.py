@@ -27,7 +27,7 @@ from tests.bench.real_step import KEEP, RealStep, Trains, alone, random_batch, r
 ARCH, PARTS = "resnet50", 2
 MICRO_BATCH = {"cpu": 16, "cuda": 64}
 SIZE = {"cpu": 96, "cuda": 224}
-ROUNDS = {"cpu": 5, "cuda": 30}
+ROUNDS = {"cpu": 7, "cuda": 30}
 FEW_ROUNDS = 2
 """Rounds that choose the fastest baseline, and those of the step that sorts."""
 CLEAN, FGSM, PGD, TRADES = "clean", "fgsm", "pgd-3", "trades-3"

@@ -25,7 +25,7 @@ objectives.outcome objectives.adversarial objectives.free objectives.trades obje
 objectives.mixtrain objectives
 data data.order data.manifest data.images data.source data.pickles data.cifar data.svhn data.imagenet data.extra
 data.datasets data.verify data.scan data.watch data.write_worker data.write
-data.decoder data.prefetch data.loader data.listed_images data.verified_copy data.staging
+data.area data.decoder data.prefetch data.loader data.listed_images data.verified_copy data.staging
 recorded wandb_ids mirror tracking export load import_weights checkpoint lease
 evaluate evaluate.statistics evaluate.measure evaluate.pgd evaluate.probed evaluate.certify evaluate.verified
 evaluate.autoattack evaluate.transfer evaluate.resampling evaluate.noises evaluate.blurs evaluate.weather
