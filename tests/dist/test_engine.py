@@ -53,7 +53,11 @@ def _network(recipe: Any, trains: str) -> Any:
 
 
 def _train(
-    group: Group, setting: tuple[str, str, int, str], steps: range, start: tuple[State, State] | None
+    group: Group,
+    setting: tuple[str, str, int, str],
+    steps: range,
+    start: tuple[State, State] | None,
+    deepspeed: dict[str, Any] | None = None,
 ) -> tuple[State, State]:
     """Some optimizer steps with the engine; returns (plain state, optimizer state)."""
     optimizer, trains, zero, precision = setting
@@ -63,6 +67,7 @@ def _train(
         batch=batch,
         engine={"zero_stage": zero, "precision": precision},
         sparsity={"score_weight_decay": SCORE_DECAY.get(optimizer)},
+        deepspeed=deepspeed or {},
     )
     network = _network(recipe, trains)
     if start is not None:
@@ -257,6 +262,27 @@ def test_adam_moves_in_pytorchs_direction(trained: dict[str, Trained], setting: 
     for name, start in trained_parameters(network).items():
         ways = [(state[name] - start.detach()).flatten() for state in (end, reference)]
         assert F.cosine_similarity(*ways, dim=0) > 0.9, name
+
+
+def _overlapped(group: Group) -> dict[int, list[State]]:
+    """ZeRO stage -> the weights after three steps; gradients sent at once, in pieces, and in pieces during backward."""
+    small = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+    options: list[dict[str, Any]] = [{}, small, {**small, "overlap_comm": True}]
+    return {
+        zero: [
+            _train(group, ("sgd", "weights", zero, "fp32"), range(STEPS), None, {"zero_optimization": option})[0]
+            for option in options
+        ]
+        for zero in (1, 2)
+    }
+
+
+def test_neither_buckets_nor_sending_during_backward_change_a_step() -> None:
+    for states in run_group(2, _overlapped, deadline_s=DEADLINE_S):
+        for zero, (whole, *others) in states.items():
+            for number, other in enumerate(others):
+                for name, tensor in whole.items():
+                    assert torch.equal(other[name], tensor), (zero, number, name)
 
 
 def _poisoned(group: Group, zero: int, precision: str, odd: float) -> tuple[list[bool], bool]:
