@@ -1,8 +1,8 @@
 """Images made smaller by area: a new pixel is the mean of those that it covers, as in OpenCV's INTER_AREA.
 
-OpenCV adds up one channel of one pixel after the other, which is two fifths of the time of reading photographs. Here
+OpenCV adds up one channel of one pixel after the other, which took two fifths of the time of reading photographs. Here
 rows are added first, many numbers at once, and then the columns of what is left. Sums are float32, in a fixed order and
-without fused multiplications, so that their bits are those of every processor.
+without fused multiplications, so that their bits are the same on every processor.
 """
 
 from __future__ import annotations

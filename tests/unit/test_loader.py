@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import order
+from pipeline.data.decoder import libffcv
 from pipeline.data.loader import CorruptSample, Loader, LoaderError
 from pipeline.data.manifest import DataError, check_structure, read_index
 from pipeline.data.write import WriteOptions, write
@@ -140,6 +141,18 @@ def test_whole_raw_images_are_bit_exact_and_resized_by_area(files):
         halved = pixels(loader.read(ids, whole))
     expected = np.stack([cv2.resize(image, (14, 14), interpolation=cv2.INTER_AREA) for image in images])
     assert np.abs(halved.astype(int) - expected).max() <= 1
+
+
+def test_what_grows_in_a_direction_is_resized_as_ffcv_does(files):
+    """By OpenCV, even if the other direction shrinks."""
+    crops = np.array([[0, 2, 28, 16, 0], [3, 0, 17, 28, 0], [1, 1, 10, 12, 0]], np.int32)
+    with Loader(files["raw"], image_size=20, threads=1) as loader:
+        found = pixels(loader.read(np.arange(3), crops))
+    for image, (top, left, high, wide, _), mine in zip(sources()["raw"], crops.tolist(), found, strict=False):
+        theirs = np.empty((20, 20, 3), np.uint8)
+        source, target = image.ctypes.data, theirs.ctypes.data
+        libffcv.ctypes_resize(0, source, SIDE, SIDE, top, top + high, left, left + wide, target, 20, 20)
+        assert np.array_equal(mine, theirs)
 
 
 def test_jpegs_decode_as_pillow_does_and_are_cropped_resized_and_mirrored(files):

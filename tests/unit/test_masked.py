@@ -45,6 +45,19 @@ def assert_current(network: nn.Module, dtype: torch.dtype = torch.float32) -> No
         assert torch.equal(weight, right[name].to(dtype)), name
 
 
+def test_it_keeps_its_memory_and_nothing_goes_back_through_an_older_one(network: Network) -> None:
+    def loss() -> Tensor:
+        return network(torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))).square().sum()
+
+    before, old = {name: weight.data_ptr() for name, weight in layers(network).items()}, loss()
+    sparsity.weights_moved(network)
+    new = loss()
+    assert {name: weight.data_ptr() for name, weight in layers(network).items()} == before
+    with pytest.raises(RuntimeError, match=r"modified.* inplace"):
+        old.backward()
+    new.backward()
+
+
 def test_it_is_never_an_old_one(network: Network) -> None:
     assert_current(network)
     with torch.no_grad():
