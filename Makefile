@@ -43,14 +43,14 @@ lint: setup
 
 bench: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
-	$(PY) -m tests.bench.loader_start data/fashion_mnist/train.beton data/fashion_mnist/test.beton
+	$(PY) -m tests.bench.loader_start
 	$(PY) -m tests.bench.loader
 	$(PY) -m tests.bench.step
 	$(PY) -m tests.bench.memory
 	$(PY) -m tests.bench.checkpoints
 	$(PY) -m tests.bench.sizes
 	$(PY) -m tests.bench.workers
-	$(PY) -m tests.bench.evaluation data/fashion_mnist/test.beton
+	$(PY) -m tests.bench.evaluation
 
 soak: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,6 +25,17 @@ UNITS = {"ms": 1e3, "MiB": 2.0**-20}
 """What tables show -> how many there are in a second, or in a byte."""
 
 
+RESULTS = Path("docs/benchmarks")
+
+
+def folder_asked_for(about: str | None) -> Path:
+    """What a benchmark's command line says; `--help` says what it is about."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m {_module()}", description=about, formatter_class=raw)
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help=f"JSON and a table go there ({RESULTS})")
+    return parser.parse_args().folder
+
+
 def device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +49,7 @@ def _now(where: torch.device, wall_clock: bool) -> float:
 
 
 def alternate(
-    things: dict[str, Callable[[], None]], rounds: int, where: torch.device, wall_clock: bool = False
+    things: Mapping[str, Callable[[], object]], rounds: int, where: torch.device, wall_clock: bool = False
 ) -> Seconds:
     """Run each once to warm up, then all in turn, in the other direction every second round.
 

@@ -7,7 +7,6 @@ beside them, against the time of 1,000 steps. On a CPU small images, whose steps
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ import torch
 from pipeline.checkpoint import Writer
 from pipeline.group import make_repeatable
 from pipeline.loop import snapshot
-from tests.bench.alternate import Ratio, Seconds, device, write
+from tests.bench.alternate import Ratio, Seconds, device, folder_asked_for, write
 from tests.bench.real_step import RealStep, alone, random_batch, recipe_of
 from tests.bench.step import ARCH, MICRO_BATCH, PARTS, SIZE
 
@@ -38,6 +37,7 @@ def _timed(function: Callable[[], object], where: torch.device) -> float:
 
 
 def main() -> None:
+    folder = folder_asked_for(__doc__)
     where = device()
     make_repeatable(1)
     count, size = MICRO_BATCH[where.type], SIZE[where.type]
@@ -48,8 +48,8 @@ def main() -> None:
 
     seconds: Seconds = {STEP: [], BESIDE: [], WAITING: []}
     shares = []
-    with tempfile.TemporaryDirectory() as folder:
-        writer = Writer(Path(folder), 2, lambda number: None)
+    with tempfile.TemporaryDirectory() as kept:
+        writer = Writer(Path(kept), 2, lambda number: None)
         for number in range(ROUNDS):
             alone_ = statistics.median(_timed(step, where) for _ in range(UNDISTURBED))
             progress = replace(step.progress, step=number + 1)
@@ -65,15 +65,14 @@ def main() -> None:
             seconds[WAITING].append(waiting)
             seconds[BESIDE] += beside
             shares.append((waiting + sum(max(took - alone_, 0.0) for took in beside)) / (EVERY * alone_))
-        bytes_ = sum(path.stat().st_size for path in Path(folder).glob("step-*/*")) // 2
+        bytes_ = sum(path.stat().st_size for path in Path(kept).glob("step-*/*")) // 2
     name = f"waiting for a checkpoint / {EVERY} prune steps"
     ratios = [Ratio(name, statistics.median(shares), min(shares), max(shares), "<= 0.01")]
     setting = (
         f"{ARCH}, {size} px, PGD-3, {PARTS} micro-batches of {count}, fp32, eager; "
         f"a checkpoint has {bytes_ / 2**20:.0f} MiB"
     )
-    folder_ = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
-    write("checkpoints", folder_, setting, seconds, ratios, where)
+    write("checkpoints", folder, setting, seconds, ratios, where)
 
 
 if __name__ == "__main__":

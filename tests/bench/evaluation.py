@@ -1,23 +1,20 @@
-"""What sharding and keeping verdicts costs: AutoAttack through `evaluate.chunks` against direct calls of the library.
+"""What sharding and keeping verdicts costs: `python -m tests.bench.evaluation [FOLDER]`.
 
-    python -m tests.bench.evaluation FILE
-
-FILE is a test set that `data write` made. One process, one thread, the demo's network after a few steps of training,
-the same chunks with the same seeds, in turn: images/s of both and their ratio, the median over pairs. Budgets are a
-tenth of the standard ones, so that what is done once per chunk weighs ten times as much as it does in earnest.
+AutoAttack through `evaluate.chunks` against direct calls of the library: one process, one thread, the demo's data and
+its network after a few steps of training, the same chunks with the same seeds. Budgets are a tenth of the standard
+ones, so that what is done once per chunk weighs ten times as much as it does in earnest.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
 import tempfile
-import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,8 +27,11 @@ from pipeline.group import Group
 from pipeline.models import build_network
 from pipeline.recipe_objective import ThreatModel
 from pipeline.recipe_sections import Model
+from tests.bench.alternate import alternate, folder_asked_for, ratio, write
 
-CHUNK, CHUNKS, PAIRS = 10, 2, 3
+FILE = Path("data/fashion_mnist/test.beton")
+"""What the demo is judged on."""
+CHUNK, CHUNKS, ROUNDS = 10, 2, 3
 THREAT = ThreatModel(norm="linf", eps=Fraction(1, 50))
 
 
@@ -57,18 +57,19 @@ def trained(loader: Loader) -> nn.Module:
     return network.eval()
 
 
-def compare(name: EnsembleName, network: nn.Module, loader: Loader) -> None:
+def both(name: EnsembleName, network: nn.Module, loader: Loader) -> dict[str, Callable[[], NDArray[np.bool_]]]:
+    """The same attack in our chunks, and called directly."""
     measure = Ensemble(name, THREAT, 10, 0, iterations=ITERATIONS // 10, queries=QUERIES // 10)
     chunks = np.arange(CHUNK * CHUNKS).reshape(CHUNKS, CHUNK)
 
-    def ours() -> np.ndarray:
+    def ours() -> NDArray[np.bool_]:
         with tempfile.TemporaryDirectory() as folder:
             store, group = ChunkStore(Path(folder) / "chunks", {}), Group(0, 1, torch.device("cpu"))
             return evaluate(network, loader, chunks.ravel(), crops, measure, CHUNK, group, store=store)[
                 "robust_correct"
             ]
 
-    def direct() -> np.ndarray:
+    def direct() -> NDArray[np.bool_]:
         robust = []
         for ids in chunks:
             x, y = pixels(loader, ids)
@@ -80,26 +81,23 @@ def compare(name: EnsembleName, network: nn.Module, loader: Loader) -> None:
             robust.append((answers == y).numpy())
         return np.concatenate(robust)
 
-    assert np.array_equal(ours(), direct())  # which also warms both up
-    seconds: dict[str, list[float]] = {"ours": [], "direct": []}
-    for pair in range(PAIRS):
-        both = (("ours", ours), ("direct", direct))
-        for label, run in both if pair % 2 else reversed(both):
-            started = time.process_time()
-            run()
-            seconds[label].append(time.process_time() - started)
-    ratio = statistics.median(d / o for o, d in zip(seconds["ours"], seconds["direct"], strict=True))
-    rates = [CHUNK * CHUNKS / statistics.median(seconds[label]) for label in ("ours", "direct")]
-    print(f"{name:<12} {rates[0]:>8.2f} {rates[1]:>8.2f} {ratio:>8.3f}")
+    return {name: ours, f"{name}, called directly": direct}
 
 
 def main() -> None:
-    with Loader(Path(sys.argv[1]), image_size=28, threads=1) as loader:
-        torch.set_num_threads(1)  # importing FFCV changes it
+    folder = folder_asked_for(__doc__)
+    where, seconds, ratios = torch.device("cpu"), {}, []
+    with Loader(FILE, image_size=28, threads=1) as loader:
+        torch.set_num_threads(1)
         network = trained(loader)
-        print(f"{'images/s':<12} {'ours':>8} {'direct':>8} {'ratio':>8}")
         for name in ENSEMBLES:
-            compare(name, network, loader)
+            things = both(name, network, loader)
+            ours, direct = (thing() for thing in things.values())
+            assert np.array_equal(ours, direct)
+            seconds |= alternate(things, ROUNDS, where)
+            ratios.append(ratio(f"{name} called directly / in our chunks", seconds, f"{name}, called directly", name))
+    setting = f"small_cnn, {CHUNKS} chunks of {CHUNK} images of Fashion-MNIST, a tenth of the budget, {ROUNDS} rounds"
+    write("evaluation", folder, setting, seconds, ratios, where)
 
 
 if __name__ == "__main__":

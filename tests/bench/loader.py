@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,7 +31,7 @@ from pipeline.data.decoder import libffcv
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import check_structure, read_index
 from pipeline.group import make_repeatable
-from tests.bench.alternate import Ratio, Seconds, alternate, ratio, write
+from tests.bench.alternate import Ratio, Seconds, alternate, folder_asked_for, ratio, write
 from tests.bench.photographs import photographs
 from tests.bench.real_step import RealStep, alone, recipe_of
 
@@ -162,15 +161,16 @@ def waiting(loader: Loader) -> list[float]:
 
 
 def main() -> None:
+    folder = folder_asked_for(__doc__)
     make_repeatable(THREADS)
     where = torch.device("cpu")
-    folder, file = photographs(Path("data/photographs"))
+    tree, file = photographs(Path("data/photographs"))
     with Loader(file, image_size=SIZE, threads=THREADS, ahead=AHEAD) as loader:
         things = {
             OURS: our_epochs(loader),
             STOCK: stock_epochs(file, loader.num_samples),
-            TORCHVISION: torchvision_epochs(folder, floats=True),
-            BYTES: torchvision_epochs(folder, floats=False),
+            TORCHVISION: torchvision_epochs(tree, floats=True),
+            BYTES: torchvision_epochs(tree, floats=False),
             RAW: raw_epochs(file, loader),
         }
         seconds: Seconds = alternate(things, ROUNDS, where, wall_clock=True)
@@ -189,8 +189,7 @@ def main() -> None:
         f"{count} photographs of {file.stat().st_size / count / 1e3:.0f} kB an epoch, batches of {BATCH} at {SIZE} px, "
         f"{THREADS} threads or workers, page cache warm, {ROUNDS} rounds; the step has {STEP_BATCH} images"
     )
-    target = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
-    write("loader", target, setting, seconds, ratios, where)
+    write("loader", folder, setting, seconds, ratios, where)
     torch.distributed.destroy_process_group()
 
 

@@ -1,75 +1,99 @@
-"""Time from importing a loader to its first batch: this project's against FFCV's own, each in a fresh process.
+"""Time from importing a loader to its first batch: `python -m tests.bench.loader_start [FOLDER]`.
 
-    python -m tests.bench.loader_start FILE [FILE ...]
-
-FILEs are what `data write` makes; every one after the first is a further loader in the same process. Prints seconds of
-wall clock (and of CPU, which other load on the machine does not disturb) for the imports and for each loader up to its
-first batch, and images per second once warm: 64 images, random resized crops of 64 x 64 and flips, 2 threads.
+This project's against FFCV's own, each in a fresh process that imports it, makes a loader and reads its first batch,
+and then makes another for another file, as training and evaluation do. CPU time, which other load hardly disturbs.
+Batches are 64 random resized crops of 64 x 64 pixels with flips.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
-BATCH, SIZE, THREADS, BATCHES = 64, 64, 2, 20
+from tests.bench.alternate import Seconds, folder_asked_for, ratio, write
+
+FILES = (Path("data/fashion_mnist/train.beton"), Path("data/fashion_mnist/test.beton"))
+"""The demo's."""
+BATCH, SIZE, THREADS, ROUNDS = 64, 64, 2, 3
+DEADLINE_S = 600
+OURS, STOCK = "this project's loader", "FFCV's Loader"
+IMPORTS, FIRST, ANOTHER = "imports", "first loader", "another loader"
 
 
-def ours(paths: list[str]) -> Iterator[int]:
-    """Yield after the imports; then for every file after its first batch, and the images read after its last."""
+def ours() -> Callable[[Path], None]:
+    """What reads a file's first batch, once imports are done."""
     from pipeline.data import order
     from pipeline.data.loader import Loader
 
-    yield 0
-    for path in paths:
-        loader = Loader(path, image_size=SIZE, threads=THREADS)
-        ids = np.arange(BATCH)
-        crops = order.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, 0)
-        loader.read(ids, crops)
-        yield 0
-        yield sum(len(batch.ids) for batch in loader.batches([(ids, crops)] * BATCHES))
-        loader.close()
+    def first_batch(path: Path) -> None:
+        with Loader(path, image_size=SIZE, threads=THREADS) as loader:
+            ids = np.arange(BATCH)
+            crops = order.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, 0)
+            assert len(loader.read(ids, crops).ids) == BATCH
+
+    return first_batch
 
 
-def stock(paths: list[str]) -> Iterator[int]:
+def stock() -> Callable[[Path], None]:
     """The same with FFCV's loader."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-    yield 0
-    for path in paths:
+    def first_batch(path: Path) -> None:
         image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
         pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze(1)]}
-        indices = np.tile(np.arange(BATCH), BATCHES).tolist()
-        loader = Loader(path, BATCH, THREADS, order=OrderOption.SEQUENTIAL, indices=indices, pipelines=pipelines)
-        for _ in loader:
-            break
-        yield 0
-        yield sum(len(labels) for _, labels in loader)
+        indices = np.arange(BATCH).tolist()
+        loader = Loader(str(path), BATCH, THREADS, order=OrderOption.SEQUENTIAL, indices=indices, pipelines=pipelines)
+        assert [len(labels) for _, labels in loader] == [BATCH]
+
+    return first_batch
 
 
-def report(which: str, paths: list[str]) -> None:
-    labels = ["imports", *(label for path in paths for label in (f"{path}: to the first batch", "then"))]
-    steps = {"ours": ours, "stock": stock}[which](paths)
-    for label in labels:
-        wall, cpu = time.perf_counter(), time.process_time()
-        images = next(steps)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        rate = f"{images / wall:,.0f} images/s" if images else f"{wall:.2f} s ({cpu:.2f} s CPU)"
-        print(f"{which:5} {label}: {rate}")
-    print(f"{which:5} torch threads afterwards: {torch.get_num_threads()}")
+LOADERS = {OURS: ours, STOCK: stock}
+
+
+def in_this_process(which: str) -> dict[str, float]:
+    """CPU seconds of each part."""
+    spent = [time.process_time()]
+    first_batch = LOADERS[which]()
+    spent.append(time.process_time())
+    for path in FILES:
+        first_batch(path)
+        spent.append(time.process_time())
+    return dict(zip((IMPORTS, FIRST, ANOTHER), np.diff(spent).tolist(), strict=True))
+
+
+def in_a_fresh_one(which: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench.loader_start", which]
+    done = subprocess.run(command, check=True, timeout=DEADLINE_S, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    folder = folder_asked_for(__doc__)
+    seconds: Seconds = {f"{part}, {which}": [] for part in (IMPORTS, FIRST, ANOTHER) for which in LOADERS}
+    for number in range(ROUNDS):
+        for which in LOADERS if number % 2 else reversed(LOADERS):
+            for part, spent in in_a_fresh_one(which).items():
+                seconds[f"{part}, {which}"].append(spent)
+    ratios = [
+        ratio(f"{part}, FFCV's / ours", seconds, f"{part}, {STOCK}", f"{part}, {OURS}")
+        for part in (IMPORTS, FIRST, ANOTHER)
+    ]
+    setting = f"fresh processes, batches of {BATCH} at {SIZE} px, {THREADS} threads, CPU time, {ROUNDS} rounds"
+    write("loader-start", folder, setting, seconds, ratios, torch.device("cpu"))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("ours", "stock"):
-        report(sys.argv[1], sys.argv[2:])
+    if sys.argv[1:] and sys.argv[1] in LOADERS:
+        print(json.dumps(in_this_process(sys.argv[1])))
     else:
-        for loader in ("ours", "stock"):
-            command = [sys.executable, "-m", "tests.bench.loader_start", loader, *sys.argv[1:]]
-            subprocess.run(command, check=True, timeout=600)
+        main()

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
 
 from pipeline.data.loader import Batch
 from pipeline.group import make_repeatable
-from tests.bench.alternate import device, ratio, write
+from tests.bench.alternate import device, folder_asked_for, ratio, write
 from tests.bench.baseline import plain_step
 from tests.bench.real_step import RealStep, Trains, alone, random_batch, recipe_of
 from tests.bench.step import ARCH, MICRO_BATCH, PARTS, SIZE
@@ -82,6 +80,7 @@ def growth() -> tuple[float, float]:
 
 
 def main() -> None:
+    folder = folder_asked_for(__doc__)
     where = device()
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as fresh:
@@ -96,7 +95,6 @@ def main() -> None:
         f"peak {kind} memory added by {STEPS} steps; {ARCH}, {SIZE[where.type]} px, {PARTS} micro-batches of "
         f"{MICRO_BATCH[where.type]}, {PRECISION}, eager; {ROUNDS} processes each"
     )
-    folder = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
     write("memory", folder, setting, bytes_of, ratios, where, unit="MiB")
 
 

@@ -5,13 +5,10 @@ The loop's own one-step adversarial step of ResNet-50, at the sizes of `recipes/
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
 from pipeline.group import make_repeatable
-from tests.bench.alternate import alternate, device, ratio, write
+from tests.bench.alternate import alternate, device, folder_asked_for, ratio, write
 from tests.bench.real_step import RealStep, alone, random_batch, recipe_of
 
 SIZES = (128, 160, 192, 224)
@@ -20,6 +17,7 @@ ROUNDS = {"cpu": 4, "cuda": 20}
 
 
 def main() -> None:
+    folder = folder_asked_for(__doc__)
     where = device()
     make_repeatable(1)
     count, rounds, precision = MICRO_BATCH[where.type], ROUNDS[where.type], "fp32" if where.type == "cpu" else "bf16"
@@ -34,7 +32,7 @@ def main() -> None:
         if label != full
     ]
     setting = f"resnet50, one attack step, one micro-batch of {count}, {precision}, eager, {rounds} rounds"
-    write("sizes", Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks"), setting, seconds, ratios, where)
+    write("sizes", folder, setting, seconds, ratios, where)
     torch.distributed.destroy_process_group()
 
 

@@ -8,10 +8,8 @@ of ImageNet and wall clock.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -20,7 +18,7 @@ from pipeline.data.loader import Batch
 from pipeline.group import make_repeatable
 from pipeline.masked import Masked
 from pipeline.masks import kept_count
-from tests.bench.alternate import alternate, device, ratio, write
+from tests.bench.alternate import alternate, device, folder_asked_for, ratio, write
 from tests.bench.baseline import candidates
 from tests.bench.real_step import KEEP, RealStep, Trains, alone, random_batch, recipe_of
 
@@ -65,6 +63,7 @@ def _sorting(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def main() -> None:
+    folder = folder_asked_for(__doc__)
     where = device()
     kind = where.type
     make_repeatable(1)
@@ -107,7 +106,6 @@ def main() -> None:
         ratio("prune step that sorts at every forward / ours", sorted_seconds, *sorting),
     ]
     setting = f"{ARCH}, {size} px, {PARTS} micro-batches of {count}, {precision}, {mode}, {rounds} rounds"
-    folder = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
     write("step", folder, setting, {**chosen, **seconds, **sorted_seconds}, ratios, where)
     torch.distributed.destroy_process_group()
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
 from pipeline.group import Group
-from tests.bench.alternate import Seconds, ratio, write
+from tests.bench.alternate import Seconds, folder_asked_for, ratio, write
 from tests.bench.real_step import RealStep, random_batch, recipe_of
 from tests.dist.processes import run_group
 
@@ -39,6 +37,7 @@ def timed(group: Group) -> tuple[float, int]:
 
 
 def main() -> None:
+    folder = folder_asked_for(__doc__)
     seconds: Seconds = {label: [] for label in GROUPS}
     largest: dict[str, int] = {}
     for number in range(ROUNDS):
@@ -56,7 +55,6 @@ def main() -> None:
         f"{ARCH}, {SIZE} px, one-step adversarial, {PARTS} micro-batches of {MICRO_BATCH} in all, {PRECISION}, ZeRO 1 "
         f"from two workers on, {ROUNDS} rounds of {STEPS} steps, wall clock; largest memory of a worker: {memory}"
     )
-    folder = Path(sys.argv[1]) if sys.argv[1:] else Path("docs/benchmarks")
     write("workers", folder, setting, seconds, ratios, torch.device("cpu"))
 
 
