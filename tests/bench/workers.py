@@ -19,7 +19,7 @@ from tests.bench.real_step import RealStep, random_batch, recipe_of
 from tests.dist.processes import run_group
 
 ARCH, SIZE, MICRO_BATCH, PARTS, PRECISION = "resnet50", 96, 16, 4, "fp32"
-WARM_UP, STEPS, ROUNDS = 1, 4, 3
+WARM_UP, STEPS, ROUNDS = 1, 4, 5
 GROUPS = {"1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 1), "4 workers, 1 thread each": (4, 1)}
 
 
