@@ -175,7 +175,7 @@ def main() -> None:
         }
         seconds: Seconds = alternate(things, ROUNDS, where, wall_clock=True)
         shares = waiting(loader)
-        count = loader.num_samples
+        count, stored = loader.num_samples, read_index(file, check_structure(file)).sizes
     faster = partial(ratio, seconds=seconds, below=OURS)
     shares.sort()
     ratios = [
@@ -186,7 +186,7 @@ def main() -> None:
         Ratio(f"waiting for data, of a step ({STEP_ARCH})", shares[len(shares) // 2], shares[0], shares[-1], "<= 0.02"),
     ]
     setting = (
-        f"{count} photographs of {file.stat().st_size / count / 1e3:.0f} kB an epoch, batches of {BATCH} at {SIZE} px, "
+        f"{count} photographs of {stored.mean() / 1e3:.0f} kB an epoch, batches of {BATCH} at {SIZE} px, "
         f"{THREADS} threads or workers, page cache warm, {ROUNDS} rounds; the step has {STEP_BATCH} images"
     )
     write("loader", folder, setting, seconds, ratios, where)
