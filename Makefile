@@ -34,7 +34,7 @@ demo: setup
 	@echo 'The pictures, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
 
 test: setup
-	$(PY) -m tests.lanes
+	$(PY) -m tests.run_all
 
 lint: setup
 	$(PY) -m ruff check
@@ -54,7 +54,7 @@ bench: setup
 
 soak: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
-	$(PY) -m tests.launch.soak data/fashion_mnist --faults 50 --seed 1
+	$(PY) -m tests.slurm.soak data/fashion_mnist --faults 50 --seed 1
 
 clean:
 	rm -rf .venv .ruff_cache .hypothesis .pytest_cache

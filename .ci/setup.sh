@@ -17,10 +17,10 @@ stamp=$venv/setup-stamp # written last, so a .venv without it is half made
 required=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 python3-venv python3-dev git ca-certificates)
 # The 70,000 images of the demo. Not in every archive: `launch data write` downloads them where they are missing.
 optional=(dataset-fashion-mnist)
-# tests/slurm_cluster.py starts these programs itself, with accounting, as whoever runs the tests.
+# tests/support/slurm_cluster.py starts these programs itself, with accounting, as whoever runs the tests.
 for_tests=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core)
 without_slurm=$venv/without-slurm # they could not be installed; so that the next call does not try again
-# tests/browser.py opens the report's page in one of these; the first is Debian's package. Ubuntu's is a snap, which
+# tests/support/browser.py opens the report's page in one of these; the first is Debian's package. Ubuntu's is a snap, which
 # containers cannot run and which sees no temporary files: there, those tests are skipped unless Chrome is installed.
 browsers=(chromium chromium-browser google-chrome)
 without_browser=$venv/without-browser
@@ -147,21 +147,21 @@ install_for_tests() {
 
 test_packages() {
   install_for_tests && return
-  say "not here: $(tests_lack | paste -sd' '). Only tests/launch needs them, and fails without."
+  say "not here: $(tests_lack | paste -sd' '). Only tests/slurm needs them, and fails without."
   say "Debian, Ubuntu: apt-get install --no-install-recommends ${for_tests[*]}"
   touch $without_slurm
 }
 
 browser_package() {
   if (. /etc/os-release && [[ $ID == ubuntu ]]); then
-    say "Ubuntu has no package of Chromium: tests/unit/test_page_in_browser.py is skipped unless google-chrome is here"
+    say "Ubuntu has no package of Chromium: tests/unit/report/test_page_in_browser.py is skipped unless google-chrome is here"
     touch $without_browser
     return
   fi
   if command -v apt-get >/dev/null && { apt update || true; } && apt install --no-install-recommends "${browsers[0]}"; then
     no_browser || return 0
   fi
-  say "no browser is here (${browsers[*]}). Only tests/unit/test_page_in_browser.py needs one, and fails without."
+  say "no browser is here (${browsers[*]}). Only tests/unit/report/test_page_in_browser.py needs one, and fails without."
   touch $without_browser
 }
 

@@ -13,13 +13,15 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from launch import data, evaluate, leaderboard, logs, run_folder, slurm, status
+from launch import run_folder
+from launch.commands import data, evaluate, leaderboard, logs, status
 from launch.local import run_here
-from launch.nodes import unused_workers
-from launch.sbatch import section_of
-from pipeline.phases import stages_of
-from pipeline.recipe import Recipe
-from pipeline.recipe_file import dump_recipe, load_recipe
+from launch.slurm import submit
+from launch.slurm.nodes import unused_workers
+from launch.slurm.sbatch import section_of
+from pipeline.recipe.file import dump_recipe, load_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import stages_of
 
 DESCRIPTION = """\
 Small neural networks that withstand adversarial examples: pretrain robustly, prune by scores that the robust objective
@@ -64,7 +66,7 @@ def _print_plan(recipe: Recipe, arguments: argparse.Namespace) -> None:
         if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
             print(f"# {note}")
         folder = run_folder.RUNS / (arguments.name or recipe.name)
-        for text in slurm.plan(recipe, folder, arguments.after):
+        for text in submit.describe_jobs(recipe, folder, arguments.after):
             print(text)
 
 
@@ -72,15 +74,15 @@ def _submit(folder: Path, after: str | None) -> int:
     recipe = load_recipe(folder / "recipe.yaml")
     if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
         print(note)
-    for job in slurm.submit(folder, after):
+    for job in submit.submit_run(folder, after):
         print(f"job {job.id:<10} {job.group}: {', '.join(job.stages) or 'table and pictures'}")
     print(f"follow it with: python -m launch status {folder.name}    python -m launch logs {folder.name} -f")
     return 0
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    folder = run_folder.find(arguments.run)
-    on = arguments.on or ("slurm" if slurm.read_jobs(folder) else "local")
+    folder = run_folder.find_run(arguments.run)
+    on = arguments.on or ("slurm" if submit.read_jobs(folder) else "local")
     if on == "slurm":
         run_folder.check_same_data(folder)
         return _submit(folder, arguments.after)
@@ -89,19 +91,19 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    folder = run_folder.find(arguments.run)
-    jobs = slurm.cancel(folder)
+    folder = run_folder.find_run(arguments.run)
+    jobs = submit.cancel_jobs(folder)
     print(f"{folder}: {', '.join(f'job {job.id} ({job.group})' for job in jobs) or 'no job'} cancelled; {RESUMABLE}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from pipeline.report import PAGE, report  # matplotlib is loaded only here
-    from pipeline.showcase import show
+    from pipeline.report.build import PAGE, build_report  # matplotlib is loaded only here
+    from pipeline.report.wandb_report import log_report
 
-    folders = [run_folder.find(name) for name in arguments.runs]
+    folders = [run_folder.find_run(name) for name in arguments.runs]
     try:
-        text = report(folders)
+        text = build_report(folders)
     except OSError as error:
         raise ValueError(f"the report cannot be written: {error}; of several runs, name a run of yours first") from None
     print(text)
@@ -109,7 +111,7 @@ def _report(arguments: argparse.Namespace) -> int:
     print(f"page: {folders[0] / 'report' / PAGE}")
     for folder in folders:
         try:
-            show(folder, alone=len(folders) == 1)
+            log_report(folder, alone=len(folders) == 1)
         except OSError as error:
             log.warning("the report of %s is not in wandb: %s", folder, error)
     return 0

@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from pipeline.committed import evaluation_path
-from pipeline.files import parse_row, read_json
+from pipeline.run.files import parse_row, read_json
+from pipeline.run.layout import evaluation_path
 
 Row = dict[str, Any]
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 from launch.display import follow
 from launch.run_folder import check_same_data
-from pipeline.phases import stages_of
-from pipeline.recipe_file import load_recipe
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.stages import stages_of
 
 if TYPE_CHECKING:
-    from pipeline.driver import Connect, Order
+    from pipeline.training.driver import Connect, RunRequest
 
 
 def run_here(folder: Path, observer: str | None = None) -> int:
     """Do what is left of the run on a Ray cluster of its own; returns the exit code."""
     check_same_data(folder)
-    from launch.cluster import local_cluster  # loads torch and ray: seconds, and not needed above
-    from pipeline.driver import Order, RunFailed, stages_left
+    from launch.ray_cluster.connect import local_cluster  # loads torch and ray: seconds, and not needed above
+    from pipeline.training.driver import RunFailed, RunRequest, stages_left
 
-    order = Order(folder, observer=observer)
+    order = RunRequest(folder, observer=observer)
     if not stages_left(order, load_recipe(folder / "recipe.yaml")):
         print(f"{folder}: finished already; see: python -m launch report {folder}")
         return 0
@@ -34,9 +34,9 @@ def run_here(folder: Path, observer: str | None = None) -> int:
     return 0
 
 
-def run_and_show(order: Order, connect: Connect) -> None:
-    """Do the order with bars or lines on standard error. Errors: as `pipeline.driver.run`."""
-    from pipeline.driver import run
+def run_and_show(order: RunRequest, connect: Connect) -> None:
+    """Do the order with bars or lines on standard error. Errors: as `pipeline.training.driver.run_driver`."""
+    from pipeline.training.driver import run_driver
 
     recipe = load_recipe(order.run_folder / "recipe.yaml")
     stop = threading.Event()
@@ -46,7 +46,7 @@ def run_and_show(order: Order, connect: Connect) -> None:
     display = threading.Thread(target=follow, args=shown, name="display", daemon=True)
     display.start()
     try:
-        run(order, connect)
+        run_driver(order, connect)
     finally:
         stop.set()
         display.join(timeout=10)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.manifest import read_manifest
-from pipeline.files import atomic_write_json, atomic_write_text, read_json, sha256_of
-from pipeline.lease import refuse_if_held
-from pipeline.phases import stages_of
-from pipeline.processor import processor_model
-from pipeline.recipe import NAME, Recipe
-from pipeline.recipe_file import deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe.schema import NAME, Recipe
+from pipeline.recipe.stages import stages_of
+from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, sha256_of
+from pipeline.run.lease import refuse_if_held
+from pipeline.run.provenance import processor_model
 
 RUNS = Path("runs")
 VERSIONS_OF = (
@@ -118,11 +118,11 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
         raise ValueError(f"{folder} exists and is no run (it has no recipe.yaml); choose another --name")
     for stage in stages_of(recipe):
         refuse_if_held(folder / stage.name)
-    write(folder, recipe, data_sha256)
+    write_run_folder(folder, recipe, data_sha256)
     return folder
 
 
-def write(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
+def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
     """Make a run directory, or bring the recipe of one up to date."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "provenance.json").exists():
@@ -175,7 +175,7 @@ def check_same_data(folder: Path) -> None:
             )
 
 
-def find(reference: str) -> Path:
+def find_run(reference: str) -> Path:
     """'runs/demo' or 'demo' -> the run directory. Errors: ValueError listing the runs there are."""
     for folder in (Path(reference), RUNS / reference):
         if (folder / "recipe.yaml").exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import marked, wait_for_end
+from tests.support.commands import marked, wait_for_end
 
 MARK = "HYDRA_TEST_SESSION"
 """Every process that a test starts inherits it, so that orphans are found whoever adopted them."""
@@ -65,7 +65,7 @@ def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 
 def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensions: int) -> None:
-    from pipeline.data.datasets import read_idx
+    from pipeline.data.sources.registry import read_idx
 
     values = read_idx(source, name, dimensions)[:count]
     header = bytes([0, 0, 8, dimensions]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
@@ -75,8 +75,8 @@ def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensio
 @pytest.fixture(scope="session")
 def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train.beton and test.beton: the first 3,000 and 500 images of Fashion-MNIST."""
-    from pipeline.data.datasets import IDX_FILES, find_fashion_mnist
-    from pipeline.data.write import WriteOptions, write
+    from pipeline.data.sources.registry import IDX_FILES, find_fashion_mnist
+    from pipeline.data.writing.write import WriteOptions, write_dataset
 
     folder = tmp_path_factory.mktemp("fashion")
     source, slices = find_fashion_mnist(None), folder / "idx"
@@ -84,5 +84,5 @@ def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for (image_file, label_file), count in zip(IDX_FILES.values(), (TRAIN_IMAGES, TEST_IMAGES), strict=True):
         _write_idx_slice(source, slices, image_file, count, 3)
         _write_idx_slice(source, slices, label_file, count, 1)
-    write("fashion_mnist", slices, folder, WriteOptions(workers=1), False, lambda stage, done, total: None)
+    write_dataset("fashion_mnist", slices, folder, WriteOptions(workers=1), False, lambda stage, done, total: None)
     return folder

@@ -2,7 +2,7 @@
 
 `open_checked` is the door for everyone who reads such a file: it takes a fraction of a second and refuses files that
 are unfinished, cut, foreign or altered in their index. Damage inside the stored images is found by
-`pipeline.data.verify`, which reads everything. numpy only: no torch, no ffcv.
+`pipeline.data.writing.verify`, which reads everything. numpy only: no torch, no ffcv.
 
 An FFCV file of version 2 is a header of 24 bytes, one descriptor of 1,041 bytes per field, one row of metadata per
 sample, pages of image bytes, and the allocation table, 24 bytes per stored image, as the last thing that is written.
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.files import read_json
+from pipeline.run.files import read_json
 
 FORMAT_VERSION = 2
 HASH_PAGE_BYTES = 8 << 20
@@ -68,7 +68,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Index:
+class SampleIndex:
     """Where every sample lies: arrays of shape [num_samples], by sample id."""
 
     samples: NDArray[np.void]
@@ -204,7 +204,7 @@ def index_sha256(path: str | Path, structure: Structure) -> str:
     return digest.hexdigest()
 
 
-def read_index(path: str | Path, structure: Structure) -> Index:
+def read_index(path: str | Path, structure: Structure) -> SampleIndex:
     """Labels, sizes and places of all samples. Errors: DataError if metadata and allocation table disagree."""
     path = Path(path)
     samples = _read_array(path, SAMPLE, structure.num_samples, METADATA_START)
@@ -214,7 +214,7 @@ def read_index(path: str | Path, structure: Structure) -> Index:
         table["ptr"], samples["data_ptr"]
     ):
         raise DataError(f"{path} is damaged: metadata and allocation table disagree; {REWRITE}")
-    return Index(samples, table["size"])
+    return SampleIndex(samples, table["size"])
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.architectures import TORCHVISION
-from pipeline.models.from_torchvision import cifar_resnet, torchvision_classifier
-from pipeline.models.ra_resnet import RaResNet50
-from pipeline.models.small_cnn import small_cnn
-from pipeline.models.verified_cnn import cnn_large, cnn_small
-from pipeline.models.vgg_cifar import WIDTHS, CifarVGG
-from pipeline.models.wide_resnet import WideResNet
-from pipeline.recipe_sections import Model
+from pipeline.models.architectures.from_torchvision import cifar_resnet, torchvision_classifier
+from pipeline.models.architectures.ra_resnet import RaResNet50
+from pipeline.models.architectures.small_cnn import small_cnn
+from pipeline.models.architectures.verified_cnn import cnn_large, cnn_small
+from pipeline.models.architectures.vgg_cifar import WIDTHS, CifarVGG
+from pipeline.models.architectures.wide_resnet import WideResNet
+from pipeline.recipe.architectures import TORCHVISION
+from pipeline.recipe.sections import Model
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {
     "small_cnn": small_cnn,

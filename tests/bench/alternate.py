@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.files import atomic_write_json, atomic_write_text
-from pipeline.processor import processor_model
+from pipeline.run.files import atomic_write_json, atomic_write_text
+from pipeline.run.provenance import processor_model
 
 Seconds = dict[str, list[float]]
 """Label -> one measurement per round; the i-th of each label were taken one right after the other."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint import Writer
-from pipeline.group import make_repeatable
-from pipeline.loop import snapshot
+from pipeline.distributed import make_deterministic
+from pipeline.run.checkpoint import Writer
+from pipeline.training.loop import snapshot
 from tests.bench.alternate import Ratio, Seconds, device, folder_asked_for, write
 from tests.bench.real_step import RealStep, alone, random_batch, recipe_of
 from tests.bench.step import ARCH, MICRO_BATCH, PARTS, SIZE
@@ -39,7 +39,7 @@ def _timed(function: Callable[[], object], where: torch.device) -> float:
 def main() -> None:
     folder = folder_asked_for(__doc__)
     where = device()
-    make_repeatable(1)
+    make_deterministic(1)
     count, size = MICRO_BATCH[where.type], SIZE[where.type]
     recipe = recipe_of(ARCH, "pgd-3", count, PARTS, "fp32")
     step = RealStep(recipe, alone(where), random_batch(count, size), "scores")

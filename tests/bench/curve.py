@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.page.history import passes_per_step
-from pipeline.phases import Stage, stages_of
-from pipeline.recipe import Recipe
-from pipeline.recipe_file import load_recipe
-from pipeline.schedules import image_size_at
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.schedules import image_size_at
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import Stage, stages_of
+from pipeline.report.history import passes_per_step
 from tests.bench.scaling import ATTACK_PASS
 
 FORWARD = 1 / 3

@@ -19,14 +19,14 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.loader import Loader
-from pipeline.data.order import whole_image_crops
-from pipeline.evaluate.autoattack import ENSEMBLES, ITERATIONS, QUERIES, Ensemble, EnsembleName
-from pipeline.evaluate.chunks import ChunkStore, evaluate
-from pipeline.group import Group
+from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.sampling import whole_image_crops
+from pipeline.distributed import Group
+from pipeline.evaluation.chunks import ChunkStore, evaluate
+from pipeline.evaluation.measures.autoattack import ENSEMBLES, ITERATIONS, QUERIES, Ensemble, EnsembleName
 from pipeline.models import build_network
-from pipeline.recipe_objective import ThreatModel
-from pipeline.recipe_sections import Model
+from pipeline.recipe.objective import ThreatModel
+from pipeline.recipe.sections import Model
 from tests.bench.alternate import alternate, folder_asked_for, ratio, write
 
 FILE = Path("data/fashion_mnist/test.beton")

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from pipeline.data import order
-from pipeline.data.decoder import libffcv
-from pipeline.data.loader import Loader
+from pipeline.data.loading import sampling
+from pipeline.data.loading.decoder import libffcv
+from pipeline.data.loading.loader import Loader
 from pipeline.data.manifest import check_structure, read_index
-from pipeline.group import make_repeatable
+from pipeline.distributed import make_deterministic
 from tests.bench.alternate import Ratio, Seconds, alternate, folder_asked_for, ratio, write
 from tests.bench.photographs import photographs
 from tests.bench.real_step import RealStep, alone, recipe_of
@@ -45,8 +45,8 @@ BYTES, RAW = "torchvision's DataLoader, bytes only", "decode and resize"
 
 def _epoch(loader: Loader, epoch: int, batch: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
     """All images in a random order, as a loader's plan."""
-    ids = order.epoch_order(np.arange(loader.num_samples), 0, epoch)
-    crops = order.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, epoch)
+    ids = sampling.epoch_order(np.arange(loader.num_samples), 0, epoch)
+    crops = sampling.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, epoch)
     return [(ids[at : at + batch], crops[at : at + batch]) for at in range(0, len(ids), batch)]
 
 
@@ -162,7 +162,7 @@ def waiting(loader: Loader) -> list[float]:
 
 def main() -> None:
     folder = folder_asked_for(__doc__)
-    make_repeatable(THREADS)
+    make_deterministic(THREADS)
     where = torch.device("cpu")
     tree, file = photographs(Path("data/photographs"))
     with Loader(file, image_size=SIZE, threads=THREADS, ahead=AHEAD) as loader:

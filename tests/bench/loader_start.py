@@ -29,13 +29,13 @@ IMPORTS, FIRST, ANOTHER = "imports", "first loader", "another loader"
 
 def ours() -> Callable[[Path], None]:
     """What reads a file's first batch, once imports are done."""
-    from pipeline.data import order
-    from pipeline.data.loader import Loader
+    from pipeline.data.loading import sampling
+    from pipeline.data.loading.loader import Loader
 
     def first_batch(path: Path) -> None:
         with Loader(path, image_size=SIZE, threads=THREADS) as loader:
             ids = np.arange(BATCH)
-            crops = order.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, 0)
+            crops = sampling.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, 0)
             assert len(loader.read(ids, crops).ids) == BATCH
 
     return first_batch

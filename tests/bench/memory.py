@@ -14,8 +14,8 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from pipeline.data.loader import Batch
-from pipeline.group import make_repeatable
+from pipeline.data.loading.loader import Batch
+from pipeline.distributed import make_deterministic
 from tests.bench.alternate import device, folder_asked_for, ratio, write
 from tests.bench.baseline import plain_step
 from tests.bench.real_step import RealStep, Trains, alone, random_batch, recipe_of
@@ -57,7 +57,7 @@ def _step(label: str, where: torch.device) -> Callable[[], None]:
 def peak(label: str) -> float:
     """Bytes that some steps add to this process at the most."""
     where = device()
-    make_repeatable(1)
+    make_deterministic(1)
     before = _used(where)
     step = _step(label, where)
     for _ in range(STEPS):
@@ -68,7 +68,7 @@ def peak(label: str) -> float:
 def growth() -> tuple[float, float]:
     """Bytes used after a tenth of many prune steps, and after all."""
     where = device()
-    make_repeatable(1)
+    make_deterministic(1)
     recipe = recipe_of("small_cnn", "pgd-3", 16, 1, PRECISION)
     step = RealStep(recipe, alone(where), random_batch(16, 28), "scores")
     used = []

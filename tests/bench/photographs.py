@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.files import atomic_write_text
+from pipeline.run.files import atomic_write_text
 
 PACKAGES = ("mate-backgrounds", "plasma-workspace-wallpapers")
 SIZES = ((500, 375), (500, 375), (500, 375), (375, 500), (500, 333), (333, 500), (400, 300), (280, 210))

@@ -1,4 +1,4 @@
-"""The loop's own step (`pipeline.loop._step`) as a function to call: one process, no Ray, no files, no loader."""
+"""The loop's own step (`pipeline.training.loop._step`) as a function to call: one process, no Ray, no files, no loader."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from pipeline.batch_statistics import BatchStatistics
-from pipeline.data.loader import Batch
-from pipeline.engine import Engine, prepare_deepspeed
-from pipeline.group import Group
-from pipeline.loop import Training, _step, unobserved
+from pipeline.data.loading.loader import Batch
+from pipeline.distributed import Group
 from pipeline.models import build_network
-from pipeline.objectives import build_objective
-from pipeline.phases import PhaseName, Stage
-from pipeline.progress import Progress
-from pipeline.recipe import Recipe
-from pipeline.sparsity import attach_scores, refresh_masks, train_only, trained_parameters
-from pipeline.stopwatch import Stopwatch
-from tests.small_recipe import small_recipe
+from pipeline.models.pruning.scores import attach_scores, refresh_masks, train_only, trained_parameters
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import PhaseName, Stage
+from pipeline.robustness.objectives import build_objective
+from pipeline.run.progress import Progress
+from pipeline.training.batchnorm import BatchStatistics
+from pipeline.training.engine import Engine, prepare_deepspeed
+from pipeline.training.loop import Training, _step, unobserved
+from pipeline.training.stopwatch import Stopwatch
+from tests.support.small_recipe import small_recipe
 
 Trains = Literal["weights", "scores", "kept weights"]
 PHASES: dict[Trains, PhaseName] = {"weights": "pretrain", "scores": "prune", "kept weights": "finetune"}

@@ -7,7 +7,7 @@ A step of n workers takes the slowest worker's compute and then what it sends, n
                 ZeRO's weights, gathered:      (n - 1)/n x their bytes / bandwidth, and (n - 1) latencies
                 BatchNorm's statistics of every micro-batch, gathered: all but one's own
 
-What is sent is counted on the network; `tests/dist/test_collectives.py` holds how often. R and the network's speed are
+What is sent is counted on the network; `tests/distributed/test_collectives.py` holds how often. R and the network's speed are
 inputs: a model says nothing that was not put into it.
 """
 
@@ -24,9 +24,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models import build_network
-from pipeline.page.history import passes_per_step
-from pipeline.recipe import Recipe
-from pipeline.recipe_file import load_recipe
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.report.history import passes_per_step
 
 ATTACK_PASS = 2 / 3
 """An attack's pass has no gradients of weights: two of a training pass's three matrix products per layer."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.group import make_repeatable
+from pipeline.distributed import make_deterministic
 from tests.bench.alternate import alternate, device, folder_asked_for, ratio, write
 from tests.bench.real_step import RealStep, alone, random_batch, recipe_of
 
@@ -19,7 +19,7 @@ ROUNDS = {"cpu": 4, "cuda": 20}
 def main() -> None:
     folder = folder_asked_for(__doc__)
     where = device()
-    make_repeatable(1)
+    make_deterministic(1)
     count, rounds, precision = MICRO_BATCH[where.type], ROUNDS[where.type], "fp32" if where.type == "cpu" else "bf16"
     group, recipe = alone(where), recipe_of("resnet50", "fgsm", count, 1, precision)
     labels = {size: f"step at {size} px" for size in SIZES}

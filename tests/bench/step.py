@@ -14,10 +14,10 @@ from unittest import mock
 
 import torch
 
-from pipeline.data.loader import Batch
-from pipeline.group import make_repeatable
-from pipeline.masked import Masked
-from pipeline.masks import kept_count
+from pipeline.data.loading.loader import Batch
+from pipeline.distributed import make_deterministic
+from pipeline.models.pruning.masked_weight import Masked
+from pipeline.models.pruning.topk import kept_count
 from tests.bench.alternate import alternate, device, folder_asked_for, ratio, write
 from tests.bench.baseline import candidates
 from tests.bench.real_step import KEEP, RealStep, Trains, alone, random_batch, recipe_of
@@ -48,8 +48,8 @@ def _sorting_at_every_forward() -> Iterator[None]:
 
     with (
         mock.patch.object(Masked, "forward", forward),
-        mock.patch("pipeline.attacks.cached_weights", return_value=nullcontext()),
-        mock.patch("pipeline.loop.refresh_masks"),
+        mock.patch("pipeline.robustness.attacks.cached_weights", return_value=nullcontext()),
+        mock.patch("pipeline.training.loop.refresh_masks"),
     ):
         yield
 
@@ -66,7 +66,7 @@ def main() -> None:
     folder = folder_asked_for(__doc__)
     where = device()
     kind = where.type
-    make_repeatable(1)
+    make_deterministic(1)
     count, size, rounds = MICRO_BATCH[kind], SIZE[kind], ROUNDS[kind]
     group = alone(where)
     whole = random_batch(count * PARTS, size)

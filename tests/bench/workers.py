@@ -13,10 +13,10 @@ import time
 
 import torch
 
-from pipeline.group import Group
+from pipeline.distributed import Group
 from tests.bench.alternate import Seconds, folder_asked_for, ratio, write
 from tests.bench.real_step import RealStep, random_batch, recipe_of
-from tests.dist.processes import run_group
+from tests.support.processes import run_group
 
 ARCH, SIZE, MICRO_BATCH, PARTS, PRECISION = "resnet50", 96, 16, 4, "fp32"
 WARM_UP, STEPS, ROUNDS = 1, 4, 5

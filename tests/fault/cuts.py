@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.lease import read_holder
+from pipeline.run.lease import read_holder
 
 Cut = tuple[str, str, int | None, str]
 """(event, stage, step, victim)"""

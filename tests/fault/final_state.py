@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from pipeline import checkpoint
-from pipeline.files import read_json
-from pipeline.phases import stages_of
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import stages_of
+from pipeline.run import checkpoint
+from pipeline.run.files import read_json
 
 
 def _rows(stage: Path) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def final_state(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name in stages:
         stage = folder / name
-        snapshot = checkpoint.read_newest(stage)
+        snapshot = checkpoint.read_newest_checkpoint(stage)
         assert snapshot is not None
         assert snapshot.progress.finished
         for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.optimizer, snapshot.carried):

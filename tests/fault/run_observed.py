@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from launch.local import run_here
-from pipeline.recipe_file import load_recipe
-from pipeline.worker import resolve_observer
-from tests.calm import finish
+from pipeline.recipe.file import load_recipe
+from pipeline.training.worker import resolve_observer
+from tests.support.undisturbed_run import finish
 
 if __name__ == "__main__":
     folder, observer = Path(sys.argv[1]), sys.argv[2]

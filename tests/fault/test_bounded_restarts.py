@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint
-from pipeline.stopping import read_failures
-from tests.calm import new_run
-from tests.commands import Command
+from pipeline.run import checkpoint
+from pipeline.run.stop import read_failures
 from tests.fault.cuts import Cut, done_cuts, set_cuts
-from tests.small_recipe import small_recipe
+from tests.support.commands import Command
+from tests.support.small_recipe import small_recipe
+from tests.support.undisturbed_run import new_run
 
 DEADLINE_S = 600
 STEP = 26  # checkpoints are due at 9 and 18; the second is begun once the first is committed
@@ -41,6 +41,6 @@ def test_a_checkpoint_resets_the_count_and_the_same_exception_twice_stops_the_ru
     assert (folder / "logs" / "restarts.log").read_text().count(" failed: ") == len(CUTS)
     mishaps = [failure for failure in read_failures(folder) if "Mishap" in failure.error]
     assert [(failure.rank, failure.stage, failure.step) for failure in mishaps] == [(1, "pretrain", STEP)] * 2
-    kept = checkpoint.read_newest(folder / "pretrain")
+    kept = checkpoint.read_newest_checkpoint(folder / "pretrain")
     assert kept is not None
     assert kept.progress.step in (9, 18), "the second may have been under way when its writer was killed"

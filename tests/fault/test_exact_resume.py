@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import checkpoint
-from pipeline.recipe import Recipe
-from tests.calm import calm_run, new_run
+from pipeline.recipe.schema import Recipe
+from pipeline.run import checkpoint
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.fault.final_state import differences, final_state
-from tests.small_recipe import ROOT, small_recipe
+from tests.support.small_recipe import ROOT, small_recipe
+from tests.support.undisturbed_run import calm_run, new_run
 
 DEADLINE_S = 420
 STAGES = ["pretrain", "keep-0.1/prune", "keep-0.1/finetune"]

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.committed import progress_marks
-from pipeline.group import Group
-from pipeline.job import Job
-from pipeline.lease import Leases
-from pipeline.phases import stages_of
-from pipeline.recipe import Recipe
-from pipeline.stage import run_stages
-from tests.calm import calm_run, new_run
-from tests.dist.processes import run_group
-from tests.failing_calls import Faults, build_library
+from pipeline.distributed import Group
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import stages_of
+from pipeline.run.layout import progress_marks
+from pipeline.run.lease import Leases
+from pipeline.training.context import Job
+from pipeline.training.stage import run_stages
 from tests.fault.final_state import unlike
-from tests.small_recipe import small_recipe
+from tests.support.failing_calls import Faults, build_library
+from tests.support.processes import run_group
+from tests.support.small_recipe import small_recipe
+from tests.support.undisturbed_run import calm_run, new_run
 
 SEED = 20261127
 NEVER = 10**9

@@ -13,17 +13,17 @@ from unittest import mock
 import pytest
 import torch
 
-from pipeline import checkpoint
-from pipeline.data.loader import Batch
-from pipeline.group import Group
-from pipeline.loop import NonFinite
-from pipeline.objectives import Given, Outcome
+from pipeline.data.loading.loader import Batch
+from pipeline.distributed import Group
+from pipeline.robustness.objectives import Given, Outcome
+from pipeline.run import checkpoint
+from pipeline.training.loop import NonFinite
 from tests.bench.real_step import RealStep, recipe_of
-from tests.calm import calm_run, new_run
-from tests.dist.processes import run_group
 from tests.fault.final_state import unlike
 from tests.fault.poison import given, set_doses
-from tests.small_recipe import ROOT, small_recipe
+from tests.support.processes import run_group
+from tests.support.small_recipe import ROOT, small_recipe
+from tests.support.undisturbed_run import calm_run, new_run
 
 PRUNE = "keep-0.1/prune"
 
@@ -56,7 +56,7 @@ def test_once_is_mended_and_always_stops_the_run(fashion_data: Path, tmp_path: P
     assert "Traceback" not in done.stderr
     restarts = (folder / "logs" / "restarts.log").read_text()
     assert f"the loss of step 13 is not finite: nan for samples {once}" in restarts
-    newest = checkpoint.read_newest(folder / PRUNE)
+    newest = checkpoint.read_newest_checkpoint(folder / PRUNE)
     assert newest is not None
     assert newest.progress.step == 9
     for name, tensor in {**newest.model, **newest.optimizer, **newest.carried}.items():

@@ -14,14 +14,14 @@ import yaml
 from pydantic import BaseModel
 
 from launch.__main__ import build_parser
-from pipeline.export import write_model
 from pipeline.models import build_network
-from pipeline.recipe import Recipe
-from pipeline.recipe_file import load_recipe
-from pipeline.recipe_sections import Model
-from pipeline.sparsity import effective_state
+from pipeline.models.export import write_model
+from pipeline.models.pruning.scores import effective_state
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.sections import Model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEY_ROW = re.compile(r"^\| `([a-z0-9_.<>]+)` \| [^|]+ \| `?([^|]*?)`? \|", re.MULTILINE)
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

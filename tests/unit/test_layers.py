@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 LAYERS = """
 architectures recipe_fields recipe_objective recipe_attacks recipe_sections recipe_slurm recipe recipe_file progress
@@ -41,15 +41,19 @@ ORDER = tuple(LAYERS.split())
 WITHOUT_TORCH = LAYERS.split("\n\n")[0].split()
 
 DOORS = {
-    "ray": {"pipeline.worker", "pipeline.driver", "launch.cluster"},
-    "deepspeed": {"pipeline.engine"},
-    "ffcv": {"pipeline.data.decoder", "pipeline.data.write_worker"},
-    "wandb": {"pipeline.recorded", "pipeline.mirror", "pipeline.showcase"},
-    "matplotlib": {"pipeline.figures"},
-    "jinja2": {"pipeline.page"},
-    "psutil": {"pipeline.system"},
-    "pyautoattack": {"pipeline.evaluate.autoattack", "pipeline.evaluate.probes"},
-    "submitit": {"launch.slurm", "launch.sbatch", "launch.allocation"},
+    "ray": {"pipeline.training.worker", "pipeline.training.driver", "launch.ray_cluster.connect"},
+    "deepspeed": {"pipeline.training.engine"},
+    "ffcv": {"pipeline.data.loading.decoder", "pipeline.data.writing.worker"},
+    "wandb": {
+        "pipeline.run.tracking.wandb_history",
+        "pipeline.run.tracking.wandb_mirror",
+        "pipeline.report.wandb_report",
+    },
+    "matplotlib": {"pipeline.report.figures"},
+    "jinja2": {"pipeline.report.page"},
+    "psutil": {"pipeline.training.hardware"},
+    "pyautoattack": {"pipeline.evaluation.measures.autoattack", "pipeline.evaluation.honesty.probes"},
+    "submitit": {"launch.slurm.submit", "launch.slurm.sbatch", "launch.slurm.node_task"},
 }
 """vendor -> the modules that import it"""
 
@@ -80,7 +84,7 @@ def _imports_of(path: Path) -> Iterator[str]:
 
 
 def module_of(name: str) -> str:
-    """'pipeline.files.read_json' -> 'pipeline.files'."""
+    """'pipeline.run.files.read_json' -> 'pipeline.run.files'."""
     while name not in MODULES:
         name = name.rpartition(".")[0]
         assert name, "an import of a module that is not there"
@@ -136,7 +140,7 @@ def test_a_login_node_reads_recipes_without_torch_and_ray() -> None:
 
 
 def test_evaluating_again_needs_neither_ray_nor_deepspeed() -> None:
-    code = "import sys, launch.judge, pipeline.judging; print([n for n in ('ray', 'deepspeed') if n in sys.modules])"
+    code = "import sys, launch.commands.judge, pipeline.evaluation.runner; print([n for n in ('ray', 'deepspeed') if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )

@@ -1,0 +1,192 @@
+"""`python -m launch evaluate`: attack a finished network again, with another strength or on other images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import run_folder
+from pipeline.data.loading.prefetch import LoaderError
+from pipeline.recipe.attacks import ATTACKS, FOLLOWING, STEPPING, Attack, check_attack
+from pipeline.recipe.fields import parse_fraction
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import stages_of
+from pipeline.run.files import sha256_of
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.chunks import Crops, Images
+    from pipeline.evaluation.measures.pgd import Pgd
+    from pipeline.evaluation.runner import Task
+
+EXAMPLE = """\
+  python -m launch evaluate runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 10 --images 1000
+  python -m launch evaluate demo --attack autoattack --images 1000    (every finished network of the run)
+  python -m launch evaluate first --attack autoattack --folder val --image-list imagenet_test_image_ids.txt
+"""
+KEPT = "what was judged is kept: the same command goes on with it"
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="attack finished networks again; prints accuracies as JSON and keeps the verdicts",
+        description=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target", metavar="RUN|FILE", help="a run, or a model.safetensors inside one")
+    names = f"one or several of {', '.join(ATTACKS)} (default: pgd)"
+    parser.add_argument("--attack", default="pgd", type=_names, metavar="A[,A]", help=names)
+    parser.add_argument("--images", default="all", help="how many test images, evenly spread, or all (default)")
+    parser.add_argument("--steps", type=int, help="steps of pgd and transfer (default: the recipe's)")
+    parser.add_argument("--restarts", type=int, help="their random restarts (default: the recipe's)")
+    parser.add_argument("--step-size", type=_pixels, help="for example 1/255 (default: the recipe's)")
+    parser.add_argument("--source", type=Path, help="file that transfer makes its examples on (default: the dense one)")
+    parser.add_argument("--folder", type=Path, help="judge image files in folders by class, as leaderboards do")
+    parser.add_argument("--image-list", type=Path, metavar="FILE", help="which of them: one <class>/<file> per line")
+    parser.set_defaults(handler=_evaluate, after_interrupt=KEPT)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if odd := [name for name in names if name not in ATTACKS]:
+        raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(ATTACKS)}")
+    return names
+
+
+def _pixels(text: str) -> Fraction:
+    try:
+        return parse_fraction(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _run_of(path: Path) -> Path:
+    for folder in path.resolve().parents:
+        if (folder / "recipe.yaml").exists():
+            return folder
+    raise ValueError(f"{path} is not inside a run: no recipe.yaml above it names its threat model and data")
+
+
+def _targets(target: str) -> tuple[Path, list[Path]]:
+    """The run, and which of its networks are meant."""
+    path = Path(target)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist")
+        return _run_of(path), [path]
+    folder = run_folder.find_run(target)
+    stages = [stage for stage in stages_of(load_recipe(folder / "recipe.yaml")) if stage.measure is not None]
+    files = [path for stage in stages if (path := folder / stage.name / "model.safetensors").exists()]
+    if not files:
+        raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
+    return folder, files
+
+
+def _attack(name: str, arguments: argparse.Namespace, recipe: Recipe) -> Attack:
+    """What the command line asks for. Errors: ValueError for what this attack, or this recipe, does not have."""
+    images = arguments.images
+    if images != "all" and (not images.isdigit() or int(images) == 0):
+        raise ValueError(f"--images {images}: expected all or a number")
+    given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
+    given = {key: value for key, value in given.items() if value is not None}
+    if min(given.values(), default=1) <= 0:
+        raise ValueError("--steps, --restarts and --step-size must be positive")
+    if given and name not in STEPPING:
+        raise ValueError(f"--attack {name} is run as its authors set it: no --steps, --restarts, --step-size")
+    if arguments.source is not None and "transfer" not in arguments.attack:
+        raise ValueError(f"--source {arguments.source} is for --attack transfer")
+    attack = Attack.model_validate({"name": name, "images": None if images == "all" else int(images), **given})
+    if recipe.threat_model is not None or attack.name != "pgd":  # which then counts what is right clean
+        usual, classes = recipe.evaluation.step_size, recipe.model.num_classes
+        check_attack(attack, "--attack", recipe.objective, recipe.threat_model, classes, usual)
+    return attack
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    try:
+        _attack_each(arguments)
+    except LoaderError as error:  # nothing that the user could say differently: no ValueError
+        print(f"error: {error}; {KEPT}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _attack_each(arguments: argparse.Namespace) -> None:
+    """Print the counts of every network that is meant. Errors: ValueError; LoaderError for images that do not come."""
+    folder, files = _targets(arguments.target)
+    run_folder.check_same_data(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    attacks = [_attack(name, arguments, recipe) for name in arguments.attack]
+
+    from launch.commands.judge import Judge
+    from pipeline.distributed import Group, make_deterministic, pick_device
+    from pipeline.evaluation.runner import task_of
+
+    source = arguments.source or folder / "pretrain" / "model.safetensors"
+    group = Group(0, 1, pick_device(recipe.workers.device))
+    loader, crops = _images(arguments, recipe)
+    with loader:
+        make_deterministic(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
+        if arguments.images != "all" and int(arguments.images) > loader.num_samples:
+            raise ValueError(f"--images {arguments.images}: expected all or a number from 1 to {loader.num_samples}")
+        judge = Judge(folder, recipe, loader, crops, group)
+        tasks = [(task_of(attack, recipe, source, group), _attacked(attack, files, source)) for attack in attacks]
+        for attack, (task, networks) in zip(attacks, tasks, strict=True):
+            pgd = _checked(attack, task, recipe)
+            for path in networks:
+                honesty = {} if pgd is None else {"honesty": judge.honesty(path, pgd, task.images)}
+                print(json.dumps({"file": str(path), **judge.counts(path, task, honesty)}), flush=True)
+
+
+def _checked(attack: Attack, task: Task, recipe: Recipe) -> Pgd | None:
+    """The PGD whose honesty says whether an attack can be believed; None where the checks have nothing to say."""
+    from pipeline.evaluation.measures.pgd import Pgd
+    from pipeline.evaluation.runner import measure_of
+
+    if recipe.threat_model is None or attack.name not in FOLLOWING or not recipe.evaluation.honesty_images:
+        return None
+    measure = task.measure if attack.name == "pgd" else measure_of(recipe)
+    return measure if isinstance(measure, Pgd) else None
+
+
+def _attacked(attack: Attack, files: list[Path], source: Path) -> list[Path]:
+    """The networks that an attack is for: transfer's source is no target. Errors: ValueError if none is left."""
+    if attack.name != "transfer":
+        return files
+    own = sha256_of(source)
+    others = [path for path in files if sha256_of(path) != own]
+    if not others:
+        raise ValueError(f"{source} is the network that is attacked; give another one: --source FILE")
+    return others
+
+
+def _images(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Images, Crops]:
+    """The recipe's test file, or what --folder and --image-list say. Errors: ValueError."""
+    import numpy as np
+
+    from pipeline.data.loading.image_list import CROPPED, ListedImages
+    from pipeline.data.loading.loader import Loader
+    from pipeline.data.loading.sampling import evaluation_crops
+    from pipeline.data.manifest import read_manifest
+
+    data, threads = recipe.data, recipe.workers.threads
+    folder, image_list = arguments.folder, arguments.image_list
+    if (folder is None) != (image_list is None):
+        raise ValueError("--folder and --image-list belong together: where the images are, and which of them")
+    if folder is None:
+        loader = Loader(Path(data.test_file), image_size=data.image_size, threads=threads)
+        crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
+        return loader, lambda ids: crops[ids]
+    if data.image_size != CROPPED:
+        raise ValueError(
+            f"--folder gives images of {CROPPED} pixels a side, and the network was trained on {data.image_size} "
+            "(data.image_size)"
+        )
+    classes = read_manifest(Path(data.test_file)).class_names
+    # These are cropped as they are read.
+    return ListedImages(folder, image_list, classes, threads=threads), lambda ids: np.zeros((len(ids), 5), np.int32)

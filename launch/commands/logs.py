@@ -1,0 +1,173 @@
+"""`python -m launch logs`: the last lines of all that a run has logged, and with -f whatever is added, like tail -F.
+
+Nothing but the run directory is read, so that a run can be followed from any machine that sees it. Files may appear, be
+replaced or cut at any moment; a line is shown when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from launch import run_folder
+from launch.slurm.submit import groups_of, read_jobs
+from pipeline.recipe.file import load_recipe
+from pipeline.run.layout import is_done
+
+POLL_S = 0.5
+BLOCK = 64 * 1024
+MARK = 64
+"""So many bytes before the place that was read up to must still be there, or the file has begun anew."""
+
+
+def add_parser(commands: Any) -> None:
+    logs = commands.add_parser("logs", help="what the jobs and workers of a run have logged last")
+    logs.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is finished, or Ctrl-C")
+    logs.add_argument("-n", "--lines", type=int, default=20, help="so many of each log (default: %(default)s)")
+    logs.set_defaults(handler=_logs)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    folder = run_folder.find_run(arguments.run)
+    try:
+        show_logs(folder, arguments.follow, arguments.lines, sys.stdout, threading.Event())
+    except KeyboardInterrupt:
+        if not arguments.follow:  # which ends in no other way, as long as the run goes on
+            raise
+    return 0
+
+
+def show_logs(folder: Path, follow: bool, lines: int, stream: TextIO, stop: threading.Event) -> None:
+    """Write the last lines of each log under its name; with `follow` go on until the run is finished or `stop` is set.
+
+    Errors: ValueError if there is nothing to show or wait for, or a file cannot be read.
+    """
+    if lines < 1:
+        raise ValueError(f"--lines {lines}: expected 1 or more")
+    logs = _Logs(folder, stream)
+    logs.look_for_files(lines)
+    finished = logs.run_is_finished()
+    news = logs.show_news(partial=finished or not follow)
+    if not news and (finished or not follow):
+        hint = "it is finished" if finished else f"python -m launch resume {folder} starts it, -f waits for it"
+        raise ValueError(f"{folder} has no logs; {hint}")
+    if not news:
+        print(f"waiting for the first log of {folder}", file=stream, flush=True)
+    while follow and not (finished and not news) and not stop.wait(POLL_S):
+        finished = logs.run_is_finished()  # before the logs are read, so that its last lines are among them
+        logs.look_for_files()
+        news = logs.show_news(partial=False)
+    logs.show_news(partial=True)
+
+
+class _Logs:
+    """All logs of a run; a file that was found once stays among them."""
+
+    def __init__(self, folder: Path, stream: TextIO) -> None:
+        self.files: dict[Path, _Log] = {}
+        self._folder = folder
+        self._stream = stream
+        self._groups = groups_of(load_recipe(folder / "recipe.yaml"))
+        self._last_shown: Path | None = None
+
+    def run_is_finished(self) -> bool:
+        return not any(self._is_unfinished(group) for group in self._groups)
+
+    def _is_unfinished(self, group: str) -> bool:
+        return not all(is_done(self._folder, stage) for stage in self._groups[group])
+
+    def look_for_files(self, lines: int | None = None) -> None:
+        """Find new files: all that is in them is news, or no more than the last `lines` lines."""
+        for path in [*self._of_jobs(), *self._of_workers()]:
+            if path not in self.files:
+                self.files[path] = _Log(path)
+                if lines is not None:
+                    self.files[path].skip_to_last(lines)
+
+    def _of_jobs(self) -> list[Path]:
+        """What submitit keeps of each group's newest job, unless the group is finished while others are not."""
+        newest = {job.group: job.id for job in read_jobs(self._folder)}
+        at_work = {job for group, job in newest.items() if group not in self._groups or self._is_unfinished(group)}
+        paths = sorted((self._folder / "jobs").glob("*_*_log.*"), key=_in_order)
+        job_of = {path: path.name.rsplit("_", 2)[0] for path in paths}  # 12_0_log.err; in an array 12_3_0_log.err
+        of_these = [path for path, job in job_of.items() if job in at_work]
+        return of_these or [path for path, job in job_of.items() if job in newest.values()]
+
+    def _of_workers(self) -> list[Path]:
+        folder = self._folder / "logs"
+        return [*sorted(folder.glob("worker-*.log"), key=_in_order), *folder.glob("restarts.log")]
+
+    def show_news(self, partial: bool) -> bool:
+        """Write what was added, each file under its name; returns whether there was anything."""
+        news = False
+        for path, log in self.files.items():
+            text = log.read(partial)
+            if not text:
+                continue
+            if path != self._last_shown or log.anew:
+                gap = "" if self._last_shown is None else "\n"
+                print(f"{gap}==> {path} <=={' (began anew)' if log.anew else ''}", file=self._stream)
+            print(text, end="" if text.endswith("\n") else "\n", file=self._stream, flush=True)
+            self._last_shown, log.anew, news = path, False, True
+        return news
+
+
+class _Log:
+    """One file, read in steps. Errors: ValueError if it cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.anew = False
+        """Whether it was replaced or cut since something of it was shown."""
+        self._inode = -1
+        self._offset = 0
+        self._mark = b""
+
+    def skip_to_last(self, lines: int) -> None:
+        """Pass over all but the last whole lines and what follows them."""
+        stream = self._open()
+        if stream is None:
+            return
+        with stream:
+            start = end = stream.seek(0, os.SEEK_END)
+            length, tail = BLOCK, b""
+            while start > 0 and tail.count(b"\n") <= lines:
+                start = stream.seek(max(0, end - length))
+                length, tail = 2 * length, stream.read(end - start)
+        self._offset = end - len(b"\n".join(tail.split(b"\n")[-lines - 1 :]))
+
+    def read(self, partial: bool) -> str:
+        """The whole lines that were added, and with `partial` the one that is being written."""
+        stream = self._open()
+        if stream is None:
+            return ""
+        with stream:
+            inode = os.fstat(stream.fileno()).st_ino
+            stream.seek(self._offset - len(self._mark))
+            if self._inode not in (-1, inode) or stream.read(len(self._mark)) != self._mark:
+                self._offset, self._mark, self.anew = stream.seek(0), b"", True
+            data = stream.read()
+        if not partial:
+            data = data[: data.rfind(b"\n") + 1]
+        self._inode = inode
+        self._offset += len(data)
+        self._mark = (self._mark + data)[-MARK:]
+        return data.decode(errors="replace")
+
+    def _open(self) -> BinaryIO | None:
+        try:
+            return self.path.open("rb")
+        except FileNotFoundError:  # it may come back
+            return None
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from None
+
+
+def _in_order(path: Path) -> tuple[int, str]:
+    """worker-2.log before worker-10.log."""
+    return len(path.name), path.name

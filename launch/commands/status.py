@@ -1,0 +1,298 @@
+"""`python -m launch status`: where every stage of a run is, told from its run directory.
+
+SLURM is asked once, for the jobs of all that is unfinished; without its answer the tables are there all the same. A
+file that cannot be read is named under its run's table, and counts as missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launch import run_folder
+from launch.slurm.control_files import StartLog
+from launch.slurm.submit import groups_of, parse_jobs
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.stages import Stage
+from pipeline.run.files import read_json, read_rows
+from pipeline.run.layout import evaluation_path, is_done
+from pipeline.run.lease import Holder, is_stale
+
+Value = TypeVar("Value")
+Queue = dict[str, tuple[str, str]]
+"""job -> (state, reason), as squeue says."""
+
+WIDTH = 120
+SQUEUE_S = 20.0
+"""How long squeue may take."""
+COLUMNS = ["stage", "state", "progress", "%", "images/s", "robust %", "time left", "job", "SLURM", "restarts"]
+TEXT_COLUMNS = ("stage", "state", "SLURM")
+FAILED = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+GONE = ("-", *FAILED, "CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED")
+"""What is said of jobs that do not come back; with any other word the job is queued or runs."""
+
+
+def add_parser(commands: Any) -> None:
+    status = commands.add_parser("status", help="where every stage of the runs is, and how long it will still take")
+    status.add_argument("runs", nargs="*", metavar="RUN", help="name under runs/, or the folder (default: all)")
+    status.set_defaults(handler=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    folders = [run_folder.find_run(name) for name in arguments.runs]
+    print(show_status(folders or sorted(path.parent for path in run_folder.RUNS.glob("*/recipe.yaml"))))
+    return 0
+
+
+def show_status(folders: list[Path]) -> str:
+    """A headline and a table for every run. Errors: ValueError if there is none."""
+    if not folders:
+        raise ValueError(f"there is no run in {run_folder.RUNS}/; start one: python -m launch run RECIPE")
+    runs: list[_Run | str] = []
+    for folder in folders:
+        try:
+            runs.append(_Run(folder))
+        except (OSError, ValueError) as error:
+            runs.append(_wrap(f"{folder} cannot be shown: {error}"))
+    queue, note = _ask_squeue([job for run in runs if isinstance(run, _Run) for job in run.unfinished_jobs()])
+    blocks = [run if isinstance(run, str) else run.show(queue) for run in runs]
+    return "\n\n".join([*blocks, _wrap(note)] if note else blocks)
+
+
+def _ask_squeue(jobs: list[str]) -> tuple[Queue | None, str]:
+    """(what squeue knows of the jobs, or None without an answer; why there is none)."""
+    if not jobs:
+        return {}, ""
+    if shutil.which("squeue") is None:
+        return None, "what waits in SLURM is not known: squeue is not on this machine"
+    # One line for each element of an array, and jobs that have just ended too.
+    command = ["squeue", "-h", "-r", "-t", "all", "-o", "%i %T %r", "-j", ",".join(jobs)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_S)
+    except subprocess.TimeoutExpired:
+        return None, f"what waits in SLURM is not known: squeue did not answer in {SQUEUE_S:g} s"
+    except OSError as error:
+        return None, f"what waits in SLURM is not known: {error}"
+    if done.returncode and "Invalid job id" not in done.stderr:  # so it calls a job that it has forgotten
+        return None, f"what waits in SLURM is not known: squeue ended with {done.returncode}, {done.stderr.strip()}"
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}, ""
+
+
+@dataclass
+class _Part:
+    """One stage, as far as its folder tells."""
+
+    stage: Stage
+    done: bool
+    trained: bool
+    token: str | None  # the lease's, if its holder lives
+    begun: float | None  # when the newest attempt at it wrote its first file
+    total: int  # steps; 0 while no stage of the run has begun
+    step: int
+    speed: float  # newest images/s; 0 while there is none
+    robust: str
+    attacked: tuple[int, int]  # (done, total) images of the test set
+    state: str = "waiting"
+
+    def cells(self, batch: int) -> list[str]:
+        speed = self.speed if self.state == "training" else 0
+        done, total = self.attacked if self.state == "evaluating" else (self.step, self.total)
+        progress = [f"{done}/{total}", f"{100 * done // total}"] if total else ["-", "-"]
+        pace = [f"{speed:,.0f}", self.robust, _duration((total - done) * batch / speed)] if speed else None
+        return [self.stage.name, self.state, *progress, *(pace or ["-", self.robust, "-"])]
+
+
+class _Run:
+    """One run, as far as its directory tells. Errors: ValueError if its recipe cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+        recipe = load_recipe(folder / "recipe.yaml")
+        self.batch = recipe.batch.batch_per_step
+        jobs = self._read(folder / "jobs.json", parse_jobs)
+        self.jobs = {job.group: job for job in jobs or []}  # a group's last one counts
+        self.starts = _rows(StartLog.of(folder).path, lambda row: (row["group"], int(row["job"])))
+        self.failures = _rows(folder / "logs" / "failures.jsonl", _failure)
+        stages = groups_of(recipe)
+        self.groups = {name: [self._part(stage) for stage in group] for name, group in stages.items()}
+        self.parts = [part for group in self.groups.values() for part in group]
+        per_epoch = next((part.total // part.stage.optimisation.epochs for part in self.parts if part.total), 0)
+        for part in self.parts:  # every stage has the same images
+            part.total = part.total or per_epoch * part.stage.optimisation.epochs
+            part.step = part.total if part.trained else part.step
+        self.ended = {group: self._how_it_ended(group) for group in self.jobs}
+
+    def _read(self, path: Path, take: Callable[[Any], Value]) -> Value | None:
+        """What `take` makes of a file; None if it is not there. A damaged one is noted."""
+        try:
+            return take(read_json(path))
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            if path.exists():
+                self.notes.append(f"{path} is damaged: {str(error).removeprefix(f'{path} cannot be read: ')}")
+            return None
+
+    def _part(self, stage: Stage) -> _Part:
+        folder = self.folder / stage.name
+        done = is_done(self.folder, stage)
+        signs = (folder / "stage.json", folder / "evaluate")
+        rows = _rows(folder / "metrics.jsonl", _metric)
+        held_out = [f"{100 * value:.1f} held-out" for kind, _, value in rows if kind == "validation"]
+        tested = self._read(evaluation_path(folder, stage.measure), _interval) if stage.measure else None
+        attacked = self._read(folder / "evaluate" / "progress.json", lambda row: (int(row["done"]), int(row["total"])))
+        return _Part(
+            stage,
+            done,
+            trained=(folder / "result.json").exists(),
+            token=None if done else self._read(folder / "lease.json", _living_token),
+            begun=max((path.stat().st_mtime for path in signs if path.exists()), default=None),
+            total=self._read(folder / "stage.json", lambda plan: int(plan["total_steps"])) or 0,
+            step=max((step for _, step, _ in rows), default=0),
+            speed=next((value for kind, _, value in reversed(rows) if kind == "train"), 0.0),
+            robust=tested or (held_out[-1] if held_out else "-"),
+            attacked=attacked or (0, 0),
+        )
+
+    def _how_it_ended(self, group: str) -> tuple[int, str] | None:
+        """(code, message) of the newest start of the group's newest job; None if it has not ended for good."""
+        job = self.jobs[group].id
+        # An element of an array, 12_3, runs under a number of its own, which is not lower than the array's.
+        numbers = [number for name, number in self.starts if name == group and number >= int(job.partition("_")[0])]
+        job = str(numbers[-1]) if numbers else job
+        restarts = [path.name.rpartition("-")[2] for path in (self.folder / "control").glob(f"{job}-*")]
+        newest = max((int(restart) for restart in restarts if restart.isdigit()), default=0)
+        ended = self.folder / "control" / f"{job}-{newest}" / "ended.json"
+        return self._read(ended, lambda row: (int(row["code"]), row["message"]))
+
+    def unfinished_jobs(self) -> list[str]:
+        over = {group: all(part.done for part in parts) for group, parts in self.groups.items()}
+        return [job.id for group, job in self.jobs.items() if not over.get(group, self.ended[group] is not None)]
+
+    def show(self, queue: Queue | None) -> str:
+        """`queue`: what SLURM says of the jobs, or None if that is not known."""
+        said = {group: (queue or {}).get(job.id, ("-", "None")) for group, job in self.jobs.items()}
+        notes = self._judge({group: state for group, (state, _) in said.items()})
+        rows = [COLUMNS]
+        for group, parts in self.groups.items():
+            starts = [name for name, _ in self.starts if name == group]
+            job = [self.jobs[group].id, said[group][0]] if group in self.jobs else ["-", "-"]
+            rows += [[*part.cells(self.batch), *job, str(len(starts) - 1) if starts else "-"] for part in parts]
+        # Reasons, and the report's job, which has no line in the table.
+        known = [(group, pair) for group, pair in said.items() if pair[0] != "-"]
+        told = [pair for group, pair in known if pair[1] != "None" or group not in self.groups]
+        for state, reason in dict.fromkeys(told):
+            jobs = [f"{self.jobs[group].id} ({group})" for group, pair in said.items() if pair == (state, reason)]
+            notes.append(f"{state}{'' if reason == 'None' else f', {reason}'}: {', '.join(jobs)}")
+        states, queued = {part.state for part in self.parts}, any(state not in GONE for state, _ in said.values())
+        word = "waiting for SLURM" if queued else "failed" if "failed" in states else "not running"
+        if states & {"training", "evaluating"} or states == {"finished"}:
+            word = "finished" if states == {"finished"} else "running"
+        elif not queued and queue is not None:
+            notes.append(f"go on with: python -m launch resume {self.folder}")
+        facts = [f"{self.folder}: {word}", *self._facts(word == "running")]
+        table = _table([row if self.jobs else row[:-3] for row in rows])
+        return "\n".join([", ".join(facts), *table, *(_wrap(note, "  ") for note in [*notes, *self.notes])])
+
+    def _judge(self, slurm: dict[str, str]) -> list[str]:
+        """Give every stage its state; returns what those that failed left as their last words."""
+        reasons: list[str] = []
+        leading: set[str | None] = set()
+        for group, parts in self.groups.items():
+            first = next((part for part in parts if not part.done), None)
+            for part in parts:
+                if part.done:
+                    part.state = "finished"
+                elif part.token is not None:  # who holds a job's stages holds them from its beginning
+                    if part.token not in leading:
+                        part.state = "evaluating" if part.trained else "training"
+                    leading.add(part.token)
+                elif slurm.get(group, "-") in GONE:
+                    why = self._last_words(part, group, slurm.get(group)) if part is first else []
+                    part.state = "failed" if why else "waiting" if part.begun is None else "stopped"
+                    reasons += why
+        others = {group: ended for group, ended in self.ended.items() if ended is not None and group not in self.groups}
+        return reasons + [f"{group}: {message}" for group, (code, message) in others.items() if code]
+
+    def _last_words(self, part: _Part, group: str, slurm: str | None) -> list[str]:
+        """Of a stage's job and workers, unless it was begun again since."""
+        code, message = self.ended.get(group) or (0, "")
+        words = [f"{group}: {message}"] if code else [f"{group}: SLURM has ended its job"] if slurm in FAILED else []
+        # Before its first stage a worker names none. With several jobs it could be any.
+        is_next = not self.jobs and part is next(other for other in self.parts if not other.done)
+        failures = [row for row in self.failures if row[1] == part.stage.name or (row[1] is None and is_next)]
+        if failures and (part.begun is None or failures[-1][0] > part.begun):
+            words.append(f"{part.stage.name}: {failures[-1][2]}")
+        return words
+
+    def _facts(self, running: bool) -> list[str]:
+        facts = [f"{sum(part.done for part in self.parts)} of {len(self.parts)} stages finished"]
+        # Everything at the speed of what trains, or else of what has trained.
+        speeds = sorted((part.state == "training", part.speed) for part in self.parts if part.speed)
+        left = sum(part.total - part.step for part in self.parts) * self.batch
+        if running and left and speeds:
+            together = ", one stage after the other" if self.jobs else ""
+            facts.append(f"about {_duration(left / speeds[-1][1])} of training left{together}")
+        log = self.folder / "logs" / "restarts.log"
+        failed = len(re.findall(rb"(?m)^attempt \w+ failed", log.read_bytes())) if log.exists() else 0
+        if failed:
+            facts.append(f"{failed} failed attempt{'s' * (failed > 1)} (logs/restarts.log)")
+        return facts
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Aligned lines, numbers to the right; with narrow gaps if they would be too long otherwise."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH + 2 else " "
+    signs = ["<" if name in TEXT_COLUMNS else ">" for name in rows[0]]
+    line = gap.join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
+    return [line.format(*row).rstrip() for row in rows]
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    lines = textwrap.wrap(textwrap.shorten(text, 600), WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+    return indent + f"\n{indent}  ".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    days, rest = divmod(round(seconds), 86400)
+    return f"{days} d {rest // 3600} h" if days else str(timedelta(seconds=rest))
+
+
+def _rows(path: Path, take: Callable[[Any], Value]) -> list[Value]:
+    """What `take` makes of each line; lines that are torn or damaged are passed over, as a resume cuts them."""
+    rows = []
+    for row in read_rows(path):
+        try:
+            rows.append(take(row))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return rows
+
+
+def _metric(row: Any) -> tuple[str, int, float]:
+    """(kind, step, images/s or robust accuracy on the held-out images)"""
+    value = row["timing"]["images_per_s"] if row["kind"] == "train" else row["robust_accuracy"]
+    return row["kind"], int(row["step"]), float(value)
+
+
+def _failure(row: Any) -> tuple[float, str | None, str]:
+    """(time, stage if one had begun, what happened)"""
+    return float(row["time"]), row["stage"], f"failed at step {row['step']}: {row['error']}"
+
+
+def _interval(evaluation: Any) -> str:
+    value, low, high = (100 * evaluation["robust_accuracy"][key] for key in ("value", "low", "high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _living_token(lease: Any) -> str | None:
+    return None if is_stale(holder := Holder(**lease)) else holder.token

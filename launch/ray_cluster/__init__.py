@@ -1,0 +1,1 @@
+"""Ray clusters that leave nothing behind."""

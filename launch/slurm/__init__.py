@@ -1,0 +1,1 @@
+"""SLURM jobs, and what runs on their nodes."""

@@ -1,0 +1,33 @@
+"""The last job of a run: its report, once the others have ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.slurm.control_files import ControlFiles, JobFailed, begin, start_of_job
+from pipeline.recipe.file import load_recipe
+
+REPORT = "report"
+"""Its group. It needs one node and no GPU."""
+
+
+@dataclass
+class Report:
+    """The submitted object."""
+
+    run_folder: str
+    stages: list[str]
+
+    def __call__(self) -> None:
+        folder = Path(self.run_folder)
+        control = ControlFiles.of(folder, *start_of_job())
+        control.create()
+        limit = load_recipe(folder / "recipe.yaml").workers.restarts_without_progress
+        begin(folder, REPORT, 1, [], limit)
+        code = subprocess.run([sys.executable, "-m", "launch", "report", self.run_folder]).returncode
+        control.end(code, "" if code == 0 else "the report could not be written; its reason is above")
+        if code:
+            raise JobFailed(f"report: exit code {code}")

@@ -1,0 +1,119 @@
+"""The files that sbatch is given: what a recipe's slurm section asks for, in submitit's words. Works without SLURM."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.ray_cluster.environment import ROOT
+from launch.slurm.report_job import REPORT
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.slurm import Slurm
+
+CLIENT_S = 60
+"""How long a SLURM command may take."""
+FAN = "sparsities"
+"""What the jobs after pretrain's are called together."""
+
+
+def sbatch_parameters(recipe: Recipe, run_folder: Path, group: str, dependency: str | None) -> dict[str, Any]:
+    """What submitit's SlurmExecutor is told; its names are sbatch's."""
+    slurm = section_of(recipe)
+    low, high = slurm.nodes
+    extra: dict[str, Any] = {
+        "nodes": str(low) if low == high else f"{low}-{high}",
+        "requeue": True,
+        "chdir": str(ROOT),
+        **slurm.options,
+    }
+    if slurm.mem is not None:
+        extra["mem"] = slurm.mem
+    if dependency is not None:
+        extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+    named = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type"]
+    if group == REPORT:
+        extra["nodes"] = "1"
+    else:
+        named += ["gpus_per_node", "gres"]
+    return {
+        "job_name": f"{run_folder.name}-{group}",
+        "time": slurm.time,
+        "cpus_per_task": slurm.cpus_per_task,
+        "signal_delay_s": slurm.signal_s,
+        "array_parallelism": slurm.parallel_jobs,
+        "setup": list(slurm.setup),
+        "teardown": _teardown(run_folder),
+        "srun_args": _srun_arguments(slurm),
+        "additional_parameters": extra,
+        **{name: value for name in named if (value := getattr(slurm, name)) is not None},
+    }
+
+
+def section_of(recipe: Recipe) -> Slurm:
+    if recipe.slurm is None:
+        raise ValueError(
+            "--on slurm needs a slurm: section in the recipe, a profile (--cluster FILE), or at least one "
+            "slurm.key=value, for example slurm.time=12:00:00"
+        )
+    return recipe.slurm
+
+
+def _srun_arguments(slurm: Slurm) -> list[str]:
+    # One task per node is for srun alone: told so, sbatch counts a task for each of the fewest nodes of a range, and
+    # never gives more nodes than tasks. srun does not take over --cpus-per-task since SLURM 22.05; one dead task ends
+    # the others.
+    arguments = ["--ntasks-per-node=1", f"--cpus-per-task={slurm.cpus_per_task}", "--kill-on-bad-exit=1"]
+    if slurm.container_image is not None:
+        arguments.append(f"--container-image={slurm.container_image}")
+        arguments += [f"--container-mounts={slurm.container_mounts}"] if slurm.container_mounts is not None else []
+    return arguments
+
+
+def _teardown(run_folder: Path) -> list[str]:
+    """Shell lines after srun: queue again what began and did not end by itself, unless SLURM has taken the job away.
+
+    A start that was not even counted (no Python, no project on the node, no room in the run directory) is not queued
+    again: nothing would bound that. One task of an array has the array's own job id, which stands for all of them, so
+    an array's tasks are named by their numbers.
+    """
+    folder = run_folder.resolve()
+    unanswered = f"SLURM did not queue this job again; go on with: python -m launch resume {folder}"
+    return [
+        "code=$?",
+        f'start={shlex.quote(str(folder))}/control/"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
+        "me=$SLURM_JOB_ID",
+        'if [ -n "$SLURM_ARRAY_JOB_ID" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi',
+        'if [ "$code" -ne 0 ] && [ -e "$start/counted" ] && [ ! -e "$start/ended.json" ]; then',
+        f'  if state=$(timeout {CLIENT_S} squeue -h -r -j "$me" -o %T); then',
+        f'    [ "$state" != RUNNING ] || timeout {CLIENT_S} scontrol requeue "$me" && exit "$code"',
+        "  fi",
+        f"  echo {shlex.quote(unanswered)} >&2",
+        "fi",
+        'exit "$code"',
+    ]
+
+
+def python_of(recipe: Recipe) -> str:
+    """The interpreter on the nodes: this one, or the container's own.
+
+    Deaf to SLURM's warning until submitit is ready for it: while Python starts, it would end the task.
+    """
+    python = "python3" if section_of(recipe).container_image else shlex.quote(sys.executable)
+    return f"""sh -c 'trap "" USR2; exec "$0" "$@"' {python}"""
+
+
+def sbatch_text(
+    recipe: Recipe, run_folder: Path, group: str, *, array: int | None = None, after: str | None = None
+) -> str:
+    """The file that sbatch would be given. Works where there is no SLURM."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    jobs = (run_folder / "jobs").resolve()
+    return _make_sbatch_string(
+        command=f"{python_of(recipe)} -u -m submitit.core._submit {shlex.quote(str(jobs))}",
+        folder=jobs,
+        map_count=array,
+        **sbatch_parameters(recipe, run_folder, group, after),
+    )

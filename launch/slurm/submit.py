@@ -1,0 +1,189 @@
+"""Runs on SLURM: what is left of a run becomes jobs, submitted through submitit. Needs no torch: a login node does it.
+
+    pretrain  ->  one array: per sparsity prune + finetune, and each baseline  ->  report
+
+The submitted objects are a few strings (`allocation.Share`); everything else a job reads is in the run directory.
+jobs.json there says which job does what.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.slurm.node_task import JobPayload
+from launch.slurm.report_job import REPORT, Report
+from launch.slurm.sbatch import CLIENT_S, FAN, python_of, sbatch_parameters, sbatch_text, section_of
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import Stage, stages_of
+from pipeline.run.files import atomic_write_json, exclusive, read_json
+from pipeline.run.layout import is_done
+
+SUBMIT_S = 6 * CLIENT_S
+"""How long another submission of the same run may take: squeue, and sbatch for three jobs."""
+TIMED_OUT = (124, 137)
+"""Exit codes of timeout(1)."""
+NO_LIMIT = 10**6
+"""submitit counts timeouts; what bounds restarts here is lack of progress."""
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """One job of a run."""
+
+    id: str
+    group: str
+    stages: list[str]
+    submitted: float
+
+
+def groups_of(recipe: Recipe) -> dict[str, list[Stage]]:
+    """Which stages one job does; all groups but the first start from pretrain's result."""
+    groups: dict[str, list[Stage]] = {}
+    for stage in stages_of(recipe):
+        keep = stage.name.partition("/")[0]
+        groups.setdefault(f"{keep}-{stage.phase}" if stage.is_baseline else keep, []).append(stage)
+    return groups
+
+
+def read_jobs(run_folder: Path) -> list[SubmittedJob]:
+    """The jobs of a run, oldest first; empty for a run of this machine."""
+    path = run_folder / "jobs.json"
+    try:
+        return parse_jobs(read_json(path)) if path.exists() else []
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no list of jobs ({error}); remove it to begin a new one") from None
+
+
+def parse_jobs(value: Any) -> list[SubmittedJob]:
+    """What jobs.json holds. Errors: KeyError or TypeError if it is no list of jobs."""
+    return [SubmittedJob(**job) for job in value["jobs"]]
+
+
+def _require(program: str) -> None:
+    if shutil.which(program) is None:
+        raise ValueError(f"{program} was not found: is this a machine of a SLURM cluster? --on local needs none")
+
+
+def _client(*command: str) -> str:
+    """Output of a SLURM command. Errors: ValueError with what it said."""
+    _require(command[0])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{' '.join(command)} did not answer in {CLIENT_S} s; give the command again") from None
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def living(jobs: list[SubmittedJob]) -> list[SubmittedJob]:
+    """Those that SLURM still has queued or running."""
+    if not jobs:
+        return []
+    queued = {line.strip() for line in _client("squeue", "-h", "-r", "-o", "%i", "--me").splitlines()}
+    return [job for job in jobs if job.id in queued]
+
+
+def describe_jobs(recipe: Recipe, run_folder: Path, after: str | None) -> list[str]:
+    """The files that `submit` would give to sbatch for a new run."""
+    first, *rest = groups_of(recipe)
+    array = len(rest) if len(rest) > 1 else None  # as submitit does
+    return [
+        sbatch_text(recipe, run_folder, first, after=f"afterany:{after}" if after else None),
+        sbatch_text(recipe, run_folder, FAN, array=array, after=f"afterok:JOB_OF_{first}"),
+        sbatch_text(recipe, run_folder, REPORT, after=f"afterany:JOB_OF_{first}:JOBS_OF_{FAN}"),
+    ]
+
+
+def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], dependency: str | None) -> list[str]:
+    """One job, or an array of several; returns their ids."""
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    _require("srun")  # what submitit looks for
+    # For all executors, as an array is submitted by another one, which submitit makes itself.
+    submitit.SlurmExecutor._make_submission_command = _sbatch
+    executor = submitit.SlurmExecutor(
+        (run_folder / "jobs").resolve(), max_num_timeout=NO_LIMIT, python=python_of(recipe)
+    )
+    executor.update_parameters(**sbatch_parameters(recipe, run_folder, name, dependency))
+    try:
+        with executor.batch():
+            jobs = [executor.submit(one) for one in work]
+    except FailedJobError as error:
+        if isinstance(cause := error.__cause__, subprocess.CalledProcessError) and cause.returncode in TIMED_OUT:
+            raise ValueError(
+                f"sbatch did not answer in {CLIENT_S} s; if squeue shows a job {run_folder.name}-{name} all the same, "
+                "scancel it; then give the command again"
+            ) from None
+        raise ValueError(
+            f"SLURM refused the job: {str(error).strip().splitlines()[-1]}; mend slurm.* of the recipe"
+        ) from None
+    return [job.job_id for job in jobs]
+
+
+def _sbatch(self: Any, submission_file_path: Path) -> list[str]:
+    """A method for submitit's executors, whose own would wait for ever."""
+    return ["timeout", "--foreground", "--kill-after=5", str(CLIENT_S), "sbatch", str(submission_file_path)]
+
+
+def submit_run(run_folder: Path, after: str | None = None, observer: str | None = None) -> list[SubmittedJob]:
+    """Submit what is left of a run and has no living job. `after`: a job that must have ended before.
+
+    Errors: ValueError for what SLURM refuses, naming what it says.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(run_folder / ".jobs.lock", SUBMIT_S))  # two at once would submit all twice
+        except TimeoutError:
+            raise ValueError(
+                f"{run_folder} has been submitted by another process for {SUBMIT_S} s; end that, or wait for it"
+            ) from None
+        return _submit_what_is_left(run_folder, after, observer)
+
+
+def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | None) -> list[SubmittedJob]:
+    recipe = load_recipe(run_folder / "recipe.yaml")
+    section_of(recipe).workers_of_a_node(recipe.workers.threads)
+    known = read_jobs(run_folder)
+    alive = {job.group: job for job in living(known)}
+    left = {
+        group: [stage.name for stage in stages if not is_done(run_folder, stage)]
+        for group, stages in groups_of(recipe).items()
+    }
+    folder = str(run_folder.resolve())
+    new: list[SubmittedJob] = []
+
+    def add(groups: list[str], name: str, work: list[Any], dependency: str | None) -> None:
+        ids = _submit(recipe, run_folder, name, work, dependency)
+        for number, (group, job) in enumerate(zip(groups, ids, strict=True)):
+            new.append(SubmittedJob(job, group, work[number].stages, time.time()))
+        atomic_write_json(run_folder / "jobs.json", {"jobs": [asdict(job) for job in [*known, *new]]})
+
+    first, *rest = left
+    if left[first] and first not in alive:
+        add([first], first, [JobPayload(folder, first, left[first], observer)], f"afterany:{after}" if after else None)
+    before = next((job.id for job in [*new, *alive.values()] if job.group == first), None)
+    fan = [group for group in rest if left[group] and group not in alive]
+    if fan:
+        dependency = f"afterok:{before}" if before else f"afterany:{after}" if after else None
+        add(fan, FAN, [JobPayload(folder, group, left[group], observer) for group in fan], dependency)
+    if REPORT not in alive and (new or not any(left.values())):
+        ids = [job.id for job in [*new, *alive.values()]]
+        add([REPORT], REPORT, [Report(folder, [])], f"afterany:{':'.join(ids)}" if ids else None)
+    return new
+
+
+def cancel_jobs(run_folder: Path) -> list[SubmittedJob]:
+    """End all jobs of a run; its checkpoints stay. Returns those that lived."""
+    jobs = living(read_jobs(run_folder))
+    if jobs:
+        _client("scancel", *[job.id for job in jobs])
+    return jobs

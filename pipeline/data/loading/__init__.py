@@ -1,0 +1,1 @@
+"""Exact batches from FFCV files: sample order, crops, decoding."""

@@ -1,0 +1,132 @@
+"""From stored bytes to pixels, in threads that the interpreter does not hold up. The door to FFCV's compiled code.
+
+Stored bytes are read with pread into memory of our own, as a mapped file that is cut while in use, or whose disk fails,
+ends the process with SIGBUS. Each image is compared with the manifest's checksum before it is decoded: libjpeg-turbo
+alone accepts many a damaged JPEG, and raw pixels have nothing that could look wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import zlib
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, BinaryIO
+
+import numba
+import numba.typed
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.loading.resize import resize_by_area
+from pipeline.data.manifest import MODE_JPEG, MODE_RAW
+
+# Importing ffcv compiles a numba dict of two constants, which takes seconds and is not needed here, and sets torch to
+# one thread. `numba.typed` comes first, so that nothing but ffcv's own modules sees compilation switched off.
+_numba_config: Any = import_module("numba.core.config")
+_torch_threads, _disable_jit = torch.get_num_threads(), _numba_config.DISABLE_JIT
+_numba_config.DISABLE_JIT = True
+import ffcv.libffcv as libffcv  # noqa: E402
+
+_numba_config.DISABLE_JIT = _disable_jit
+torch.set_num_threads(_torch_threads)
+
+CUT, CHECKSUM, UNDECODABLE = 1, 2, 3
+REASONS = {
+    CUT: "the file ends before its data",
+    CHECKSUM: "stored bytes differ from the manifest's checksum",
+    UNDECODABLE: "cannot be decoded",
+}
+
+
+def decode_part(
+    decoder: Callable[..., None],
+    file: BinaryIO,
+    table: NDArray[np.int64],
+    crops: NDArray[np.int32],
+    images: NDArray[np.uint8],
+    status: NDArray[np.int32],
+) -> None:
+    """Read and decode a part of a batch, whose rows are all given, into images and status."""
+    ends = np.cumsum(table[:, 4])
+    data = np.empty(int(ends[-1]), np.uint8)
+    for n, (place, size, checksum) in enumerate(table[:, 3:].tolist()):
+        stored = data.data[int(ends[n]) - size : int(ends[n])]
+        if os.preadv(file.fileno(), [stored], place) < size:
+            status[n] = CUT
+        elif zlib.crc32(stored) != checksum:
+            status[n] = CHECKSUM
+    pixels = (table[:, 1] * table[:, 2])[table[:, 0] == MODE_JPEG]
+    decoder(data, table, crops, np.empty(3 * pixels.max(initial=0), np.uint8), images, status)
+
+
+@functools.cache
+def compiled_decoder() -> Callable[..., None]:
+    """The decoder as machine code that runs without the interpreter's lock; shared by every loader of the process."""
+    imdecode, resize, copy = libffcv.ctypes_imdecode, libffcv.ctypes_resize, libffcv.ctypes_memcopy
+
+    @numba.njit(nogil=True)
+    def mirror(pixels, side):
+        # Places are unsigned, as numba asks of others at every use whether they count from the end.
+        one, two, three = np.uintp(1), np.uintp(2), np.uintp(3)
+        for row in range(side):
+            a, b = np.uintp(row * side * 3), np.uintp((row * side + side - 1) * 3)
+            while a < b:
+                pixels[a], pixels[b] = pixels[b], pixels[a]
+                pixels[a + one], pixels[b + one] = pixels[b + one], pixels[a + one]
+                pixels[a + two], pixels[b + two] = pixels[b + two], pixels[a + two]
+                a, b = a + three, b - three
+
+    @numba.njit(
+        numba.void(
+            numba.uint8[::1],
+            numba.int64[:, ::1],
+            numba.int32[:, ::1],
+            numba.uint8[::1],
+            numba.uint8[:, :, :, ::1],
+            numba.int32[::1],
+        ),
+        nogil=True,
+    )
+    def decode(data, table, crops, scratch, images, status):
+        side, end = images.shape[1], 0
+        for n in range(len(table)):
+            mode, height, width, _, size, _ = table[n]
+            stored, end = data[end : end + size], end + size
+            if status[n] != 0:
+                continue
+            pixels = stored
+            if mode == MODE_JPEG:
+                pixels = scratch[: height * width * 3]
+                start, into = np.int64(stored.ctypes.data), np.int64(pixels.ctypes.data)
+                if imdecode(start, size, height, width, into, height, width, 0, 0, 1, 1, False, False) != 0:
+                    status[n] = UNDECODABLE
+                    continue
+            elif mode != MODE_RAW or size != height * width * 3:
+                status[n] = UNDECODABLE
+                continue
+
+            top, left, crop_height, crop_width, flip = crops[n]
+            image = images[n]
+            source, target = np.int64(pixels.ctypes.data), np.int64(image.ctypes.data)
+            if crop_height == side and crop_width == side:
+                first, last = max(-left, 0), min(side, width - left)
+                for row in range(side):
+                    if 0 <= top + row < height and first < last:
+                        image[row, :first] = 0
+                        offset = ((top + row) * width + left + first) * 3
+                        copy(source + offset, target + (row * side + first) * 3, (last - first) * 3)
+                        image[row, last:] = 0
+                    else:
+                        image[row] = 0
+            elif crop_height >= side and crop_width >= side:
+                resize_by_area(pixels, width, top, left, crop_height, crop_width, image)
+            else:
+                bottom, right = top + crop_height, left + crop_width
+                resize(0, source, height, width, top, bottom, left, right, target, side, side)
+            if flip:
+                mirror(image.reshape(side * side * 3), side)
+
+    return decode

@@ -1,0 +1,1 @@
+"""Readers of the authors' files, one per format."""

@@ -1,0 +1,1 @@
+"""Atomic, verified writing of FFCV files in a supervised process."""

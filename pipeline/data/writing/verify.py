@@ -1,0 +1,163 @@
+"""Reading every stored image of an FFCV file: after it was written, and whenever someone doubts it.
+
+Threads, not processes: reading, hashing and libjpeg-turbo all run without the GIL.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.manifest import (
+    HASH_PAGE_BYTES,
+    MODE_JPEG,
+    MODE_RAW,
+    SampleIndex,
+    check_structure,
+    open_checked,
+    page_hashes,
+    read_index,
+)
+from pipeline.data.sources.decode import jpeg_fault
+
+CHUNK = 64
+"""Images that one thread takes at a time."""
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+@dataclass(frozen=True)
+class SampleCheck:
+    """What reading all samples gave, by sample id."""
+
+    crc32: NDArray[np.uint32]
+    content_sha256: str
+    faults: dict[int, str]
+    """Why a sample cannot be what was written; empty for a good file."""
+
+    @property
+    def crc32_base64(self) -> str:
+        """As the manifest holds it."""
+        return base64.b64encode(self.crc32.astype("<u4").tobytes()).decode()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Damage found in a file; all are empty for a good one."""
+
+    samples: dict[int, str]
+    """Reason by sample id."""
+    pages: list[int]
+    """Numbers of the 8 MiB pages whose bytes differ from those written, images or not."""
+    manifest: list[str]
+    """Hashes that are wrong while the file is as it was written: the manifest itself is damaged."""
+
+    @property
+    def damaged(self) -> bool:
+        return bool(self.samples or self.pages or self.manifest)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which a cluster's scheduler often limits."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def thread_count(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose waiting work is dropped when the block is left by an error."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def check_samples(
+    path: str | Path,
+    index: SampleIndex,
+    progress: ProgressCallback,
+    expected: Callable[[int], bytes] | None = None,
+) -> SampleCheck:
+    """Read, hash and decode every sample. With `expected`, raw samples must equal expected(id) byte for byte."""
+    descriptor = os.open(path, os.O_RDONLY)
+    count = len(index.samples)
+    crc32 = np.zeros(count, np.uint32)
+    digests = np.zeros((count, 16), np.uint8)
+    faults: dict[int, str] = {}
+
+    def check_chunk(start: int) -> int:
+        stop = min(start + CHUNK, count)
+        for i in range(start, stop):
+            mode, width, height, ptr, label = index.samples[i].item()
+            data = os.pread(descriptor, int(index.sizes[i]), ptr)
+            crc32[i] = zlib.crc32(data)
+            digest = hashlib.blake2b(struct.pack("<qBHH", label, mode, height, width) + data, digest_size=16)
+            digests[i] = np.frombuffer(digest.digest(), np.uint8)
+            fault = _stored_fault(data, mode, height, width)
+            if fault is None and mode == MODE_RAW and expected is not None and data != expected(i):
+                fault = "its pixels differ from the source's"
+            if fault is not None:
+                faults[i] = fault
+        return stop
+
+    progress("check", 0, count)
+    try:
+        with thread_count(available_cores()) as pool:
+            for stop in pool.map(check_chunk, range(0, count, CHUNK)):
+                progress("check", stop, count)
+    finally:
+        os.close(descriptor)
+    rows = digests[np.lexsort(digests.T[::-1])]
+    return SampleCheck(crc32, hashlib.sha256(rows.tobytes()).hexdigest(), dict(sorted(faults.items())))
+
+
+def _stored_fault(data: bytes, mode: int, height: int, width: int) -> str | None:
+    if mode == MODE_JPEG:
+        return jpeg_fault(np.frombuffer(data, np.uint8), height, width)
+    if mode != MODE_RAW:
+        return f"it has storage mode {mode}, which does not exist"
+    if len(data) != height * width * 3:
+        return f"it has {len(data)} bytes where {height} x {width} raw pixels are recorded"
+    return None
+
+
+def hash_file(path: str | Path, progress: ProgressCallback) -> tuple[str, list[str]]:
+    """SHA-256 of the whole file and the hash of each 8 MiB page."""
+    total = -(-Path(path).stat().st_size // HASH_PAGE_BYTES)
+    whole = hashlib.sha256()
+    pages: list[str] = []
+    progress("hash", 0, total)
+    for page, digest in page_hashes(path):
+        whole.update(page)
+        pages.append(digest)
+        progress("hash", len(pages), total)
+    return whole.hexdigest(), pages
+
+
+def verify_file(path: str | Path, progress: ProgressCallback) -> Verification:
+    """Compare every byte of a file with its manifest and decode every image.
+
+    Errors: DataError if the file does not even pass `manifest.open_checked`.
+    """
+    manifest = open_checked(path)
+    found = check_samples(path, read_index(path, check_structure(path)), progress)
+    samples = dict(found.faults)
+    for i in np.flatnonzero(found.crc32 != manifest.crc32_of_samples()).tolist():
+        samples.setdefault(i, "its bytes differ from those written")
+    whole, hashes = hash_file(path, progress)
+    pages = [number for number, pair in enumerate(zip(hashes, manifest.pages, strict=True)) if pair[0] != pair[1]]
+    wrong = [("sha256", whole != manifest.sha256 and not pages)]
+    wrong.append(("content_sha256", found.content_sha256 != manifest.content_sha256 and not samples))
+    return Verification(dict(sorted(samples.items())), pages, [name for name, is_wrong in wrong if is_wrong])

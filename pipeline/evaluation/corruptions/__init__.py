@@ -1,0 +1,1 @@
+"""Common corruptions (ImageNet-C) as a measure."""

@@ -1,0 +1,1 @@
+"""Honesty checks: reasons to doubt a robust accuracy."""

@@ -1,0 +1,1 @@
+"""Measures: one verdict per image, from one attack, certificate or proof."""

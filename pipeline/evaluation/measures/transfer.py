@@ -1,0 +1,39 @@
+"""Accuracy under adversarial examples that were made to fool another network, usually the dense one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.evaluation.measures.pgd import Pgd, survives
+from pipeline.robustness.attacks import crafting
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """PGD's examples against `source`, judged by the network: one that hides its gradients cannot hide from them."""
+
+    source: nn.Module
+    source_sha256: str
+    """Of the file that the source was loaded from."""
+    pgd: Pgd
+
+    @property
+    def name(self) -> str:
+        return "transfer"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.pgd.settings | {"source_sha256": self.source_sha256}
+
+    @property
+    def title(self) -> str:
+        return f"{self.pgd.title}, made on another network ({self.source_sha256[:12]})"
+
+    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        with crafting(self.source):
+            return survives(network, x, y, self.pgd.examples(self.source, x, y, ids))

@@ -1,0 +1,52 @@
+"""torchvision's classifiers, and their ResNets in the form for small images.
+
+Weights keep torchvision's names and a plain torchvision model loads them. Two things differ while training, and neither
+is in the state: dropout and stochastic depth are off, because they would draw from a random state that no checkpoint
+carries, and pooling to more than one cell is `GridAverage`, because torch's has no deterministic backward on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torchvision
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from pipeline.models.architectures.pooling import GridAverage
+
+WITH_AUXILIARY_LOGITS = ("googlenet", "inception_v3")
+"""In training they return three tensors unless told not to."""
+
+
+def _make_repeatable(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
+            module.p = 0.0
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size not in (1, (1, 1)):
+                rows, columns = cast(tuple[int, int], child.output_size)
+                setattr(module, name, GridAverage(rows, columns))
+
+
+def torchvision_classifier(name: str, num_classes: int) -> nn.Module:
+    """The classifier that torchvision knows under `name`, freshly initialised."""
+    options: dict[str, Any] = {}
+    if name in WITH_AUXILIARY_LOGITS:
+        options = {"aux_logits": False, "init_weights": True}
+    network = torchvision.models.get_model(name, num_classes=num_classes, **options)
+    _make_repeatable(network)
+    return network
+
+
+def cifar_resnet(name: str, num_classes: int) -> nn.Module:
+    """torchvision's ResNet `name` with a 3 x 3 stem of stride 1 and no max-pooling: images of 32 pixels end as 4 x 4.
+
+    He et al. 2016 (section 4.2) shrink the stem so for CIFAR; with ImageNet's four stages it is what the robustness
+    literature, HYDRA's reference and RobustBench call ResNet-18, 34 and 50 on CIFAR.
+    """
+    network = torchvision.models.get_model(name, num_classes=num_classes)
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+    return network

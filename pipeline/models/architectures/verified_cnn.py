@@ -1,0 +1,56 @@
+"""The two plain CNNs that the verification literature certifies: convolution, linear, ReLU, flatten and nothing else.
+
+Layers and initial weights are those of the small and the large network of Wong et al. 2018 (arXiv 1805.12514, and their
+code), for 28 pixels (MNIST, there with one channel) and 32 (CIFAR); HYDRA trains both for MixTrain and CROWN-IBP. The
+flattened width follows from the image size, so a network takes images of the one size that it was built for. Parameters
+are named by their place in an nn.Sequential, as in the files that go round.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pipeline.models.architectures.initialisation import he_normal
+
+
+def _flattened(channels: int, image_size: int) -> int:
+    """Width after two convolutions of kernel 4, stride 2, padding 1, each of which halves the side, rounding down."""
+    return channels * (image_size // 4) ** 2
+
+
+def cnn_small(num_classes: int, image_size: int) -> nn.Sequential:
+    """Two convolutions and two linear layers: 0.21 M parameters at 32 pixels and ten classes."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, kernel_size=4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, kernel_size=4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(_flattened(32, image_size), 100),
+        nn.ReLU(),
+        nn.Linear(100, num_classes),
+    )
+    he_normal(network)
+    return network
+
+
+def cnn_large(num_classes: int, image_size: int) -> nn.Sequential:
+    """Four convolutions and three linear layers: 2.47 M parameters at 32 pixels and ten classes."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, kernel_size=4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, kernel_size=4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(_flattened(64, image_size), 512),
+        nn.ReLU(),
+        nn.Linear(512, 512),
+        nn.ReLU(),
+        nn.Linear(512, num_classes),
+    )
+    he_normal(network)
+    return network

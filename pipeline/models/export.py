@@ -1,0 +1,67 @@
+"""The result of a stage: `model.safetensors` that a plain torchvision model of the same architecture loads.
+
+    model = torchvision.models.resnet50()
+    model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+
+Pruned connections are zeros in place. mean, std, keep_fraction, mask and recipe hash are in the file's metadata, not in
+tensors: images go in as (pixels in [0, 1] - mean) / std.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from pipeline.models import Network, build_network
+from pipeline.recipe.sections import Model
+from pipeline.run.files import fsync_folder, settle_file
+
+METADATA_KEY = "network"
+"""Architecture, mean, std, keep_fraction and hashes, as one JSON object."""
+ORIGIN = {"weights", "weights_keep_fraction"}
+"""Keys of the recipe's model that say where training started; no part of the finished network."""
+
+
+def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, facts: dict[str, Any]) -> None:
+    """Write the finished network atomically; `facts` (JSON values) join architecture, mean and std in the metadata.
+
+    An `image_size` among the facts is what `load_model` builds the network for; networks of one size need it.
+    """
+    described = model.model_dump(mode="json", exclude=ORIGIN)
+    # One entry: safetensors writes several in a random order, and equal networks should be equal files.
+    metadata = {METADATA_KEY: json.dumps({**described, **facts}, sort_keys=True)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        settle_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_model` was told about the network. Errors: KeyError if the file is not one of its."""
+    with safe_open(path, framework="pt") as stream:
+        return json.loads((stream.metadata() or {})[METADATA_KEY])
+
+
+def load_model(path: Path) -> Network:
+    """A finished network as a plain module on the CPU. Errors: ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a stage writes it when it is finished")
+    try:
+        metadata = read_metadata(path)
+        model = Model.model_validate({key: metadata[key] for key in Model.model_fields if key not in ORIGIN})
+        network = build_network(model, seed=0, image_size=metadata.get("image_size"))
+        network.backbone.load_state_dict(load_file(path))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or was not written by this project: {reason}") from None
+    return network

@@ -1,0 +1,1 @@
+"""Scores and masks: how many connections are kept, and which."""

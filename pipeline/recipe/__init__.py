@@ -1,0 +1,1 @@
+"""What an experiment is: the typed recipe, its stages and schedules. Imports no torch."""

@@ -1,0 +1,1 @@
+"""What a run found: table, page, charts, leaderboard entries, wandb report."""

@@ -1,0 +1,180 @@
+"""The report of one or several runs: a table, CSV files, pictures, and the page that has all of it.
+
+Robust and clean accuracy per sparsity, HYDRA beside the baselines and the dense network, each with its 95 % Wilson
+interval; per baseline and sparsity McNemar's exact test on the same images; kept connections per layer.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluation.statistics import McNemar
+from pipeline.report.comparison import NOISE, within_noise
+from pipeline.report.extra_evaluations import corruption_table, extra_rows, extra_table
+from pipeline.report.figures import draw_accuracy, draw_certified, draw_layers
+from pipeline.report.page import write_page
+from pipeline.report.results import (
+    CertifiedCurves,
+    Comparisons,
+    RunResult,
+    attack_text,
+    certified_curves,
+    claim,
+    compare_all,
+    honesty_text,
+    p_text,
+    read_runs,
+)
+
+PAGE = "report.html"
+LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
+
+
+def build_report(run_folders: list[Path]) -> str:
+    """Write report.html, robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return
+    the table. Runs that are judged by certificates have certified_accuracy.{png,csv} too.
+
+    What networks were attacked with besides is a table of its own, and further_attacks.csv; so is what corruptions do.
+
+    Several runs are seeds of one recipe: means, and every seed's own difference and p. What is not evaluated yet is
+    shown as missing. Errors: ValueError, see `results.read_runs`.
+    """
+    runs = read_runs(run_folders)
+    comparisons = compare_all(runs)
+    folder = runs[0].folder / "report"
+    folder.mkdir(exist_ok=True)
+    accuracies = _accuracy_rows(runs, comparisons)
+    _write_csv(folder / "robust_accuracy.csv", tuple(accuracies[0]), accuracies)
+    _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
+    draw_accuracy(runs, comparisons, folder / "robust_accuracy.png")
+    draw_layers(runs[0], folder / "kept_fraction.png")
+    curves = certified_curves(runs)
+    if curves:
+        rows = _curve_rows(runs, curves)
+        _write_csv(folder / "certified_accuracy.csv", tuple(rows[0]), rows)
+        draw_certified(runs, curves, folder / "certified_accuracy.png")
+    besides = extra_rows(runs)
+    if besides:
+        _write_csv(folder / "further_attacks.csv", tuple(besides[0]), besides)
+    write_page(runs, comparisons, curves, folder / PAGE)
+    return "\n\n".join(
+        filter(None, [results_table(runs, comparisons), extra_table(besides), corruption_table(besides)])
+    )
+
+
+def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
+    """The table as text. Accuracies in percent, differences in percentage points."""
+    single = len(runs) == 1
+    seeds = [run.recipe.seed for run in runs]
+    bounds = "95 % interval" if single else "[lowest, highest]"
+    header = ["network", "pruned", "clean %", bounds, f"{claim(runs)} %", bounds]
+    if comparisons:
+        header += ["HYDRA's lead", "p"] if single else [f"HYDRA's lead, seed {seed}" for seed in seeds]
+    rows = [header]
+    longest = max(len(network.name) for network in runs[0].networks)
+    for network in runs[0].networks:
+        same = [run.find(network.name, network.keep_fraction) for run in runs]
+        row = [network.name.ljust(longest), network.pruned]
+        for kind in ("clean", "robust"):
+            row += _cells([n.evaluation[f"{kind}_accuracy"] for n in same if n and n.evaluation], len(runs))
+        if network.name in runs[0].baselines:
+            for i in range(len(runs)):
+                points, p = _difference_cells(comparisons[i, network.name, network.keep_fraction])
+                row += [points, p] if single else [f"{points}  {p}".rstrip()]
+        rows.append(row + [""] * (len(header) - len(row)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    who = f"seed {seeds[0]}" if single else f"means over the seeds {', '.join(map(str, seeds))}"
+    notes = [f"{attack_text(runs)}; {who}"]
+    if comparisons:
+        gained = f"points of {claim(runs)} accuracy over the row's network"
+        notes.append(f"HYDRA's lead: {gained}; p by McNemar's exact two-sided test")
+    if honesty := honesty_text(runs):
+        notes.append(honesty)
+    return "\n".join([*(line.rstrip() for line in lines), *notes])
+
+
+def _cells(accuracies: list[dict[str, float]], expected: int) -> list[str]:
+    """(value, bounds) of one network: its interval, or the mean and range over seeds."""
+    if not accuracies:
+        return ["missing", ""]
+    values = [100 * accuracy["value"] for accuracy in accuracies]
+    if expected == 1:
+        return [f"{values[0]:.2f}", f"[{100 * accuracies[0]['low']:.2f}, {100 * accuracies[0]['high']:.2f}]"]
+    present = "" if len(values) == expected else f" ({len(values)} of {expected})"
+    return [f"{sum(values) / len(values):.2f}{present}", f"[{min(values):.2f}, {max(values):.2f}]"]
+
+
+def _difference_cells(test: McNemar | None) -> tuple[str, str]:
+    if test is None:
+        return "missing", ""
+    noise = f", {NOISE}" if within_noise(test) else ""
+    return f"{100 * test.difference:+.2f}", f"{p_text(test.p_value)}{noise}"
+
+
+def _accuracy_rows(runs: list[RunResult], comparisons: Comparisons) -> list[dict[str, Any]]:
+    rows = []
+    for i, run in enumerate(runs):
+        for network in run.networks:
+            row: dict[str, Any] = {
+                "run": run.folder.name,
+                "seed": run.recipe.seed,
+                "network": network.name,
+                "keep_fraction": network.keep_fraction,
+                "pruned_percent": network.pruned.removesuffix(" %"),
+            }
+            facts = network.evaluation or {}
+            row |= {key: facts.get(key) for key in ("attack", "title", "images")}
+            row |= {key: facts.get("settings", {}).get(key) for key in ("norm", "eps")}
+            for kind in ("clean", "robust"):
+                row[f"{kind}_correct"] = facts.get(f"{kind}_correct")
+                for part in ("value", "low", "high"):
+                    row[f"{kind}_accuracy_{part}"] = facts.get(f"{kind}_accuracy", {}).get(part)
+            test = comparisons.get((i, network.name, network.keep_fraction))
+            row["hydra_lead"] = test.difference if test else None
+            row["only_hydra_correct"] = test.only_first if test else None
+            row["only_this_correct"] = test.only_second if test else None
+            row["mcnemar_p"] = test.p_value if test else None
+            rows.append(row)
+    return rows
+
+
+def _curve_rows(runs: list[RunResult], curves: CertifiedCurves) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": runs[i].folder.name,
+            "seed": runs[i].recipe.seed,
+            "network": name,
+            "keep_fraction": keep,
+            **{"radius" if key == "radius" else f"certified_accuracy_{key}": value for key, value in point.items()},
+        }
+        for (i, name, keep), points in curves.items()
+        for point in points
+    ]
+
+
+def _layer_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": run.folder.name,
+            "seed": run.recipe.seed,
+            "network": network.name,
+            "keep_fraction": network.keep_fraction,
+            "layer": layer["name"],
+            "kept": layer["kept"],
+            "total": layer["total"],
+            "kept_fraction": layer["kept"] / layer["total"],
+        }
+        for run in runs
+        for network in run.networks
+        for layer in network.layers
+    ]
+
+
+def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,125 @@
+"""A few test images, what PGD makes of them, and what the network says to both."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.prefetch import LoaderError
+from pipeline.data.loading.sampling import evaluation_crops
+from pipeline.data.manifest import DataError, read_manifest
+from pipeline.evaluation.measures.pgd import Pgd
+from pipeline.models.export import load_model
+from pipeline.report.results import NetworkResult, RunResult
+from pipeline.robustness.attacks import ball_of, crafting, device_keys, pgd
+
+COUNT = 8
+MOST_S = 10.0
+"""After this long no further image is attacked: a large network on a CPU shows fewer of them."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n images [n, channels, height, width] float32 in [0, 1], clean and attacked, and the network's answers."""
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    clean: NDArray[np.float32]
+    adversarial: NDArray[np.float32]
+    clean_prediction: NDArray[np.int64]
+    adversarial_prediction: NDArray[np.int64]
+    clean_confidence: NDArray[np.float32]
+    """Probability of what is predicted."""
+    adversarial_confidence: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Examples of one network of a run, with the names of the classes."""
+
+    network: NetworkResult
+    attack: str
+    class_names: list[str]
+    examples: Examples
+
+
+def examples(
+    network: nn.Module, images: Tensor, labels: Tensor, ids: NDArray[np.int64], attack: Pgd, most_s: float = MOST_S
+) -> Examples:
+    """Attack images [n, ...] in [0, 1] of classes labels [n] one by one, with the first start that `attack` has.
+
+    Noise is keyed by ids [n], so an image's example is the one that the evaluation saw, up to rounding. After `most_s`
+    seconds the rest is left out, the first never. Without a threat model nothing is moved.
+    """
+    started, found = time.monotonic(), []
+    noise = device_keys(ids, images.device, attack.seed, "evaluate", 0)
+    with crafting(network):
+        for i in range(len(images)):
+            if i and time.monotonic() - started > most_s:
+                break
+            x, y, x_adv = images[i : i + 1], labels[i : i + 1], images[i : i + 1]
+            if attack.threat_model is not None:
+                ball = ball_of(attack.threat_model)
+                x_adv = pgd(
+                    network,
+                    x,
+                    lambda logits, y=y: F.cross_entropy(logits, y, reduction="none"),
+                    ball=ball,
+                    steps=attack.steps,
+                    step_size=attack.step_size,
+                    start=ball.random_start(x, noise[i : i + 1]),
+                )
+            with torch.no_grad():
+                both = torch.cat([network(x), network(x_adv)]).softmax(dim=1)
+            confidence, prediction = both.max(dim=1)
+            found.append((x[0], x_adv[0], prediction, confidence))
+    count = len(found)
+    clean, adversarial, predictions, confidences = (torch.stack(column).cpu() for column in zip(*found, strict=True))
+    return Examples(
+        ids=ids[:count],
+        labels=labels[:count].cpu().numpy(),
+        clean=clean.numpy(),
+        adversarial=adversarial.numpy(),
+        clean_prediction=predictions[:, 0].numpy(),
+        adversarial_prediction=predictions[:, 1].numpy(),
+        clean_confidence=confidences[:, 0].numpy(),
+        adversarial_confidence=confidences[:, 1].numpy(),
+    )
+
+
+def examples_of(run: RunResult) -> Shown | str:
+    """Images spread evenly over the test file, attacked on the run's sparsest finished HYDRA network, or why not."""
+    recipe = run.recipe
+    finished = [n for n in run.networks if n.name == "HYDRA" and (n.folder / "model.safetensors").is_file()]
+    if not finished:
+        return "no pruned network is finished"
+    if recipe.objective.measure != "pgd" or recipe.threat_model is None:
+        return "the networks of this recipe are not judged by an attack"
+    network = min(finished, key=lambda n: n.keep_fraction)
+    path = Path(recipe.data.test_file)
+    if not path.is_file():
+        return "the test file is not on this machine"
+    judged_on = network.evaluation["data_sha256"] if network.evaluation else None
+    attack = Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
+    try:
+        if judged_on is not None and read_manifest(path).sha256 != judged_on:
+            return "the test file was replaced since the evaluation"
+        with Loader(path, image_size=recipe.data.image_size, threads=1) as loader:
+            count = min(COUNT, loader.num_samples)
+            ids = np.arange(count) * loader.num_samples // count
+            crops = evaluation_crops(recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size)
+            batch = loader.read(ids, crops[ids])
+        module = load_model(network.folder / "model.safetensors")
+    except (DataError, LoaderError, ValueError) as error:
+        return str(error)
+    # On the CPU, also where there is a GPU: a run may be training on it.
+    found = examples(module, batch.images.float().div(255.0), batch.labels, ids, attack)
+    return Shown(network, attack.title, loader.class_names, found)

@@ -1,0 +1,248 @@
+"""The report as one HTML page that needs nothing else: no request, no script, every drawing inside it.
+
+Names of runs, classes and layers are strangers' texts: the template escapes all that it is given (jinja2, autoescape).
+What is let through as it is are the drawings, whose texts the XML writer has escaped, and our own style sheet. The page
+forbids scripts and requests itself, by its content security policy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.report.charts import (
+    accuracy_chart,
+    certified_charts,
+    difference_chart,
+    layer_chart,
+    training_charts,
+)
+from pipeline.report.comparison import SIGNIFICANT, differences, headline, signed
+from pipeline.report.examples import examples_of
+from pipeline.report.history import History, Spent, read_history, spent
+from pipeline.report.pictures import cards
+from pipeline.report.results import (
+    CertifiedCurves,
+    Comparisons,
+    Kind,
+    NetworkResult,
+    RunResult,
+    accuracies,
+    attack_text,
+    claim,
+    honesty_checks,
+    p_text,
+    pruned_text,
+)
+from pipeline.report.svg import sample
+from pipeline.run.files import atomic_write_text
+from pipeline.run.provenance import public_provenance, public_recipe
+from pipeline.training.stopwatch import PARTS
+
+HERE = Path(__file__).parent
+TEMPLATES = Environment(
+    loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+KINDS: tuple[Kind, ...] = ("clean", "robust")
+
+
+def write_page(runs: list[RunResult], comparisons: Comparisons, curves: CertifiedCurves, path: Path) -> None:
+    """Write the page of runs that may stand in one table (`results.read_runs`), whole or not at all.
+
+    Takes seconds; the longest of them are spent on the examples of the first run, if its data and networks are there.
+    Errors: ValueError naming a damaged file of a run.
+    """
+    found = differences(runs, comparisons)
+    shown = examples_of(runs[0])
+    everything = {
+        "style": (HERE / "style.css").read_text(encoding="utf-8"),
+        "runs": [run.folder.name for run in runs],
+        "claim": claim(runs),
+        "facts": _facts(runs),
+        "headline": headline(runs, found),
+        "attack": attack_text(runs),
+        "legend": [(name, sample(name.lower())) for name in ("dense", "HYDRA", *runs[0].baselines)],
+        "held_out_sample": sample("hydra held-out"),
+        "accuracy": [accuracy_chart(runs, comparisons, "robust"), accuracy_chart(runs, comparisons, "clean")],
+        "lead": difference_chart(found, runs),
+        "certified": certified_charts(runs, curves),
+        "accuracies": [_accuracy_cells(run, network) for run in runs for network in run.networks],
+        "means": [_mean_cells(runs, network) for network in runs[0].networks] if len(runs) > 1 else [],
+        "differences": [
+            {
+                "run": d.run.folder.name,
+                "baseline": d.baseline,
+                "pruned": pruned_text(d.keep_fraction),
+                "says": d.says,
+                "test": d.test,
+                "points": signed(100 * d.test.difference, 2) if d.test else "",
+                "interval": f"{signed(100 * d.low, 2)} to {signed(100 * d.high, 2)}",
+                "p": p_text(d.test.p_value) if d.test else "",
+            }
+            for d in found
+        ],
+        "significant": SIGNIFICANT,
+        "honesty": [
+            {"run": run.folder.name, "network": _named(network), "checks": checks}
+            for run in runs
+            for network in run.networks
+            if (checks := honesty_checks(network))
+        ],
+        "stories": [_story(run) for run in runs],
+        "examples": None if isinstance(shown, str) else {"cards": cards(shown), "shown": shown},
+        "examples_of": "" if isinstance(shown, str) else _named(shown.network),
+        "why_no_examples": shown if isinstance(shown, str) else "",
+    }
+    atomic_write_text(path, TEMPLATES.get_template("template.html").render(everything))
+
+
+def _named(network: NetworkResult) -> str:
+    return network.name if network.name == "dense" else f"{network.name}, {network.pruned} pruned"
+
+
+def _facts(runs: list[RunResult]) -> list[tuple[str, str]]:
+    """What was run, in a few words."""
+    recipe = runs[0].recipe
+    threat, objective = recipe.threat_model, recipe.objective
+    attack = f", {objective.steps} steps of {objective.step_size}" if objective.step_size is not None else ""
+    return [
+        ("Recipe", recipe.name),
+        ("Data set", f"{recipe.data.dataset}, {recipe.data.image_size} pixels a side"),
+        ("Network", f"{recipe.model.arch}, {recipe.model.num_classes} classes"),
+        ("Objective", f"{objective.name}{attack}"),
+        ("Threat model", f"{threat.norm}, eps {threat.eps}" if threat else "none"),
+        ("Judged by", attack_text(runs)),
+        ("Seed" if len(runs) == 1 else "Seeds", ", ".join(str(run.recipe.seed) for run in runs)),
+    ]
+
+
+def _accuracy_cells(run: RunResult, network: NetworkResult) -> dict[str, Any]:
+    cells = {"run": run.folder.name, "name": network.name, "pruned": network.pruned, "evaluated": False}
+    if network.evaluation is not None:
+        for kind in KINDS:
+            accuracy = network.evaluation[f"{kind}_accuracy"]
+            value, low, high = (100 * accuracy[part] for part in ("value", "low", "high"))
+            cells |= {kind: f"{value:.2f}", f"{kind}_interval": f"{low:.2f} to {high:.2f}"}
+        cells |= {"evaluated": True, "images": f"{network.evaluation['images']:,}"}
+    return cells
+
+
+def _mean_cells(runs: list[RunResult], network: NetworkResult) -> dict[str, Any]:
+    """The mean over the seeds that are there, and from the lowest to the highest of them."""
+    found = {kind: accuracies(runs, network.name, network.keep_fraction, kind) for kind in KINDS}
+    cells = {"name": network.name, "pruned": network.pruned, "seeds": f"{len(found['clean'])} of {len(runs)}"}
+    for kind, each in found.items():
+        values = [100 * accuracy["value"] for accuracy in each]
+        cells[kind] = f"{fmean(values):.2f}" if values else "missing"
+        cells[f"{kind}_range"] = f"{min(values):.2f} to {max(values):.2f}" if values else ""
+    return cells
+
+
+def _story(run: RunResult) -> dict[str, Any]:
+    """How one run came about: its curves, layers, cost and origin."""
+    histories = read_history(run)
+    keeps = run.recipe.sparsity.keep_fractions
+    costs = [spent(history) for history in histories]
+    origin = public_provenance(run.folder)
+    return {
+        "run": run.folder.name,
+        "training": [
+            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep))
+        ],
+        "layers": [chart for keep in keeps if (chart := layer_chart(run, keep))],
+        "layer_table": _layer_table(run),
+        "costs": [_cost_cells(h, cost, costs) for h, cost in zip(histories, costs, strict=True)],
+        "total": _total(costs),
+        "parts": [(h.stage.name, _part_cells([cost])) for h, cost in zip(histories, costs, strict=True)],
+        "total_parts": _part_cells(costs),
+        "stages": [_parentage(history) for history in histories],
+        "origin": _origin_rows(origin),
+        "versions": origin.get("versions", {}),
+        "recipe": yaml.safe_dump(public_recipe(run.recipe), sort_keys=False),
+    }
+
+
+def _layer_table(run: RunResult) -> dict[str, Any]:
+    """Layers by networks. Networks that keep the same number in every layer share a column."""
+    columns: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    layers: list[dict[str, Any]] = []
+    for network in run.networks:
+        if network.name != "dense" and network.layers:
+            layers = network.layers
+            counts = tuple(layer["kept"] for layer in network.layers)
+            columns.setdefault((network.pruned, counts), []).append(network.name)
+    heads = [{"pruned": share, "names": ", ".join(names)} for (share, _), names in columns.items()]
+    rows = []
+    for i, layer in enumerate(layers):
+        kept = [{"kept": f"{c[i]:,}", "share": f"{100 * c[i] / layer['total']:.3g}"} for _, c in columns]
+        rows.append({"number": i + 1, "name": layer["name"], "total": f"{layer['total']:,}", "kept": kept})
+    return {"heads": heads, "rows": rows}
+
+
+def _cost_cells(history: History, cost: Spent, costs: list[Spent]) -> dict[str, Any]:
+    everything = sum(one.seconds for one in costs)
+    return {
+        "stage": history.stage.name,
+        "state": "trained" if history.result else "under way",
+        "epochs": f"{cost.epochs:.4g}",
+        "steps": f"{cost.steps:,}",
+        "pass_epochs": "" if cost.pass_epochs is None else f"{cost.pass_epochs:,.1f}",
+        "train": _duration(cost.train_s),
+        "held_out": _duration(cost.held_out_s),
+        "speed": f"{cost.images / cost.train_s:,.0f}" if cost.train_s else "",
+        "share": f"{100 * cost.seconds / everything:.0f}" if everything else "0",
+    }
+
+
+def _total(costs: list[Spent]) -> dict[str, str]:
+    passes = [cost.pass_epochs for cost in costs]
+    known = [p for p in passes if p is not None]
+    return {
+        "epochs": f"{sum(cost.epochs for cost in costs):.4g}",
+        "steps": f"{sum(cost.steps for cost in costs):,}",
+        "pass_epochs": f"{sum(known):,.1f}" if known and len(known) == len(passes) else "",
+        "train": _duration(sum(cost.train_s for cost in costs)),
+        "held_out": _duration(sum(cost.held_out_s for cost in costs)),
+    }
+
+
+def _part_cells(costs: list[Spent]) -> dict[str, str]:
+    """Part -> percent of the training time that is told apart; nothing where none is."""
+    seconds = {part: sum(cost.seconds_in[part] for cost in costs) for part in PARTS}
+    told = sum(seconds.values())
+    return {part: f"{100 * spent / told:.1f} %" for part, spent in seconds.items()} if told else {}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.2f} h"
+
+
+def _parentage(history: History) -> dict[str, str]:
+    result = history.result or {}
+    return {
+        "stage": history.stage.name,
+        "parent": history.stage.starts_from or "",
+        "selected": str(result.get("selected_step", "")),
+        "model": str(result.get("model_sha256", "")),
+        "mask": str(result.get("mask_sha256") or ""),
+    }
+
+
+def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
+    names = {"commit": "Code", "created": "Begun", "machine": "Processor type"}
+    names |= {"processor": "Host's processor", "cores": "Host's cores", "gpus": "Host's GPUs", "python": "Python"}
+    names |= {"recipe_sha256": "Recipe, sha256"}
+    rows = []
+    for key, name in names.items():
+        value = origin.get(key)
+        if key == "gpus" and value is not None:
+            rows.append((name, "; ".join(value) or "none"))
+        elif value is not None:
+            rows.append((name, str(value)))
+    return rows + [(f"{key}, sha256", str(value)) for key, value in origin.get("data_sha256", {}).items()]

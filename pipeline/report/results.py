@@ -1,0 +1,248 @@
+"""Reads what runs left behind: accuracies, intervals, kept connections, paired comparisons. Draws nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.evaluation.statistics import McNemar, certified_curve, mcnemar
+from pipeline.recipe.fields import canonical_decimal
+from pipeline.recipe.file import load_recipe, recipe_hash
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
+from pipeline.run.files import read_json, read_json_if_there
+from pipeline.run.layout import evaluation_path, honesty_path
+
+Kind = Literal["clean", "robust"]
+ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
+"""What must agree, beside the attack's settings, before two accuracies may stand in one table."""
+CHECK_KEYS = ("name", "verdict", "figure", "meaning")
+VERDICTS = ("pass", "warn")
+
+
+@dataclass(frozen=True)
+class NetworkResult:
+    """One evaluated network of a run, or the place where it will be."""
+
+    folder: Path
+    stage: str
+    name: str
+    """One of NETWORK_OF_PHASE."""
+    keep_fraction: Decimal
+    evaluation: dict[str, Any] | None
+    """What the stage's measure found (evaluate/pgd.json, for example), or None while it is missing."""
+    layers: list[dict[str, Any]]
+    """name, kept and total per masked layer; empty while the stage is unfinished."""
+
+    @property
+    def pruned(self) -> str:
+        return pruned_text(self.keep_fraction)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    folder: Path
+    recipe: Recipe
+    networks: list[NetworkResult]
+
+    @property
+    def baselines(self) -> list[str]:
+        """What HYDRA is compared with, in the recipe's order."""
+        return [NETWORK_OF_PHASE[baseline] for baseline in self.recipe.sparsity.baselines]
+
+    def find(self, name: str, keep_fraction: Decimal) -> NetworkResult | None:
+        return next((n for n in self.networks if (n.name, n.keep_fraction) == (name, keep_fraction)), None)
+
+
+def read_runs(folders: list[Path]) -> list[RunResult]:
+    """Read runs that may stand in one table: one recipe with different seeds, evaluated by one attack on one test set.
+
+    Errors: ValueError for a folder that is no run, for runs of different recipes or of one seed, for evaluations that
+    differ in attack or images, and for an evaluation of another model than the stage's.
+    """
+    if not folders:
+        raise ValueError("no run given; name at least one folder under runs/")
+    runs = [_read_run(folder) for folder in folders]
+    first = runs[0]
+    for run in runs[1:]:
+        if _hash_without_seed(run.recipe) != _hash_without_seed(first.recipe):
+            raise ValueError(
+                f"{first.folder} and {run.folder} are runs of different recipes; a mean over both says nothing, "
+                "report them one by one"
+            )
+    seeds = [run.recipe.seed for run in runs]
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"the runs have the seeds {seeds}; give each seed once")
+    _check_one_attack(runs)
+    return runs
+
+
+def compare(run: RunResult, keep_fraction: Decimal, baseline: str) -> McNemar | None:
+    """HYDRA against a baseline on the same attacked images; None while either is missing."""
+    verdicts = []
+    for name in ("HYDRA", baseline):
+        network = run.find(name, keep_fraction)
+        if network is None or network.evaluation is None:
+            return None
+        path = network.folder / "evaluate" / f"{network.evaluation['attack']}.parquet"
+        if not path.exists():
+            return None
+        table = pq.read_table(path, columns=["sample_id", "robust_correct"])
+        verdicts.append((path, *(table[column].to_numpy() for column in table.column_names)))
+    (path, ids, hydra), (other_path, other_ids, other) = verdicts
+    if not np.array_equal(ids, other_ids):
+        raise ValueError(f"{path} and {other_path} hold different images; evaluate both networks again")
+    return mcnemar(hydra, other)
+
+
+Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
+"""(index of the run, baseline, keep_fraction) -> HYDRA against that baseline."""
+
+
+def compare_all(runs: list[RunResult]) -> Comparisons:
+    """HYDRA against every baseline of every run, at every sparsity. Errors: those of `compare`."""
+    return {
+        (i, name, keep): compare(run, keep, name)
+        for i, run in enumerate(runs)
+        for name in run.baselines
+        for keep in run.recipe.sparsity.keep_fractions
+    }
+
+
+def pruned_text(keep: Decimal) -> str:
+    return f"{canonical_decimal((1 - keep) * 100)} %"
+
+
+def p_text(p: float) -> str:
+    if p >= 0.001:
+        return f"p = {p:.3f}"
+    return f"p = {p:.1e}" if p > 0 else "p < 1e-300"
+
+
+def accuracies(runs: list[RunResult], name: str, keep: Decimal, kind: Kind) -> list[dict[str, float]]:
+    """value, low and high of every run in which the network is evaluated."""
+    networks = [run.find(name, keep) for run in runs]
+    return [n.evaluation[f"{kind}_accuracy"] for n in networks if n is not None and n.evaluation is not None]
+
+
+CURVE_POINTS = 101
+CertifiedCurves = dict[tuple[int, str, Decimal], list[dict[str, float]]]
+"""(index of the run, network's name, keep_fraction) -> points of `statistics.certified_curve`."""
+
+
+def certified_curves(runs: list[RunResult]) -> CertifiedCurves:
+    """Certified accuracies at radii from 0 to the largest one found; empty for runs that have no certificates."""
+    found = {}
+    for i, run in enumerate(runs):
+        for network in run.networks:
+            path = evaluation_path(network.folder, "certified").with_suffix(".parquet")
+            if network.evaluation is not None and network.evaluation["attack"] == "certified" and path.exists():
+                table = pq.read_table(path, columns=["clean_correct", "radius"])
+                columns = [table[column].to_numpy() for column in table.column_names]
+                found[i, network.name, network.keep_fraction] = columns
+    if not found:
+        return {}
+    largest = max(float(radius.max()) for _, radius in found.values())
+    radii = np.linspace(0.0, largest, CURVE_POINTS).tolist()
+    return {key: certified_curve(correct, radius, radii) for key, (correct, radius) in found.items()}
+
+
+def claim(runs: list[RunResult]) -> str:
+    """What it means here that an image counts as robust: robust (to an attack), certified or verified."""
+    attacks = {n.evaluation["attack"] for run in runs for n in run.networks if n.evaluation}
+    return next(iter(attacks & {"certified", "verified"}), "robust")
+
+
+def honesty_checks(network: NetworkResult) -> list[dict[str, str]]:
+    """name, verdict (pass or warn), figure and meaning of each check; none where it was not made of this very network.
+
+    Errors: ValueError naming the file.
+    """
+    path = honesty_path(network.folder)
+    if not network.evaluation or not path.exists():
+        return []
+    again = f"delete it and {network.folder / 'evaluate'}, and resume the run, which checks and evaluates again"
+    found = read_json(path)
+    checks = found.get("checks") if isinstance(found, dict) else None
+    if not isinstance(checks, list):
+        raise ValueError(f"{path} has no list of checks; {again}")
+    for check in checks:
+        if not isinstance(check, dict) or any(not isinstance(check.get(key), str) for key in CHECK_KEYS):
+            raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; {again}")
+        if check["verdict"] not in VERDICTS:
+            raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}; {again}")
+    return checks if found.get("model_sha256") == network.evaluation["model_sha256"] else []
+
+
+def honesty_text(runs: list[RunResult]) -> str | None:
+    """How many honesty checks of the evaluated networks pass, and which do not; None where none was made."""
+    passed, total, warnings = 0, 0, []
+    for run in runs:
+        for network in run.networks:
+            checks = honesty_checks(network)
+            total += len(checks)
+            warned = [check["name"] for check in checks if check["verdict"] == "warn"]
+            warnings += [f"{run.folder.name}/{network.stage} warns of {', '.join(warned)}"] if warned else []
+            passed += len(checks) - len(warned)
+    if not total:
+        return None
+    more = f"; {'; '.join(warnings)} (the stage's honesty.json says what that means)" if warnings else ""
+    return f"honesty: {passed} of {total} checks pass{more}"
+
+
+def attack_text(runs: list[RunResult]) -> str:
+    """The attack and the images that all accuracies of `runs` were measured with, in words."""
+    facts = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)
+    if facts is None:
+        return "nothing is evaluated yet"
+    return f"{facts['title']}, {facts['images']:,} test images"
+
+
+def _read_run(folder: Path) -> RunResult:
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run (it has no recipe.yaml); give a run's name or its folder under runs/")
+    recipe = load_recipe(path)
+    networks = []
+    for stage in stages_of(recipe):
+        if stage.measure is None:
+            continue
+        stage_folder = folder / stage.name
+        evaluated = evaluation_path(stage_folder, stage.measure)
+        evaluation = read_json_if_there(evaluated)
+        result = read_json_if_there(stage_folder / "result.json")
+        if evaluation and result and evaluation["model_sha256"] != result["model_sha256"]:
+            raise ValueError(
+                f"{evaluated} is of another model than {stage_folder / 'result.json'}; "
+                "delete it and resume the run, which evaluates again"
+            )
+        keep = Decimal(1) if stage.keep_fraction is None else stage.keep_fraction
+        name = NETWORK_OF_PHASE[stage.phase]
+        layers = result["layers"] if result else []
+        networks.append(NetworkResult(stage_folder, stage.name, name, keep, evaluation, layers))
+    return RunResult(folder, recipe, networks)
+
+
+def _hash_without_seed(recipe: Recipe) -> str:
+    return recipe_hash(recipe.model_copy(update={"seed": 0, "name": "any"}))
+
+
+def _check_one_attack(runs: list[RunResult]) -> None:
+    evaluated = [(n, _attack_facts(n.evaluation)) for run in runs for n in run.networks if n.evaluation is not None]
+    for network, facts in evaluated[1:]:
+        first, expected = evaluated[0]
+        for fact in {**expected, **facts}:
+            if expected.get(fact) != facts.get(fact):
+                raise ValueError(
+                    f"{first.folder} and {network.folder} were evaluated differently: {fact} is "
+                    f"{expected.get(fact)!r} and {facts.get(fact)!r}; evaluate both alike"
+                )
+
+
+def _attack_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {fact: evaluation[fact] for fact in ATTACK_FACTS} | evaluation["settings"]

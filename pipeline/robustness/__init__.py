@@ -1,0 +1,1 @@
+"""Attacks, certified bounds and robust training objectives."""

@@ -1,0 +1,85 @@
+"""Training for randomized smoothing: on Gaussian noise, for stability under it, and on attacks of the smoothed network.
+
+The smoothed network answers what the network most often answers for x + N(0, sigma^2 I) (Cohen et al., ICML 2019,
+equation 1); `evaluate.certify` proves the radius in which it does. Noisy images are never clipped to [0, 1]: the proof
+is about the whole Gaussian, and certification does not clip either.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.robustness.attacks import L2Ball, crafting, derived_keys, gaussian_noise, pgd
+from pipeline.robustness.objectives.base import Given, Objective, Outcome, count_correct, craft_forward
+from pipeline.robustness.objectives.trades import kl_divergence
+
+
+def _noisy(given: Given, sigma: float) -> Tensor:
+    return given.x + sigma * gaussian_noise(given.keys, given.x.shape[1:])
+
+
+def noise_training(sigma: float) -> Objective:
+    """Cross-entropy on noisy images (Cohen et al., ICML 2019, section 3.3)."""
+
+    def objective(given: Given) -> Outcome:
+        logits = given.forward(_noisy(given, sigma)).float()
+        return Outcome(F.cross_entropy(logits, given.y), None, count_correct(logits, given.y))
+
+    return objective
+
+
+def stability_training(sigma: float, beta: float) -> Objective:
+    """CE(f(x), y) + beta * mean KL(p(x) || p(x + noise)) (Li et al., NeurIPS 2019, with the KL that HYDRA takes).
+
+    The gradient flows through both sides, and clean and noisy images are two forwards, for the reasons that TRADES has.
+    """
+
+    def objective(given: Given) -> Outcome:
+        clean, noisy = given.forward(given.x).float(), given.forward(_noisy(given, sigma)).float()
+        divergence = kl_divergence(clean.log_softmax(dim=1), noisy.log_softmax(dim=1))
+        loss = F.cross_entropy(clean, given.y) + beta * divergence.mean()
+        return Outcome(loss, count_correct(clean, given.y), count_correct(noisy, given.y))
+
+    return objective
+
+
+def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float, samples: int) -> Objective:
+    """Cross-entropy on noisy adversarial examples of the smoothed network (Salman et al., NeurIPS 2019, algorithm 1).
+
+    The attack starts at x, stays in the ball and in [0, 1], and maximises -log of the probability of y averaged over
+    `samples` noises (their equation 6). The update is the mean cross-entropy of the example under the same noises, in
+    one forward of n * samples images. An image counts as correct if the averaged probability is highest at y.
+    """
+
+    def objective(given: Given) -> Outcome:
+        x, y = given.x, given.y
+        keys = derived_keys(given.keys, torch.arange(samples, device=x.device))
+        noise = sigma * gaussian_noise(keys.flatten(), x.shape[1:]).unflatten(0, (len(x), samples))
+
+        def noisy(images: Tensor) -> Tensor:
+            return (images[:, None] + noise).flatten(0, 1)
+
+        def log_average(logits: Tensor) -> Tensor:
+            log_p = logits.log_softmax(dim=1).unflatten(0, (len(x), samples))
+            return log_p.logsumexp(dim=1) - math.log(samples)
+
+        with given.attacking(), crafting(given.network, given.autocast):
+            logits_of = craft_forward(given.network, given.autocast)
+            x_adv = pgd(
+                lambda images: log_average(logits_of(noisy(images))),
+                x,
+                lambda log_p: F.nll_loss(log_p, y, reduction="none"),
+                ball=ball,
+                steps=steps,
+                step_size=step_size,
+                start=x,
+            )
+        logits = given.forward(noisy(x_adv)).float()
+        loss = F.cross_entropy(logits, y.repeat_interleave(samples))
+        return Outcome(loss, None, count_correct(log_average(logits.detach()), y))
+
+    return objective

@@ -1,0 +1,130 @@
+"""Small files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.run.disk import TRANSIENT
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError say which file it is about: those of write and fsync know a number only."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def settle_file(path: Path) -> None:
+    """Flush a file that a library wrote, and open it to whoever may read its folder: safetensors makes it private."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with path.open("rb") as stream, naming(path):
+        os.fsync(stream.fileno())
+
+
+def atomic_write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write `text` beside `path`, flush it to disk, rename it over `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    atomic_write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json_if_there(path: Path) -> Any | None:
+    """`read_json`, or None for a file that is missing."""
+    return read_json(path) if path.exists() else None
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Errors: ValueError naming the file if it is missing or damaged; OSError if another attempt may read it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
+            raise
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
+    """Serialise what processes do with something, by a lock on the file `path` beside it.
+
+    Errors: TimeoutError when another has held it for `patience_s`.
+    """
+    end, pause = time.monotonic() + patience_s, threading.Event()
+    with path.open("w") as stream:
+        while not _locked(stream, wait=patience_s == math.inf):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{path} is held by another process for more than {patience_s:g} s")
+            pause.wait(0.1)
+        yield
+
+
+def _locked(stream: TextIO, wait: bool) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """One line of a JSON-lines file; None for one that is torn (no newline yet) or no object."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:  # covers bad UTF-8 as well
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file, in order; damaged ones are left out, and a missing file has none."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [row for line in lines if (row := parse_row(line)) is not None]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""One loop for every stage, and the processes that it runs in."""

@@ -1,0 +1,78 @@
+"""What a run's workers are made of, for people who compare runs: models and counts, no names of hosts."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline.distributed import Group
+from pipeline.run.provenance import processor_model
+
+
+def hardware_of(group: Group, threads: int) -> dict[str, Any]:
+    """Nodes, workers, and models of processors and GPUs; a model that not all have is told apart by commas. Collective.
+
+    `threads`: those of one worker.
+    """
+    gpu = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else None
+    answers = group.gather((platform.node(), processor_model(), os.cpu_count(), gpu))
+    gpus = [model for _, _, _, model in answers if model is not None]
+    return {
+        "nodes": len({host for host, _, _, _ in answers}),
+        "workers": group.world,
+        "threads_per_worker": threads,
+        "processor": _models([processor for _, processor, _, _ in answers]),
+        "processors_per_node": max(count or 0 for _, _, count, _ in answers),
+        "gpu": _models(gpus),
+        "gpus": len(gpus),
+    }
+
+
+def _models(names: list[str]) -> str | None:
+    return ", ".join(sorted(set(names))) or None
+
+
+METRICS = ("processor_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")
+"""Of all its processors since the row before, of its memory now; of its workers' GPUs as the driver counts them: the
+share of the last second or less in which anything ran, and of their memory now, whoever holds it."""
+
+
+class NodeUsage:
+    """The nodes of a group, numbered in the order of their lowest ranks; their names stay here."""
+
+    def __init__(self, group: Group) -> None:
+        """Collective."""
+        hosts = group.gather(platform.node())
+        names = list(dict.fromkeys(hosts))
+        self._group = group
+        self._node_of = [names.index(host) for host in hosts]
+        psutil.cpu_percent()  # the next call counts from here
+
+    def sample(self) -> dict[str, dict[str, float]]:
+        """{"node-0": {metric: percent, the mean of what its workers see}, ...}, without what a node has not.
+
+        Collective, of four numbers per worker: for when a row is written, not for every step.
+        """
+        own = torch.tensor([_sample(self._group.device)], dtype=torch.float64, device=self._group.device)
+        rows = self._group.gather_rows(own).cpu()
+        found = {}
+        for node in range(max(self._node_of) + 1):
+            means = rows[[n == node for n in self._node_of]].nanmean(dim=0).tolist()
+            found[f"node-{node}"] = {name: mean for name, mean in zip(METRICS, means, strict=True) if mean == mean}
+        return found
+
+
+def _sample(device: torch.device) -> list[float]:
+    """METRICS as this worker sees them; NaN for what is not there."""
+    gpu = memory = float("nan")
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        memory = 100.0 * (1.0 - free / total)
+        with suppress(Exception):  # nvidia-ml-py, or what it asks the driver for, is not everywhere; no run needs it
+            gpu = float(torch.cuda.utilization(device))
+    return [psutil.cpu_percent(), psutil.virtual_memory().percent, gpu, memory]

@@ -1,0 +1,81 @@
+"""What one Ray Train worker does: set the process up, join the group, walk through the job's stages.
+
+Ray restarts workers and tells who they are; checkpoints are the run directory's. The train function runs outside the
+main thread, so signals are the driver's business.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from pipeline.distributed import Group, make_deterministic, pick_device
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.stages import stages_of
+from pipeline.run.stop import Failure, StopFile, StopRequested, Watchdog, record_failure
+from pipeline.training.context import Job
+from pipeline.training.engine import prepare_deepspeed
+from pipeline.training.loop import Observer, unobserved
+from pipeline.training.stage import run_stages
+
+
+def resolve_observer(reference: str | None) -> Observer:
+    if reference is None:
+        return unobserved
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def log_to(run_folder: Path, rank: int) -> None:
+    """Everything this worker says goes to logs/worker-<rank>.log of the run."""
+    folder = run_folder / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"worker-{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def work(
+    run_folder: str, token: str, attempt: str, stages: list[str], stop_file: str | None, observer: str | None
+) -> None:
+    """One worker's whole life. What is not in the arguments is read from the run directory.
+
+    `stages` are names; the run stops once `stop_file` is there; `observer`, 'module:function', watches every rank.
+    """
+    folder = Path(run_folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    device = pick_device(recipe.workers.device)
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size(), device)
+    log_to(folder, group.rank)
+    prepare_deepspeed(device)
+    make_deterministic(recipe.workers.threads)
+    mine = [stage for stage in stages_of(recipe) if stage.name in stages]
+    watched = resolve_observer(observer)
+    watchdog = Watchdog(recipe.workers.hang_timeout_s, folder / "logs" / f"worker-{group.rank}.log")
+    place: dict[str, Any] = {"stage": None, "step": None}
+
+    def observe(event: str, facts: dict[str, Any]) -> None:
+        watchdog.beat()
+        place.update(stage=facts["stage"], step=facts.get("step"))
+        watched(event, facts)
+
+    stop = StopFile(Path(stop_file) if stop_file else None)
+    job = Job(recipe, folder, token, group, observe, stop.requested)
+    try:
+        run_stages(job, mine)
+    except StopRequested as stopped:
+        logging.getLogger(__name__).info("worker %d of %d: %s", group.rank, group.world, stopped)
+    except Exception as error:
+        logging.getLogger(__name__).exception("worker %d of %d stops", group.rank, group.world)
+        said = f"{type(error).__name__}: {error}"
+        record_failure(folder, Failure(attempt, group.rank, place["stage"], place["step"], said))
+        raise
+    finally:
+        watchdog.close()

@@ -1,0 +1,227 @@
+"""What people see of the command line: help, refusals, interruption, and a run that somebody else is writing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from launch.__main__ import main
+from pipeline.run.files import read_json
+from pipeline.run.layout import progress_marks
+from pipeline.run.lease import read_holder
+from tests.support.commands import Command, Finished, launch, wait_until
+from tests.support.small_recipe import small_values
+
+RUN_S = 400
+"""Deadline of one run; it takes a tenth of that on an idle machine."""
+STEPS = {"pretrain": 160, "keep-0.1/prune": 160, "keep-0.1/finetune": 40}
+"""An epoch has 20. Those that are interrupted are long: how soon a signal arrives, a busy machine decides."""
+
+
+def write_recipe(place: Path, data: Path) -> str:
+    """Two workers, 20 steps an epoch, a checkpoint every 5 steps, no baseline."""
+    values = small_values(data)
+    values["data"] |= {"validation_images": 100, "train_images": 640}
+    values["batch"] = {"batch_per_step": 32, "micro_batch": 16}
+    values["sparsity"] = {"keep_fractions": [0.1], "baselines": []}
+    for phase in ("pretrain", "prune"):
+        values["phases"][phase] = {**values["phases"][phase], "epochs": 8}
+    values["workers"] |= {"count": 2}
+    values["checkpoint"] = {"every_steps": 5}
+    values["evaluation"] |= {"chunk": 100}
+    (place / "small.yaml").write_text(yaml.safe_dump(values))
+    return "small.yaml"
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run's life: started, started again meanwhile, interrupted, resumed, terminated, resumed, run once more."""
+
+    place: Path
+    pid: int
+    holder_pid: int
+    started_again: Finished
+    interrupted: Finished
+    step_when_interrupted: int
+    terminated: Finished
+    resumed: Finished
+    run_again: Finished
+    files_unchanged: bool
+
+    @property
+    def run(self) -> Path:
+        return self.place / "runs" / "life"
+
+
+def _modified(folder: Path) -> dict[Path, int]:
+    return {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*") if "step-" in str(path) or path.suffix == ".json"
+    }
+
+
+@pytest.fixture(scope="module")
+def story(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    place = tmp_path_factory.mktemp("life")
+    start = ("run", write_recipe(place, fashion_data), "--name", "life")
+    run = place / "runs" / "life"
+    first = Command(place, *start)
+    try:
+        wait_until(lambda: (run / "pretrain" / "lease.json").exists(), RUN_S, "the lease of the first start")
+        holder = read_holder(run / "pretrain")
+        started_again = launch(place, *start, deadline_s=RUN_S)
+        wait_until(lambda: progress_marks(run, ["pretrain"])[0] > 0, RUN_S, "the first checkpoint")
+        first.signal(signal.SIGINT)
+        interrupted = first.finish(RUN_S)
+        step = progress_marks(run, ["pretrain"])[0]
+    finally:
+        first.kill()
+    second = Command(place, "resume", "life")
+    try:
+        wait_until(
+            lambda: progress_marks(run, ["keep-0.1/prune"])[0] > 0, RUN_S, "the first checkpoint of the next phase"
+        )
+        second.signal(signal.SIGTERM)
+        terminated = second.finish(RUN_S)
+    finally:
+        second.kill()
+    resumed = launch(place, "resume", "life", deadline_s=RUN_S)
+    before = _modified(run)
+    run_again = launch(place, *start)
+    assert holder is not None
+    return Story(
+        place=place,
+        pid=first.pid,
+        holder_pid=holder.pid,
+        started_again=started_again,
+        interrupted=interrupted,
+        step_when_interrupted=step,
+        terminated=terminated,
+        resumed=resumed,
+        run_again=run_again,
+        files_unchanged=_modified(run) == before,
+    )
+
+
+in_story = pytest.mark.timeout(4 * RUN_S)
+"""The first of them waits for the story."""
+
+
+@in_story
+def test_a_second_start_is_refused_and_told_who_is_running(story: Story) -> None:
+    assert story.holder_pid == story.pid
+    assert story.started_again.code == 2
+    assert f"is being written by pid {story.pid}" in story.started_again.err
+    assert "Traceback" not in story.started_again.err
+
+
+@in_story
+@pytest.mark.parametrize("which", ["interrupted", "terminated"])
+def test_an_interrupted_run_says_how_to_go_on(story: Story, which: str) -> None:
+    """That it left no process of Ray, nor anything in shared memory, is checked where it is waited for."""
+    finished: Finished = getattr(story, which)
+    assert finished.code == 1, finished.err
+    assert "python -m launch resume" in finished.err
+    assert "Traceback" not in finished.err
+    assert 0 < story.step_when_interrupted < STEPS["pretrain"]
+
+
+@in_story
+def test_resuming_completes_the_run(story: Story) -> None:
+    assert story.resumed.code == 0, story.resumed.err
+    assert "pretrain  already finished" in story.resumed.err
+    for stage, number in STEPS.items():
+        assert read_json(story.run / stage / "result.json")["steps"] == number
+        assert not (story.run / stage / "lease.json").exists()
+        rows = [json.loads(line) for line in (story.run / stage / "metrics.jsonl").read_text().splitlines()]
+        steps = [row["step"] for row in rows if row["kind"] == "train"]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == number
+    began = [
+        line for line in (story.run / "logs" / "worker-0.log").read_text().splitlines() if "starting at step" in line
+    ]
+    assert f"pretrain: starting at step {story.step_when_interrupted} of {STEPS['pretrain']}" in began[1]
+
+
+@in_story
+def test_a_finished_run_is_left_as_it_is(story: Story) -> None:
+    assert story.run_again.code == 0
+    assert "finished already" in story.run_again.out
+    assert story.files_unchanged
+
+
+@in_story
+def test_evaluate_gives_the_runs_own_verdicts(story: Story) -> None:
+    """One image in five, at the recipe's strength: the same counts as in the run, exactly."""
+    model = story.run / "keep-0.1" / "finetune" / "model.safetensors"
+    done = launch(story.place, "evaluate", str(model), "--images", "100", "--attack", "pgd", deadline_s=RUN_S)
+    assert done.code == 0, done.err
+    printed: dict[str, Any] = json.loads(done.out)
+    (kept,) = model.parent.glob("evaluate/pgd-*.json")
+    assert {"file": str(model), **read_json(kept)} == printed
+    table = pq.read_table(model.parent / "evaluate" / "pgd.parquet").take(np.arange(0, 500, 5))
+    assert np.array_equal(table["sample_id"].to_numpy(), np.arange(0, 500, 5))
+    assert printed["images"] == 100
+    for kind in ("clean", "robust"):
+        correct = int(table[f"{kind}_correct"].to_numpy().sum())
+        assert printed[f"{kind}_correct"] == correct
+        assert printed[f"{kind}_accuracy"]["value"] == correct / 100
+
+
+@in_story
+def test_evaluate_refuses_more_images_than_there_are(story: Story) -> None:
+    done = launch(story.place, "evaluate", "life", "--images", "501", deadline_s=RUN_S)
+    assert done.code == 2
+    assert "from 1 to 500" in done.err
+
+
+@pytest.mark.parametrize(
+    "command", ["", "run", "resume", "report", "evaluate", "data", "data write", "data verify", "data info"]
+)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m launch {command}".rstrip())
+
+
+def test_a_command_is_needed(tmp_path: Path) -> None:
+    done = launch(tmp_path)
+    assert done.code == 2
+    assert "COMMAND" in done.err
+
+
+def test_missing_data_names_the_command_that_writes_it(tmp_path: Path, fashion_data: Path) -> None:
+    recipe = write_recipe(tmp_path, fashion_data)
+    done = launch(tmp_path, "run", recipe, f"data.train_file={tmp_path}/nowhere/train.beton")
+    assert done.code == 2
+    assert f"data.train_file = {tmp_path}/nowhere/train.beton does not exist" in done.err
+    assert f"python -m launch data write fashion_mnist --out {tmp_path}/nowhere" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("command", ["resume", "report", "evaluate"])
+def test_an_unknown_run_is_refused_and_the_known_ones_are_listed(tmp_path: Path, command: str) -> None:
+    (tmp_path / "runs" / "known").mkdir(parents=True)
+    (tmp_path / "runs" / "known" / "recipe.yaml").touch()
+    done = launch(tmp_path, command, "unknown")
+    assert done.code == 2
+    assert "unknown: no such run; runs here: known" in done.err
+
+
+def test_overrides_may_follow_options_and_nonsense_is_refused(tmp_path: Path, fashion_data: Path) -> None:
+    recipe = write_recipe(tmp_path, fashion_data)
+    shown = launch(tmp_path, "run", recipe, "--dry-run", "seed=5", "--name", "x", "workers.count=1")
+    assert shown.code == 0, shown.err
+    assert (yaml.safe_load(shown.out)["seed"], yaml.safe_load(shown.out)["workers"]["count"]) == (5, 1)
+    assert not (tmp_path / "runs").exists()
+    wrong = launch(tmp_path, "run", recipe, "objective.stepz=2")
+    assert wrong.code == 2
+    assert "objective.stepz = 2: unknown key; did you mean 'steps'?" in wrong.err

@@ -1,0 +1,230 @@
+"""Faults that a cluster inflicts on a running job, and what became of the job after each.
+
+Every fault is real: SLURM's own commands, or a signal to the process itself. Each is inflicted while a worker is seen
+to be amid a step or a save (`throttle`), and is survived when a step beyond it has been logged. What SLURM brings about
+later by itself, such as a time limit, is ordered then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.run.layout import progress_marks
+from tests.slurm.throttle import FOLDER, inside
+from tests.support.commands import wait_until
+from tests.support.slurm_cluster import SlurmCluster
+
+RECOVERY_S = 240
+"""How long a job may take to train again."""
+Act = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one fault did."""
+
+    kind: str
+    place: str
+    """What it struck amid: a step or a save."""
+    at_step: int
+    """The newest step that was logged when it struck."""
+    resumed_from: int
+    """The checkpoint that the job went on from."""
+    recovered_s: float
+    """Until the next step was logged."""
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that were computed twice; none where the job wrote a checkpoint after it was struck."""
+        return max(0, self.at_step - self.resumed_from)
+
+
+class Victim:
+    """One running job of a run on the cluster, and the stage that it trains."""
+
+    def __init__(self, cluster: SlurmCluster, run_folder: Path, job: str, stage: str) -> None:
+        self.cluster, self.run_folder, self.job, self.stage = cluster, run_folder, job, stage
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.run_folder / self.stage / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def step(self) -> int:
+        """The newest step logged."""
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def checkpoint(self) -> int:
+        return progress_marks(self.run_folder, [self.stage])[0]
+
+    def finished(self) -> bool:
+        return (self.run_folder / self.stage / "result.json").exists()
+
+    def wait_for_step(self, step: int, deadline_s: float = RECOVERY_S) -> None:
+        wait_until(lambda: self.step() >= step or self.finished(), deadline_s, f"step {step} of {self.stage}")
+        assert not self.finished(), f"{self.stage} finished before step {step} could be disturbed"
+
+    def processes(self, what: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+        found = []
+        for process in self.cluster.processes():
+            try:
+                if what(process):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return sorted(found, key=lambda process: process.pid)
+
+    def one(self, what: Callable[[psutil.Process], bool], name: str, index: int = 0) -> psutil.Process:
+        found = self.processes(what)
+        assert found, f"there is no {name} to strike"
+        return found[index % len(found)]
+
+    # --- striking -----------------------------------------------------------------------------------------------------
+
+    def strike(self, kind: str, index: int, place: str) -> Outcome:
+        """Inflict one fault amid the next step or save, and return when the job trains again.
+
+        `index` chooses among several victims.
+        """
+        starts = self._starts()
+        blow, heal = getattr(self, f"_{kind}")(index)
+        amid = self._wait_until_inside(place)
+        before, began = self.step(), time.monotonic()
+        blow()
+        assert amid.exists() or not kind.startswith(SIGNALS), f"{kind} came after the {place} it was meant for"
+        # Rows are cut to the checkpoint that is gone on from, and then grow: the first log line after tells it.
+        wait_until(lambda: len(self._starts()) > len(starts), RECOVERY_S, f"another start after {kind}")
+        resumed = self._starts()[len(starts)]
+        wait_until(lambda: self.step() > resumed, RECOVERY_S, f"a step after {kind}")
+        recovered = time.monotonic() - began
+        if heal is not None:
+            heal()
+        return Outcome(kind, place, before, resumed, recovered)
+
+    def _wait_until_inside(self, place: str) -> Path:
+        folder, found = Path(os.environ[FOLDER]), []
+
+        def looked() -> bool:
+            mark = inside(folder, place)
+            found.extend([mark] if mark is not None else [])
+            return mark is not None or self.finished()
+
+        wait_until(looked, RECOVERY_S, f"a worker amid a {place} of {self.stage}", every_s=0.01)
+        assert found, f"{self.stage} finished before a {place} could be struck"
+        return found[0]
+
+    def _starts(self) -> list[int]:
+        """The steps that the stage was started at, by rank 0's log."""
+        path = self.run_folder / "logs" / "worker-0.log"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        mark = f"{self.stage}: starting at step "
+        return [int(line.split(mark)[1].split()[0]) for line in text.splitlines() if mark in line]
+
+    # Each returns the blow, and what undoes it once the job trains again.
+
+    def _warning(self, index: int) -> tuple[Act, Act | None]:
+        return partial(self.cluster.client, "scancel", "--signal=USR2", self.job), None
+
+    def _requeue(self, index: int) -> tuple[Act, Act | None]:
+        return partial(self.cluster.client, "scontrol", "requeue", self.job), None
+
+    def _preemption(self, index: int) -> tuple[Act, Act | None]:
+        nodes, rivals = len(self.cluster.nodes), list[str]()
+
+        def blow() -> None:
+            rivals.append(
+                self.cluster.submit(
+                    "--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=srun sleep 5"
+                )
+            )
+
+        return blow, lambda: self.cluster.wait_for_state(rivals[0], "COMPLETED", 60)
+
+    def _unwarned_preemption(self, index: int) -> tuple[Act, Act | None]:
+        """On a cluster whose warnings are off, which it must be set to while no job runs."""
+        return self._preemption(index)
+
+    def _time_limit(self, index: int) -> tuple[Act, Act | None]:
+        def limit(minutes: int) -> None:
+            self.cluster.client("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
+
+        elapsed = self.cluster.client("squeue", "-h", "-j", self.job, "-o", "%M").strip()
+        minutes = sum(
+            int(part) * unit for part, unit in zip(reversed(elapsed.split(":")), (1 / 60, 1, 60), strict=False)
+        )
+        soon = int(minutes + 0.5) + 1  # half a minute to a minute and a half from now
+        return partial(limit, soon), partial(limit, 60)
+
+    def _node_down(self, index: int) -> tuple[Act, Act | None]:
+        nodes = self.cluster.job_nodes(self.job)
+        node = nodes[index % len(nodes)]
+
+        def back() -> None:
+            if self.cluster.node_state(node) == "down":  # else its daemon has already reported back
+                self.cluster.client("scontrol", "update", f"NodeName={node}", "State=resume")
+
+        return partial(
+            self.cluster.client, "scontrol", "update", f"NodeName={node}", "State=down", "Reason=fault"
+        ), back
+
+    def _kill_step(self, index: int) -> tuple[Act, Act | None]:
+        """SIGKILL of the slurmstepd of the job's step on one node."""
+        step = f"[{self.job}.0]"
+        return self.one(
+            lambda p: p.name() == "slurmstepd" and step in " ".join(p.cmdline()), "slurmstepd", index
+        ).kill, None
+
+    def _kill_raylet(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(lambda p: p.name() == "raylet", "raylet", index).kill, None
+
+    def _kill_head(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(lambda p: p.name().startswith("gcs_server"), "GCS").kill, None
+
+    def _kill_worker(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(_is_worker, "worker", index).kill, None
+
+    def _stop_worker(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(_is_worker, "worker", index).suspend, None
+
+    def _kill_driver(self, index: int) -> tuple[Act, Act | None]:
+        return self.one(lambda p: "launch.slurm.driver_main" in p.cmdline(), "driver").kill, None
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return "RayTrainWorker" in " ".join(process.cmdline())
+
+
+KINDS = (
+    "warning",
+    "requeue",
+    "preemption",
+    "unwarned_preemption",
+    "time_limit",
+    "node_down",
+    "kill_step",
+    "kill_raylet",
+    "kill_head",
+    "kill_worker",
+    "stop_worker",
+    "kill_driver",
+)
+"""What `Victim.strike` can inflict."""
+SIGNALS = ("kill_", "stop_")
+"""How kinds begin that act at once."""
+
+
+def as_row(outcome: Outcome) -> dict[str, Any]:
+    return {**asdict(outcome), "lost_steps": outcome.lost_steps}

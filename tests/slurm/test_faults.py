@@ -1,0 +1,73 @@
+"""Whatever a cluster does to a run, it comes back by itself and ends as an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from launch.slurm.submit import living, read_jobs
+from tests.fault.final_state import unlike
+from tests.slurm.faults import KINDS, as_row
+from tests.slurm.struck import cancel, job_of, strike_in_turn, two_node_recipe
+from tests.slurm.throttle import FOLDER
+from tests.support.commands import launch, wait_until
+from tests.support.slurm_cluster import SlurmCluster
+from tests.support.undisturbed_run import calm_run, new_run
+
+SEED = 20261122
+pytestmark = pytest.mark.timeout(1800)
+
+
+def test_faults_are_survived(
+    slurm_cluster: SlurmCluster, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run is struck by every kind of fault at random steps; then three sparsities, two at a time, and a report."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    chance = random.Random(SEED)
+    kinds = [kind for kind in KINDS if kind != "requeue"]  # which test_races has
+    chance.shuffle(kinds)
+    recipe = two_node_recipe(fashion_data, len(kinds))
+    folder = new_run(tmp_path / "runs" / "struck", recipe)
+    for outcome in strike_in_turn(slurm_cluster, folder, kinds, chance):
+        print(json.dumps(as_row(outcome)))
+    (tmp_path / "full-speed").touch()
+    wait_until(lambda: not living(read_jobs(folder)), 600, "the end of all jobs")
+    assert slurm_cluster.job_state(job_of(folder, "report")) == "COMPLETED"
+    assert (folder / "report" / "robust_accuracy.png").exists()
+    assert len((folder / "report" / "robust_accuracy.csv").read_text().splitlines()) == 1 + 4
+    said = launch(tmp_path, "status", str(folder)).out
+    assert "finished, 7 of 7 stages finished" in said, said
+    calm = calm_run(tmp_path / "runs" / "calm", recipe)
+    assert unlike(recipe, calm, folder) == []
+    wait_until(lambda: not _left(slurm_cluster), 30, "the end of all that the jobs started")
+
+
+def _left(cluster: SlurmCluster) -> list[str]:
+    return [
+        p.name()
+        for p in cluster.processes()
+        if "ray" in p.name() or "launch.slurm.driver_main" in " ".join(p.cmdline())
+    ]
+
+
+def test_the_command_line_submits_a_run_once(slurm: SlurmCluster, fashion_data: Path, tmp_path: Path) -> None:
+    """After another job pretrain, once that is done an array of three sparsities, two at a time, and a report."""
+    folder = new_run(tmp_path / "runs" / "fan", two_node_recipe(fashion_data, 1))
+    refused = launch(tmp_path, "resume", "fan", "--on", "local", "--after", "1")
+    assert (refused.code, "add --on slurm" in refused.err) == (2, True)
+    before = slurm.submit("--hold", "--output=/dev/null", "--wrap=true")
+    done = launch(tmp_path, "resume", "fan", "--on", "slurm", "--after", before)
+    assert done.code == 0, done.err
+    jobs = read_jobs(folder)
+    assert launch(tmp_path, "resume", "fan").code == 0
+    assert read_jobs(folder) == jobs, "what is queued already was submitted again"
+    assert [job.group for job in jobs] == ["pretrain", "keep-0.5", "keep-0.1", "keep-0.05", "report"]
+    array = jobs[1].id.partition("_")[0]
+    assert [job.id for job in jobs[1:4]] == [f"{array}_{task}" for task in range(3)]
+    queued = slurm.client("squeue", "-h", "-o", "%i|%E").splitlines()
+    assert f"{jobs[0].id}|afterany:{before}(unfulfilled)" in queued, queued
+    assert f"{array}_[0-2%2]|afterok:{jobs[0].id}(unfulfilled)" in queued, queued
+    cancel(folder)

@@ -1,0 +1,82 @@
+"""Runs a function in several processes that form a gloo group, without Ray, and returns what each returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+DEADLINE_S = 240
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _enter(
+    rank: int, world: int, port: int, threads: int, function: Callable[..., Any], arguments: tuple, out: Any
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        NODE_RANK="0",
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS=str(threads),
+    )
+    try:
+        import torch
+
+        from pipeline.distributed import Group, make_deterministic
+        from pipeline.training.engine import prepare_deepspeed
+
+        prepare_deepspeed(torch.device("cpu"))
+        make_deterministic(threads)
+        result = function(Group(rank, world, torch.device("cpu")), *arguments)
+        out.put((rank, True, pickle.dumps(result)))  # as bytes: tensors would travel as open file descriptors
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        out.put((rank, False, traceback.format_exc()))
+        raise
+
+
+def run_group(
+    world: int, function: Callable[..., Any], *arguments: Any, threads: int = 1, deadline_s: float = DEADLINE_S
+) -> list[Any]:
+    """`function(group, *arguments)` in `world` processes; their results in rank order. Results are plain values."""
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    port = _free_port()
+    workers = [
+        context.Process(target=_enter, args=(rank, world, port, threads, function, arguments, out))
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        results: dict[int, Any] = {}
+        while len(results) < world:
+            try:
+                rank, fine, result = out.get(timeout=deadline_s)
+            except Empty:
+                raise AssertionError(f"{world - len(results)} of {world} processes gave no answer") from None
+            assert fine, f"rank {rank}:\n{result}"
+            results[rank] = pickle.loads(result)
+        for worker in workers:
+            worker.join(timeout=30)
+        return [results[rank] for rank in range(world)]
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()

@@ -1,0 +1,45 @@
+"""A recipe of seconds on real images, for tests that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.recipe.schema import Recipe, parse_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def small_values(data: Path) -> dict[str, Any]:
+    """20 steps an epoch of 64 images in 4 micro-batches; every phase 2 epochs, one sparsity."""
+    values = yaml.safe_load((ROOT / "recipes" / "fashion_mnist.yaml").read_text())
+    phase = {"epochs": 2, "lr": 0.05, "weight_decay": 1.0e-4}
+    values |= {
+        "name": "small",
+        "objective": {"name": "pgd", "steps": 2, "step_size": "1/15"},
+        "phases": {"pretrain": phase, "prune": phase, "finetune": phase},
+        "sparsity": {"keep_fractions": [0.1]},
+        "batch": {"batch_per_step": 64, "micro_batch": 16},
+        "workers": {"count": 1, "threads": 1, "device": "cpu"},
+        "evaluation": {"steps": 2, "step_size": "1/20", "chunk": 200, "honesty_images": 10, "validation_steps": 1},
+        "tracking": {"log_every_steps": 8, "wandb": "disabled"},
+    }
+    values["data"] |= {
+        "train_file": str(data / "train.beton"),
+        "test_file": str(data / "test.beton"),
+        "validation_images": 200,
+        "train_images": 1280,
+    }
+    return values
+
+
+def small_recipe(folder: Path, /, **sections: Any) -> Recipe:
+    """`small_values` with whole sections replaced or, where both are mappings, updated."""
+    values = small_values(folder)
+    for key, value in sections.items():
+        values[key] = (
+            {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        )
+    return parse_recipe(values, "small")

@@ -1,0 +1,402 @@
+"""The loader: exact pixels for any thread count, and an error, in time, for whatever goes wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import threading
+import weakref
+import zlib
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.data.loading import sampling
+from pipeline.data.loading.decoder import libffcv
+from pipeline.data.loading.loader import CorruptSample, Loader, LoaderError
+from pipeline.data.manifest import DataError, check_structure, read_index
+from pipeline.data.writing.write import WriteOptions, write_dataset
+
+SIDE = 28
+SHAPES = [(96, 80), (70, 90), (73, 73), (120, 80)]
+
+
+def smooth_image(rng, height, width):
+    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def sources():
+    rng = np.random.default_rng(0)
+    raw = [rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(40)]
+    return {"raw": raw, "jpg": [smooth_image(rng, *SHAPES[n % len(SHAPES)]) for n in range(40)]}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One file with raw images and one with JPEGs, from PNGs in ten classes of four."""
+    folder = tmp_path_factory.mktemp("ffcv")
+    for split, images in (("train", sources()["raw"]), ("val", sources()["jpg"])):
+        for n, image in enumerate(images):
+            place = folder / "tree" / split / f"class-{n // 4}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{n:02}.png")
+    options = WriteOptions(workers=1, stall_seconds=60)
+    raw, jpg = write_dataset("image_folder", folder / "tree", folder, options, force=False, progress=lambda *_: None)
+    assert (raw.manifest.image_mode, jpg.manifest.image_mode) == ("raw", "jpg")
+    return {"raw": raw.path, "jpg": jpg.path}
+
+
+def copied(path, folder):
+    """A copy of an FFCV file and its manifest, to be damaged."""
+    for file in path.parent.glob(f"{path.name}*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder / path.name
+
+
+def stored(path, sample):
+    """(first byte, bytes) of a stored image."""
+    index = read_index(path, check_structure(path))
+    return int(index.samples[sample]["data_ptr"]), int(index.sizes[sample])
+
+
+def decoded(path, sample):
+    """Pillow's pixels of a stored JPEG, uint8."""
+    begin, size = stored(path, sample)
+    return np.asarray(Image.open(io.BytesIO(path.read_bytes()[begin : begin + size])).convert("RGB"))
+
+
+def overwrite(path, place, data):
+    with path.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(data)
+
+
+def pixels(batch):
+    return batch.images.permute(0, 2, 3, 1).numpy()
+
+
+def brute_force(image, crop):
+    """A crop pixel by pixel, zero outside the image."""
+    top, left, height, width, flip = crop
+    result = np.zeros((height, width, 3), np.uint8)
+    for row in range(height):
+        for column in range(width):
+            y, x = top + row, left + (width - 1 - column if flip else column)
+            if 0 <= y < image.shape[0] and 0 <= x < image.shape[1]:
+                result[row, column] = image[y, x]
+    return result
+
+
+def plan(loader, seed=0, steps=6, batch=8):
+    crops = sampling.training_crops("random_resized_crop", loader.heights, loader.widths, loader.image_size, seed)
+    ids = np.arange(loader.num_samples)
+    return sampling.training_plan(
+        ids, crops, seed=seed, start_step=0, stop_step=steps, batch_per_step=batch, micro_batch=batch
+    )
+
+
+def prefetch_threads():
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_raw_pixels_are_the_source_with_the_crop_applied(files, data):
+    images = sources()["raw"]
+    count = data.draw(st.integers(1, 6))
+    ids = np.array(data.draw(st.lists(st.integers(0, 39), min_size=count, max_size=count)))
+    offsets = st.lists(st.integers(-SIDE - 2, SIDE + 2), min_size=count, max_size=count)
+    crops = np.full((count, 5), SIDE, np.int32)
+    crops[:, 0], crops[:, 1] = data.draw(offsets), data.draw(offsets)
+    crops[:, 4] = data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count))
+    with Loader(files["raw"], image_size=SIDE, threads=2) as loader:
+        batch = loader.read(ids, crops)
+    for n in range(count):
+        assert np.array_equal(pixels(batch)[n], brute_force(images[ids[n]], crops[n]))
+    assert batch.ids.tolist() == ids.tolist()
+    assert batch.labels.tolist() == (ids // 4).tolist()
+    assert (batch.images.dtype, batch.labels.dtype, batch.ids.dtype) == (torch.uint8, torch.int64, torch.int64)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_whole_raw_images_are_bit_exact_and_resized_by_area(files):
+    images = np.stack(sources()["raw"])
+    ids = np.arange(len(images))
+    with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
+        assert loader.num_samples == 40
+        assert loader.labels.tolist() == [n // 4 for n in range(40)]
+        whole = sampling.whole_image_crops(loader.heights, loader.widths)
+        assert np.array_equal(pixels(loader.read(ids, whole)), images)
+    with Loader(files["raw"], image_size=14, threads=1) as loader:
+        halved = pixels(loader.read(ids, whole))
+    expected = np.stack([cv2.resize(image, (14, 14), interpolation=cv2.INTER_AREA) for image in images])
+    assert np.abs(halved.astype(int) - expected).max() <= 1
+
+
+def test_what_grows_in_a_direction_is_resized_as_ffcv_does(files):
+    """By OpenCV, even if the other direction shrinks."""
+    crops = np.array([[0, 2, 28, 16, 0], [3, 0, 17, 28, 0], [1, 1, 10, 12, 0]], np.int32)
+    with Loader(files["raw"], image_size=20, threads=1) as loader:
+        found = pixels(loader.read(np.arange(3), crops))
+    for image, (top, left, high, wide, _), mine in zip(sources()["raw"], crops.tolist(), found, strict=False):
+        theirs = np.empty((20, 20, 3), np.uint8)
+        source, target = image.ctypes.data, theirs.ctypes.data
+        libffcv.ctypes_resize(0, source, SIDE, SIDE, top, top + high, left, left + wide, target, 20, 20)
+        assert np.array_equal(mine, theirs)
+
+
+def test_jpegs_decode_as_pillow_does_and_are_cropped_resized_and_mirrored(files):
+    side = SHAPES[2][0]
+    with Loader(files["jpg"], image_size=side, threads=1) as loader:
+        for n in range(2, 40, 4):
+            whole = pixels(loader.read(np.array([n]), np.array([[0, 0, side, side, 0]])))[0].astype(int)
+            # FFCV asks turbojpeg for its fast transform, Pillow for the accurate one.
+            difference = np.abs(whole - decoded(files["jpg"], n))
+            assert difference.mean() < 1.5
+            assert difference.max() <= 10
+
+    rng = np.random.default_rng(1)
+    with Loader(files["jpg"], image_size=24, threads=1) as loader:
+        ids = rng.integers(0, 40, 60)
+        crops = sampling.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, 0)
+        found = pixels(loader.read(ids, crops)).astype(int)
+    for n, (top, left, height, width, flip) in enumerate(crops):
+        region = decoded(files["jpg"], ids[n])[top : top + height, left : left + width]
+        expected = cv2.resize(region, (24, 24), interpolation=cv2.INTER_AREA).astype(int)
+        difference = np.abs(found[n] - (expected[:, ::-1] if flip else expected))
+        assert difference.mean() < 1.5
+        assert difference.max() <= 10
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_pixels_do_not_depend_on_threads_or_on_the_rest_of_the_batch(files, mode):
+    with (
+        Loader(files[mode], image_size=20, threads=1) as one,
+        Loader(files[mode], image_size=20, threads=3) as three,
+    ):
+        ids = np.random.default_rng(0).permutation(40)
+        crops = sampling.random_resized_crops(ids, one.heights[ids], one.widths[ids], 0, 0)
+        together = one.read(ids, crops).images
+        assert torch.equal(together, three.read(ids, crops).images)
+        for n in (0, 17, 39):
+            assert torch.equal(together[n], three.read(ids[n : n + 1], crops[n : n + 1]).images[0])
+        assert len(three.read(ids[:0], crops[:0]).images) == 0
+
+
+def test_prefetched_batches_are_the_plan_in_order_and_are_kept_intact(files):
+    with Loader(files["jpg"], image_size=20, threads=2, ahead=1) as loader:
+        expected = [loader.read(ids, crops) for ids, crops in plan(loader)]
+        found = list(loader.batches(plan(loader)))
+        other = list(loader.batches(plan(loader, seed=1)))
+    assert len(found) == len(expected) == 6
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.labels, b.labels)
+    assert not torch.equal(found[0].images, other[0].images)
+    assert prefetch_threads() == 0
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_images_of_other_sizes_are_those_of_loaders_of_that_size(files, mode):
+    """The same bytes, whatever size came before, by a decoder that is compiled once."""
+    sizes = [20, 64, 32, 96, 64, 20]
+    with Loader(files[mode], image_size=20, threads=2) as loader:
+        parts = list(plan(loader))
+        found = list(loader.batches(parts, sizes))
+        decoder: Any = loader._decoder
+        assert len(decoder.signatures) == 1
+    for part, size, batch in zip(parts, sizes, found, strict=True):
+        with Loader(files[mode], image_size=size, threads=1) as alone:
+            expected = alone.read(*part).images
+        assert batch.images.shape == (8, 3, size, size)
+        assert torch.equal(batch.images, expected)
+
+
+def test_a_crop_of_the_asked_size_is_copied(files):
+    images = sources()["raw"]
+    with Loader(files["raw"], image_size=64, threads=1) as loader:
+        crops = np.array([[-3, 2, SIDE, SIDE, 1]], np.int32)
+        assert np.array_equal(pixels(loader.read(np.array([7]), crops, SIDE))[0], brute_force(images[7], crops[0]))
+        with pytest.raises(ValueError, match="only crops of 64 x 64 may"):
+            loader.read(np.array([7]), crops)
+
+
+def test_two_loaders_live_at_once(files):
+    with Loader(files["jpg"], image_size=20, threads=2) as a, Loader(files["raw"], image_size=28, threads=2) as b:
+        alone = [list(loader.batches(plan(loader))) for loader in (a, b)]
+        together = list(zip(a.batches(plan(a)), b.batches(plan(b)), strict=True))
+    for n, pair in enumerate(together):
+        assert torch.equal(pair[0].images, alone[0][n].images)
+        assert torch.equal(pair[1].images, alone[1][n].images)
+
+
+def test_leaving_early_leaves_no_thread(files):
+    before = threading.active_count()
+    with Loader(files["raw"], image_size=SIDE, threads=2, ahead=2) as loader:
+        for _ in range(50):
+            for _batch in loader.batches(plan(loader, steps=1000)):
+                break
+            assert prefetch_threads() == 0
+            assert threading.active_count() <= before + 2
+    assert threading.active_count() == before
+
+
+def test_closing_ends_an_iteration_that_is_under_way(files):
+    loader = Loader(files["raw"], image_size=SIDE, threads=1, ahead=1)
+    batches = loader.batches(plan(loader, steps=1000))
+    next(batches)
+    loader.close()
+    loader.close()
+    with pytest.raises(LoaderError, match="closed"):
+        next(batches)
+    with pytest.raises(LoaderError, match="closed"):
+        loader.read(np.arange(1), sampling.pad_crops(np.arange(1), SIDE, 0, 0, True))
+    assert prefetch_threads() == 0
+
+
+def test_memory_is_bounded_however_slow_the_consumer_is(files):
+    """Batches that wait (`ahead`), two that are read, the consumer's and the one before that."""
+    made: list[weakref.ref] = []
+    another = threading.Condition()
+
+    class Counting(Loader):
+        def _begun(self, ids, crops, image_size):
+            begun = super()._begun(ids, crops, image_size)
+            with another:
+                made.append(weakref.ref(begun.images))
+                another.notify_all()
+            return begun
+
+    ahead, most = 3, 0
+    with Counting(files["raw"], image_size=SIDE, threads=2, ahead=ahead) as loader:
+        for number, _batch in enumerate(loader.batches(plan(loader, steps=30))):
+            as_far_as_it_gets = min(number + 1 + ahead + 2, 30)
+            with another:
+                assert another.wait_for(lambda far=as_far_as_it_gets: len(made) >= far, timeout=60)
+            most = max(most, sum(one() is not None for one in made))
+    assert ahead + 2 <= most <= ahead + 4
+
+
+def test_an_error_of_the_plan_is_raised_where_it_happened(files):
+    def failing(loader):
+        yield from plan(loader, steps=2)
+        raise RuntimeError("the plan broke")
+
+    with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
+        batches = loader.batches(failing(loader))
+        assert len(next(batches).ids) == len(next(batches).ids) == 8
+        with pytest.raises(RuntimeError, match="the plan broke"):
+            next(batches)
+        assert prefetch_threads() == 0
+
+
+def test_a_stuck_plan_is_an_error_within_the_deadline(files):
+    release = threading.Event()
+
+    def stuck(loader):
+        yield from plan(loader, steps=2)  # a batch is whole when the one after it is begun
+        release.wait(60)
+
+    with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
+        batches = loader.batches(stuck(loader), deadline_s=0.5)
+        next(batches)
+        thread = next(thread for thread in threading.enumerate() if thread.name == "prefetch")
+        with pytest.raises(LoaderError, match=r"no batch within 0\.5 s; its reader is stuck"):
+            next(batches)
+        assert not release.is_set()
+        release.set()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+DAMAGE = {
+    "zeroed header": lambda data: bytes(20) + data[20:],
+    "random bytes in the middle": lambda data: data[:900] + np.random.default_rng(0).bytes(50) + data[950:],
+    "one bit": lambda data: data[:900] + bytes([data[900] ^ 1]) + data[901:],
+}
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_images_are_named(files, tmp_path, mode, damage):
+    path = copied(files[mode], tmp_path)
+    for sample in (7, 13):
+        begin, size = stored(path, sample)
+        overwrite(path, begin, DAMAGE[damage](path.read_bytes()[begin : begin + size]))
+    with Loader(path, image_size=SIDE, threads=2) as loader:
+        whole = sampling.whole_image_crops(loader.heights, loader.widths)
+        ids = np.arange(40)
+        with pytest.raises(CorruptSample, match=rf"{path}: sample 7, 13: stored bytes differ"):
+            loader.read(ids, whole)
+        sound = np.setdiff1d(ids, [7, 13])
+        assert len(loader.read(sound, whole[sound]).images) == 38
+        with pytest.raises(CorruptSample, match="sample 7: "):
+            list(loader.batches([(sound, whole[sound]), (ids[:8], whole[:8])]))
+        assert prefetch_threads() == 0
+
+
+def test_what_turbojpeg_refuses_is_named(files, tmp_path):
+    """The decoder's own verdict counts too: here the checksum agrees with the damage."""
+    path = copied(files["jpg"], tmp_path)
+    begin, size = stored(path, 5)
+    overwrite(path, begin, bytes(20))
+    damaged = path.read_bytes()[begin : begin + size]
+    with Loader(path, image_size=SIDE, threads=2) as loader:
+        loader._table[5, 5] = zlib.crc32(damaged)
+        with pytest.raises(CorruptSample, match="sample 5: cannot be decoded"):
+            loader.read(np.arange(40), sampling.whole_image_crops(loader.heights, loader.widths))
+
+
+def test_a_file_that_is_cut_while_in_use_is_an_error(files, tmp_path):
+    path = copied(files["raw"], tmp_path)
+    with Loader(path, image_size=SIDE, threads=1) as loader:
+        batches = loader.batches(plan(loader, steps=1000))
+        next(batches)
+        os.truncate(path, 4096)
+        with pytest.raises(CorruptSample, match=rf"{path}: sample \d+, .*: the file ends before its data"):
+            list(batches)
+
+
+def test_pointers_outside_the_file_are_refused_at_the_start(files, tmp_path):
+    path = copied(files["raw"], tmp_path)
+    size, samples = path.stat().st_size, check_structure(path).num_samples
+    overwrite(path, size - 24 * samples + 8, (size * 2).to_bytes(8, "little"))
+    with pytest.raises(DataError, match=str(path)):
+        Loader(path, image_size=SIDE, threads=1)
+
+
+@pytest.mark.parametrize("ids", [[40], [0, -1], [3, 10**12]])
+def test_ids_that_are_not_there_are_named(files, ids):
+    with (
+        Loader(files["raw"], image_size=SIDE, threads=1) as loader,
+        pytest.raises(CorruptSample, match=rf"{files['raw']}: no sample {ids[-1]}; its 40 samples"),
+    ):
+        loader.read(np.array(ids), sampling.pad_crops(np.array(ids), SIDE, 0, 0, True))
+
+
+@pytest.mark.parametrize("crop", [[-1, 0, 20, 20], [0, 9, 20, 20], [0, 0, 0, 20], [0, 0, 29, 5]])
+def test_resized_crops_must_stay_in_the_image(files, crop):
+    with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
+        with pytest.raises(ValueError, match=rf"crop {re.escape(str(crop))} leaves sample 6 of 28 x 28 pixels"):
+            loader.read(np.array([5, 6]), np.array([[0, 0, 28, 28, 0], [*crop, 0]]))
+        with pytest.raises(ValueError, match=r"crops have shape \[1, 5\], expected \[2, 5\]"):
+            loader.read(np.array([5, 6]), np.array([[0, 0, 28, 28, 0]]))
+
+
+def test_importing_the_loader_leaves_torch_threads_and_numba_alone():
+    code = (
+        "import numba, torch; torch.set_num_threads(3); import pipeline.data.loading.loader; "
+        "assert torch.get_num_threads() == 3; assert not numba.config.DISABLE_JIT"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

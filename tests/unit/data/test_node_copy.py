@@ -1,0 +1,600 @@
+"""Node-local copies of data files: exact, made once, never another's, and an error that names the original."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import mmap
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.loading import copy_file, node_copy
+from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.node_copy import NodeCopyFailed, NodeCopyLoader, copy_to_node
+from pipeline.data.loading.prefetch import LoaderError
+from pipeline.data.manifest import DataError, check_structure, manifest_path, open_checked, read_index
+from pipeline.distributed import Group
+from pipeline.recipe.file import recipe_hash
+from pipeline.recipe.schema import RecipeError
+from pipeline.run.stop import StopRequested
+from pipeline.training.context import Job
+from tests.support.commands import wait_until
+from tests.support.small_recipe import ROOT, small_recipe
+from tests.unit.data.test_manifest import build, overwrite
+
+PAGE = 512
+DEADLINE_S = 60
+SIDE = 10
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that files of a few kilobytes have several pages."""
+    for module in ("manifest", "verify", "verified_copy"):
+        monkeypatch.setattr(f"pipeline.data.{module}.HASH_PAGE_BYTES", PAGE)
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    (tmp_path / "server").mkdir()
+    path = build(tmp_path / "server" / "train.beton")
+    assert len(open_checked(path).pages) > 5
+    return path
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    return tmp_path / "local" / "scratch"
+
+
+def private(scratch: Path) -> Path:
+    return scratch / f"hydra-{os.geteuid()}"
+
+
+def names(scratch: Path) -> set[str]:
+    """What a user's folder holds, without the lock."""
+    return {path.name for path in private(scratch).iterdir()} - {"lock"}
+
+
+def same_file(a: Path, b: Path) -> bool:
+    return a.read_bytes() == b.read_bytes() and open_checked(a) == open_checked(b)
+
+
+@pytest.fixture
+def copyings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every original of which a copy was begun."""
+    begun: list[Path] = []
+
+    def counted(path: Path, *rest: Any) -> None:
+        begun.append(path)
+        copy_file.copy_verified(path, *rest)
+
+    monkeypatch.setattr(node_copy, "copy_verified", counted)
+    return begun
+
+
+def test_a_copy_is_the_file_and_the_next_job_uses_it(original: Path, scratch: Path, copyings: list[Path]) -> None:
+    heard: list[str] = []
+    copy = copy_to_node(original, scratch, heard.append)
+    assert same_file(copy, original)
+    assert copy.parent == private(scratch)
+    assert private(scratch).stat().st_mode & 0o777 == 0o700
+    assert names(scratch) == {copy.name, manifest_path(copy).name}
+    assert open_checked(original).sha256[:16] in copy.name
+    pages, size = len(open_checked(original).pages), original.stat().st_size
+    assert len(set(heard)) == pages + 1
+    assert heard[-1] == f"pid {os.getpid()} on {platform.node()}, copying {original}: {size} of {size} bytes"
+    assert copy_to_node(original, scratch) == copy
+    assert copyings == [original]
+
+
+def cached(path: Path) -> float:
+    """The share of a file's pages that are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        found = np.zeros(-(-len(pages) // mmap.PAGESIZE), np.uint8)
+        content = np.frombuffer(pages, np.uint8)  # holds the mapping, which cannot be closed before it is gone
+        where = ctypes.c_void_p(content.ctypes.data)
+        said = libc.mincore(where, ctypes.c_size_t(len(pages)), ctypes.c_void_p(found.ctypes.data))
+        assert said == 0, os.strerror(ctypes.get_errno())
+        del content
+    return float((found & 1).mean())
+
+
+def test_a_copy_is_in_memory_and_comes_back_into_it(tmp_path: Path, scratch: Path, copyings: list[Path]) -> None:
+    original = build(tmp_path / "train.beton", height=500, width=600)  # more than the system reads ahead by itself
+    copy = copy_to_node(original, scratch)
+    assert cached(copy) == 1.0
+    with copy.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(copy) == 1.0:
+        pytest.skip("this file system keeps files in memory whatever it is told")
+    assert copy_to_node(original, scratch) == copy
+    assert copyings == [original]
+    wait_until(lambda: cached(copy) == 1.0, 20, "the copy to be read ahead")
+
+
+def test_another_file_of_the_same_name_has_its_own_copy(original: Path, scratch: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = build(tmp_path / "other" / original.name, seed=1)
+    copies = [copy_to_node(path, scratch) for path in (original, other)]
+    assert same_file(copies[0], original)
+    assert same_file(copies[1], other)
+    assert not same_file(*copies)
+
+
+def damage_index(copy: Path) -> None:
+    overwrite(copy, check_structure(copy).alloc_table_ptr + 16, b"\x00")
+
+
+def cut(copy: Path) -> None:
+    os.truncate(copy, copy.stat().st_size - 1)
+
+
+def lose_manifest(copy: Path) -> None:
+    manifest_path(copy).unlink()
+
+
+def change_manifest(copy: Path) -> None:
+    said = json.loads(manifest_path(copy).read_text())
+    manifest_path(copy).write_text(json.dumps({**said, "sha256": "0" * 64}))
+
+
+def link_elsewhere(copy: Path) -> None:
+    copy.rename(copy.parent.parent / "elsewhere")
+    copy.symlink_to(copy.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("spoil", [damage_index, cut, lose_manifest, change_manifest, link_elsewhere, Path.unlink])
+def test_a_copy_that_is_not_the_file_is_made_anew(
+    original: Path, scratch: Path, copyings: list[Path], spoil: Callable[[Path], None]
+) -> None:
+    copy = copy_to_node(original, scratch)
+    spoil(copy)
+    assert copy_to_node(original, scratch) == copy
+    assert same_file(copy, original)
+    assert not copy.is_symlink()
+    assert copyings == [original] * 2
+
+
+def test_another_users_copy_is_not_used(original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, manifest = copy_to_node(original, scratch), open_checked(original)
+    assert node_copy._usable(copy, manifest)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert not node_copy._usable(copy, manifest)
+
+
+def as_a_link(folder: Path) -> None:
+    (folder.parent / "theirs").mkdir()
+    folder.symlink_to(folder.parent / "theirs")
+
+
+def open_to_all(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+@pytest.mark.parametrize("prepare", [as_a_link, open_to_all])
+def test_a_folder_that_others_could_write_to_is_refused(
+    original: Path, scratch: Path, prepare: Callable[[Path], None]
+) -> None:
+    scratch.mkdir(parents=True)
+    prepare(private(scratch))
+    with pytest.raises(DataError, match=r"hydra-\d+ on .* is not a folder that only user \d+ writes to; remove it"):
+        copy_to_node(original, scratch)
+    assert names(scratch) == set()
+
+
+def test_a_folder_of_another_user_is_refused(original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (scratch / "hydra-12345").mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(DataError, match="is not a folder that only user 12345 writes to"):
+        copy_to_node(original, scratch)
+
+
+def test_a_folder_that_cannot_be_made_is_named(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=f"data.stage_to = {tmp_path}/file/x cannot be used on {platform.node()}"):
+        copy_to_node(original, tmp_path / "file" / "x")
+
+
+def test_a_damaged_original_is_named_and_leaves_nothing(original: Path, scratch: Path) -> None:
+    structure = check_structure(original)
+    for place in read_index(original, structure).samples["data_ptr"].tolist():
+        (before,) = original.read_bytes()[place : place + 1]
+        overwrite(original, place, bytes([before ^ 1]))
+        open_checked(original)  # sees nothing
+        with pytest.raises(DataError, match=f"{original} is damaged: its 8 MiB page {place // PAGE} is not"):
+            copy_to_node(original, scratch)
+        assert names(scratch) == set()
+        overwrite(original, place, bytes([before]))
+    copy_to_node(original, scratch)
+
+
+def test_without_room_nothing_is_begun(
+    original: Path, scratch: Path, copyings: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    there = copy_to_node(build(tmp_path / "other" / original.name, seed=1), scratch)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=node_copy.MARGIN_BYTES + PAGE))
+    with pytest.raises(DataError) as caught:
+        copy_to_node(original, scratch)
+    assert f"{original} (" in str(caught.value)
+    for words in (f"on {platform.node()}, where 67.1 MB is free", there.name, "set data.stage_to=null"):
+        assert words in str(caught.value)
+    assert original not in copyings
+    assert names(scratch) == {there.name, manifest_path(there).name}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, free=0))  # it does not tell
+    assert same_file(copy_to_node(original, scratch), original)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (errno.ENOSPC, DataError, "does not fit into"),
+        (errno.EDQUOT, DataError, "does not fit into"),
+        (errno.EIO, NodeCopyFailed, "was not copied to .*Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "replace", "pread"])
+def test_a_disk_that_fails_leaves_nothing(
+    original: Path,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    code: int,
+    kind: type[Exception],
+    words: str,
+) -> None:
+    """Each call of this kind in turn."""
+    real = getattr(os, call)
+    made: list[int] = []
+
+    def failing_at(number: int) -> Callable[..., Any]:
+        made.clear()
+
+        def maybe(*arguments: Any) -> Any:
+            made.append(len(made))
+            if made[-1] == number:
+                raise OSError(code, os.strerror(code))
+            return real(*arguments)
+
+        return maybe
+
+    monkeypatch.setattr(os, call, failing_at(-1))
+    copy_to_node(original, scratch)
+    total = len(made)
+    assert total > 1
+    for number in range(total):
+        shutil.rmtree(private(scratch))
+        monkeypatch.setattr(os, call, failing_at(number))
+        with pytest.raises(kind, match=words) as caught:
+            copy_to_node(original, scratch)
+        assert str(original) in str(caught.value)
+        assert not any(name.endswith(".tmp") for name in names(scratch))
+        monkeypatch.setattr(os, call, real)
+        assert same_file(copy_to_node(original, scratch), original)
+
+
+def test_what_dead_copiers_of_this_host_left_is_removed(original: Path, scratch: Path) -> None:
+    ours = private(scratch)
+    ours.mkdir(parents=True, mode=0o700)
+    left = [f"x-00.beton.{platform.node()}.1.tmp", ".x-00.beton.manifest.json.1.tmp"]
+    kept = ["x-00.beton.another-host.1.tmp", "notes.txt"]
+    for name in left + kept:
+        (ours / name).touch()
+    copy = copy_to_node(original, scratch)
+    assert names(scratch) == {copy.name, manifest_path(copy).name, *kept}
+
+
+def test_a_listener_that_raises_ends_the_copying(original: Path, scratch: Path) -> None:
+    count = iter(range(100))
+
+    def enough(doing: str) -> None:
+        if next(count) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy_to_node(original, scratch, enough)
+    assert names(scratch) == set()
+
+
+@contextmanager
+def a_copier_at_work(original: Path, scratch: Path) -> Iterator[tuple[Future[Path], threading.Event]]:
+    """One that has begun and goes on when the event is set."""
+    begun, go = threading.Event(), threading.Event()
+
+    def heard(doing: str) -> None:
+        begun.set()
+        assert go.wait(DEADLINE_S)
+
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(copy_to_node, original, scratch, heard)
+        assert begun.wait(DEADLINE_S)
+        try:
+            yield copying, go
+        finally:
+            go.set()
+
+
+def test_one_copies_and_the_others_wait(original: Path, scratch: Path, copyings: list[Path]) -> None:
+    waiting = threading.Event()
+
+    def heard(doing: str) -> None:
+        if doing.startswith(f"pid {os.getpid()} on {platform.node()}, copying {original}: 0 of "):
+            waiting.set()
+
+    with a_copier_at_work(original, scratch) as (copying, go), ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(copy_to_node, original, scratch, heard) for _ in range(2)]
+        assert waiting.wait(DEADLINE_S)  # they see who copies
+        assert not any(other.done() for other in others)
+        go.set()
+        assert {other.result(DEADLINE_S) for other in others} == {copying.result(DEADLINE_S)}
+    assert copyings == [original]
+
+
+def test_who_waits_gives_up_on_a_copier_that_hangs_and_names_it(
+    original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_copy, "STALL_S", 0.5)
+    with a_copier_at_work(original, scratch) as (copying, go):
+        with pytest.raises(NodeCopyFailed) as caught:
+            copy_to_node(original, scratch)
+        go.set()
+        assert same_file(copying.result(DEADLINE_S), original)
+    holder = f"pid {os.getpid()} on {platform.node()}, copying {original}: 0 of {original.stat().st_size} bytes"
+    assert holder in str(caught.value)
+
+
+def test_a_slow_copier_is_not_given_up(original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes four times the deadline altogether, and says something new before each is over."""
+    clock = [0.0]
+    monkeypatch.setattr(node_copy, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    words = [f"step {number}\n" for number in range(5)]
+    private(scratch).mkdir(parents=True, mode=0o700)
+    with ExitStack() as stack:
+        lock = stack.enter_context((private(scratch) / "lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        seen: list[str] = []
+
+        def listen(doing: str) -> None:
+            seen.append(doing)
+            if len(seen) % 2:
+                return  # it has been told since the last change only once
+            clock[0] += 0.9 * node_copy.STALL_S
+            if words:
+                lock.seek(0)
+                lock.write(words.pop(0))
+                lock.flush()
+            else:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        assert same_file(copy_to_node(original, scratch, listen), original)
+    assert clock[0] > 4 * node_copy.STALL_S
+
+
+KILLED_HALF_WAY = """
+import sys
+from pathlib import Path
+from pipeline.data import manifest, staging, verified_copy
+
+manifest.HASH_PAGE_BYTES = verified_copy.HASH_PAGE_BYTES = int(sys.argv[3])
+
+def heard(doing, seen=[]):
+    seen.append(doing)
+    if len(seen) == 5:
+        print("half", flush=True)
+        sys.stdin.read()
+
+staging.staged(Path(sys.argv[1]), Path(sys.argv[2]), heard)
+"""
+
+
+def test_a_killed_copier_leaves_the_way_free(original: Path, scratch: Path, copyings: list[Path]) -> None:
+    command = [sys.executable, "-c", KILLED_HALF_WAY, str(original), str(scratch), str(PAGE)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as copier:
+        assert copier.stdout is not None
+        assert copier.stdout.readline() == "half\n"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(node_copy, "STALL_S", 0.3)
+            with pytest.raises(NodeCopyFailed, match=f"pid {copier.pid} on "):
+                copy_to_node(original, scratch)
+        copier.send_signal(signal.SIGKILL)
+    (left,) = names(scratch)
+    assert left.endswith(f".{platform.node()}.{copier.pid}.tmp")
+    copy = copy_to_node(original, scratch)
+    assert same_file(copy, original)
+    assert names(scratch) == {copy.name, manifest_path(copy).name}
+    assert copyings == [original]
+
+
+def crops(count: int) -> np.ndarray:
+    return np.tile(np.array([0, 0, SIDE, SIDE, 0], np.int32), (count, 1))
+
+
+def test_a_loader_of_a_copy_reads_the_copy_and_speaks_of_the_original(original: Path, scratch: Path) -> None:
+    copy = copy_to_node(original, scratch)
+    ids = np.arange(6)
+    with Loader(original, image_size=SIDE, threads=1) as direct:
+        expected = direct.read(ids, crops(6)).images
+    structure = check_structure(original)
+    for i in (4, 0):  # the images of the original, after it was copied
+        overwrite(original, int(read_index(original, structure).samples["data_ptr"][i]), b"\x55" * 40)
+    with NodeCopyLoader(original, copy, image_size=SIDE, threads=1) as loader:
+        assert torch.equal(loader.read(ids, crops(6)).images, expected)
+        assert loader.path == original
+
+
+def test_a_copy_found_damaged_is_removed_and_made_anew(original: Path, scratch: Path) -> None:
+    copy = copy_to_node(original, scratch)
+    overwrite(copy, int(read_index(copy, check_structure(copy)).samples["data_ptr"][1]) + 30, b"\x01\x02\x03")
+    assert copy_to_node(original, scratch) == copy  # its images are not read again
+    with NodeCopyLoader(original, copy, image_size=SIDE, threads=1) as loader:
+        loader.read(np.array([0, 2, 3]), crops(3))
+        with pytest.raises(LoaderError) as caught:
+            list(loader.batches([(np.array([0, 1]), crops(2))]))
+    assert str(caught.value).startswith(f"{original}: its copy {copy} on {platform.node()} was damaged (sample 1: ")
+    assert caught.value.__cause__ is None  # a ValueError there would end the run
+    assert names(scratch) == set()
+    assert same_file(copy_to_node(original, scratch), original)
+
+
+# --- together with the other workers ---------------------------------------------------------------------------------
+
+
+class Exchange:
+    """What two ranks in two threads tell each other."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = [None, None]
+        self.barrier = threading.Barrier(2, timeout=DEADLINE_S)
+
+
+@dataclass(frozen=True)
+class Rank(Group):
+    exchange: Exchange = field(default_factory=Exchange)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.exchange.values[self.rank] = value
+        self.barrier()
+        values = list(self.exchange.values)
+        self.barrier()
+        return values
+
+    def barrier(self) -> None:
+        self.exchange.barrier.wait()
+
+
+def job_of(folder: Path, scratch: Path | None, group: Group, **more: Any) -> Job:
+    data = {"image_size": SIDE, "stage_to": str(scratch) if scratch else None}
+    return Job(small_recipe(folder, data=data, model={"num_classes": 2}), folder, "token", group, **more)
+
+
+def alone() -> Group:
+    return Group(0, 1, torch.device("cpu"))
+
+
+def test_a_job_reads_the_copy_if_the_recipe_says_so(original: Path, scratch: Path) -> None:
+    for where in (None, scratch):
+        job = job_of(original.parent, where, alone())
+        loader = job.loader(str(original))
+        assert loader is job.loader(str(original))
+        assert isinstance(loader, NodeCopyLoader) == (where is not None)
+        assert loader.path == original
+        job.close()
+    assert same_file(next(private(scratch).glob("*.beton")), original)
+
+
+def test_messages_of_a_job_name_the_original(original: Path, scratch: Path) -> None:
+    job = job_of(original.parent, scratch, alone())
+    job.recipe = job.recipe.model_copy(update={"model": job.recipe.model.model_copy(update={"num_classes": 3})})
+    with pytest.raises(ValueError, match=f"model.num_classes 3: {original} has 2 classes"):
+        job.loader(str(original))
+    job.close()
+
+
+def two_jobs(original: Path, scratches: list[Path], **more: Any) -> list[Job]:
+    exchange = Exchange()
+    device = torch.device("cpu")
+    return [job_of(original.parent, scratches[rank], Rank(rank, 2, device, exchange), **more) for rank in (0, 1)]
+
+
+def outcomes(jobs: list[Job], path: Path) -> list[Path | BaseException]:
+    """What `loader` gave or raised, per rank."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(job.loader, str(path)) for job in jobs]
+        found = [future.exception(DEADLINE_S) or future.result().path for future in futures]
+    for job in jobs:
+        job.close()
+    return found
+
+
+def test_workers_wait_for_the_copies_of_all_nodes(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one node copies; and while nothing moves, nobody tells the watchdog that it does."""
+    monkeypatch.setattr("pipeline.training.context.LOOK_S", 0.05)
+    scratches = [tmp_path / "node0", tmp_path / "node1"]
+    events: list[tuple[str, dict[str, Any]]] = []
+    seen_at_round: list[int] = []
+    quiet = threading.Event()
+    gather = Rank.gather
+
+    def watched_gather(self: Rank, value: Any) -> list[Any]:
+        seen_at_round.append(len(events))
+        last = seen_at_round[-20:]
+        if len(last) == 20 and 0 < last[0] == last[-1]:
+            quiet.set()
+        return gather(self, value)
+
+    monkeypatch.setattr(Rank, "gather", watched_gather)
+    jobs = two_jobs(original, scratches, observe=lambda event, facts: events.append((event, facts)))
+    with a_copier_at_work(original, scratches[1]) as (_, go), ThreadPoolExecutor(1) as pool:
+        both = pool.submit(outcomes, jobs, original)
+        assert quiet.wait(DEADLINE_S)
+        assert list(private(scratches[0]).glob("*.beton")), "the first node has its copy"
+        assert not both.done()
+        go.set()
+        assert both.result(DEADLINE_S) == [original] * 2
+    assert all(event == ("staging", {"stage": None}) for event in events)
+
+
+def test_workers_fail_together(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = outcomes(two_jobs(original, [tmp_path / "node0", tmp_path / "file"]), original)
+    for error in found:
+        assert isinstance(error, DataError)
+        assert f"{platform.node()}: data.stage_to = {tmp_path}/file cannot be used" in str(error)
+
+
+def test_what_a_restart_may_mend_is_no_users_error(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(node_copy, "copy_verified", fails)
+    for error in outcomes(two_jobs(original, [tmp_path / "node0", tmp_path / "node1"]), original):
+        assert isinstance(error, NodeCopyFailed)
+        assert f"{original} was not copied to" in str(error)
+
+
+def test_a_run_can_be_stopped_while_it_waits_for_a_copy(original: Path, scratch: Path) -> None:
+    asked = threading.Event()
+    job = job_of(original.parent, scratch, alone(), stop_requested=asked.is_set)
+    with a_copier_at_work(original, scratch) as (copying, go), ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(job.loader, str(original))
+        asked.set()
+        assert isinstance(loading.exception(DEADLINE_S), StopRequested)
+        assert not copying.done()
+        go.set()
+    job.close()
+
+
+def test_the_recipe_key_decides_no_result_and_is_absolute(original: Path) -> None:
+    def with_stage_to(value: str | None) -> str:
+        return recipe_hash(small_recipe(original.parent, data={"stage_to": value}))
+
+    assert with_stage_to("/local/scratch") == with_stage_to(None)
+    with pytest.raises(RecipeError, match="stage_to scratch must begin with /"):
+        with_stage_to("scratch")

@@ -1,0 +1,141 @@
+"""Pickles of arrays are read as Python reads them; whatever else a pickle could do is refused and not done."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.manifest import DataError
+from pipeline.data.sources.safe_pickle import DTYPES, read_pickle
+from tests.support.synthetic_data import python2_pickle
+
+
+def read(data: bytes) -> dict[str, Any]:
+    return read_pickle(io.BytesIO(data), "some.pickle")
+
+
+arrays = st.builds(
+    lambda code, order, shape, fortran, seed: np.asarray(
+        np.random.default_rng(seed).integers(0, 100, shape).astype(np.dtype(code).newbyteorder(order)),
+        order="F" if fortran else "C",
+    ),
+    st.sampled_from(DTYPES),
+    st.sampled_from("<>"),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    st.booleans(),
+    st.integers(0, 99),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(array=arrays, protocol=st.integers(0, pickle.HIGHEST_PROTOCOL), labels=st.lists(st.integers(-(2**40), 2**40)))
+def test_arrays_lists_and_text_come_back_from_every_protocol(
+    array: np.ndarray, protocol: int, labels: list[int]
+) -> None:
+    contents = {"data": array, "labels": labels, "title": "a batch", "raw": b"\x00\xff"}
+    for name in ("numpy.core", "numpy._core"):  # before numpy 2, and since
+        data = pickle.dumps(contents, protocol)
+        data = re.sub(rb"numpy\._?core(?=\.)", name.encode(), data) if protocol < 4 else data
+        found = read(data)
+        assert {key: value for key, value in found.items() if key != "data"} == {
+            key: value for key, value in contents.items() if key != "data"
+        }
+        assert found["data"].dtype == array.dtype
+        np.testing.assert_array_equal(found["data"], array)
+
+
+def test_a_pickle_of_python_2_is_what_python_itself_reads() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (3, 300), dtype=np.uint8)
+    data = python2_pickle({"data": array, "labels": [1, 2, 300], "batch_label": "x" * 300})
+    expected = pickle.loads(data, encoding="latin1")
+    found = read(data)
+    np.testing.assert_array_equal(expected.pop("data"), array)
+    np.testing.assert_array_equal(found.pop("data"), array)
+    assert found == expected
+
+
+class Calls:
+    """Pickled as a call of `function` with `arguments`."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_a_pickle_would_run_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
+    """Control: Python's own unpickler does run it."""
+    victim = tmp_path / "made by the pickle"
+    for function, arguments in ((os.mkdir, (str(victim),)), (eval, (f"__import__('os').mkdir({str(victim)!r})",))):
+        data = pickle.dumps({"data": Calls(function, *arguments)}, protocol)
+        pickle.loads(data)
+        assert victim.exists()
+        victim.rmdir()
+        with pytest.raises(DataError, match=r"some\.pickle is refused as a pickle: it names \w+\.(mkdir|eval)"):
+            read(data)
+        assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"data": np.array([object], dtype=object)},
+        {"data": np.array([(1, 2)], dtype=[("a", "u1"), ("b", "u1")])},
+        {"data": np.float64},
+        {"data": np.array(["text"])},
+        {"data": np.datetime64("2020-01-01")},
+        {"data": range(3)},
+        [1, 2],
+    ],
+    ids=["objects", "structures", "class", "text", "scalar", "range", "no dict"],
+)
+def test_other_pickles_are_refused_in_every_protocol(contents: object) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with pytest.raises(DataError, match=r"some\.pickle"):
+            read(pickle.dumps(contents, protocol))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\nK\x00U\x01btR.",
+        b"cnumpy.core.multiarray\n_reconstruct\n}(U\x0c__defaults__K\x01ub.",
+        b"cnumpy.core.multiarray\n_reconstruct\nN}(U\x04__code__K\x01u\x86b.",
+        b"cnumpy.core.multiarray\n_reconstruct.__globals__\n.",
+        b"cnumpy\nndarray\n)\x81.",
+        b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR.",
+        b"cnumpy\ndtype\n(U\x02u1tR}b.",
+        b"\x82\x01.",
+        b"I1\nQ.",
+        b"",
+    ],
+)
+def test_hand_made_programs_are_refused_and_leave_the_reader_as_it_was(program: bytes) -> None:
+    with pytest.raises(DataError, match=r"some\.pickle"):
+        read(program)
+    np.testing.assert_array_equal(read(pickle.dumps({"data": np.arange(3)}))["data"], [0, 1, 2])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_a_damaged_pickle_is_refused_or_is_a_dict(data: st.DataObject) -> None:
+    whole = python2_pickle({"data": np.arange(40, dtype=np.uint8).reshape(4, 10), "labels": [1, 2, 3, 4]})
+    place = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(DataError, match=r"some\.pickle"):
+        read(whole[:place])
+    changed = bytearray(whole)
+    changed[place] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DataError):
+        assert isinstance(read(bytes(changed)), dict)

@@ -1,0 +1,369 @@
+"""Writing FFCV files for real: what is in them, and that no fault leaves anything that opens, or hangs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from launch.commands.data import add_parser
+from pipeline.data.manifest import (
+    DataError,
+    Structure,
+    check_structure,
+    manifest_path,
+    open_checked,
+    read_index,
+)
+from pipeline.data.sources.registry import DEBIAN_FASHION_MNIST, open_source, read_idx
+from pipeline.data.writing import write as write_module
+from pipeline.data.writing.process import WriteError
+from pipeline.data.writing.worker import check_free_space
+from pipeline.data.writing.write import WriteOptions, commit, temporary_beside, write_dataset
+from tests.support.synthetic_data import BROKEN, make_imagenet_tree
+from tests.unit.data.test_manifest import build
+from tests.unit.data.test_sources import idx
+
+ROOT = Path(__file__).parents[3]
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+def launch_data(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    parsed = parser.parse_args(["data", *arguments])
+    return parsed.handler(parsed)
+
+
+def stored(path: Path) -> tuple[Structure, list[bytes], np.ndarray]:
+    structure = check_structure(path)
+    index, whole = read_index(path, structure), path.read_bytes()
+    rows = zip(index.samples["data_ptr"].tolist(), index.sizes.tolist(), strict=True)
+    return structure, [whole[ptr : ptr + size] for ptr, size in rows], index.samples
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Path:
+    make_imagenet_tree(tmp_path / "tree", num_classes=3, per_class=4, seed=0, val_per_class=1)
+    return tmp_path / "tree"
+
+
+def test_fashion_mnist_is_bit_exact_and_not_written_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A slice of the real images, through the command line."""
+    folder, out = tmp_path / "idx", tmp_path / "out"
+    folder.mkdir()
+    slices = {}
+    for name, dimensions in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1)):
+        for prefix, count in (("train", 700), ("t10k", 50)):
+            slices[prefix, dimensions] = read_idx(DEBIAN_FASHION_MNIST, f"{prefix}-{name}", dimensions)[:count]
+            (folder / f"{prefix}-{name}").write_bytes(idx(slices[prefix, dimensions]))
+    command = ["write", "fashion_mnist", "--source", str(folder), "--out", str(out)]
+    assert launch_data(*command) == 0
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        structure, images, samples = stored(out / f"{split}.beton")
+        assert structure.num_samples == len(slices[prefix, 3])
+        assert samples["label"].tolist() == slices[prefix, 1].tolist()
+        assert set(samples["mode"].tolist()) == {1}
+        found = np.stack([np.frombuffer(image, np.uint8).reshape(28, 28, 3) for image in images])
+        np.testing.assert_array_equal(found, np.stack([slices[prefix, 3]] * 3, axis=3))
+    manifest = open_checked(out / "train.beton")
+    assert manifest.converted == {"grey": 700}
+    assert manifest.label_histogram == np.bincount(slices["train", 1], minlength=10).tolist()
+
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    assert launch_data(*command) == 0
+    assert capsys.readouterr().out.count("already written") == 2
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert launch_data(*command, "--force", "--workers", "3") == 0
+    rebuilt = open_checked(out / "train.beton")
+    assert (rebuilt.content_sha256, rebuilt.sample_crc32) == (manifest.content_sha256, manifest.sample_crc32)
+    assert launch_data(*command, "--quality", "80") == 2
+    assert "--force" in capsys.readouterr().err
+    assert launch_data("verify", str(out / "train.beton")) == 0
+    assert launch_data("info", str(out / "train.beton")) == 0
+    assert "Ankle boot" in capsys.readouterr().out
+
+    with (out / "train.beton").open("rb+") as stream:
+        stream.seek(int(stored(out / "train.beton")[2]["data_ptr"][123]) + 5)
+        stream.write(bytes([images[0][5] ^ 255, 1, 2]))
+    assert launch_data("verify", str(out / "train.beton")) == 1
+    assert "sample 123 " in capsys.readouterr().out
+    assert launch_data("verify", str(out / "none.beton")) == 2
+
+
+def test_imagenet_shape_with_broken_images(tmp_path: Path) -> None:
+    """1,000 class folders; every broken file is named at once and nothing is written, or they are left out."""
+    offenders = make_imagenet_tree(
+        tmp_path / "tree", 1000, per_class=1, seed=1, val_per_class=1, sizes=(65, 100), broken=tuple(BROKEN)
+    )
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=f"^{len(BROKEN)} images cannot be") as caught:
+        write_dataset("image_folder", tmp_path / "tree", out, WriteOptions(), False, quiet)
+    assert all(str(path) in str(caught.value) for path in offenders)
+    assert list(out.iterdir()) == []
+
+    options = WriteOptions(skip_broken=True, max_resolution=90)
+    train, test = write_dataset("image_folder", tmp_path / "tree", out, options, False, quiet)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        name for split in ("train", "test") for name in (f"{split}.beton", f"{split}.beton.manifest.json")
+    )
+    assert [(w.manifest.num_samples, w.manifest.num_classes) for w in (train, test)] == [(1000, 1000), (1000, 1000)]
+    assert [image.path for image in train.manifest.skipped] == [
+        str(path.relative_to(tmp_path / "tree" / "train")) for path in offenders
+    ]
+    assert set(train.manifest.label_histogram) == {1}
+    assert test.manifest.converted == {"cmyk": 100, "grey": 100}
+
+    # Sample s is the s-th good file of the sorted tree, within what JPEG and area shrinking lose.
+    source = open_source("image_folder", "test", tmp_path / "tree")
+    _, images, samples = stored(test.path)
+    assert samples["label"].tolist() == list(range(1000))
+    for s in (0, 1, 4, 8, 998):
+        found = Image.open(io.BytesIO(images[s]))
+        assert found.format == "JPEG"
+        with Image.open(Path(source.location) / source.names[s]) as original:
+            expected = original.convert("RGB").resize(found.size, Image.Resampling.BOX)
+            assert max(found.size) == min(90, max(original.size))
+        assert np.abs(np.asarray(found, float) - np.asarray(expected, float)).mean() < 4
+
+
+def writer_processes() -> list[psutil.Process]:
+    """The writer first, then all that it started; not what other tests have left to this process."""
+    for child in psutil.Process().children():
+        if "write_worker" in " ".join(child.cmdline()):
+            return [child, *child.children(recursive=True)]
+    return []
+
+
+def shared_memory(processes: list[psutil.Process]) -> set[str]:
+    """Paths of the shared memory that these processes hold open."""
+    return {file.path for process in processes for file in process.open_files() if file.path.startswith("/dev/shm/")}
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """A forked one that is alive: neither the writer itself, nor the resource tracker that it started, nor a zombie."""
+    try:
+        command = " ".join(process.cmdline())
+        return process.ppid() != os.getpid() and "write_worker" in command and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def sabotage(
+    tree: Path, spoil: Callable[[Path], None], act: Callable[[list[psutil.Process]], bool] | None
+) -> tuple[Callable[[str, int, int], None], list[psutil.Process], set[str]]:
+    """A progress callback that spoils train's first image after the scan, and then acts on the writer until it worked.
+
+    Also returns the lists that it fills: all processes and all shared memory of the writer that were ever seen.
+    """
+    victim = sorted((tree / "train").glob("*/*"))[0]
+    processes: list[psutil.Process] = []
+    memory: set[str] = set()
+    state = {"spoilt": False, "acted": False}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "test list" and not state["spoilt"]:
+            victim.unlink()
+            spoil(victim)
+            state["spoilt"] = True
+        if stage == "train write" and act is not None and not state["acted"]:
+            running = writer_processes()
+            processes.extend(process for process in running if process not in processes)
+            memory.update(shared_memory(running[:1]))
+            state["acted"] = act(running)
+
+    return progress, processes, memory
+
+
+def kill_worker(running: list[psutil.Process]) -> bool:
+    """On every report: the worker that was seen may be the one that ends well, as only one meets the FIFO."""
+    for process in filter(is_worker, running):
+        process.kill()
+    return False
+
+
+def kill_writer(running: list[psutil.Process]) -> bool:
+    if not any(map(is_worker, running)):
+        return False
+    running[0].kill()
+    return True
+
+
+@pytest.mark.parametrize(
+    ("spoil", "act", "words"),
+    [
+        (os.mkfifo, kill_worker, "a worker of the writer was killed by SIGKILL"),
+        (os.mkfifo, kill_writer, "the writer was killed by SIGKILL in stage 'train write'"),
+        (lambda path: path.write_bytes(b"?"), None, "a worker of the writer failed: .*BrokenImage: not an image"),
+    ],
+    ids=["killed worker", "killed writer", "failing worker"],
+)
+def test_a_fault_ends_in_one_error_and_leaves_nothing(
+    small_tree: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    act: Callable[[list[psutil.Process]], bool] | None,
+    words: str,
+) -> None:
+    """A FIFO in place of an image blocks an FFCV worker for as long as the test needs."""
+    progress, processes, memory = sabotage(small_tree, spoil, act)
+    with pytest.raises(WriteError, match=words):
+        write_dataset(
+            "image_folder", small_tree, tmp_path / "out", WriteOptions(2, stall_seconds=60.0), False, progress
+        )
+    assert list((tmp_path / "out").iterdir()) == []
+    if act is not None:
+        assert len(processes) >= 3, "the writer, its resource tracker and a worker were seen"
+        assert memory
+    assert not any(Path(path).exists() for path in memory)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+
+
+def test_a_stuck_and_stopped_writer_is_ended(small_tree: Path, tmp_path: Path) -> None:
+    """A FIFO in place of an image keeps it in the scan, which counts; a stage that does not is allowed an hour."""
+    victim = sorted((small_tree / "train").glob("*/*"))[0]
+    victim.unlink()
+    os.mkfifo(victim)
+    processes: list[psutil.Process] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "train scan":
+            processes.extend(writer_processes())
+            os.kill(processes[0].pid, signal.SIGSTOP)
+
+    options = WriteOptions(stall_seconds=3.0)
+    with pytest.raises(WriteError, match="no progress for 3 seconds while in stage 'train scan'"):
+        write_dataset("image_folder", small_tree, tmp_path / "out", options, False, stop)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert processes
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+
+
+FULL_DISK = """
+import resource, sys
+from tests.unit.data.test_write import launch_data
+resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+sys.exit(launch_data("write", "image_folder", "--source", sys.argv[1], "--out", sys.argv[2], "--workers", "2"))
+"""
+
+
+def test_full_disk(small_tree: Path, tmp_path: Path) -> None:
+    """A file may not grow beyond 9 MB; the first page ends at 16 MiB."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, str(small_tree), str(out)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert "File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_writer_ends_when_its_parent_is_killed(small_tree: Path, tmp_path: Path) -> None:
+    victim = sorted((small_tree / "train").glob("*/*"))[0]
+    victim.unlink()
+    os.mkfifo(victim)
+    out = tmp_path / "out"
+    code = "import sys; from tests.unit.data.test_write import launch_data; launch_data(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, "write", "image_folder", "--source", str(small_tree), "--out", str(out)]
+    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert parent.stderr is not None
+    try:
+        # The FIFO holds the scan, so the writer is alive when it is orphaned.
+        assert any("train scan" in line for line in parent.stderr)
+        orphans = psutil.Process(parent.pid).children(recursive=True)
+        assert orphans
+    finally:
+        parent.kill()
+        parent.wait(10)
+        parent.stderr.close()
+    _, alive = psutil.wait_procs(orphans, timeout=20)
+    assert alive == []
+    assert list(out.iterdir()) == []
+
+
+def test_too_little_space_is_said_before_writing(tmp_path: Path) -> None:
+    check_free_space(tmp_path, 1)
+    with pytest.raises(WriteError, match="GB free"):
+        check_free_space(tmp_path, 1 << 60)
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_a_crash_while_renaming_leaves_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """Whatever opens under the final name is the complete new file or the complete old one, with its own manifest."""
+    path, temporary = build(tmp_path / "a.beton", seed=1), build(tmp_path / "a.beton.1.tmp", seed=2)
+    old, new = path.read_bytes(), temporary.read_bytes()
+    calls = 0
+
+    def counted(operation: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object, **options: object) -> None:
+            nonlocal calls
+            if calls == cut:
+                raise KeyboardInterrupt
+            calls += 1
+            operation(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    monkeypatch.setattr(write_module.os, "replace", counted(os.replace))
+    if cut < 4:
+        with pytest.raises(KeyboardInterrupt):
+            commit(temporary, path)
+    else:
+        commit(temporary, path)
+        assert calls == 4
+    if path.exists():
+        open_checked(path)
+        assert path.read_bytes() == (old if cut == 0 else new)
+    assert path.exists() == (cut in (0, 4))
+
+
+def test_temporary_files_of_the_dead_go_and_of_the_living_refuse(tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+    dead = build(tmp_path / "a.beton.1.tmp")
+    with temporary_beside(path) as temporary:
+        assert not dead.exists()
+        assert not manifest_path(dead).exists()
+        other = temporary.rename(tmp_path / "a.beton.2.tmp")
+        with pytest.raises(DataError, match="being written by another process"), temporary_beside(path):
+            pass
+        assert other.exists()
+        other.unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_without_manifest_is_not_replaced(small_tree: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "out" / "train.beton"
+    precious.parent.mkdir()
+    precious.write_bytes(b"somebody else's")
+    with pytest.raises(DataError, match=r"no manifest.*--force"):
+        write_dataset("image_folder", small_tree, tmp_path / "out", WriteOptions(), False, quiet)
+    assert precious.read_bytes() == b"somebody else's"
+
+
+def test_options_out_of_range() -> None:
+    for make in (
+        lambda: WriteOptions(workers=0),
+        lambda: WriteOptions(max_resolution=1601),
+        lambda: WriteOptions(jpeg_quality=101),
+    ):
+        with pytest.raises(DataError, match="must"):
+            make()

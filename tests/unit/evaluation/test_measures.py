@@ -1,0 +1,328 @@
+"""Evaluation: exact counts, the worst case over restarts, and the same verdicts whoever judges which chunk."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.sampling import whole_image_crops
+from pipeline.distributed import Group
+from pipeline.evaluation.chunks import ChunkStore, evaluate
+from pipeline.evaluation.measures.base import Verdicts, summarise
+from pipeline.evaluation.measures.pgd import Pgd
+from pipeline.recipe.objective import ThreatModel
+from pipeline.recipe.sections import Evaluation
+from pipeline.rng import sample_keys
+from pipeline.robustness.attacks import ball_of, pgd
+from pipeline.run.stop import StopRequested
+
+SIDE, IMAGES, CHUNK, WORLD = 28, 300, 64, 3
+CPU = torch.device("cpu")
+ALONE = Group(0, 1, CPU)
+LINF = ThreatModel(norm="linf", eps=Fraction(1, 20))
+# So few and small steps that it matters where they start.
+ATTACK = Pgd(LINF, steps=2, step_size=0.01, restarts=1, seed=0)
+DEADLINE_S = 60
+
+
+@dataclass(frozen=True)
+class InThreads(Group):
+    """Ranks that are threads of this process."""
+
+    meeting: threading.Barrier
+    values: dict[int, Any]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.meeting.wait(DEADLINE_S)
+        values = [self.values[rank] for rank in range(self.world)]
+        self.meeting.wait(DEADLINE_S)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+@pytest.fixture(scope="module")
+def loader(fashion_data: Path) -> Iterator[Loader]:
+    with Loader(fashion_data / "test.beton", image_size=SIDE, threads=1) as opened:
+        yield opened
+
+
+def crops(ids: NDArray[np.int64]) -> NDArray[np.int32]:
+    sides = np.full(len(ids), SIDE)
+    return whole_image_crops(sides, sides)
+
+
+@pytest.fixture(scope="module")
+def network(loader: Loader) -> nn.Module:
+    """The nearest of ten class means, softened into a two-layer network; about two images of three are right."""
+    ids = np.arange(IMAGES, loader.num_samples)
+    batch = loader.read(ids, crops(ids))
+    pixels = batch.images.float().div(255).flatten(1)
+    means = torch.stack([pixels[batch.labels == label].mean(dim=0) for label in range(10)])
+    linear = nn.Linear(pixels.shape[1], 10)
+    with torch.no_grad():
+        linear.weight.copy_(means)
+        linear.bias.copy_(-0.5 * means.square().sum(dim=1))
+    return nn.Sequential(nn.Flatten(), linear, nn.Dropout(0.5))
+
+
+def judge(network: nn.Module, loader: Loader, attack: Pgd = ATTACK, group: Group = ALONE) -> Verdicts:
+    return evaluate(network, loader, np.arange(IMAGES), crops, attack, CHUNK, group)
+
+
+def differing(a: Verdicts, b: Verdicts) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not np.array_equal(a[name], b[name])]
+
+
+def test_verdicts_do_not_depend_on_who_judges_which_chunk(network: nn.Module, loader: Loader) -> None:
+    expected = judge(network, loader)
+    meeting, values = threading.Barrier(WORLD), {}
+    dealt: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(WORLD)}
+
+    def rank(number: int) -> Verdicts:
+        group = InThreads(number, WORLD, CPU, meeting, values)
+        ids = np.arange(IMAGES)
+        own = copy.deepcopy(network)
+        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, lambda *done: bool(dealt[number].append(done)))
+
+    with ThreadPoolExecutor(WORLD) as pool:
+        found = list(pool.map(rank, range(WORLD), timeout=DEADLINE_S))
+    for verdicts in found:
+        assert differing(verdicts, expected) == []
+    assert dealt == {0: [(1, 2), (2, 2)], 1: [(1, 2), (2, 2)], 2: [(1, 1)]}
+    other = judge(network, loader, replace(ATTACK, seed=1))
+    assert differing(other, expected)  # so that equality above says something
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_is_robust_if_it_is_right_clean_and_under_every_restart(
+    network: nn.Module, loader: Loader, norm: str
+) -> None:
+    threat_model = LINF if norm == "linf" else ThreatModel(norm="l2", eps=Fraction(1))
+    attack = replace(ATTACK, threat_model=threat_model, restarts=4, step_size=0.01 if norm == "linf" else 0.1)
+    verdicts = judge(network, loader, attack)
+    ids = np.arange(IMAGES)
+    batch = loader.read(ids, crops(ids))
+    x, y, ball = batch.images.float().div(255), batch.labels, ball_of(threat_model)
+    plain = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        right = [plain(x).argmax(dim=1) == y]
+    for restart in range(4):
+        keys = torch.from_numpy(sample_keys(ids, 0, "evaluate", restart).view(np.int64))
+        start = ball.random_start(x, keys)
+        x_adv = pgd(
+            plain,
+            x,
+            lambda logits: F.cross_entropy(logits, y, reduction="none"),
+            ball=ball,
+            steps=attack.steps,
+            step_size=attack.step_size,
+            start=start,
+        )
+        with torch.no_grad():
+            right.append(plain(x_adv).argmax(dim=1) == y)
+    # Chunks of another size round differently, which may tip an image that is on the edge.
+    assert (verdicts["robust_correct"] != torch.stack(right).all(dim=0).numpy()).sum() <= 1
+    assert np.array_equal(verdicts["clean_correct"], right[0].numpy())
+    once = judge(network, loader, replace(attack, restarts=1))["robust_correct"]
+    assert 0 < verdicts["robust_correct"].sum() < once.sum() < verdicts["clean_correct"].sum() < IMAGES
+    assert not (verdicts["robust_correct"] & ~once).any()
+
+
+def test_the_columns_agree_with_each_other_and_with_the_file(network: nn.Module, loader: Loader) -> None:
+    verdicts = judge(network, loader)
+    assert np.array_equal(verdicts["sample_id"], np.arange(IMAGES))
+    assert np.array_equal(verdicts["label"], loader.labels[:IMAGES])
+    assert np.array_equal(verdicts["clean_correct"], verdicts["clean_prediction"] == verdicts["label"])
+    for better, worse in (
+        ("clean_top5", "clean_correct"),
+        ("robust_top5", "robust_correct"),
+        ("clean_correct", "robust_correct"),
+        ("clean_top5", "robust_top5"),
+    ):
+        assert not (verdicts[worse] & ~verdicts[better]).any()
+        assert verdicts[better].sum() > verdicts[worse].sum()
+
+
+class Constant(nn.Module):
+    """Equal logits for every class of ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.scale * images.flatten(1).sum(dim=1, keepdim=True)).expand(-1, 10)
+
+
+def test_ties_go_by_class_order(loader: Loader) -> None:
+    """So a network that says nothing is right for one class in ten, and in the first five for five."""
+    verdicts = judge(Constant(), loader)
+    labels = loader.labels[:IMAGES]
+    assert (verdicts["clean_prediction"] == 0).all()
+    for kind in ("clean", "robust"):
+        assert np.array_equal(verdicts[f"{kind}_correct"], labels == 0)
+        assert np.array_equal(verdicts[f"{kind}_top5"], labels < 5)
+
+
+def test_without_a_threat_model_nothing_is_attacked(network: nn.Module, loader: Loader) -> None:
+    verdicts = judge(network, loader, replace(ATTACK, threat_model=None))
+    assert np.array_equal(verdicts["robust_correct"], verdicts["clean_correct"])
+    assert np.array_equal(verdicts["robust_top5"], verdicts["clean_top5"])
+
+
+def test_counts_are_exact_and_the_network_is_left_as_it_was(network: nn.Module, loader: Loader) -> None:
+    network.train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    verdicts = judge(network, loader)
+    assert all(module.training for module in network.modules())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    summary = summarise(verdicts)
+    assert summary["images"] == IMAGES
+    for count, column in (
+        ("clean_correct", "clean_correct"),
+        ("clean_top5_correct", "clean_top5"),
+        ("robust_correct", "robust_correct"),
+        ("robust_top5_correct", "robust_top5"),
+    ):
+        correct = sum(bool(verdict) for verdict in verdicts[column])
+        assert type(summary[count]) is int
+        assert summary[count] == correct
+        interval = summary[count.removesuffix("_correct") + "_accuracy"]
+        assert interval["value"] == correct / IMAGES
+        assert interval["low"] < interval["value"] < interval["high"]
+
+
+class Interrupted(RuntimeError):
+    """What killed an evaluation."""
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
+    network: nn.Module, loader: Loader, tmp_path: Path, how: str
+) -> None:
+    ids, header = np.arange(IMAGES), {"model_sha256": "m"}
+    judged: list[int] = []
+
+    def after_two(done: int, total: int) -> bool:
+        if done == 2 and how == "killed":
+            raise Interrupted
+        return done == 2
+
+    def count(done: int, total: int) -> bool:
+        judged.append(total)
+        return False
+
+    store = ChunkStore(tmp_path / "pgd.chunks", header)
+    with pytest.raises((StopRequested, Interrupted)):
+        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, after_two, store)
+    assert len(list(tmp_path.glob("pgd.chunks/chunk-*"))) == 2
+    (tmp_path / "pgd.chunks" / "chunk-000001.parquet").write_bytes(b"PAR1")  # half a file is no chunk
+    verdicts = evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, count, ChunkStore(store.folder, header))
+    assert judged == [4] * 4  # of five
+    assert differing(verdicts, judge(network, loader)) == []
+    store.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_does_not_wait_for_the_chunk_under_way(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+    ids, passes = np.arange(IMAGES), 0
+
+    def on_pass() -> bool:
+        nonlocal passes
+        passes += 1
+        return passes == 10  # a chunk has one pass clean, and three under attack
+
+    store = ChunkStore(tmp_path / "chunks", {})
+    with pytest.raises(StopRequested):
+        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, store=store, on_pass=on_pass)
+    assert passes == 10
+    kept = store.open()
+    assert kept.keys() == {0, 1}
+    network(torch.zeros(1, 3, SIDE, SIDE))
+    assert passes == 10, "the network is still watched"
+
+
+def test_who_is_done_waits_for_files_and_not_in_a_collective(
+    network: nn.Module, loader: Loader, tmp_path: Path
+) -> None:
+    """A collective has a deadline, which a chunk may exceed: here the second rank's lasts until the first one waits."""
+    meeting, values, waited = threading.Barrier(2), {}, threading.Event()
+    ids, done = np.arange(2 * CHUNK), [False, False]
+
+    def rank(number: int) -> Verdicts:
+        def on_chunk(finished: int, total: int) -> bool:
+            done[number] = True
+            return False
+
+        def on_pass() -> bool:
+            if number == 0 and done[0]:
+                waited.set()
+            if number == 1:
+                assert waited.wait(DEADLINE_S)
+                assert values[0] == {}, "the first rank does not wait for files"  # the broadcast's value, no verdicts
+            return False
+
+        group, store = InThreads(number, 2, CPU, meeting, values), ChunkStore(tmp_path / "chunks", {})
+        own = copy.deepcopy(network)
+        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, on_chunk, store, on_pass)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2), timeout=2 * DEADLINE_S)
+    assert differing(first, second) == []
+    assert len(first["sample_id"]) == 2 * CHUNK
+
+
+def test_who_waits_is_told_that_another_has_stopped(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+    meeting, values = threading.Barrier(2), {}
+
+    def rank(number: int) -> None:
+        group, store = InThreads(number, 2, CPU, meeting, values), ChunkStore(tmp_path / "chunks", {})
+        own = copy.deepcopy(network)
+        with pytest.raises(StopRequested):
+            evaluate(own, loader, np.arange(4 * CHUNK), crops, ATTACK, CHUNK, group, lambda *_: number == 1, store)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2), timeout=2 * DEADLINE_S))
+    assert ChunkStore(tmp_path / "chunks", {}).open().keys() == {0, 1, 2}
+
+
+def test_chunks_of_another_network_or_attack_are_not_taken(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+    ids, judged = np.arange(IMAGES), []
+    for header in ({"model_sha256": "m"}, {"model_sha256": "m"}, {"model_sha256": "other"}):
+        judged.append(0)
+
+        def count(done: int, total: int) -> bool:
+            judged[-1] = done
+            return False
+
+        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, count, ChunkStore(tmp_path / "chunks", header))
+    assert judged == [5, 0, 5]
+
+
+def test_nothing_to_judge_is_an_error(network: nn.Module, loader: Loader) -> None:
+    with pytest.raises(ValueError, match="no image to evaluate"):
+        evaluate(network, loader, np.arange(0), crops, ATTACK, CHUNK, ALONE)
+
+
+def test_the_recipe_says_the_attack() -> None:
+    evaluation = Evaluation(steps=9, step_size=Fraction(1, 8), restarts=3)
+    assert Pgd.of(LINF, evaluation, 5) == Pgd(LINF, 9, 0.125, 3, 5)

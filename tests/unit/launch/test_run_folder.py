@@ -1,0 +1,179 @@
+"""Run directories: begun once, gone on with by the same recipe only, found again by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import run_folder
+from pipeline.distributed import Group
+from pipeline.recipe.file import load_recipe, recipe_hash
+from pipeline.recipe.schema import Recipe
+from pipeline.run import provenance as provenance_module
+from pipeline.run.lease import LeaseHeld, Leases
+from pipeline.training.hardware import hardware_of
+
+NO_DATA: dict[str, str] = {}
+DEMO = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def recipe_with(*overrides: str) -> Recipe:
+    return load_recipe(DEMO, list(overrides))
+
+
+def test_a_new_run_holds_its_recipe_and_provenance() -> None:
+    folder = run_folder.open_or_create(recipe_with("seed=3"), None, NO_DATA)
+    assert folder == Path("runs/fashion_mnist")
+    written = load_recipe(folder / "recipe.yaml")
+    assert written.seed == 3
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["recipe_sha256"] == recipe_hash(written)
+    assert set(run_folder.VERSIONS_OF) == set(provenance["versions"])
+    assert provenance["commit"] is None or re.fullmatch("[0-9a-f]{40}", provenance["commit"])
+
+
+def test_provenance_says_what_machine_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpus = tmp_path / "cpuinfo"
+    cpus.write_text("processor\t: 0\nmodel name\t: A Processor: 2.5 GHz\n\nmodel name\t: another\n")
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(
+        "#!/bin/sh\n[ \"$*\" = '--query-gpu=name,driver_version --format=csv,noheader' ] || exit 9\n"
+        "echo 'NVIDIA H100 80GB HBM3, 550.54'; echo 'NVIDIA, odd name, 550.54'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setattr(provenance_module, "CPUS", cpus)
+    monkeypatch.setenv("PATH", f"{smi.parent}:/usr/bin:/bin")
+    provenance = json.loads((run_folder.open_or_create(recipe_with(), "a", NO_DATA) / "provenance.json").read_text())
+    alone = Group(0, 1, torch.device("cpu"))
+    assert provenance["processor"] == hardware_of(alone, threads=1)["processor"] == "A Processor: 2.5 GHz"
+    assert provenance["gpus"] == ["NVIDIA H100 80GB HBM3, driver 550.54", "NVIDIA, odd name, driver 550.54"]
+    assert 1 <= provenance["cores"] <= (os.cpu_count() or 1)
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, as it could not reach the driver'\nexit 9\n")
+    monkeypatch.setattr(provenance_module, "CPUS", tmp_path / "none")
+    provenance = json.loads((run_folder.open_or_create(recipe_with(), "b", NO_DATA) / "provenance.json").read_text())
+    assert provenance["processor"] == hardware_of(alone, threads=1)["processor"] == platform.machine()
+    assert provenance["gpus"] == []
+
+
+def test_data_files_are_absolute_so_that_a_restart_may_come_from_elsewhere(tmp_path: Path) -> None:
+    folder = run_folder.open_or_create(
+        recipe_with("data.train_file=data/a.beton", "data.test_file=/b.beton"), None, NO_DATA
+    )
+    data = load_recipe(folder / "recipe.yaml").data
+    assert (data.train_file, data.test_file) == (str(tmp_path / "data" / "a.beton"), "/b.beton")
+
+
+def test_the_same_recipe_goes_on_and_may_change_how_it_runs() -> None:
+    folder = run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
+    provenance = (folder / "provenance.json").read_bytes()
+    again = run_folder.open_or_create(recipe_with("workers.threads=3", "tracking.log_every_steps=1"), "mine", NO_DATA)
+    assert again == folder == Path("runs/mine")
+    assert load_recipe(folder / "recipe.yaml").workers.threads == 3
+    assert (folder / "provenance.json").read_bytes() == provenance
+
+
+def test_another_recipe_is_refused_naming_what_differs() -> None:
+    folder = run_folder.open_or_create(recipe_with("phases.prune.lr=0.25"), None, NO_DATA)
+    before = (folder / "recipe.yaml").read_bytes()
+    other = recipe_with("phases.prune.lr=0.5", "seed=1", "workers.threads=9", "objective.name=trades")
+    with pytest.raises(ValueError, match="was begun with another recipe") as caught:
+        run_folder.open_or_create(other, None, NO_DATA)
+    message = str(caught.value)
+    for words in (
+        str(folder),
+        "seed: 0 -> 1",
+        "phases.prune.lr: 0.25 -> 0.5",
+        "objective.name: pgd -> trades",
+        "--name",
+    ):
+        assert words in message
+    assert "workers" not in message  # which may differ
+    assert (folder / "recipe.yaml").read_bytes() == before
+    assert run_folder.open_or_create(other, "another", NO_DATA) == Path("runs/another")
+
+
+def test_a_folder_of_something_else_is_refused() -> None:
+    Path("runs/mine").mkdir(parents=True)
+    run_folder.open_or_create(recipe_with(), "mine", NO_DATA)  # empty: nothing can be lost
+    Path("runs/other").mkdir()
+    Path("runs/other/thesis.tex").write_text("important")
+    with pytest.raises(ValueError, match=r"runs/other exists and is no run .*choose another --name"):
+        run_folder.open_or_create(recipe_with(), "other", NO_DATA)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "/tmp/x"])
+def test_names_that_are_no_folder_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--name {re.escape(name)}: "):
+        run_folder.open_or_create(recipe_with(), name, NO_DATA)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("why", ["no git", "no repository"])
+def test_provenance_without_a_commit(why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if why == "no git":
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    else:
+        monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "launch" / "run_folder.py"))
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    folder = run_folder.open_or_create(recipe_with(), None, NO_DATA)
+    assert json.loads((folder / "provenance.json").read_text())["commit"] is None
+
+
+def test_runs_are_found_by_name_and_by_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine: no such run; runs here: none"):
+        run_folder.find_run("mine")
+    folder = run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
+    run_folder.open_or_create(recipe_with(), "second", NO_DATA)
+    for reference in ("mine", "runs/mine", "runs/mine/", str(tmp_path / "runs" / "mine")):
+        assert run_folder.find_run(reference).resolve() == folder.resolve()
+    with pytest.raises(ValueError, match="third: no such run; runs here: mine, second"):
+        run_folder.find_run("third")
+
+
+@pytest.fixture
+def on_real_data(fashion_data: Path, tmp_path: Path) -> Recipe:
+    """The demo's recipe on files of its own, so that a test may replace them."""
+    shutil.copytree(fashion_data, tmp_path / "data", ignore=shutil.ignore_patterns("idx"))
+    return recipe_with("data.train_file=data/train.beton", "data.test_file=data/test.beton")
+
+
+def test_a_data_file_replaced_under_a_run_is_refused(on_real_data: Recipe) -> None:
+    folder = run_folder.open_or_create(on_real_data, "mine", run_folder.check_data(on_real_data))
+    run_folder.check_same_data(folder)
+    for suffix in (".beton", ".beton.manifest.json"):
+        shutil.copy(f"data/test{suffix}", f"data/train{suffix}")
+    with pytest.raises(ValueError, match=r"data\.train_file was replaced since runs/mine was begun"):
+        run_folder.check_same_data(folder)
+
+
+def test_data_of_another_kind_is_refused_naming_the_fix(on_real_data: Recipe) -> None:
+    other = on_real_data.model_copy(update={"data": on_real_data.data.model_copy(update={"dataset": "image_folder"})})
+    with pytest.raises(ValueError, match=r"data\.train_file = .*holds fashion_mnist.*set data\.dataset=fashion_mnist"):
+        run_folder.check_data(other)
+
+
+def test_a_recipe_is_not_changed_under_those_who_run_it() -> None:
+    folder = run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
+    before = (folder / "recipe.yaml").read_bytes()
+    leases = Leases([folder / "pretrain"])
+    try:
+        with pytest.raises(LeaseHeld, match=f"pretrain is being written by pid {os.getpid()}"):
+            run_folder.open_or_create(recipe_with("workers.threads=3"), "mine", NO_DATA)
+    finally:
+        leases.release()
+    assert (folder / "recipe.yaml").read_bytes() == before
+    run_folder.open_or_create(recipe_with("workers.threads=3"), "mine", NO_DATA)
+    assert load_recipe(folder / "recipe.yaml").workers.threads == 3

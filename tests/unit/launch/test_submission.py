@@ -1,0 +1,173 @@
+"""Jobs as they are submitted and queued again, with programs in the place of SLURM's: deadlines, signals, bounds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import run_folder
+from launch.slurm import report_job, sbatch, submit
+from launch.slurm.control_files import ControlFiles, JobFailed
+from launch.slurm.report_job import REPORT, Report
+from pipeline.run.files import exclusive
+from tests.support.commands import ROOT
+from tests.support.small_recipe import small_recipe
+
+SECTION = {"cpus_per_task": 1, "time": 30, "signal_s": 30}
+LOAD = """
+import pickle, sys
+for path in sys.argv[1:]:
+    with open(path, "rb") as stream:
+        print(type(pickle.load(stream).function).__name__)
+print([name for name in ("torch", "ray", "deepspeed") if name in sys.modules])
+"""
+
+
+class Programs:
+    """Programs on PATH that do what they are told."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place = place / "bin"
+        self.place.mkdir()
+        monkeypatch.setenv("PATH", f"{self.place}:{os.environ['PATH']}")
+        for name in ("srun", "squeue", "scontrol"):
+            self.put(name, "true")
+        self.put("sbatch", f"echo x >> {self.place}/count; echo Submitted batch job $(wc -l < {self.place}/count)")
+
+    def put(self, name: str, command: str) -> None:
+        program = self.place / name
+        program.write_text(f"#!/bin/sh\n{command}\n")
+        program.chmod(0o755)
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    return Programs(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "mine"
+    run_folder.write_run_folder(folder, small_recipe(tmp_path, slurm=SECTION), {})
+    return folder
+
+
+def test_what_is_submitted_is_tiny_and_needs_no_torch(programs: Programs, run: Path) -> None:
+    jobs = submit.submit_run(run)
+    pickles = [run / "jobs" / f"{job.id}_submitted.pkl" for job in jobs]
+    assert max(path.stat().st_size for path in pickles) < 1000
+    done = subprocess.run([sys.executable, "-c", LOAD, *pickles], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == [*["Share"] * (len(jobs) - 1), "Report", "[]"]
+
+
+@pytest.mark.parametrize("silent", ["pretrain", submit.FAN])
+def test_an_sbatch_that_does_not_answer_has_a_deadline(
+    programs: Programs, run: Path, monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
+    """An array is submitted in another way than a single job."""
+    monkeypatch.setattr(submit, "CLIENT_S", 1)
+    count = programs.place / "count"
+    programs.put(
+        "sbatch",
+        f'grep -q "job-name=mine-{silent}" "$1" && exec sleep 60; '
+        f"echo x >> {count}; echo Submitted batch job $(wc -l < {count})",
+    )
+    with pytest.raises(ValueError, match=rf"sbatch did not answer in 1 s; if squeue shows a job mine-{silent}"):
+        submit.submit_run(run)
+    assert [job.group for job in submit.read_jobs(run)] == ["pretrain"] * (silent != "pretrain")
+
+
+def test_a_submission_that_never_ends_does_not_hold_the_next(
+    programs: Programs, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "SUBMIT_S", 0.2)
+    with (
+        exclusive(run / ".jobs.lock"),
+        pytest.raises(ValueError, match=r"has been submitted by another process for 0\.2 s"),
+    ):
+        submit.submit_run(run)
+    groups = [job.group for job in submit.submit_run(run)]
+    assert (groups[0], groups[-1]) == ("pretrain", REPORT)
+
+
+@pytest.mark.parametrize(
+    ("program", "does", "queued_again", "told"),
+    [
+        ("squeue", "echo RUNNING", True, False),
+        ("squeue", "echo COMPLETING", False, False),
+        ("squeue", "exec sleep 60", False, True),
+        ("scontrol", "exec sleep 60", False, True),
+        ("scontrol", "exit 1", False, True),
+    ],
+)
+def test_a_job_that_cannot_be_queued_again_says_so(
+    programs: Programs,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    does: str,
+    queued_again: bool,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(sbatch, "CLIENT_S", 1)
+    programs.put("squeue", "echo RUNNING")
+    programs.put("scontrol", f'echo "$@" > {programs.place}/said')
+    programs.put(program, does)
+    control = ControlFiles.of(run, "12", "0")
+    control.create()
+    control.count()
+    teardown = sbatch.sbatch_parameters(small_recipe(run, slurm=SECTION), run, "x", None)["teardown"]
+    script = "\n".join(["(exit 3)", *teardown])
+    environment = {**os.environ, "SLURM_JOB_ID": "12"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert (programs.place / "said").exists() == queued_again
+    assert (f"python -m launch resume {run}" in done.stderr) == told
+
+
+def test_a_warning_before_submitit_is_ready_does_not_end_the_task(run: Path) -> None:
+    code = (
+        "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('lives')\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: print('warned')); os.kill(os.getpid(), signal.SIGUSR2)"
+    )
+    command = f'exec {sbatch.python_of(small_recipe(run, slurm=SECTION))} -c "$1"'
+    done = subprocess.run(["bash", "-c", command, "bash", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode != -signal.SIGUSR2
+    assert done.stdout.split() == ["lives", "warned"]
+
+
+class Killed(BaseException):
+    """What a task does not survive."""
+
+
+def test_a_report_that_is_killed_every_time_is_not_queued_again_for_ever(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(report_job.subprocess, "run", killed)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    allowed = 2 * small_recipe(run).workers.restarts_without_progress + 2
+
+    def start(restart: int) -> ControlFiles:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        return ControlFiles.of(run, "12", str(restart))
+
+    for restart in range(allowed):
+        control = start(restart)
+        with pytest.raises(Killed):
+            Report(str(run), [])()
+        assert (control.was_counted(), control.ended()) == (True, None), "it may be queued again"
+    ControlFiles.of(run, "12", str(allowed - 1)).fail(0, "an old reason")
+    ControlFiles.of(run, "12", str(allowed - 1)).fail(10, "nothing was heard of n2")
+    last = start(allowed)
+    told = rf"report was started {allowed} times without anything new committed \(last: nothing was heard of n2\); mend"
+    with pytest.raises(JobFailed, match=told) as caught:
+        Report(str(run), [])()
+    assert last.ended() == {"code": 1, "message": str(caught.value)}

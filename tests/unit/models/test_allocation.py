@@ -1,0 +1,119 @@
+"""Budgets dealt to layers: exact totals, something for every layer, the densities and ranks as defined."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pipeline.models import build_network
+from pipeline.models.pruning import scores as scores_module
+from pipeline.models.pruning.allocation import erdos_renyi_kernel, global_masks, total_kept, uniform
+from pipeline.recipe.sections import Allocation, Model
+
+dimension = st.integers(1, 12)
+shape = st.one_of(
+    st.tuples(dimension, dimension), st.tuples(dimension, dimension, st.integers(1, 3), st.integers(1, 3))
+)
+shapes_of_layers = st.lists(shape, min_size=1, max_size=6).map(
+    lambda found: {f"layer{i}": torch.Size(dimensions) for i, dimensions in enumerate(found)}
+)
+keep_fraction = st.integers(1, 1000).map(lambda thousandths: Decimal(thousandths) / 1000)
+
+
+def densities(shapes: dict[str, torch.Size], budget: int) -> dict[str, float]:
+    """ERK's densities by bisection on their common factor, instead of by closing layers one by one."""
+    low, high, found = 0.0, 1e9, dict[str, float]()
+    for _ in range(200):
+        factor = (low + high) / 2
+        found = {name: min(1.0, factor * sum(s) / math.prod(s)) for name, s in shapes.items()}
+        if sum(found[name] * math.prod(s) for name, s in shapes.items()) > budget:
+            high = factor
+        else:
+            low = factor
+    return found
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes=shapes_of_layers, keep=keep_fraction)
+def test_erk_has_its_densities_and_an_exact_total(shapes: dict[str, torch.Size], keep: Decimal) -> None:
+    counts = erdos_renyi_kernel(shapes, keep)
+    sizes = {name: math.prod(s) for name, s in shapes.items()}
+    n = sum(sizes.values())
+    budget = max(n - math.floor((1 - Fraction(keep)) * n), len(shapes))
+    assert sum(counts.values()) == budget == total_kept(shapes, keep)
+    assert all(1 <= counts[name] <= sizes[name] for name in shapes)
+    wanted = {name: density * sizes[name] for name, density in densities(shapes, budget).items()}
+    lifted = sum(1 - value for value in wanted.values() if value < 1)  # to one connection, which others give
+    assert all(abs(counts[name] - value) <= 1 + lifted + 1e-6 for name, value in wanted.items())
+
+
+def test_uniform_is_the_papers() -> None:
+    shapes = {"conv1.weight": torch.Size([64, 3, 7, 7]), "fc.weight": torch.Size([1000, 2048])}
+    assert uniform(shapes, Decimal("0.01")) == {"conv1.weight": 95, "fc.weight": 20480}  # as the reference keeps
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), shapes=shapes_of_layers, keep=keep_fraction)
+def test_global_masks_are_the_strongest_of_all_and_one_of_each(
+    data: st.DataObject, shapes: dict[str, torch.Size], keep: Decimal
+) -> None:
+    values = st.integers(-3, 3)  # many ties
+    scores = {
+        name: torch.tensor(data.draw(st.lists(values, min_size=s.numel(), max_size=s.numel()))).float().view(s)
+        for name, s in shapes.items()
+    }
+    budget = total_kept(shapes, keep)
+    masks = global_masks(scores, budget)
+    entries = [(name, i, abs(v)) for name in scores for i, v in enumerate(scores[name].flatten().tolist())]
+    firsts = {name: max((v, -i) for other, i, v in entries if other == name) for name in scores}
+    ranked = sorted(range(len(entries)), key=lambda e: (firsts[entries[e][0]] != _key(entries[e]), -entries[e][2], e))
+    kept = {entries[e][:2] for e in ranked[:budget]}
+    found = {(name, i) for name in masks for i, bit in enumerate(masks[name].flatten().tolist()) if bit}
+    assert found == kept
+
+
+def _key(entry: tuple[str, int, float]) -> tuple[float, int]:
+    return entry[2], -entry[1]
+
+
+@pytest.mark.parametrize("allocation", get_args(Allocation))
+@pytest.mark.parametrize(
+    ("arch", "keep"),
+    [("resnet18", "0.1"), ("resnet18", "0.01"), ("resnet18", "0.001"), ("wrn_28_4", "0.01"), ("cnn_large", "0.01")],
+)
+def test_every_layer_of_a_network_keeps_something_and_the_total_is_exact(
+    arch: str, keep: str, allocation: Allocation
+) -> None:
+    """The first convolution among them: of wrn_28_4's 432 connections, 1 % is 4.3."""
+    network = build_network(Model(arch=arch, num_classes=10), 0, 32)
+    scores_module.attach_scores(network, Decimal(keep), allocation)
+    counts = scores_module.layer_counts(network)
+    assert min(entry["kept"] for entry in counts) >= 1
+    n = sum(entry["total"] for entry in counts)
+    if allocation == "uniform":
+        assert all(e["kept"] == e["total"] - math.floor((1 - Fraction(keep)) * e["total"]) for e in counts)
+    else:
+        assert sum(entry["kept"] for entry in counts) == n - math.floor((1 - Fraction(keep)) * n)
+
+
+def test_a_global_mask_follows_the_scores_from_layer_to_layer() -> None:
+    network = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    scores_module.attach_scores(network, Decimal("0.5"), "global")
+    state = scores_module.named_state(network)
+    with torch.no_grad():
+        state["score/0.weight"].fill_(2.0)
+        state["score/1.weight"].fill_(1.0)
+    scores_module.refresh_masks(network)
+    assert [entry["kept"] for entry in scores_module.layer_counts(network)] == [99, 1]
+    with torch.no_grad():
+        state["score/1.weight"][3, 4] = math.nan
+    with pytest.raises(ValueError, match=r"^1\.weight: scores contain NaN"):
+        scores_module.refresh_masks(network)

@@ -1,0 +1,206 @@
+"""`load`: the network that was meant, as a plain module on [0, 1] images, without anything of training."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchvision.transforms.v2.functional import normalize
+
+from pipeline.models import build_network
+from pipeline.models.export import write_model
+from pipeline.models.load import load_network
+from pipeline.models.pruning.scores import attach_scores, effective_state
+from pipeline.recipe.file import dump_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import Stage, stages_of
+from pipeline.run.files import atomic_write_json, sha256_of
+from tests.support.small_recipe import small_recipe
+
+ROOT = Path(__file__).parents[3]
+SPARSITIES: dict[str, Any] = {"keep_fractions": [0.1, "0.05"], "baselines": ["magnitude", "random", "snip"]}
+
+
+def finish(run: Path, stage: Stage, recipe: Recipe, seed: int) -> None:
+    """What a finished stage leaves: a network that is a function of `seed`."""
+    folder = run / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    network = build_network(recipe.model, seed, recipe.data.image_size)
+    if stage.keep_fraction is not None:
+        attach_scores(network, stage.keep_fraction)
+    write_model(folder / "model.safetensors", effective_state(network), recipe.model, {"image_size": 28})
+    atomic_write_json(folder / "result.json", {"model_sha256": sha256_of(folder / "model.safetensors")})
+
+
+def written(run: Path, **sections: Any) -> tuple[Path, dict[str, int]]:
+    """A finished run, and the seed of every stage's network."""
+    recipe = small_recipe(Path("/data"), **sections)
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    seeds = {stage.name: seed for seed, stage in enumerate(stages_of(recipe))}
+    for stage in stages_of(recipe):
+        finish(run, stage, recipe, seeds[stage.name])
+    return run, seeds
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    return written(tmp_path_factory.mktemp("runs") / "demo", sparsity=SPARSITIES)
+
+
+def is_of(network: nn.Module, run: Path, stage: str) -> bool:
+    """Whether it is the network of that stage and of no other, by its first layer."""
+    own = load_network(run / stage / "model.safetensors")
+    return torch.equal(next(network.parameters()), next(own.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage"),
+    [
+        ({"keep_fraction": 1}, "pretrain"),
+        ({"stage": "pretrain"}, "pretrain"),
+        ({"method": "dense"}, "pretrain"),
+        ({"keep_fraction": 0.1}, "keep-0.1/finetune"),
+        ({"keep_fraction": "0.10"}, "keep-0.1/finetune"),
+        ({"keep_fraction": Decimal("0.05")}, "keep-0.05/finetune"),
+        ({"keep_fraction": 0.05, "stage": "prune"}, "keep-0.05/prune"),
+        ({"keep_fraction": 0.05, "method": "hydra", "stage": "prune"}, "keep-0.05/prune"),
+        ({"keep_fraction": 0.1, "method": "HYDRA"}, "keep-0.1/finetune"),
+        ({"keep_fraction": 0.1, "method": "magnitude"}, "keep-0.1/magnitude"),
+        ({"keep_fraction": 0.05, "method": "random"}, "keep-0.05/random"),
+        ({"keep_fraction": 0.05, "stage": "snip"}, "keep-0.05/snip"),
+    ],
+)
+def test_the_network_that_was_meant(
+    finished: tuple[Path, dict[str, int]], arguments: dict[str, Any], stage: str
+) -> None:
+    run, seeds = finished
+    network = load_network(str(run), **arguments)
+    assert [name for name in seeds if is_of(network, run, name)] == [stage]
+    assert not network.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_fraction": 0.2}, "demo has no keep_fraction 0.2; there is 1, 0.1, 0.05"),
+        ({"keep_fraction": "most"}, "demo has no keep_fraction most; there is 1, 0.1, 0.05"),
+        ({"keep_fraction": 0.1, "method": "lottery"}, "no method lottery at keep_fraction 0.1; there is hydra, magn"),
+        ({"keep_fraction": 1, "method": "hydra"}, "no method hydra at keep_fraction 1; there is dense"),
+        ({"keep_fraction": 1, "stage": "finetune"}, "no stage finetune at keep_fraction 1; there is pretrain"),
+        ({"keep_fraction": 0.1, "method": "snip", "stage": "prune"}, "no stage prune at keep_fraction 0.1; there is s"),
+        ({}, r"demo has several networks; give keep_fraction, one of 1, 0.1, 0.05 \(1 is dense\)"),
+        ({"method": "magnitude"}, "several networks; give keep_fraction, one of 0.1, 0.05"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_is(
+    finished: tuple[Path, dict[str, int]], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_network(finished[0], **arguments)
+
+
+def test_without_finetune_the_pruned_network_is_hydras(tmp_path: Path) -> None:
+    phase = {"epochs": 1, "lr": 0.1}
+    phases = {"pretrain": phase, "prune": phase, "finetune": None}
+    run, _ = written(tmp_path / "search", phases=phases, sparsity={"keep_fractions": [0.1], "baselines": []})
+    assert is_of(load_network(run, 0.1), run, "keep-0.1/prune")
+
+
+def test_it_takes_images_in_0_1_and_gives_the_networks_own_logits(tmp_path: Path) -> None:
+    """The truth is a plain backbone behind torchvision's normalisation, with the same weights."""
+    mean, std = (0.1, 0.5, 0.3), (0.2, 0.3, 0.4)
+    run, _ = written(tmp_path / "run", model={"mean": mean, "std": std})
+    network = load_network(run, keep_fraction=0.1)
+    images = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    backbone = build_network(small_recipe(Path("/data")).model, seed=9).backbone.eval()
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in network.state_dict().items()}
+    backbone.load_state_dict(weights)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), backbone(normalize(images, list(mean), list(std))))
+        assert float(network(images).std()) > 1e-3
+    for name, tensor in weights.items():
+        if tensor.ndim > 1:  # masks are baked in: n - floor(0.9 n) are kept
+            assert int(tensor.count_nonzero()) == tensor.numel() - tensor.numel() * 9 // 10, name
+
+
+def unfinished(run: Path) -> None:
+    (run / "keep-0.1/finetune/result.json").unlink()
+
+
+def replaced(run: Path) -> None:
+    (run / "pretrain/model.safetensors").replace(run / "keep-0.1/finetune/model.safetensors")
+
+
+def cut(run: Path) -> None:
+    path = run / "keep-0.1/finetune/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def gone(run: Path) -> None:
+    (run / "keep-0.1/finetune/model.safetensors").unlink()
+
+
+def no_run(run: Path) -> None:
+    (run / "recipe.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (unfinished, r"keep-0.1/finetune is not finished; python -m launch resume .*/run"),
+        (replaced, "keep-0.1/finetune/model.safetensors is not the network that the stage ended with"),
+        (cut, "keep-0.1/finetune/model.safetensors is damaged"),
+        (gone, "keep-0.1/finetune/model.safetensors does not exist"),
+        (no_run, r"run is not a run \(it has no recipe.yaml\); give its folder"),
+    ],
+)
+def test_a_run_that_is_not_as_it_was_left(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    run, _ = written(tmp_path / "run")
+    spoil(run)
+    with pytest.raises(ValueError, match=message):
+        load_network(run, keep_fraction=0.1)
+
+
+def test_a_file_is_one_network(finished: tuple[Path, dict[str, int]]) -> None:
+    file = finished[0] / "pretrain" / "model.safetensors"
+    assert not load_network(file).training
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} is one network; leave keep_fraction out"):
+        load_network(file, keep_fraction=0.1)
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors does not exist"):
+        load_network("nowhere.safetensors")
+
+
+def test_loading_imports_nothing_of_training() -> None:
+    heavy = ["ray", "deepspeed", "ffcv", "numba", "cv2", "wandb", "matplotlib", "submitit", "pyautoattack", "pyarrow"]
+    code = (
+        f"import sys; from pipeline.models.load import load; print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_the_guides_snippet_loads_and_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+        if "pipeline.models.load" in code
+    ]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    run, _ = written(tmp_path / "runs" / "demo", sparsity={"keep_fractions": ["0.01"]})
+    generator = torch.Generator().manual_seed(0)
+    names: dict[str, Any] = {"images": torch.rand(2, 3, 28, 28, generator=generator)}
+    exec(snippet, names)
+    assert is_of(names["network"], run, "keep-0.01/finetune")
+    assert is_of(names["dense"], run, "pretrain")
+    assert is_of(names["baseline"], run, "keep-0.01/magnitude")
+    assert names["logits"].shape == (2, 10)

@@ -1,0 +1,149 @@
+"""The state of networks with and without scores under plain names, and the weights that an attack caches."""
+
+from __future__ import annotations
+
+import contextlib
+from decimal import Decimal
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pipeline.models import Network, build_network
+from pipeline.models.pruning import scores as scores_module
+from pipeline.recipe.sections import Model
+
+TENTH = Decimal("0.1")
+
+
+def small_network(seed: int = 0) -> Network:
+    return build_network(Model(arch="small_cnn", num_classes=10), seed)
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """The effective weights, as a forward uses them."""
+    weights = {name: layer.weight for name, layer in scores_module.maskable(network).items()}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+def to_channels_last(network: nn.Module) -> None:
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_state_round_trip(scored: bool) -> None:
+    source, target = small_network(1), small_network(2)
+    if scored:
+        scores_module.attach_scores(source, TENTH)
+        scores_module.attach_scores(target, TENTH)
+        with torch.no_grad():
+            scores_module.named_state(source)["score/fc1.weight"].copy_(torch.randn(256, 3136))
+        scores_module.refresh_masks(source)
+    source(torch.rand(8, 3, 28, 28))  # moves the running statistics
+    saved = {name: tensor.detach().clone() for name, tensor in scores_module.named_state(source).items()}
+    live = scores_module.named_state(target)
+    scores_module.load_state(target, saved)
+    assert all(torch.equal(live[name], saved[name]) for name in saved)
+    assert scores_module.mask_sha256(target) == scores_module.mask_sha256(source)
+    images = torch.rand(4, 3, 28, 28)
+    assert torch.equal(target.eval()(images), source.eval()(images))
+
+
+def test_state_names_are_plain_with_and_without_scores() -> None:
+    network = small_network()
+    kinds = {"running_mean": "buffer", "running_var": "buffer", "num_batches_tracked": "buffer"}
+    plain = [f"{kinds.get(n.rsplit('.', 1)[1], 'weight')}/{n}" for n in network.backbone.state_dict()]
+    assert list(scores_module.named_state(network)) == plain
+    scores_module.attach_scores(network, TENTH)
+    scores = {f"score/{name}" for name in scores_module.maskable(network)}
+    assert set(scores_module.named_state(network)) == set(plain) | scores
+    assert len(scores) == 4
+
+
+def test_load_state_is_strict_and_leaves_the_network_alone() -> None:
+    network = small_network()
+    good = {name: torch.zeros_like(tensor) for name, tensor in scores_module.named_state(network).items()}
+    before = scores_module.effective_state(network)
+    missing = {name: tensor for name, tensor in good.items() if name != "weight/conv1.weight"}
+    with pytest.raises(ValueError, match=r"missing \['weight/conv1\.weight'\], unexpected \['score/x'\]"):
+        scores_module.load_state(network, {**missing, "score/x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"weight/fc2\.bias: the network has \(10,\), the state \(11,\)"):
+        scores_module.load_state(network, {**good, "weight/fc2.bias": torch.zeros(11)})
+    after = scores_module.effective_state(network)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_effective_state_is_a_plain_torchvision_network(scored: bool) -> None:
+    network = build_network(Model(arch="resnet18", num_classes=10, mean=(0, 0, 0), std=(1, 1, 1)), 0)
+    if scored:
+        scores_module.attach_scores(network, Decimal("0.01"))
+        to_channels_last(network)
+    state = scores_module.effective_state(network)
+    plain = torchvision.models.resnet18(num_classes=10)
+    plain.load_state_dict(state, strict=True)
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(plain.eval()(images), network.eval()(images))
+    for count in scores_module.layer_counts(network):
+        weight = state[count["name"]]
+        assert int((weight != 0).sum()) == count["kept"]
+        assert not bool((weight.signbit() & (weight == 0)).any()), "negative zeros"
+        assert weight.is_contiguous()
+
+
+# --- the cache of an attack ------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Stands before `Masked` in a layer's parametrizations and counts how often the weight is computed."""
+
+    calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
+        return weight
+
+
+def test_cached_weights_are_computed_once_without_a_graph() -> None:
+    network = small_network()
+    scores_module.attach_scores(network, TENTH)
+    scores_module.train_only(network, "scores")
+    layer = scores_module.maskable(network)["fc1.weight"]
+    counter = Counting()
+    parametrize.register_parametrization(layer, "weight", counter)
+    counter.calls = 0
+    images = torch.rand(2, 3, 28, 28, requires_grad=True)
+    network.eval()
+    (expected,) = torch.autograd.grad(network(images).square().sum(), images)
+    assert counter.calls == 1
+    with scores_module.cached_weights(network):
+        for _ in range(3):
+            assert not layer.weight.requires_grad
+            (grad,) = torch.autograd.grad(network(images).square().sum(), images)
+            assert torch.equal(grad, expected)
+    assert counter.calls == 2
+    assert layer.weight.requires_grad
+    assert counter.calls == 3
+
+
+def test_cached_weights_end_with_the_context_also_after_an_error() -> None:
+    network = small_network()
+    scores_module.attach_scores(network, TENTH)
+    with contextlib.suppress(RuntimeError), scores_module.cached_weights(network):
+        raise RuntimeError
+    with torch.no_grad():
+        scores_module.named_state(network)["weight/fc2.weight"].fill_(2.0)
+    assert set(weights_of(network)["fc2.weight"].detach().unique().tolist()) == {0.0, 2.0}
+
+
+def test_cached_weights_need_no_scores() -> None:
+    network = small_network().eval()
+    images = torch.rand(2, 3, 28, 28)
+    with scores_module.cached_weights(network):
+        inside = network(images)
+    assert torch.equal(inside, network(images))

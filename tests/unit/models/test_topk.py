@@ -1,0 +1,104 @@
+"""Masks against brute-force statements of their definitions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from decimal import Decimal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.models.pruning.topk import kept_count, topk_mask
+
+TENTH = Decimal("0.1")
+
+
+# --- how many, and which ---------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 10**7), st.decimals("0.0001", "1", places=4))
+@settings(deadline=None)
+def test_kept_count_is_exact(n: int, keep_fraction: Decimal) -> None:
+    ten_thousandths = int(keep_fraction * 10_000)
+    pruned = ((10_000 - ten_thousandths) * n) // 10_000
+    assert kept_count(n, keep_fraction) == n - pruned
+    assert 1 <= kept_count(n, keep_fraction) <= n
+
+
+@pytest.mark.parametrize(
+    ("n", "keep_fraction", "kept"),
+    [(1000, "0.1", 100), (1000, "0.9", 900), (9408, "0.01", 95), (1, "0.01", 1), (7, "1", 7), (1000, "0.10", 100)],
+)
+def test_kept_count_examples(n: int, keep_fraction: str, kept: int) -> None:
+    assert kept_count(n, Decimal(keep_fraction)) == kept
+
+
+@pytest.mark.parametrize("keep_fraction", ["0", "-0.1", "1.01"])
+def test_kept_count_refuses_what_is_no_fraction(keep_fraction: str) -> None:
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+        kept_count(10, Decimal(keep_fraction))
+
+
+def brute_force_mask(score: Tensor, kept: int) -> Tensor:
+    """The definition: sort the logical indices by falling |score|, then by rising index, and keep the first."""
+    indices = list(itertools.product(*(range(size) for size in score.shape)))
+    ranked = sorted(range(len(indices)), key=lambda i: (-abs(score[indices[i]].item()), i))
+    mask = torch.zeros(score.shape, dtype=torch.bool)
+    for i in ranked[:kept]:
+        mask[indices[i]] = True
+    return mask
+
+
+@st.composite
+def scores_in_any_layout(draw: st.DrawFn) -> Tensor:
+    shape = draw(st.one_of(st.tuples(*[st.integers(1, 4)] * 4), st.tuples(*[st.integers(1, 8)] * 2)))
+    # Few distinct values make ties, and -0.0 and 0.0 are one of them.
+    values = st.one_of(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0]), st.floats(-3, 3, width=32))
+    count = math.prod(shape)
+    score = torch.tensor(draw(st.lists(values, min_size=count, max_size=count)), dtype=torch.float32).view(shape)
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "transposed", "sliced"]))
+    if layout == "channels_last" and len(shape) == 4:
+        return score.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return score.transpose(0, 1)
+    if layout == "sliced":
+        return torch.stack([score, score + 1], dim=-1)[..., 0]
+    return score
+
+
+@given(scores_in_any_layout(), st.data())
+@settings(deadline=None)
+def test_topk_mask_is_the_brute_force_one(score: Tensor, data: st.DataObject) -> None:
+    kept = data.draw(st.integers(0, score.numel()))
+    mask = topk_mask(score, kept)
+    assert mask.dtype == torch.bool
+    assert mask.shape == score.shape
+    assert torch.equal(mask, brute_force_mask(score, kept))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kept", [1, 1000, 99_999, 100_000])
+def test_topk_mask_is_the_same_on_a_gpu(kept: int) -> None:
+    score = torch.randn(100, 1000).round(decimals=2)
+    assert torch.equal(topk_mask(score.cuda(), kept).cpu(), topk_mask(score, kept))
+
+
+def test_topk_mask_of_infinities_keeps_them_first() -> None:
+    score = torch.tensor([1.0, -math.inf, 2.0, math.inf])
+    assert topk_mask(score, 3).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_topk_mask_refuses_nan(kept: int) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        topk_mask(torch.tensor([1.0, math.nan, math.inf]), kept)
+
+
+@pytest.mark.parametrize("kept", [-1, 4])
+def test_topk_mask_refuses_an_impossible_count(kept: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot keep {kept} of 3"):
+        topk_mask(torch.ones(3), kept)

@@ -1,0 +1,445 @@
+"""Recipes: what is refused and in which words, overrides, and files that say exactly what was read."""
+
+from __future__ import annotations
+
+import re
+import string
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launch.__main__ import main
+from pipeline.recipe.fields import canonical_decimal
+from pipeline.recipe.file import apply_overrides, deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe.objective import Objective
+from pipeline.recipe.schema import RecipeError, parse_recipe
+from pipeline.recipe.sections import Batch
+from pipeline.recipe.stages import stages_of
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+DEMO = next(path for path in RECIPES if path.stem == "fashion_mnist")
+
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def demo_values() -> dict[str, Any]:
+    return yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+
+
+def refusal(*overrides: str) -> str:
+    """What is said about the demo's recipe with these overrides."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(DEMO, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_come_back_from_their_dump(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(dump_recipe(recipe), encoding="utf-8")
+    again = load_recipe(resolved)
+    assert again == recipe
+    assert recipe_hash(again) == recipe_hash(recipe)
+    assert dump_recipe(again) == dump_recipe(recipe)
+    assert {phase.schedule for _, phase in recipe.phases if phase is not None} == {"cosine"}
+
+
+pixels = st.fractions(min_value=Fraction(1, 10**6), max_value=Fraction(99, 100), max_denominator=10**6)
+keep = st.decimals(min_value=Decimal("0.0001"), max_value=1, places=4).filter(lambda k: k > 0)
+positive = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@settings(unhurried, max_examples=30)
+@given(
+    eps=pixels,
+    step_size=pixels,
+    keeps=st.lists(keep, min_size=1, max_size=4, unique=True),
+    lr=positive,
+    weight_decay=positive,
+    name=st.text(string.ascii_letters + string.digits, min_size=1, max_size=64),
+)
+def test_a_dump_loses_no_digit(
+    eps: Fraction, step_size: Fraction, keeps: list[Decimal], lr: float, weight_decay: float, name: str
+) -> None:
+    values = demo_values()
+    values["name"] = name
+    values["threat_model"]["eps"] = str(eps)
+    values["objective"]["step_size"] = str(step_size)
+    values["sparsity"]["keep_fractions"] = [str(k) for k in keeps]
+    values["phases"]["prune"] = {"epochs": 1, "lr": lr, "weight_decay": weight_decay}
+    recipe = parse_recipe(values, "here")
+    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), "there")
+    assert again == recipe
+    assert recipe.threat_model is not None
+    assert (recipe.threat_model.eps, recipe.objective.step_size) == (eps, step_size)
+    assert recipe.phases.prune.lr == lr
+    assert list(recipe.sparsity.keep_fractions) == keeps
+
+
+@pytest.mark.parametrize(("text", "lr"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("5.0e-4", 5e-4), ("2", 2.0), (".1", 0.1)])
+def test_learning_rates_are_floats_however_they_are_written(text: str, lr: float) -> None:
+    """YAML 1.1 reads 1e-4, which has no dot, as a string."""
+    found = load_recipe(DEMO, [f"phases.prune.lr={text}"]).phases.prune.lr
+    assert type(found) is float
+    assert found == lr
+
+
+@pytest.mark.parametrize("spelling", ["0.10", "0.1", "1e-1", "'0.100'"])
+def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
+    (found,) = load_recipe(DEMO, [f"sparsity.keep_fractions=[{spelling}]"]).sparsity.keep_fractions
+    assert canonical_decimal(found) == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["phases.prune.epoch=3"], "phases.prune.epoch = 3: unknown key; did you mean 'epochs'?"),
+        (["threat_model.colour=1"], "threat_model.colour = 1: unknown key; known keys: norm, eps"),
+        (["zzz=1"], "zzz = 1: unknown key; known keys: name, seed, data, "),
+        (["phases.prune.epochs=yes"], "phases.prune.epochs = True: true and false fit no key"),
+        (["phases.prune.lr=.inf"], "phases.prune.lr = inf: Input should be a finite number"),
+        (["phases=null"], "phases = None: expected a section with the keys pretrain, prune, finetune"),
+        (["threat_model=linf"], "threat_model = 'linf': expected a section with the keys norm, eps"),
+        (["phases.prune={lr: 0.1}"], "phases.prune.epochs: missing; add it"),
+        (["threat_model=null"], "objective.name pgd needs a threat_model; add threat_model: {norm: linf, eps: 4/255}"),
+        (
+            ["threat_model=null", "objective={name: clean}", "phases.prune.objective={name: fgsm, step_size: 1/10}"],
+            "phases.prune.objective.name fgsm needs a threat_model",
+        ),
+        (["phases.finetune=null"], "phases.finetune is null; set sparsity.baselines=[]"),
+        (["sparsity.baselines=[magnitude, magnitude]"], "name one twice; drop the duplicate"),
+        (["sparsity.baselines=magnitude"], "expected a list; write [magnitude]"),
+        (["sparsity.score_weight_decay=-1"], "score_weight_decay = -1: Input should be greater than or equal to 0"),
+        (["sparsity.baselines=[grasp]"], "Input should be 'magnitude', 'random' or 'snip'"),
+        (["threat_model.eps=4"], "eps 4 lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"),
+        (["threat_model.eps=0"], "eps 0 must be positive; use objective.name=clean"),
+        (["threat_model.eps=1/0"], "threat_model.eps = '1/0': expected a number or a fraction such as 4/255"),
+        (["threat_model.norm=l1"], "threat_model.norm = 'l1': Input should be 'linf' or 'l2'"),
+        (["objective.step_size=null"], "objective: pgd needs step_size, for example 1/255"),
+        (["objective.step_size=-1/255"], "step_size -1/255 must be positive"),
+        (["objective.name=fgsm"], "fgsm takes one step, got steps=3; use name: pgd for more"),
+        (["objective.name=nfgsm"], "nfgsm takes one step, got steps=3; use name: pgd for more"),
+        (
+            ["objective={name: nfgsm, step_size: 1/10}", "threat_model={norm: l2, eps: 1/2}"],
+            "nfgsm is defined for linf, and threat_model.norm is l2; use objective.name=fgsm",
+        ),
+        (["objective.name=free"], "free takes one step, got steps=3; use name: pgd for more"),
+        (["objective={name: free}"], "objective: free needs step_size, for example 1/255"),
+        (["objective={name: free, step_size: 1/10, replays: 0}"], "objective.replays = 0: Input should be greater"),
+        (
+            ["objective={name: fgsm, step_size: 1/10}", "evaluation.validation_steps=1"],
+            "objective.overfitting_guard 0.5 compares PGD with one step on the held-out images, and "
+            "evaluation.validation_steps 1 is no more than one; set evaluation.validation_steps=5 or "
+            "objective.overfitting_guard=null",
+        ),
+        (
+            ["phases.prune.objective={name: free, step_size: 1/10}", "evaluation.validation_steps=0"],
+            "phases.prune.objective.overfitting_guard=null",
+        ),
+        (["objective.overfitting_guard=0"], "objective.overfitting_guard = 0: Input should be greater than 0"),
+        (["objective.eps_warmup=1"], "objective.eps_warmup = 1: Input should be less than 1"),
+        (["objective={name: clean, eps_warmup: 0.1}"], "eps_warmup 0.1: clean has no attack to warm up; remove"),
+        (["objective.name=noise"], "objective: noise needs sigma, for example 1/4"),
+        (["objective={name: noise, sigma: 0}"], "sigma 0 must be positive"),
+        (["objective={name: smoothadv, sigma: 1/4}"], "smoothadv needs step_size, for example 1/255"),
+        (
+            ["objective={name: stability, sigma: 1/4}"],
+            "which certifies l2 radii, and threat_model.norm is linf; set threat_model={norm: l2, eps: 1/4}",
+        ),
+        (
+            ["objective={name: noise, sigma: 1/4}", "threat_model=null"],
+            "threat_model.norm is None; set threat_model={norm: l2, eps: 1/4}",
+        ),
+        (["evaluation.step_size=0"], "evaluation: step_size 0 must be positive, for example 1/255"),
+        (["evaluation.attacks=[{name: apg}]"], "evaluation.attacks.0.name = 'apg': Input should be 'pgd', 'apgd',"),
+        (["evaluation.attacks=[{name: apgd, image: 9}]"], "attacks.0.image = 9: unknown key; did you mean 'images'?"),
+        (["evaluation.attacks=[{name: apgd, steps: 9}]"], "steps 9: apgd is run as its authors set it; remove this"),
+        (["evaluation.attacks=[{name: pgd, step_size: 0}]"], "step_size 0 must be positive, for example 1/255"),
+        (["evaluation.attacks=[{name: pgd}]"], "evaluation.attacks: pgd is done already, and its files would have"),
+        (["evaluation.attacks=[{name: apgd}, {name: apgd, images: 9}]"], "evaluation.attacks: apgd is done already"),
+        (["evaluation.attacks=[apgd]"], "evaluation.attacks.0 = 'apgd': expected a section with the keys name, images"),
+        (
+            ["evaluation.attacks=[{name: square}]", "objective={name: clean}", "threat_model=null"],
+            "evaluation.attacks square needs a threat_model",
+        ),
+        (
+            [
+                "evaluation.attacks=[{name: square}]",
+                "objective={name: noise, sigma: 1/4}",
+                "threat_model={norm: l2, eps: 1/4}",
+            ],
+            "evaluation.attacks square would judge the network without its noise",
+        ),
+        (
+            ["evaluation.attacks=[{name: autoattack}]", "model.num_classes=3"],
+            "evaluation.attacks autoattack needs 4 classes for its targeted loss, and there are 3; use square",
+        ),
+        (
+            ["evaluation.attacks=[{name: pgd}]", "evaluation.step_size=null", "objective={name: ibp}"],
+            "evaluation.attacks pgd has no step size; give it one, for example step_size: 1/255",
+        ),
+        (["sparsity.keep_fractions=[0.1,1.5]"], "sparsity.keep_fractions.1 = 1.5: a keep_fraction is kept / all"),
+        (["sparsity.keep_fractions=[0]"], "it must lie in (0, 1]; write 0.1 for 90 % pruned"),
+        (["sparsity.keep_fractions=[nan]"], "it must lie in (0, 1]"),
+        (["sparsity.keep_fractions=[a]"], "sparsity.keep_fractions.0 = 'a': expected a decimal such as 0.1"),
+        (["sparsity.keep_fractions=[0.1,0.10]"], "name one fraction twice; drop the duplicate"),
+        (["sparsity.keep_fractions=0.1"], "sparsity.keep_fractions = 0.1: expected a list; write [0.1]"),
+        (["sparsity.keep_fractions=[]"], "sparsity: keep_fractions is empty; name at least one, for example [0.1]"),
+        (["batch.micro_batch=48"], "legal micro_batch values: [1, 2, 4, 8, 16, 32, 64, 128]"),
+        (["workers.count=3", "batch.micro_batch=16"], "does not divide the 8 micro-batches of a step (batch_per_step"),
+        (["workers.count=3", "batch.micro_batch=16"], "legal counts: [1, 2, 4, 8]"),
+        (["phases.prune.warmup_epochs=9"], "must be less than epochs"),
+        (["engine.zero_stage=3"], "zero_stage 3 is refused"),
+        (["engine.mode=compiled", "objective.name=crown_ibp"], "compiled one has no layers; set engine.mode=eager"),
+        (["engine.precision=fp16"], "engine.precision = 'fp16': Input should be 'fp32' or 'bf16'"),
+        (["deepspeed.train_batch_size=8"], "train_batch_size = 8: batch.batch_per_step decides it; remove this key"),
+        (["deepspeed.bf16.enabled=true"], "bf16 = {'enabled': True}: engine.precision decides it; remove this key"),
+        (["deepspeed.gradient_clipping=1.0"], "gradient_clipping = 1.0: training here is without clipping"),
+        (["deepspeed.zero_optimization.stage=2"], "stage 2 contradicts engine.zero_stage 1; set engine.zero_stage"),
+        (["deepspeed.zero_optimization=true"], "zero_optimization = True: expected a section"),
+        (
+            ["select=best_validation_robust", "evaluation.validation_steps=0"],
+            "set evaluation.validation_steps=5 or select=last",
+        ),
+        (
+            ["phases.prune.resolution={smallest: 32, full_from: 1}"],
+            "phases.prune.resolution.smallest 32 must be less than data.image_size 28",
+        ),
+        (
+            ["data.image_size=64", "data.augmentation=none", "phases.prune.resolution={smallest: 32, full_from: 1}"],
+            "phases.prune.resolution: data.augmentation none takes images as they are, so that they cannot be smaller; "
+            "use random_resized_crop or remove phases.prune.resolution",
+        ),
+        (
+            [
+                "data.image_size=64",
+                "data.augmentation=random_resized_crop",
+                "phases.finetune.objective={name: free, step_size: 1/10}",
+                "phases.prune.resolution={smallest: 32, full_from: 1}",
+            ],
+            "phases.prune.resolution: free training goes on with a perturbation of the last images",
+        ),
+        (
+            ["phases.prune.resolution={smallest: 50, full_from: 1}"],
+            "phases.prune.resolution.smallest = 50: Input should be a multiple of 32",
+        ),
+        (["phases.prune.resolution={smallest: 32}"], "phases.prune.resolution.full_from: missing; add it"),
+        (
+            ["phases.prune.resolution={smallest: 32, grows_from: 1, full_from: 1}"],
+            "full_from 1 must be a later epoch than grows_from 1",
+        ),
+        (
+            ["phases.prune.epochs=4", "phases.prune.resolution={smallest: 32, full_from: 4}"],
+            "resolution.full_from 4 must be one of the phase's epochs, 1 to 3",
+        ),
+        (["data.dataset=svhn", "data.augmentation=pad_crop_flip"], "a mirrored digit of svhn is none; use pad_crop"),
+        (["data.dataset=svhn", "data.augmentation=random_resized_crop"], "random_resized_crop mirrors images"),
+        (["data.extra_fraction=0.3"], "data.extra_fraction 0.3 of a micro-batch of 64 is 19.2 images"),
+        (["data.extra_fraction=0.3"], "it must be a whole number of them: a multiple of 1/64"),
+        (["data.extra_fraction=1"], "an extra_fraction is extra / all images of a step: it must lie in (0, 1)"),
+        (["data.extra_fraction=half"], "data.extra_fraction = 'half': expected a decimal such as 0.5"),
+        (["data.test_file=x", "data.train_file=x"], "data.train_file and data.test_file are both x"),
+        (["model.std=[0.1,0,1]"], "std [0.1, 0.0, 1.0] must be positive in every channel"),
+        (["name=../elsewhere"], "name = '../elsewhere'"),
+        (["seed=-1"], "seed = -1: Input should be greater than or equal to 0"),
+    ],
+)
+def test_refusals_name_key_value_and_fix(overrides: list[str], words: str) -> None:
+    message = refusal(*overrides)
+    assert message.startswith(f"{DEMO}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    lines = refusal("seed=-1", "model.arch=vgg", "phases.prune.lr=0").splitlines()
+    keys = [line.removeprefix(f"{DEMO}: ").partition(" = ")[0] for line in lines]
+    assert keys == ["seed", "model.arch", "phases.prune.lr"]
+
+
+@pytest.mark.parametrize("threat_model", ["null", "{norm: l2, eps: 128/255}"])
+def test_clean_training_may_be_attacked_at_the_end_or_not(threat_model: str) -> None:
+    recipe = load_recipe(DEMO, ["objective={name: clean}", f"threat_model={threat_model}", "evaluation.attacks=[]"])
+    assert recipe.objective == Objective(name="clean")
+    assert (recipe.threat_model is None) == (threat_model == "null")
+
+
+def test_deepspeed_options_that_contradict_nothing_are_passed_through() -> None:
+    overrides = ["deepspeed.zero_optimization={stage: 1, overlap_comm: false}", "deepspeed.wall_clock_breakdown=true"]
+    expected = {"zero_optimization": {"stage": 1, "overlap_comm": False}, "wall_clock_breakdown": True}
+    assert load_recipe(DEMO, overrides).deepspeed == expected
+
+
+@unhurried
+@given(batch_per_step=st.integers(1, 300), micro_batch=st.integers(1, 300))
+def test_the_legal_micro_batches_of_the_message_are_the_legal_ones(batch_per_step: int, micro_batch: int) -> None:
+    try:
+        batch = Batch(batch_per_step=batch_per_step, micro_batch=micro_batch)
+    except ValueError as error:
+        legal = yaml.safe_load(re.findall(r"\[[\d, ]+\]", str(error))[0])
+        assert micro_batch not in legal
+        for divisor in legal:
+            assert Batch(batch_per_step=batch_per_step, micro_batch=divisor).micro_batch == divisor
+    else:
+        assert batch.micro_batches_per_step * micro_batch == batch_per_step
+
+
+def test_extra_images_of_a_step_are_counted_exactly() -> None:
+    assert load_recipe(DEMO).extra_per_step == 0
+    for fraction, images in (("0.5", 64), ("0.25", 32), ("0.015625", 2), ("0.984375", 126)):
+        assert load_recipe(DEMO, [f"data.extra_fraction={fraction}"]).extra_per_step == images
+    almost = "0.5" + "0" * 40 + "1"
+    assert "is 32.0" in refusal(f"data.extra_fraction='{almost}'")
+    tenth = load_recipe(DEMO, ["data.extra_fraction=0.1", "batch={batch_per_step: 100, micro_batch: 10}"])
+    assert tenth.extra_per_step == 10, "the float 0.1 is a little more than a tenth"
+
+
+def test_overrides_reach_into_sections_and_leave_the_rest() -> None:
+    values = demo_values()
+    changed = apply_overrides(values, ["phases.prune.epochs=7", "sparsity.keep_fractions=[0.5]", "deepspeed.a.b=1"])
+    assert changed["phases"]["prune"] == {**values["phases"]["prune"], "epochs": 7}
+    assert changed["sparsity"]["keep_fractions"] == [0.5]
+    assert changed["deepspeed"] == {"a": {"b": 1}}
+    assert values == demo_values()
+    assert apply_overrides(changed, ["threat_model=null", "threat_model.eps=1/2"])["threat_model"] == {"eps": "1/2"}
+
+
+def test_an_override_of_one_phase_does_not_reach_the_alias_of_another() -> None:
+    values = yaml.safe_load("phases: {prune: &same {epochs: 3}, finetune: *same}")
+    assert apply_overrides(values, ["phases.prune.epochs=1"])["phases"]["finetune"] == {"epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "expected key=value, for example phases.prune.epochs=3"),
+        ("=1", "expected key=value"),
+        ("seed.x=1", "seed = 0 is a value and has no keys inside"),
+        ("seed=[1", "not YAML: "),
+    ],
+)
+def test_bad_overrides_are_named(override: str, words: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"override {override!r}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n- b\n", "a recipe is a mapping of sections, got list"),
+        ("", "a recipe is a mapping of sections, got NoneType"),
+        ("a: [1\nb: 2\n", "not YAML: "),
+        ("seed: 1\nname: x\nseed: 2\n", "key 'seed' is there twice, line 3"),
+        ("phases:\n  prune: {lr: 1}\n  prune: {lr: 2}\n", "key 'prune' is there twice, line 3"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match=r"cannot be read .*No such file"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_the_hash_is_of_what_decides_the_result() -> None:
+    recipe = load_recipe(DEMO)
+    free = ["workers.count=1", "workers.threads=7", "checkpoint.every_steps=5", "tracking.wandb=disabled"]
+    free += ["engine.zero_stage=2", "engine.mode=compiled", "slurm.nodes=1-4"]
+    assert recipe_hash(load_recipe(DEMO, free)) == recipe_hash(recipe)
+    deciding = ["seed=5", "phases.prune.lr=0.123", "threat_model.eps=1/11", "engine.precision=bf16", "select=last"]
+    hashes = {recipe_hash(load_recipe(DEMO, [override])) for override in deciding[:-1]}
+    assert len(hashes | {recipe_hash(recipe)}) == len(deciding)
+    assert recipe_hash(load_recipe(DEMO, deciding[-1:])) == recipe_hash(recipe)  # the default, written out
+    assert "workers" not in deciding_values(recipe)
+
+
+@pytest.mark.parametrize("order", ["overrides first", "options first"])
+def test_dry_run_prints_the_resolved_recipe_and_its_stages(
+    order: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides, options = ["phases.prune.epochs=9", "seed=4"], ["--dry-run", "--name", "other"]
+    rest = [*overrides, *options] if order == "overrides first" else [*options, *overrides]
+    assert main(["run", str(DEMO), *rest]) == 0
+    printed = capsys.readouterr().out
+    expected = load_recipe(DEMO, overrides)
+    (tmp_path / "printed.yaml").write_text(printed, encoding="utf-8")  # the stages are comments
+    assert load_recipe(tmp_path / "printed.yaml") == expected
+    lines = [line.split() for line in printed.splitlines() if re.match(r"#   \S", line)]
+    assert [(line[1], int(line[2])) for line in lines] == [
+        (stage.name, stage.optimisation.epochs) for stage in stages_of(expected)
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [str(DEMO), "phases.prune.epoch=3"],
+        [str(DEMO), "--name", "../up"],
+        ["absent.yaml"],
+        [str(DEMO)],  # its data files are not here
+    ],
+)
+def test_wrong_recipes_end_with_code_2_and_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"error: .+\n", said.err)
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["nonsense"], ["resume", "x", "seed=1"], ["run", "x", "--bogus"], []])
+def test_wrong_usage_ends_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", str(DEMO)], "checkpoints are kept"),
+        (["resume", "x"], "checkpoints are kept"),
+        (["data", "write", "fashion_mnist", "--out", "x"], "no unfinished file is left"),
+        (["report", "x"], "nothing was changed"),
+    ],
+)
+def test_an_interrupted_command_says_what_is_left(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    for handler in (
+        "launch.__main__._run",
+        "launch.__main__._resume",
+        "launch.__main__._report",
+        "launch.commands.data._write",
+    ):
+        monkeypatch.setattr(handler, interrupted)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

@@ -1,0 +1,110 @@
+"""Learning rates, image sizes and attack strengths: end points, shape, closed form."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.recipe.schedules import image_size_at, lr_at, strength_at
+from pipeline.recipe.sections import Phase, Resolution
+
+
+@st.composite
+def phases(draw: st.DrawFn) -> Phase:
+    epochs = draw(st.integers(1, 20))
+    warmup = draw(st.floats(0, epochs - 0.5))
+    return Phase(epochs=epochs, lr=draw(st.floats(1e-4, 1.0)), warmup_epochs=warmup)
+
+
+def rates(phase: Phase, steps_per_epoch: int) -> list[float]:
+    return [lr_at(phase, step, steps_per_epoch) for step in range(phase.epochs * steps_per_epoch)]
+
+
+@given(phases(), st.integers(2, 40))
+@settings(deadline=None)
+def test_rises_to_lr_then_falls(phase: Phase, steps_per_epoch: int) -> None:
+    values = rates(phase, steps_per_epoch)
+    warmup = round(phase.warmup_epochs * steps_per_epoch)
+    rounding = 1e-15 * phase.lr  # (lr * n) / n may miss lr by one unit in the last place
+    assert all(0 < value <= phase.lr + rounding for value in values)
+    assert all(later >= earlier - rounding for earlier, later in pairwise(values[: warmup + 1]))
+    assert all(later < earlier for earlier, later in pairwise(values[warmup:]))
+    assert values[warmup] == phase.lr
+
+
+@given(phases(), st.integers(2, 40))
+@settings(deadline=None)
+def test_reaches_zero_one_step_after_the_last(phase: Phase, steps_per_epoch: int) -> None:
+    total = phase.epochs * steps_per_epoch
+    annealed = total - round(phase.warmup_epochs * steps_per_epoch)
+    # One step before the zero of 0.5 (1 + cos(pi t)) it is sin^2(pi / 2T).
+    expected = phase.lr * math.sin(math.pi / (2 * annealed)) ** 2
+    assert lr_at(phase, total - 1, steps_per_epoch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_warm_up_is_linear_and_cosine_is_half_way_down_in_the_middle() -> None:
+    phase = Phase(epochs=10, lr=0.4, warmup_epochs=2)
+    assert [lr_at(phase, step, 2) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert lr_at(phase, 4 + 8, 2) == pytest.approx(0.2)
+
+
+def test_constant_stays_after_the_warm_up() -> None:
+    phase = Phase(epochs=3, lr=0.5, warmup_epochs=1, schedule="constant")
+    assert rates(phase, 2) == [0.25, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("step", [-1, 20, 21])
+def test_a_step_outside_the_phase_is_refused(step: int) -> None:
+    with pytest.raises(ValueError, match=f"step {step} is outside the phase's 20 steps"):
+        lr_at(Phase(epochs=10, lr=0.1), step, 2)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_min=True, exclude_max=True))
+@settings(deadline=None)
+def test_an_attack_grows_in_proportion_to_the_share_of_its_warm_up(elapsed: float, warmup: float) -> None:
+    strength = strength_at(elapsed, warmup)
+    if elapsed >= warmup:
+        assert strength == 1.0
+    else:
+        assert strength * warmup == pytest.approx(elapsed, rel=1e-12, abs=1e-300)
+    assert strength_at(elapsed, 0.0) == 1.0
+
+
+@st.composite
+def growths(draw: st.DrawFn) -> tuple[Phase, int]:
+    """A phase whose images grow, and the size that they grow to."""
+    epochs = draw(st.integers(2, 60))
+    full_from = draw(st.integers(1, epochs - 1))
+    smallest = 32 * draw(st.integers(1, 31))
+    resolution = Resolution(smallest=smallest, grows_from=draw(st.integers(0, full_from - 1)), full_from=full_from)
+    return Phase(epochs=epochs, lr=0.1, resolution=resolution), draw(st.integers(smallest + 1, 1024))
+
+
+@given(growths())
+@settings(deadline=None)
+def test_images_grow_from_the_smallest_to_those_of_the_data(growth: tuple[Phase, int]) -> None:
+    phase, full = growth
+    resolution = phase.resolution
+    assert resolution is not None
+    sizes = [image_size_at(phase, full, epoch) for epoch in range(phase.epochs)]
+    assert sizes[: resolution.grows_from + 1] == [resolution.smallest] * (resolution.grows_from + 1)
+    assert sizes[resolution.full_from :] == [full] * (phase.epochs - resolution.full_from)
+    assert sizes == sorted(sizes)
+    assert all(size % 32 == 0 or size == full for size in sizes)
+    slope = (full - resolution.smallest) / (resolution.full_from - resolution.grows_from)
+    for epoch in range(resolution.grows_from, resolution.full_from):
+        assert abs(sizes[epoch] - resolution.smallest - slope * (epoch - resolution.grows_from)) <= 16 + 1e-6
+
+
+def test_sizes_are_those_of_ffcv_imagenets_88_epochs() -> None:
+    """160 pixels, then 192 from epoch 71 on: the one jump that rounding makes of its ramp from epoch 65 to 76."""
+    phase = Phase(epochs=88, lr=0.1, resolution=Resolution(smallest=160, grows_from=65, full_from=76))
+    assert [image_size_at(phase, 192, epoch) for epoch in range(88)] == [160] * 71 + [192] * 17
+
+
+def test_a_phase_without_growth_has_the_images_of_the_data() -> None:
+    assert {image_size_at(Phase(epochs=3, lr=0.1), 28, epoch) for epoch in range(3)} == {28}

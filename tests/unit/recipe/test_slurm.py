@@ -1,0 +1,125 @@
+"""The slurm section: units, ranges, what is refused, and how many workers an allocation carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from launch.slurm.nodes import workers_for
+from launch.slurm.submit import groups_of
+from pipeline.recipe.file import dump_recipe, load_recipe
+from pipeline.recipe.slurm import Slurm
+
+ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "recipes" / "fashion_mnist.yaml"
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    [(90, 90), ("90", 90), ("1:30:00", 90), ("0:00:30", 1), ("1-12:00", 2160), ("2-00:00:01", 2881)],
+)
+def test_times_are_minutes(written: Any, minutes: int) -> None:
+    assert Slurm(time=written, signal_s=10).time == minutes
+
+
+def test_a_time_in_yaml_needs_no_quotes(tmp_path: Path) -> None:
+    """YAML 1.1 would read 12:00:00 as the number 43,200."""
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("time: 12:00:00\n")
+    for recipe in (load_recipe(DEMO, [], profile), load_recipe(DEMO, ["slurm.time=12:00:00"])):
+        assert recipe.slurm is not None
+        assert recipe.slurm.time == 720
+
+
+@pytest.mark.parametrize("written", ["1:30", "soon", "-5", "1-2", "", 0])
+def test_other_times_are_refused(written: Any) -> None:
+    with pytest.raises(ValidationError, match="time"):
+        Slurm(time=written, signal_s=10)
+
+
+@pytest.mark.parametrize(("written", "nodes"), [(2, (2, 2)), ("2", (2, 2)), ("1-4", (1, 4)), ([1, 4], (1, 4))])
+def test_nodes_are_a_number_or_a_range(written: Any, nodes: tuple[int, int]) -> None:
+    assert Slurm(nodes=written).nodes == nodes
+
+
+@pytest.mark.parametrize("written", ["4-1", 0, "0-2", "many", "1-", [1, 2, 3]])
+def test_other_nodes_are_refused(written: Any) -> None:
+    with pytest.raises(ValidationError, match="nodes"):
+        Slurm(nodes=written)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"gres": "gpu:8", "gpus_per_node": 8}, "both ask for GPUs"),
+        ({"gres": "gpu:8"}, "needs workers_per_node"),
+        ({"time": 1, "signal_s": 60}, "must be less than the time limit"),
+        ({"options": {"output": "x"}}, "options.output = 'x': .* leave it out"),
+        ({"options": {"ntasks-per-node": "2"}}, "options.ntasks-per-node = '2': .* leave it out"),
+        ({"options": {"requeue": "no"}}, "options.requeue = 'no': .* leave it out"),
+        ({"options": {"nodes": "3"}}, r"options.nodes = '3': .* say slurm\.nodes=3"),
+        ({"options": {"mail-user": "a"}}, r"options.mail-user = 'a': .* say slurm\.mail_user=a"),
+        ({"options": {"Bad Name": "x"}}, "options.Bad Name = 'x': write the long name"),
+        ({"partition": "a b"}, "partition"),
+        ({"account": "a\nb"}, "account"),
+    ],
+)
+def test_impossible_sections_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Slurm(**values)
+
+
+def test_a_profile_is_under_the_recipe_and_the_recipe_under_the_command_line(tmp_path: Path) -> None:
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("partition: gpu\naccount: us\nmem: 10G\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text() + "slurm: {account: them, mem: 20G}\n")
+    slurm = load_recipe(recipe, ["slurm.mem=30G"], profile).slurm
+    assert slurm is not None
+    assert (slurm.partition, slurm.account, slurm.mem) == ("gpu", "them", "30G")
+    profile.write_text("- gpu\n")
+    with pytest.raises(ValueError, match="a cluster profile is a mapping of slurm keys, got list"):
+        load_recipe(recipe, [], profile)
+    profile.write_text("partition: gpu\n")
+    recipe.write_text(DEMO.read_text() + "slurm: [3]\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml: slurm = \[3\]: expected keys and values"):
+        load_recipe(recipe, [], profile)
+
+
+def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
+    recipe = load_recipe(DEMO, ["slurm.nodes=1-4", "slurm.time=12:00:00", "slurm.setup=['module load cuda']"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+
+
+@given(nodes=st.integers(1, 20), per_node=st.integers(1, 16), micro_batches=st.integers(1, 64))
+def test_the_largest_legal_number_of_workers_is_used(nodes: int, per_node: int, micro_batches: int) -> None:
+    values = [f"slurm.workers_per_node={per_node}", "workers.count=1", "batch.micro_batch=4"]
+    recipe = load_recipe(DEMO, [*values, f"batch.batch_per_step={4 * micro_batches}"])
+    workers = workers_for(recipe, nodes)
+    legal = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0 and count <= nodes * per_node]
+    assert workers == legal[-1]
+
+
+def test_workers_of_a_node_follow_gpus_then_cpus() -> None:
+    assert Slurm(gpus_per_node=8, cpus_per_task=64).workers_of_a_node(4) == 8
+    assert Slurm(cpus_per_task=9).workers_of_a_node(4) == 2
+    assert Slurm(workers_per_node=3, gpus_per_node=8).workers_of_a_node(1) == 3
+    with pytest.raises(ValueError, match=r"slurm\.cpus_per_task 1 is less than the workers\.threads 4"):
+        Slurm().workers_of_a_node(4)
+
+
+def test_groups_hold_every_stage_once_and_baselines_run_beside() -> None:
+    recipe = load_recipe(DEMO, ["sparsity.baselines=[magnitude, random, snip]"])
+    groups = {name: [stage.name for stage in stages] for name, stages in groups_of(recipe).items()}
+    expected = {"pretrain": ["pretrain"]}
+    for keep in ("keep-0.1", "keep-0.01"):
+        expected[keep] = [f"{keep}/prune", f"{keep}/finetune"]
+        expected |= {f"{keep}-{name}": [f"{keep}/{name}"] for name in ("magnitude", "random", "snip")}
+    assert groups == expected

@@ -1,0 +1,134 @@
+"""Which stages a recipe has, what each starts from, and where its epochs are counted from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.recipe.file import load_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import Stage, stages_of
+from pipeline.run.layout import evaluation_path, is_done, unevaluated
+
+DEMO = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"
+PHASES = [
+    "phases.pretrain={epochs: 7, lr: 0.3}",
+    "phases.prune={epochs: 3, lr: 0.2}",
+    "phases.finetune={epochs: 5, lr: 0.1, weight_decay: 0.001}",
+]
+
+
+def recipe_with(*overrides: str) -> Recipe:
+    return load_recipe(DEMO, [*PHASES, "sparsity.keep_fractions=[0.10, 1e-2]", *overrides])
+
+
+def by_name(recipe: Recipe) -> dict[str, Stage]:
+    return {stage.name: stage for stage in stages_of(recipe)}
+
+
+def test_all_stages_follow_what_they_start_from() -> None:
+    stages = by_name(recipe_with())
+    kinds = ("prune", "finetune", "magnitude")
+    assert list(stages) == ["pretrain", *(f"keep-{k}/{kind}" for k in ("0.1", "0.01") for kind in kinds)]
+    seen: set[str | None] = {None}
+    for stage in stages.values():
+        assert stage.starts_from in seen
+        seen.add(stage.name)
+
+
+def test_what_each_stage_trains_and_starts_from() -> None:
+    stages = by_name(recipe_with())
+    facts = {name: (s.phase, s.trains, s.starts_from, s.scores_from, s.measure) for name, s in stages.items()}
+    assert facts["pretrain"] == ("pretrain", "weights", None, "none", "pgd")
+    assert facts["keep-0.1/prune"] == ("prune", "scores", "pretrain", "scaled", None)
+    assert facts["keep-0.1/finetune"] == ("finetune", "weights", "keep-0.1/prune", "source", "pgd")
+    assert facts["keep-0.1/magnitude"] == ("magnitude", "weights", "pretrain", "scaled", "pgd")
+    assert facts["keep-0.01/finetune"][2] == "keep-0.01/prune"
+    assert stages["pretrain"].keep_fraction is None
+    assert {str(s.keep_fraction) for n, s in stages.items() if n.startswith("keep-0.01/")} == {"0.01"}
+
+
+def test_finished_networks_are_attacked_besides() -> None:
+    """The dense one not with its own examples; what only the next stage needs, not at all."""
+    attacks = "evaluation.attacks=[{name: apgd, images: 9}, {name: transfer}, {name: pgd, steps: 50, restarts: 10}]"
+    stages = by_name(recipe_with(attacks))
+    assert stages["pretrain"].evaluations == ("pgd", "apgd", "pgd-50x10")
+    assert stages["keep-0.1/finetune"].evaluations == ("pgd", "apgd", "transfer", "pgd-50x10")
+    assert stages["keep-0.1/magnitude"].evaluations == stages["keep-0.1/finetune"].evaluations
+    assert stages["keep-0.1/prune"].evaluations == ()
+
+
+def test_a_stage_is_done_when_all_its_evaluations_are(tmp_path: Path) -> None:
+    stage = by_name(recipe_with("evaluation.attacks=[{name: square}]"))["pretrain"]
+    folder = tmp_path / "pretrain" / "evaluate"
+    folder.mkdir(parents=True)
+    (folder.parent / "result.json").touch()
+    for name, left in (("pgd", ["square"]), ("square", [])):
+        assert not is_done(tmp_path, stage)
+        evaluation_path(folder.parent, name).touch()
+        assert unevaluated(tmp_path, stage) == left
+    assert is_done(tmp_path, stage)
+
+
+def test_epochs_are_counted_on_from_the_stages_before() -> None:
+    """So that no stage sees the order and crops of another stage of its own path again."""
+    stages = by_name(recipe_with())
+    assert stages["pretrain"].first_epoch == 0
+    for name in ("keep-0.1/finetune", "keep-0.01/magnitude"):
+        stage = stages[name]
+        while stage.starts_from is not None:
+            source = stages[stage.starts_from]
+            assert stage.first_epoch == source.first_epoch + source.optimisation.epochs
+            stage = source
+
+
+@pytest.mark.parametrize(("choice", "epochs"), [("same_total_epochs", 3 + 5), ("finetune_epochs", 5)])
+def test_a_baseline_gets_hydras_epochs_or_the_papers(choice: str, epochs: int) -> None:
+    recipe = recipe_with(f"sparsity.baseline_epochs={choice}", "sparsity.baselines=[magnitude, random]")
+    for name in ("magnitude", "random"):
+        baseline = by_name(recipe)[f"keep-0.1/{name}"].optimisation
+        assert baseline.epochs == epochs
+        assert (
+            baseline.model_copy(update={"epochs": 5}) == recipe.phases.finetune
+        )  # its learning rate, its weight decay
+
+
+def test_baselines_differ_in_their_scores_alone() -> None:
+    recipe = recipe_with("sparsity.baselines=[snip, random, magnitude]")
+    stages = {name: stage for name, stage in by_name(recipe).items() if stage.is_baseline}
+    assert list(stages) == [f"keep-{k}/{name}" for k in ("0.1", "0.01") for name in ("snip", "random", "magnitude")]
+    assert [stage.scores_from for stage in stages.values()] == 2 * ["snip", "random", "scaled"]
+    first, *others = [
+        replace(stage, name="any", phase="snip", scores_from="snip") for name, stage in stages.items() if "0.01" in name
+    ]
+    assert others == [first, first]
+    assert (first.trains, first.starts_from, first.measure) == ("weights", "pretrain", "pgd")
+
+
+def test_drawn_scores_are_for_the_prune_phase_alone() -> None:
+    stages = by_name(recipe_with("sparsity.score_init=xavier_normal"))
+    assert stages["keep-0.1/prune"].scores_from == "xavier_normal"
+    assert stages["keep-0.1/magnitude"].scores_from == "scaled"
+
+
+def test_no_baseline() -> None:
+    names = list(by_name(recipe_with("sparsity.baselines=[]")))
+    assert names == ["pretrain", *(f"keep-{k}/{kind}" for k in ("0.1", "0.01") for kind in ("prune", "finetune"))]
+
+
+def test_a_search_judges_what_pruning_finds_in_a_network_trained_otherwise() -> None:
+    search = ["phases.finetune=null", "sparsity.baselines=[]"]
+    stages = by_name(recipe_with(*search, "phases.pretrain.objective={name: clean}"))
+    assert list(stages) == ["pretrain", "keep-0.1/prune", "keep-0.01/prune"]
+    assert {stage.measure for stage in stages.values()} == {"pgd"}
+    assert [stage.objective.name for stage in stages.values()] == ["clean", "pgd", "pgd"]
+
+
+def test_what_stage_json_says() -> None:
+    stages = by_name(recipe_with())
+    expected: dict[str, Any] = {"stage": "keep-0.01/prune", "phase": "prune", "keep_fraction": "0.01"}
+    assert stages["keep-0.01/prune"].describe(11) == {**expected, "total_steps": 33, "steps_per_epoch": 11}
+    assert stages["pretrain"].describe(2)["keep_fraction"] is None

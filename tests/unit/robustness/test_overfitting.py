@@ -1,0 +1,130 @@
+"""Catastrophic overfitting: told from counts, answered by stronger attacks, and probed at the eps that training has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import binom
+from torch import Tensor, nn
+
+from pipeline.evaluation.measures.overfitting_probe import Probed
+from pipeline.evaluation.measures.pgd import Pgd
+from pipeline.recipe.objective import ThreatModel
+from pipeline.robustness.overfitting import STRONGEST, CatastrophicOverfitting, overfits, stronger
+
+counts = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(right=counts, smallest=st.floats(0.05, 1))
+@example(right=(0, 0), smallest=0.5)
+@example(right=(1, 3), smallest=0.5)
+@example(right=(14, 49), smallest=0.5)
+def test_it_is_told_where_chance_cannot_explain_the_ratio(right: tuple[int, int], smallest: float) -> None:
+    """Against the exact probability of so few among those that withstand one step."""
+    pgd, one_step = right
+    by_chance = float(binom.cdf(pgd, one_step, smallest))
+    if overfits(pgd, one_step, smallest):
+        assert pgd < smallest * one_step
+        assert by_chance < 0.15
+    else:
+        assert by_chance > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("right", "smallest", "expected"),
+    [
+        ((0, 700), 0.5, True),
+        ((250, 700), 0.5, True),
+        ((340, 700), 0.5, False),
+        ((600, 700), 0.5, False),
+        ((699, 700), 1.0, True),
+        ((700, 700), 1.0, False),
+        ((0, 3), 0.5, False),
+        ((0, 0), 0.5, False),
+        ((300, 200), 0.5, False),
+    ],
+)
+def test_whole_numbers(right: tuple[int, int], smallest: float, expected: bool) -> None:
+    assert overfits(*right, smallest) == expected
+
+
+@pytest.mark.parametrize(
+    ("level", "eps", "step_size", "expected"),
+    [
+        (1, 0.1, 0.125, (2, 0.125)),
+        (1, 0.1, 0.2, (2, 0.125)),
+        (2, 0.1, 0.125, (4, 0.0625)),
+        (3, 0.1, 0.125, (8, 0.03125)),
+        (4, 0.1, 0.125, (16, 0.015625)),
+        (4, 0.1, 0.01, (16, 0.01)),
+        (2, 0.0, 0.0, (4, 0.0)),
+    ],
+)
+def test_each_level_doubles_the_steps(level: int, eps: float, step_size: float, expected: tuple[int, float]) -> None:
+    steps, size = stronger(level, eps, step_size)
+    assert (steps, size) == (expected[0], pytest.approx(expected[1]))
+    assert level == STRONGEST or stronger(level + 1, eps, step_size)[0] == 2 * steps
+
+
+def test_what_is_raised_says_what_was_seen() -> None:
+    found = CatastrophicOverfitting("pretrain", 60, 0, 40, (15, 51))
+    assert str(found) == (
+        "pretrain: catastrophic overfitting at step 60: of the held-out images 15 withstand PGD and 51 one step"
+    )
+    assert (found.step, found.level, found.good_step) == (60, 0, 40)
+
+
+class Cosine(nn.Module):
+    """Two classes whose margin turns around within eps: one long step jumps over what short ones find."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        margin = torch.cos(images.flatten(1).mean(dim=1) * 100)
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+
+class Fixed:
+    """A measure that has looked."""
+
+    name, title, settings = "fixed", "fixed", {"norm": None}
+
+    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {
+            "clean_correct": torch.ones(len(x), dtype=torch.bool),
+            "robust_correct": torch.ones(len(x), dtype=torch.bool),
+        }
+
+
+def judged(measure: Any, pgd: Pgd) -> dict[str, Tensor]:
+    x = torch.full((64, 3, 4, 4), 0.5) + torch.linspace(-0.2, 0.2, 64).view(-1, 1, 1, 1)
+    network = Cosine()
+    y = network(x).argmax(dim=1)
+    return Probed(measure, pgd).judge(network, x, y, np.arange(64))
+
+
+def test_the_probe_tells_apart_what_one_step_and_what_several_find() -> None:
+    threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10))
+    pgd = Pgd(threat_model, 20, 0.0125, restarts=1, seed=0)
+    columns = judged(pgd, pgd)
+    assert torch.equal(columns["pgd_correct"], columns["robust_correct"])
+    one_step = replace(pgd, steps=1, step_size=0.1)
+    alone = judged(one_step, pgd)
+    assert torch.equal(columns["one_step_correct"], alone["robust_correct"])
+    assert torch.equal(columns["pgd_correct"], alone["pgd_correct"])
+    assert int(columns["pgd_correct"].sum()) < int(columns["one_step_correct"].sum())
+
+
+def test_the_probe_has_its_own_eps_beside_any_measure() -> None:
+    """While the attack warms up, the row's verdicts are at the whole eps and the probe's at that of the moment."""
+    whole = Pgd(ThreatModel(norm="linf", eps=Fraction(1, 10)), 20, 0.0125, restarts=1, seed=0)
+    threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10000))
+    columns = judged(whole, Pgd(threat_model, 20, 0.0000125, restarts=1, seed=0))
+    assert int(columns["pgd_correct"].sum()) > int(columns["robust_correct"].sum())
+    assert "pgd_correct" in judged(Fixed(), whole)

@@ -1,0 +1,112 @@
+"""Stop files, the watchdog, and which failures count as the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pipeline.run import stop as stop_module
+from pipeline.run.stop import (
+    EXIT_HUNG,
+    Failure,
+    StopFile,
+    Watchdog,
+    read_failures,
+    record_failure,
+    repeated_failure,
+)
+from tests.support.commands import ROOT
+
+
+def test_a_stop_file_is_found_and_stays_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_module, "LOOK_S", 0.0)
+    path = tmp_path / "stop"
+    stop = StopFile(path)
+    assert not stop.requested()
+    path.touch()
+    assert stop.requested()
+    path.unlink()
+    assert stop.requested()
+    assert not StopFile(None).requested()
+
+
+def test_looking_is_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now)
+    path = tmp_path / "stop"
+    stop = StopFile(path)
+    assert not stop.requested()
+    path.touch()
+    assert not stop.requested(), "it looked again at once"
+    now += stop_module.LOOK_S
+    assert stop.requested()
+
+
+def test_the_watchdog_ends_a_process_that_is_stuck_and_says_where(tmp_path: Path) -> None:
+    code = textwrap.dedent(f"""
+        import threading
+        from pathlib import Path
+        from pipeline.run.stop import Watchdog
+        watchdog = Watchdog(0.4, Path({str(tmp_path / "log")!r}))
+        def the_place_where_it_hangs():
+            threading.Event().wait(60)
+        the_place_where_it_hangs()
+    """)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30, check=False)
+    assert done.returncode == EXIT_HUNG
+    assert "the_place_where_it_hangs" in (tmp_path / "log").read_text()
+
+
+def test_a_watchdog_that_is_closed_bites_nobody(tmp_path: Path) -> None:
+    watchdog = Watchdog(5.0, tmp_path / "log")
+    watchdog.beat()
+    watchdog.close()
+    assert not (tmp_path / "log").exists()
+
+
+def failure(attempt: str, step: int = 7, error: str = "NonFinite: nan", rank: int = 0) -> Failure:
+    return Failure(attempt, rank, "pretrain", step, error)
+
+
+def run_with(folder: Path, *failures: Failure) -> Path:
+    (folder / "logs").mkdir(exist_ok=True)
+    for one in failures:
+        record_failure(folder, one)
+    return folder
+
+
+def test_failures_are_read_as_written_and_damaged_lines_are_left_out(tmp_path: Path) -> None:
+    written = [failure("a"), failure("b", 9, "OSError: äöü", 3)]
+    run_with(tmp_path, *written)
+    with (tmp_path / "logs" / "failures.jsonl").open("a") as stream:
+        stream.write('{"attempt": "c", "ra')
+    assert read_failures(tmp_path) == written
+    assert read_failures(tmp_path / "nowhere") == []
+
+
+def test_the_same_failure_in_two_attempts_in_a_row_is_repeated(tmp_path: Path) -> None:
+    assert repeated_failure(run_with(tmp_path, failure("a")), "a") is None
+    assert repeated_failure(run_with(tmp_path, failure("b", rank=1)), "b") == failure("b", rank=1)
+    assert repeated_failure(tmp_path, "c") is None, "nothing was recorded of this one"
+
+
+@pytest.mark.parametrize("other", [failure("b", step=8), failure("b", error="OSError: disk")])
+def test_another_step_or_another_error_is_not_a_repetition(tmp_path: Path, other: Failure) -> None:
+    assert repeated_failure(run_with(tmp_path, failure("a"), other), "b") is None
+    assert repeated_failure(run_with(tmp_path, failure("c")), "c") is None, "only attempts in a row count"
+
+
+def test_two_ranks_of_one_attempt_are_not_a_repetition(tmp_path: Path) -> None:
+    assert repeated_failure(run_with(tmp_path, failure("a", rank=0), failure("a", rank=1)), "a") is None
+
+
+def test_a_failure_that_cannot_be_recorded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "failures.jsonl").symlink_to("/dev/full")
+    record_failure(tmp_path, failure("a"))
+    assert "NonFinite: nan" in caplog.text
+    assert "No space left on device" in caplog.text

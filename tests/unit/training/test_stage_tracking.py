@@ -1,0 +1,203 @@
+"""What wandb is told of a stage: config, how it ended, and nothing that is nobody's business."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.distributed import Group
+from pipeline.recipe.stages import Stage, stages_of
+from pipeline.run.files import atomic_write_json
+from pipeline.run.stop import StopRequested
+from pipeline.run.tracking.metrics import Tracker
+from pipeline.training.context import Job
+from pipeline.training.hardware import hardware_of
+from pipeline.training.loop import NonFinite
+from pipeline.training.stage import run_stages
+from pipeline.training.stage_tracking import stage_tracker, summary_of, tell_kept
+from tests.support.small_recipe import small_recipe
+from tests.support.wandb_files import recorded
+from tests.unit.report.test_report import evaluation
+
+pytestmark = pytest.mark.usefixtures("no_wandb_account")
+SECRET = "hunter2-hunter2-hunter2"
+HOST = "node-of-nobody"
+
+
+def make_run(folder: Path, **sections: Any) -> Job:
+    """A run directory as the command line makes it, on data that nobody reads here."""
+    slurm = {"setup": [f"export WANDB_API_KEY={SECRET}"], "nodes": 2}
+    recipe = small_recipe(folder / "data", tracking={"wandb": "offline"}, slurm=slurm, **sections)
+    run = folder / "demo"
+    run.mkdir()
+    atomic_write_json(
+        run / "provenance.json",
+        {
+            "command": ["launch", "run", f"--token={SECRET}"],
+            "host": HOST,
+            "commit": "c" * 40,
+            "python": "3.11.1",
+            "data_sha256": {"data.train_file": "d" * 64},
+            "versions": {"torch": "2.11.0"},
+        },
+    )
+    return Job(recipe, run, "token", Group(0, 1, torch.device("cpu")))
+
+
+def stage_of(job: Job, name: str) -> Stage:
+    stage = next(stage for stage in stages_of(job.recipe) if stage.name == name)
+    job.folder(stage).mkdir(parents=True, exist_ok=True)
+    return stage
+
+
+def test_the_config_is_the_recipe_its_origin_and_the_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_TEST_SECRET", SECRET)
+    job = make_run(tmp_path)
+    with stage_tracker(job, stage_of(job, "keep-0.1/finetune")):
+        pass
+    (found,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
+    config = found.config
+    recipe: dict[str, Any] = job.recipe.model_dump(mode="json", exclude={"slurm"})
+    assert {key: config[key] for key in recipe} == recipe
+    assert config["stage"] == {
+        "name": "keep-0.1/finetune",
+        "phase": "finetune",
+        "method": "HYDRA",
+        "keep_fraction": 0.1,
+        "sparsity": 0.9,
+        "parent": "keep-0.1/prune",
+    }
+    assert config["origin"] == {
+        "commit": "c" * 40,
+        "python": "3.11.1",
+        "data_sha256": {"data.train_file": "d" * 64},
+        "versions": {"torch": "2.11.0"},
+    }
+    hardware = config["hardware"]
+    assert (hardware["nodes"], hardware["workers"], hardware["gpus"], hardware["gpu"]) == (1, 1, 0, None)
+    assert hardware["processor"]
+    assert hardware["processors_per_node"] >= 1
+    assert set(config) - set(recipe) <= {"stage", "origin", "hardware", "_wandb"}
+    assert found.host == ""
+    data = b"".join(path.read_bytes() for path in (tmp_path / "demo").rglob("*.wandb"))
+    for text in (SECRET, HOST, "HYDRA_TEST_SECRET"):
+        assert text.encode() not in data
+    elsewhere = data.replace(str(tmp_path / "data").encode(), b"")  # where the recipe says that data are
+    assert str(tmp_path).encode() not in elsewhere
+    assert platform.node().encode() not in elsewhere
+
+
+def test_summaries_are_named_so_that_a_panel_finds_them(tmp_path: Path) -> None:
+    job = make_run(tmp_path)
+    rng = np.random.default_rng(0)
+    facts = evaluation(rng.random(100) < 0.9, rng.random(100) < 0.5, "sha")
+    stage = stage_of(job, "keep-0.1/finetune")
+    with stage_tracker(job, stage) as tracker:
+        assert tracker is not None
+        tracker.summary(summary_of(stage, "pgd", facts))
+        tracker.summary(summary_of(stage, "autoattack", facts | {"attack": "autoattack"}))
+    (found,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
+    summary = found.summary
+    assert (summary["method"], summary["phase"]) == ("HYDRA", "finetune")
+    assert (summary["sparsity"], summary["keep_fraction"]) == (0.9, 0.1)
+    for kind in ("clean", "robust"):
+        accuracy = facts[f"{kind}_accuracy"]
+        assert summary[f"{kind}_accuracy"] == accuracy["value"]
+        assert summary[f"{kind}_interval/low"] == accuracy["low"]
+        assert summary[f"{kind}_interval/high"] == accuracy["high"]
+        assert summary[f"test_autoattack/{kind}_accuracy/value"] == accuracy["value"]
+
+
+def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start before this one trained, finished `test`, and was preempted in AutoAttack."""
+    job = make_run(tmp_path, evaluation={"attacks": [{"name": "autoattack"}]})
+    stage = stage_of(job, "pretrain")
+    folder = job.folder(stage)
+    rng = np.random.default_rng(0)
+    facts = evaluation(rng.random(100) < 0.9, rng.random(100) < 0.5, "m")
+    (folder / "evaluate").mkdir()
+    atomic_write_json(folder / "result.json", {"steps": 40, "model_sha256": "m", "mask_sha256": None})
+    atomic_write_json(folder / "evaluate" / f"{stage.evaluations[0]}.json", facts)
+    sent: list[str] = []
+    monkeypatch.setattr(Tracker, "produces", lambda self, artifact, files, metadata: sent.append(artifact))
+    monkeypatch.setattr("pipeline.training.stage.check_worker", lambda job: None)
+    monkeypatch.setattr("pipeline.training.stage.scrutinise", lambda job, stage: None)
+    monkeypatch.setattr("pipeline.training.stage.evaluate_stage", lambda job, stage, labels: iter([(labels[0], facts)]))
+    run_stages(job, [stage])
+    assert sent == ["demo-pretrain"]
+    (found,) = recorded(folder)
+    assert found.summary["robust_accuracy"] == facts["robust_accuracy"]["value"]
+    assert found.summary[f"test_{stage.evaluations[1]}/robust_accuracy/value"] == facts["robust_accuracy"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("error", "title", "level"),
+    [
+        (StopRequested("pretrain was asked to stop, and has a checkpoint of step 7"), "Run stopped", "WARN"),
+        (NonFinite("pretrain: the loss of step 7 is not finite"), "Loss, gradient or weight is not finite", "ERROR"),
+        (OSError("disk full"), "Stage failed", "ERROR"),
+    ],
+)
+def test_people_are_told_how_a_stage_ended(tmp_path: Path, error: Exception, title: str, level: str) -> None:
+    job = make_run(tmp_path)
+    with pytest.raises(type(error)), stage_tracker(job, stage_of(job, "pretrain")):
+        raise error
+    (found,) = recorded(tmp_path / "demo" / "pretrain")
+    ((said_title, text, said_level),) = found.alerts
+    assert (said_title, said_level) == (title, level)
+    assert text.startswith("demo: ")
+    assert str(error) in text
+    assert found.exit_code == 1
+    assert "method" not in found.summary
+
+
+def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
+    job = make_run(tmp_path, sparsity={"baselines": []})
+    stages = [stage_of(job, stage.name) for stage in stages_of(job.recipe)]
+    alerts = []
+    for stage in stages:
+        folder = job.folder(stage)
+        with stage_tracker(job, stage) as tracker:
+            facts = {"steps": 40, "model_sha256": "m", "mask_sha256": None}
+            (folder / "evaluate").mkdir()
+            atomic_write_json(folder / "result.json", facts)
+            tell_kept(job, stage, tracker)
+            for name in stage.evaluations:
+                atomic_write_json(folder / "evaluate" / f"{name}.json", {})
+        alerts.append(recorded(folder)[0].alerts)
+    assert alerts == [[], [], [("Run done", "demo: all 3 stages are done", "INFO")]]
+
+
+def test_only_the_first_worker_tracks_and_disabled_is_disabled(tmp_path: Path) -> None:
+    job = make_run(tmp_path)
+    quiet = job.recipe.model_copy(update={"tracking": job.recipe.tracking.model_copy(update={"wandb": "disabled"})})
+    stage = stage_of(job, "pretrain")
+    with stage_tracker(Job(quiet, job.run_folder, "token", Group(1, 2, torch.device("cpu"))), stage) as tracker:
+        assert tracker is None
+    with stage_tracker(Job(quiet, job.run_folder, "token", job.group), stage) as tracker:
+        assert tracker is not None
+        tracker.alert("title", "text", "INFO")
+        keep = {"kind": "train", "step": 1}
+        tracker.log(keep)
+    assert [entry.name for entry in job.folder(stage).iterdir()] == ["metrics.jsonl"]
+
+
+def test_hardware_tells_models_apart_and_names_no_host() -> None:
+    class Three(Group):
+        def gather(self, value: Any) -> list[Any]:
+            return [("a", "Xeon", 8, "H100"), ("a", "Xeon", 8, "H100"), ("b", "Epyc", 16, "A100")]
+
+    assert hardware_of(Three(0, 3, torch.device("cpu")), 4) == {
+        "nodes": 2,
+        "workers": 3,
+        "threads_per_worker": 4,
+        "processor": "Epyc, Xeon",
+        "processors_per_node": 16,
+        "gpu": "A100, H100",
+        "gpus": 3,
+    }
