@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
-import shutil
-import subprocess
-import sys
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +12,9 @@ from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, sha256_of
 from pipeline.run.lease import refuse_if_held
-from pipeline.run.provenance import processor_model
+from pipeline.run.provenance import collect_provenance
 
 RUNS = Path("runs")
-VERSIONS_OF = (
-    *("torch", "torchvision", "ray", "deepspeed", "ffcv", "numpy", "numba", "scipy", "pyautoattack"),
-    *("safetensors", "pyarrow", "wandb"),
-)
-NVIDIA_SMI_S = 20.0
-"""How long nvidia-smi may take."""
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -44,46 +31,6 @@ def _differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = _flat(deciding_values(old)), _flat(deciding_values(new))
     keys = [k for k in (before | after) if before.get(k) != after.get(k)]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys]
-
-
-def _commit() -> str | None:
-    git = shutil.which("git")
-    if git is None:
-        return None
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _gpus() -> list[str]:
-    """Model and driver of each GPU of this machine; none without an NVIDIA driver that answers. No torch here."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = [line.rpartition(",") for line in done.stdout.splitlines() if "," in line]
-    return [f"{name.strip()}, driver {driver.strip()}" for name, _, driver in rows] if done.returncode == 0 else []
-
-
-def _provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str, Any]:
-    return {
-        "command": sys.argv,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": platform.node(),
-        "machine": platform.machine(),
-        "processor": processor_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": _gpus(),
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "recipe_sha256": recipe_hash(recipe),
-        "data_sha256": data_sha256,
-        "versions": {name: metadata.version(name) for name in VERSIONS_OF},
-    }
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -126,7 +73,7 @@ def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) 
     """Make a run directory, or bring the recipe of one up to date."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "provenance.json").exists():
-        atomic_write_json(folder / "provenance.json", _provenance(recipe, data_sha256))
+        atomic_write_json(folder / "provenance.json", collect_provenance(recipe, data_sha256))
     atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
 
 

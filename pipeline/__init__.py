@@ -1,4 +1,27 @@
 """HYDRA's phases as one training loop: robust pretraining, score pruning, finetuning, evaluation.
 
-This package knows nothing of SLURM or of the command line; `launch` calls `pipeline.training.driver`.
+This package knows nothing of SLURM or of the command line. Its public API is one function, `pipeline.load`:
+
+    import pipeline
+
+    network = pipeline.load("runs/first", keep_fraction=0.1)
+
+which is `pipeline.models.load.load_network`; it is imported when it is first asked for, since it brings torch.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.models.load import load_network as load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from pipeline.models.load import load_network
+
+        return load_network
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,7 +65,7 @@ def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 
 def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensions: int) -> None:
-    from pipeline.data.sources.registry import read_idx
+    from pipeline.data.sources.fashion_mnist import read_idx
 
     values = read_idx(source, name, dimensions)[:count]
     header = bytes([0, 0, 8, dimensions]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
@@ -75,7 +75,7 @@ def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensio
 @pytest.fixture(scope="session")
 def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train.beton and test.beton: the first 3,000 and 500 images of Fashion-MNIST."""
-    from pipeline.data.sources.registry import IDX_FILES, find_fashion_mnist
+    from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist
     from pipeline.data.writing.write import WriteOptions, write_dataset
 
     folder = tmp_path_factory.mktemp("fashion")

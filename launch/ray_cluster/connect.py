@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,15 +15,12 @@ from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[rep
 
 from launch.ray_cluster.environment import OBJECT_STORE_BYTES, ray_environment, write_token
 from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
-from launch.slurm.control_files import ControlFiles
-from launch.slurm.nodes import look_at, workers_for
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.slurm import Slurm
 from pipeline.training.driver import Cluster, RunFailed, uses_gpu
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment_set(values: dict[str, str]) -> Iterator[None]:
     """Set in this process, known to Ray, and put back."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -43,7 +37,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _connect(**arguments: Any) -> None:
+def connect_to_ray(**arguments: Any) -> None:
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
@@ -55,45 +49,6 @@ def _connect(**arguments: Any) -> None:
         ) from error
     # The one that Ray's core puts in front aborts the process 3 s later, whether it has cleaned up by then or not.
     signal.signal(signal.SIGTERM, terminate)
-
-
-@contextmanager
-def joined_cluster(recipe: Recipe, control: ControlFiles, generation: int, hosts: Sequence[str]) -> Iterator[Cluster]:
-    """The cluster that a job's nodes, by name, have started, once all of them are there.
-
-    It is for as many workers as the nodes carry and the recipe's micro-batches can be dealt to. Errors: NodesMissing
-    naming the nodes that did not come.
-    """
-    assert recipe.slurm is not None
-    workers = workers_for(recipe, len(hosts))
-    address = control.address(generation)
-    scratch = Path(os.environ["TMPDIR"])  # the guard's, that this process was started in
-    with _environment(ray_environment(control.token, scratch, uses_gpu(recipe))):
-        try:
-            _connect(address=address)
-        except RunFailed as error:  # its head or a node may have died meanwhile: another cluster is started
-            raise NodesMissing(str(error)) from error
-        try:
-            _wait_for_nodes(hosts, recipe.slurm)
-            yield Cluster(workers, scratch)
-        finally:
-            ray.shutdown()
-
-
-class NodesMissing(RuntimeError):
-    """Not all nodes of the job have joined Ray in time; another attempt may find them."""
-
-
-def _wait_for_nodes(hosts: Sequence[str], slurm: Slurm) -> None:
-    """Return when the Ray processes of all nodes have joined: each brings a resource with its number."""
-    end, pause = time.monotonic() + slurm.node_start_s, threading.Event()
-    while missing := [host for n, host in enumerate(hosts) if f"node_{n}" not in ray.cluster_resources()]:
-        if time.monotonic() > end:
-            raise NodesMissing(
-                f"of {len(hosts)} nodes, {', '.join(missing)} did not join Ray in {slurm.node_start_s} s; "
-                f"{look_at(missing, slurm)}"
-            )
-        pause.wait(0.5)
 
 
 def _check_devices(recipe: Recipe) -> None:
@@ -115,8 +70,8 @@ def local_cluster(recipe: Recipe) -> Iterator[Cluster]:
     try:
         write_token(folder / "token")
         environment = ray_environment(folder / "token", folder, uses_gpu(recipe)) | {CLUSTER_MARK: guard.mark}
-        with _environment(environment):
-            _connect(
+        with environment_set(environment):
+            connect_to_ray(
                 address="local",
                 num_cpus=recipe.workers.count * recipe.workers.threads,
                 include_dashboard=False,

@@ -2,8 +2,8 @@
 
     python -m launch.slurm.driver_main RUN_FOLDER STAGE[,STAGE] CONTROL_FOLDER GENERATION HOST[,HOST] OBSERVER|-
 
-Started by `launch.slurm.node_task`: 0 means done, 75 stopped as asked. Any other end leads to another attempt, an exception
-that nobody foresaw included, unless ended.json says that it would be in vain.
+Started by `launch.slurm.node_task`: 0 means done, 75 stopped as asked. Any other end, an unforeseen exception included,
+leads to another attempt, unless ended.json says that it would be in vain.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from launch.local import run_and_show
-from launch.ray_cluster.connect import NodesMissing, joined_cluster
 from launch.slurm.control_files import ControlFiles
+from launch.slurm.joined_cluster import NodesMissing, joined_cluster
 from launch.slurm.node_task import STOPPED
 from launch.slurm.nodes import unused_workers
 from pipeline.recipe.schema import Recipe

@@ -1,8 +1,8 @@
 """A finished network of a run as a plain module, for attacks, evaluations and programs of others.
 
-    from pipeline.models.load import load
+    import pipeline
 
-    network = load("runs/demo", keep_fraction=0.01)
+    network = pipeline.load("runs/demo", keep_fraction=0.01)
 
 Nothing of training is imported for it: neither Ray nor DeepSpeed, FFCV or wandb.
 """

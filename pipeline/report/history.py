@@ -10,7 +10,7 @@ from pipeline.recipe.stages import Stage, stages_of
 from pipeline.report.results import RunResult
 from pipeline.robustness.overfitting import stronger
 from pipeline.run.files import read_json_if_there, read_rows
-from pipeline.training.stopwatch import PARTS
+from pipeline.run.tracking.metrics import PARTS
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_history(run: RunResult) -> list[History]:
 def passes_per_step(objective: Objective, level: int = 0) -> int | None:
     """Forward and backward passes that an image of one optimizer step goes through; a forward alone is not counted.
 
-    `level` is that of `pipeline.robustness.overfitting`. None where bounds are propagated, which is no pass of the network.
+    `level` is that of `pipeline.robustness.overfitting`. None where bounds are propagated.
     """
     if objective.name in PROVING:
         return None

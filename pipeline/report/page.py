@@ -41,7 +41,7 @@ from pipeline.report.results import (
 from pipeline.report.svg import sample
 from pipeline.run.files import atomic_write_text
 from pipeline.run.provenance import public_provenance, public_recipe
-from pipeline.training.stopwatch import PARTS
+from pipeline.run.tracking.metrics import PARTS
 
 HERE = Path(__file__).parent
 TEMPLATES = Environment(

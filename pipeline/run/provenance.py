@@ -6,10 +6,17 @@ export keys; so are the command and the host, which are nobody's business.
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json_if_there
 
@@ -47,3 +54,53 @@ def processor_model() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.machine())
+
+
+VERSIONS_OF = (
+    *("torch", "torchvision", "ray", "deepspeed", "ffcv", "numpy", "numba", "scipy", "pyautoattack"),
+    *("safetensors", "pyarrow", "wandb"),
+)
+
+
+NVIDIA_SMI_S = 20.0
+"""How long nvidia-smi may take."""
+
+
+def _commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _gpus() -> list[str]:
+    """Model and driver of each GPU of this machine; none without an NVIDIA driver that answers. No torch here."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.rpartition(",") for line in done.stdout.splitlines() if "," in line]
+    return [f"{name.strip()}, driver {driver.strip()}" for name, _, driver in rows] if done.returncode == 0 else []
+
+
+def collect_provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "processor": processor_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": _gpus(),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "recipe_sha256": recipe_hash(recipe),
+        "data_sha256": data_sha256,
+        "versions": {name: metadata.version(name) for name in VERSIONS_OF},
+    }

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-PARTS: tuple[str, ...] = ("data", "attack", "update", "checkpoint")
-"""What time is spent in. `update` is all the rest: forward, backward, optimizer, masks, waiting for other workers."""
+from pipeline.run.tracking.metrics import PARTS
 
 
 class _Moment:

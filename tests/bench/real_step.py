@@ -1,4 +1,4 @@
-"""The loop's own step (`pipeline.training.loop._step`) as a function to call: one process, no Ray, no files, no loader."""
+"""The loop's own step (`pipeline.training.loop._step`) as a function: one process, no Ray, no files, no loader."""
 
 from __future__ import annotations
 

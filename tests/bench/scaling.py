@@ -7,8 +7,8 @@ A step of n workers takes the slowest worker's compute and then what it sends, n
                 ZeRO's weights, gathered:      (n - 1)/n x their bytes / bandwidth, and (n - 1) latencies
                 BatchNorm's statistics of every micro-batch, gathered: all but one's own
 
-What is sent is counted on the network; `tests/distributed/test_collectives.py` holds how often. R and the network's speed are
-inputs: a model says nothing that was not put into it.
+What is sent is counted on the network; `tests/distributed/test_collectives.py` holds how often. R and the network's
+speed are inputs: a model says nothing that was not put into it.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from pipeline.run.files import atomic_write_text, read_rows
 from pipeline.run.layout import is_done
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
+from pipeline.run.tracking.metrics import PARTS
 from pipeline.training.context import Job
 from pipeline.training.stage import run_stages
-from pipeline.training.stopwatch import PARTS
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
 from tests.support.wandb_files import recorded

@@ -1,6 +1,6 @@
 """One split of a data set: what it consists of, and what every reader needs to list one.
 
-The readers are `pipeline.data.sources.registry` (folders, idx files), `cifar`, `svhn` and `imagenet`; `extra` adds images.
+The readers are the modules beside this one, and `registry` chooses among them; `extra_images` adds to one.
 """
 
 from __future__ import annotations
@@ -168,3 +168,7 @@ def download(url: str, file_name: str, md5: str) -> Path:
             "or into another folder named with --source"
         ) from None
     return cache / file_name
+
+
+SPLITS = ("train", "test")
+"""What the two FFCV files are called; `FOLDERS` says what an image folder calls them."""

@@ -1,4 +1,4 @@
-"""The writer process: scan, write with FFCV, check, hash. One of the doors to ffcv; started by `pipeline.data.writing.process`.
+"""The writer process: scan, write with FFCV, check, hash. Started by `pipeline.data.writing.process`.
 
 It begins as a fresh interpreter, so that FFCV's workers are forked from a process without threads. A timer signal
 looks, four times a second, whether a worker has died and whether the parent still lives: FFCV's own loop asks neither.

@@ -1,8 +1,8 @@
 """Writing the FFCV files of a data set: all or nothing, and never over a good file by accident.
 
-A file is written under a temporary name in its own folder by a watched process (`pipeline.data.writing.process`), checked there
-against its source and described; then its manifest and, last of all, the file itself are renamed. So whatever lies
-under the final name is complete, at whatever moment the machine stops.
+A file is written under a temporary name in its own folder by a supervised process (`pipeline.data.writing.process`),
+checked there against its source and described; then its manifest and, last of all, the file itself are renamed. So
+whatever lies under the final name is complete, at whatever moment the machine stops.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.manifest import DataError, Manifest, manifest_path, open_checked
-from pipeline.data.sources.registry import SPLITS, open_source
-from pipeline.data.sources.source import Source
+from pipeline.data.sources.registry import open_source
+from pipeline.data.sources.source import SPLITS, Source
 from pipeline.data.writing.process import SplitJob, WriteJob, remove_temporary, run_watched
 from pipeline.data.writing.verify import available_cores
 from pipeline.run.files import fsync_folder

@@ -1,6 +1,6 @@
 """Whether a robust accuracy can be believed: checks that a network passes if PGD could see what it does.
 
-Each check is one number with a threshold, judged from the columns of `pipeline.evaluation.honesty.probes` (Carlini et al., "On
+Each check is one number with a threshold, from the columns of `pipeline.evaluation.honesty.probes` (Carlini et al., "On
 evaluating adversarial robustness", 2019, section 5, lists the symptoms; AutoAttack's flags are among them). Images are
 few, so thresholds leave room for chance:
 

@@ -1,7 +1,7 @@
 """What honesty checks look at, image by image: other attacks on what PGD left standing, and the gradient it followed.
 
 A measure like any other, so that chunks, workers and interruptions change no verdict: every random number is keyed by
-sample ids, those of Square by the chunk. `pipeline.evaluation.honesty.checks` says what the columns mean. fp32 throughout.
+sample ids, those of Square by the chunk. `pipeline.evaluation.honesty.checks` says what the columns mean. In fp32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which images a network is proved robust on, by bounds that hold for every adversary in the ball.
 
-fp32 throughout, as PGD's evaluation; a proof is as good as float32's rounding (`pipeline.robustness.bounds.propagation`).
+In fp32, as PGD's evaluation; a proof is as good as float32's rounding (`pipeline.robustness.bounds.propagation`).
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ from pipeline.report.leaderboards.rules import NotAccepted, Paper
 from pipeline.report.results import RunResult
 from pipeline.run.files import atomic_write_json, atomic_write_text
 
-__all__ = ["NotTheirs", "Paper", "write_leaderboards"]
+__all__ = ["NotAccepted", "Paper", "write_leaderboards"]
 
 
 def write_leaderboards(run: RunResult, paper: Paper, folder: Path) -> tuple[list[Path], list[str]]:
     """Write what the leaderboards take of `run` below `folder`; return the files, and what is not taken and why.
 
-    Errors: NotTheirs if nothing is; ValueError for damaged verdicts, or a folder that cannot be written.
+    Errors: NotAccepted if nothing is; ValueError for damaged verdicts, or a folder that cannot be written.
     """
     files: dict[Path, Any] = {}
     refused: dict[str, list[str]] = {}

@@ -2,8 +2,8 @@
 
 Croce et al., NeurIPS 2021 Datasets and Benchmarks; repository RobustBench/robustbench, read at version 1.1.1. The keys
 are those of its files there and of `ModelInfo` in its `utils.py`; percentages are texts of two decimals. CIFAR's 10,000
-test images are judged as they are, ImageNet's by a list of 5,000, prepared as `pipeline.data.loading.image_list` does: its
-usual preprocessing, "Res256Crop224". No key says how much of a network is pruned; the footnote does.
+test images are used as they are, ImageNet's by a list of 5,000, prepared as `pipeline.data.loading.image_list` does:
+its usual preprocessing, "Res256Crop224". No key says how much of a network is pruned; the footnote does.
 """
 
 from __future__ import annotations

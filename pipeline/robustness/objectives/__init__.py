@@ -49,7 +49,7 @@ def build_objective(
 ) -> Objective:
     """The objective that a recipe names, for a phase; eps, step_size and sigma are in pixels.
 
-    From `level` 1 on, a one-step objective has become adversarial training by PGD (see `pipeline.robustness.overfitting`).
+    From `level` 1 on, a one-step objective is adversarial training by PGD (see `pipeline.robustness.overfitting`).
 
     Schedules of eps and of mixing run in pretrain only: the other phases begin with a network that withstands the whole
     of it. A recipe without what its objective needs is refused when it is read.

@@ -167,3 +167,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.finish(failed=kind is not None)
+
+
+PARTS: tuple[str, ...] = ("data", "attack", "update", "checkpoint")
+"""What time is spent in. `update` is all the rest: forward, backward, optimizer, masks, waiting for other workers."""

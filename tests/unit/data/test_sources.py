@@ -13,8 +13,9 @@ import pytest
 import torchvision.datasets as tv
 
 from pipeline.data.manifest import DataError
-from pipeline.data.sources import registry
-from pipeline.data.sources.registry import open_source, read_idx
+from pipeline.data.sources import fashion_mnist
+from pipeline.data.sources.fashion_mnist import read_idx
+from pipeline.data.sources.registry import open_source
 from tests.support.synthetic_data import encoded, picture
 
 
@@ -151,7 +152,7 @@ def test_failed_download_names_both_other_ways(tmp_path: Path, monkeypatch: pyte
     def failing(root: str, train: bool, download: bool) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(registry, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake = types.ModuleType("torchvision.datasets")
     monkeypatch.setattr(fake, "FashionMNIST", failing, raising=False)

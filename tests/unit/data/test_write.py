@@ -25,7 +25,8 @@ from pipeline.data.manifest import (
     open_checked,
     read_index,
 )
-from pipeline.data.sources.registry import DEBIAN_FASHION_MNIST, open_source, read_idx
+from pipeline.data.sources.fashion_mnist import DEBIAN_FASHION_MNIST, read_idx
+from pipeline.data.sources.registry import open_source
 from pipeline.data.writing import write as write_module
 from pipeline.data.writing.process import WriteError
 from pipeline.data.writing.worker import check_free_space

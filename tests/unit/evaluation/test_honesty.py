@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.sources.registry import IDX_FILES, find_fashion_mnist, read_idx
+from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist, read_idx
 from pipeline.evaluation.honesty import probes as module
 from pipeline.evaluation.honesty.checks import Check, checks, exceeds, rises
 from pipeline.evaluation.honesty.exported_file import mask_check, plain_network

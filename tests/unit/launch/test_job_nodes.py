@@ -11,7 +11,7 @@ import pytest
 
 from launch import run_folder
 from launch.ray_cluster import connect as connect_module
-from launch.slurm import driver_main, node_task
+from launch.slurm import driver_main, joined_cluster, node_task
 from launch.slurm.control_files import ControlFiles, JobFailed
 from launch.slurm.node_task import JobPayload
 from launch.slurm.nodes import look_at, unused_workers
@@ -52,9 +52,9 @@ def test_nodes_that_do_not_join_ray_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(connect_module.ray, "cluster_resources", lambda: {"node_0": 1.0, "node_2": 1.0})
     slurm = Slurm(**SLURM).model_copy(update={"node_start_s": 0})
     with pytest.raises(
-        connect_module.NodesMissing, match=re.escape("of 3 nodes, n2 did not join Ray in 0 s; " + EXCLUDE_N2)
+        joined_cluster.NodesMissing, match=re.escape("of 3 nodes, n2 did not join Ray in 0 s; " + EXCLUDE_N2)
     ):
-        connect_module._wait_for_nodes(["n1", "n2", "n3"], slurm)
+        joined_cluster._wait_for_nodes(["n1", "n2", "n3"], slurm)
 
 
 def test_the_driver_says_why_it_ended_and_which_workers_are_left_out(
@@ -63,7 +63,7 @@ def test_the_driver_says_why_it_ended_and_which_workers_are_left_out(
     def joined(
         recipe: Recipe, control: ControlFiles, generation: int, hosts: Sequence[str]
     ) -> AbstractContextManager[None]:
-        raise connect_module.NodesMissing(f"{hosts[1]} is missing in {generation}")
+        raise joined_cluster.NodesMissing(f"{hosts[1]} is missing in {generation}")
 
     def run(order: RunRequest, connect: Connect) -> None:
         connect(recipe)

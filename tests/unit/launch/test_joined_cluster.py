@@ -9,6 +9,7 @@ import pytest
 
 from launch.ray_cluster import connect
 from launch.ray_cluster.environment import write_token
+from launch.slurm import joined_cluster
 from launch.slurm.control_files import ControlFiles
 from tests.support.small_recipe import small_recipe
 
@@ -28,7 +29,7 @@ def test_a_head_that_has_died_meanwhile_is_worth_another_attempt(
     monkeypatch.setattr(connect.ray, "init", refused)
     recipe = small_recipe(tmp_path, slurm={"nodes": 1, "cpus_per_task": 1, "time": 30, "signal_s": 30})
     with (
-        pytest.raises(connect.NodesMissing, match=r"no cluster at 127\.0\.0\.1:1"),
-        connect.joined_cluster(recipe, control, generation=0, hosts=["n1"]),
+        pytest.raises(joined_cluster.NodesMissing, match=r"no cluster at 127\.0\.0\.1:1"),
+        joined_cluster.joined_cluster(recipe, control, generation=0, hosts=["n1"]),
     ):
         pass

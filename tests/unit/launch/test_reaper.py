@@ -33,7 +33,8 @@ def gone(pid: int) -> bool:
 
 def test_a_process_that_is_seen_before_it_becomes_ours_is_ours() -> None:
     """As between fork and exec, when it still has its parent's environment."""
-    become = f"import os, sys; sys.stdin.read(1); os.execve({SLEEP[0]!r}, {SLEEP!r}, {{**os.environ, {CLUSTER_MARK!r}: 'young'}})"
+    environment = f"{{**os.environ, {CLUSTER_MARK!r}: 'young'}}"
+    become = f"import os, sys; sys.stdin.read(1); os.execve({SLEEP[0]!r}, {SLEEP!r}, {environment})"
     with subprocess.Popen([sys.executable, "-c", become], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         try:

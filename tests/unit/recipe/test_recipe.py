@@ -433,9 +433,9 @@ def test_an_interrupted_command_says_what_is_left(
         raise KeyboardInterrupt
 
     for handler in (
-        "launch.__main__._run",
-        "launch.__main__._resume",
-        "launch.__main__._report",
+        "launch.commands.run._run",
+        "launch.commands.run._resume",
+        "launch.commands.report._report",
         "launch.commands.data._write",
     ):
         monkeypatch.setattr(handler, interrupted)

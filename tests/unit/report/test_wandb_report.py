@@ -230,6 +230,7 @@ def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
 def test_reporting_imports_nothing_of_training() -> None:
     """DeepSpeed would write on standard output, where the report's table is."""
     heavy = ["ray", "deepspeed"]
-    code = f"import sys, pipeline.report.build, pipeline.report.wandb_report; print([name for name in {heavy} if name in sys.modules])"
+    modules = "sys, pipeline.report.build, pipeline.report.wandb_report"
+    code = f"import {modules}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("[]\n", "")

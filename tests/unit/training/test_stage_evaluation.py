@@ -15,7 +15,7 @@ import torch
 
 from pipeline.data.loading.loader import Batch
 from pipeline.data.manifest import read_manifest
-from pipeline.data.sources.registry import IDX_FILES, find_fashion_mnist, read_idx
+from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist, read_idx
 from pipeline.distributed import Group
 from pipeline.evaluation.honesty.runner import live_network
 from pipeline.models import Network, build_network
