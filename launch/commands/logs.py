@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from launch import run_folder
-from launch.slurm.submit import groups_of, read_jobs
+from launch.slurm.submit import read_jobs, stages_by_job
 from pipeline.recipe.file import load_recipe
 from pipeline.run.layout import is_done
 
@@ -72,14 +72,14 @@ class _Logs:
         self.files: dict[Path, _Log] = {}
         self._folder = folder
         self._stream = stream
-        self._groups = groups_of(load_recipe(folder / "recipe.yaml"))
+        self._stages_by_job = stages_by_job(load_recipe(folder / "recipe.yaml"))
         self._last_shown: Path | None = None
 
     def run_is_finished(self) -> bool:
-        return not any(self._is_unfinished(group) for group in self._groups)
+        return not any(self._is_unfinished(name) for name in self._stages_by_job)
 
-    def _is_unfinished(self, group: str) -> bool:
-        return not all(is_done(self._folder, stage) for stage in self._groups[group])
+    def _is_unfinished(self, name: str) -> bool:
+        return not all(is_done(self._folder, stage) for stage in self._stages_by_job[name])
 
     def look_for_files(self, lines: int | None = None) -> None:
         """Find new files: all that is in them is news, or no more than the last `lines` lines."""
@@ -90,9 +90,9 @@ class _Logs:
                     self.files[path].skip_to_last(lines)
 
     def _of_jobs(self) -> list[Path]:
-        """What submitit keeps of each group's newest job, unless the group is finished while others are not."""
-        newest = {job.group: job.id for job in read_jobs(self._folder)}
-        at_work = {job for group, job in newest.items() if group not in self._groups or self._is_unfinished(group)}
+        """What submitit keeps of the newest job of each name, unless that is finished while others are not."""
+        newest = {job.job_name: job.id for job in read_jobs(self._folder)}
+        at_work = {job for name, job in newest.items() if name not in self._stages_by_job or self._is_unfinished(name)}
         paths = sorted((self._folder / "jobs").glob("*_*_log.*"), key=_in_order)
         job_of = {path: path.name.rsplit("_", 2)[0] for path in paths}  # 12_0_log.err; in an array 12_3_0_log.err
         of_these = [path for path, job in job_of.items() if job in at_work]

@@ -75,7 +75,7 @@ def _submit(folder: Path, after: str | None) -> int:
     if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
         print(note)
     for job in submit.submit_run(folder, after):
-        print(f"job {job.id:<10} {job.group}: {', '.join(job.stages) or 'table and pictures'}")
+        print(f"job {job.id:<10} {job.job_name}: {', '.join(job.stages) or 'table and pictures'}")
     print(f"follow it with: python -m launch status {folder.name}    python -m launch logs {folder.name} -f")
     return 0
 
@@ -93,5 +93,5 @@ def _resume(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     folder = run_folder.find_run(arguments.run)
     jobs = submit.cancel_jobs(folder)
-    print(f"{folder}: {', '.join(f'job {job.id} ({job.group})' for job in jobs) or 'no job'} cancelled; {RESUMABLE}")
+    print(f"{folder}: {', '.join(f'job {job.id} ({job.job_name})' for job in jobs) or 'no job'} cancelled; {RESUMABLE}")
     return 0

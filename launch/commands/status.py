@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from launch import run_folder
 from launch.slurm.control_files import StartLog
-from launch.slurm.submit import groups_of, parse_jobs
+from launch.slurm.submit import parse_jobs, stages_by_job
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import Stage
 from pipeline.run.files import read_json, read_rows
@@ -120,17 +120,17 @@ class _Run:
         recipe = load_recipe(folder / "recipe.yaml")
         self.batch = recipe.batch.batch_per_step
         jobs = self._read(folder / "jobs.json", parse_jobs)
-        self.jobs = {job.group: job for job in jobs or []}  # a group's last one counts
+        self.jobs = {job.job_name: job for job in jobs or []}  # the last of a name counts
         self.starts = _rows(StartLog.of(folder).path, lambda row: (row["group"], int(row["job"])))
         self.failures = _rows(folder / "logs" / "failures.jsonl", _failure)
-        stages = groups_of(recipe)
-        self.groups = {name: [self._part(stage) for stage in group] for name, group in stages.items()}
-        self.parts = [part for group in self.groups.values() for part in group]
+        stages = stages_by_job(recipe)
+        self.parts_by_job = {name: [self._part(stage) for stage in job] for name, job in stages.items()}
+        self.parts = [part for parts in self.parts_by_job.values() for part in parts]
         per_epoch = next((part.total // part.stage.optimisation.epochs for part in self.parts if part.total), 0)
         for part in self.parts:  # every stage has the same images
             part.total = part.total or per_epoch * part.stage.optimisation.epochs
             part.step = part.total if part.trained else part.step
-        self.ended = {group: self._how_it_ended(group) for group in self.jobs}
+        self.ended = {name: self._how_it_ended(name) for name in self.jobs}
 
     def _read(self, path: Path, take: Callable[[Any], Value]) -> Value | None:
         """What `take` makes of a file; None if it is not there. A damaged one is noted."""
@@ -162,11 +162,13 @@ class _Run:
             attacked=attacked or (0, 0),
         )
 
-    def _how_it_ended(self, group: str) -> tuple[int, str] | None:
-        """(code, message) of the newest start of the group's newest job; None if it has not ended for good."""
-        job = self.jobs[group].id
+    def _how_it_ended(self, name: str) -> tuple[int, str] | None:
+        """(code, message) of the newest start of the newest job of this name; None if it has not ended for good."""
+        job = self.jobs[name].id
         # An element of an array, 12_3, runs under a number of its own, which is not lower than the array's.
-        numbers = [number for name, number in self.starts if name == group and number >= int(job.partition("_")[0])]
+        numbers = [
+            number for started, number in self.starts if started == name and number >= int(job.partition("_")[0])
+        ]
         job = str(numbers[-1]) if numbers else job
         restarts = [path.name.rpartition("-")[2] for path in (self.folder / "control").glob(f"{job}-*")]
         newest = max((int(restart) for restart in restarts if restart.isdigit()), default=0)
@@ -174,23 +176,23 @@ class _Run:
         return self._read(ended, lambda row: (int(row["code"]), row["message"]))
 
     def unfinished_jobs(self) -> list[str]:
-        over = {group: all(part.done for part in parts) for group, parts in self.groups.items()}
-        return [job.id for group, job in self.jobs.items() if not over.get(group, self.ended[group] is not None)]
+        over = {name: all(part.done for part in parts) for name, parts in self.parts_by_job.items()}
+        return [job.id for name, job in self.jobs.items() if not over.get(name, self.ended[name] is not None)]
 
     def show(self, queue: Queue | None) -> str:
         """`queue`: what SLURM says of the jobs, or None if that is not known."""
-        said = {group: (queue or {}).get(job.id, ("-", "None")) for group, job in self.jobs.items()}
-        notes = self._judge({group: state for group, (state, _) in said.items()})
+        said = {name: (queue or {}).get(job.id, ("-", "None")) for name, job in self.jobs.items()}
+        notes = self._judge({name: state for name, (state, _) in said.items()})
         rows = [COLUMNS]
-        for group, parts in self.groups.items():
-            starts = [name for name, _ in self.starts if name == group]
-            job = [self.jobs[group].id, said[group][0]] if group in self.jobs else ["-", "-"]
+        for name, parts in self.parts_by_job.items():
+            starts = [started for started, _ in self.starts if started == name]
+            job = [self.jobs[name].id, said[name][0]] if name in self.jobs else ["-", "-"]
             rows += [[*part.cells(self.batch), *job, str(len(starts) - 1) if starts else "-"] for part in parts]
         # Reasons, and the report's job, which has no line in the table.
-        known = [(group, pair) for group, pair in said.items() if pair[0] != "-"]
-        told = [pair for group, pair in known if pair[1] != "None" or group not in self.groups]
+        known = [(name, pair) for name, pair in said.items() if pair[0] != "-"]
+        told = [pair for name, pair in known if pair[1] != "None" or name not in self.parts_by_job]
         for state, reason in dict.fromkeys(told):
-            jobs = [f"{self.jobs[group].id} ({group})" for group, pair in said.items() if pair == (state, reason)]
+            jobs = [f"{self.jobs[name].id} ({name})" for name, pair in said.items() if pair == (state, reason)]
             notes.append(f"{state}{'' if reason == 'None' else f', {reason}'}: {', '.join(jobs)}")
         states, queued = {part.state for part in self.parts}, any(state not in GONE for state, _ in said.values())
         word = "waiting for SLURM" if queued else "failed" if "failed" in states else "not running"
@@ -206,7 +208,7 @@ class _Run:
         """Give every stage its state; returns what those that failed left as their last words."""
         reasons: list[str] = []
         leading: set[str | None] = set()
-        for group, parts in self.groups.items():
+        for name, parts in self.parts_by_job.items():
             first = next((part for part in parts if not part.done), None)
             for part in parts:
                 if part.done:
@@ -215,17 +217,19 @@ class _Run:
                     if part.token not in leading:
                         part.state = "evaluating" if part.trained else "training"
                     leading.add(part.token)
-                elif slurm.get(group, "-") in GONE:
-                    why = self._last_words(part, group, slurm.get(group)) if part is first else []
+                elif slurm.get(name, "-") in GONE:
+                    why = self._last_words(part, name, slurm.get(name)) if part is first else []
                     part.state = "failed" if why else "waiting" if part.begun is None else "stopped"
                     reasons += why
-        others = {group: ended for group, ended in self.ended.items() if ended is not None and group not in self.groups}
-        return reasons + [f"{group}: {message}" for group, (code, message) in others.items() if code]
+        others = {
+            name: ended for name, ended in self.ended.items() if ended is not None and name not in self.parts_by_job
+        }
+        return reasons + [f"{name}: {message}" for name, (code, message) in others.items() if code]
 
-    def _last_words(self, part: _Part, group: str, slurm: str | None) -> list[str]:
+    def _last_words(self, part: _Part, name: str, slurm: str | None) -> list[str]:
         """Of a stage's job and workers, unless it was begun again since."""
-        code, message = self.ended.get(group) or (0, "")
-        words = [f"{group}: {message}"] if code else [f"{group}: SLURM has ended its job"] if slurm in FAILED else []
+        code, message = self.ended.get(name) or (0, "")
+        words = [f"{name}: {message}"] if code else [f"{name}: SLURM has ended its job"] if slurm in FAILED else []
         # Before its first stage a worker names none. With several jobs it could be any.
         is_next = not self.jobs and part is next(other for other in self.parts if not other.done)
         failures = [row for row in self.failures if row[1] == part.stage.name or (row[1] is None and is_next)]

@@ -126,20 +126,20 @@ class StartLog:
     def read(self) -> list[dict[str, Any]]:
         return read_rows(self.path)
 
-    def without_progress(self, group: str, job: str, marks: list[int]) -> int:
+    def without_progress(self, job_name: str, job: str, marks: list[int]) -> int:
         """How many starts of this job in a row, the newest first, found exactly what is there now.
 
         Those of other jobs do not count: who submits the run again has looked at what stopped it.
         """
         count = 0
-        for start in reversed([s for s in self.read() if s["group"] == group and s["job"] == job]):
+        for start in reversed([s for s in self.read() if s["group"] == job_name and s["job"] == job]):
             if start["marks"] != marks:
                 break
             count += 1
         return count
 
-    def add(self, group: str, job: str, restart: str, nodes: int, marks: list[int]) -> None:
-        line = {"time": time.time(), "group": group, "job": job, "restart": restart, "nodes": nodes, "marks": marks}
+    def add(self, job_name: str, job: str, restart: str, nodes: int, marks: list[int]) -> None:
+        line = {"time": time.time(), "group": job_name, "job": job, "restart": restart, "nodes": nodes, "marks": marks}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -149,17 +149,17 @@ def start_of_job() -> tuple[str, str]:
     return os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
-def begin(run_folder: Path, group: str, nodes: int, marks: list[int], limit: int) -> None:
+def begin(run_folder: Path, job_name: str, nodes: int, marks: list[int], limit: int) -> None:
     """Count this start of a job, and so let it be queued again. Errors: JobFailed if the last ones led nowhere."""
     (job, restart), starts = start_of_job(), StartLog.of(run_folder)
     control, before = (ControlFiles.of(run_folder, job, str(number)) for number in (restart, int(restart) - 1))
-    count = starts.without_progress(group, job, marks)
-    starts.add(group, job, restart, nodes, marks)
+    count = starts.without_progress(job_name, job, marks)
+    starts.add(job_name, job, restart, nodes, marks)
     control.count()
     if count > 2 * limit + 1:
         last = f" (last: {why})" if (why := before.last_failure()) is not None else ""
         why = (
-            f"{run_folder}: {group} was started {count} times without anything new committed{last}; "
+            f"{run_folder}: {job_name} was started {count} times without anything new committed{last}; "
             f"mend the cause (see jobs/ and logs/), then: python -m launch resume {run_folder}"
         )
         control.end(1, why)

@@ -41,7 +41,7 @@ class JobPayload:
     """The submitted object: a job's part of a run. Plain values only, as submitit pickles it."""
 
     run_folder: str
-    group: str
+    job_name: str
     stages: list[str]
     observer: str | None = None
     _task: _Task | None = field(default=None, repr=False)
@@ -56,17 +56,19 @@ class JobPayload:
 
         if self._task is not None:
             self._task.stop_driver()
-        return submitit.helpers.DelayedSubmission(JobPayload(self.run_folder, self.group, self.stages, self.observer))
+        return submitit.helpers.DelayedSubmission(
+            JobPayload(self.run_folder, self.job_name, self.stages, self.observer)
+        )
 
 
 class _Task:
     """One node's part, from the start of its task to the end."""
 
-    def __init__(self, share: JobPayload) -> None:
+    def __init__(self, payload: JobPayload) -> None:
         import submitit
 
-        self.share = share
-        self.run_folder = Path(share.run_folder)
+        self.payload = payload
+        self.run_folder = Path(payload.run_folder)
         self.node = int(os.environ["SLURM_PROCID"])
         self.control = ControlFiles.of(self.run_folder, *start_of_job())
         self.recipe: Recipe = load_recipe(self.run_folder / "recipe.yaml")
@@ -147,7 +149,7 @@ class _Task:
     def _lead(self) -> None:
         signal.signal(signal.SIGTERM, self._terminated)
         limit = self.recipe.workers.restarts_without_progress
-        begin(self.run_folder, self.share.group, len(self.hosts), self._marks(), limit)
+        begin(self.run_folder, self.payload.job_name, len(self.hosts), self._marks(), limit)
         if not self.control.token.exists():
             write_token(self.control.token)
         generation, failures, marks = 0, 0, self._marks()
@@ -185,8 +187,8 @@ class _Task:
             self.control.publish(generation, address.read_text().strip())
             driver = self._start(
                 guard,
-                *("-m", "launch.slurm.driver_main", self.share.run_folder, ",".join(self.share.stages)),
-                *(str(self.control.folder), str(generation), ",".join(self.hosts), self.share.observer or "-"),
+                *("-m", "launch.slurm.driver_main", self.payload.run_folder, ",".join(self.payload.stages)),
+                *(str(self.control.folder), str(generation), ",".join(self.hosts), self.payload.observer or "-"),
             )
             self._driver = driver
 
@@ -215,7 +217,7 @@ class _Task:
         return [node for node in range(1, len(self.hosts)) if self._is_silent(node)]
 
     def _marks(self) -> list[int]:
-        return progress_marks(self.run_folder, self.share.stages)
+        return progress_marks(self.run_folder, self.payload.stages)
 
     def stop_driver(self) -> None:
         """Have the workers write a checkpoint, and wait for it, but not beyond the time that SLURM gives."""

@@ -11,7 +11,7 @@ from launch.slurm.control_files import ControlFiles, JobFailed, begin, start_of_
 from pipeline.recipe.file import load_recipe
 
 REPORT = "report"
-"""Its group. It needs one node and no GPU."""
+"""Its job_name. It needs one node and no GPU."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ FAN = "sparsities"
 """What the jobs after pretrain's are called together."""
 
 
-def sbatch_parameters(recipe: Recipe, run_folder: Path, group: str, dependency: str | None) -> dict[str, Any]:
+def sbatch_parameters(recipe: Recipe, run_folder: Path, job_name: str, dependency: str | None) -> dict[str, Any]:
     """What submitit's SlurmExecutor is told; its names are sbatch's."""
     slurm = section_of(recipe)
     low, high = slurm.nodes
@@ -33,12 +33,12 @@ def sbatch_parameters(recipe: Recipe, run_folder: Path, group: str, dependency: 
     if dependency is not None:
         extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     named = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type"]
-    if group == REPORT:
+    if job_name == REPORT:
         extra["nodes"] = "1"
     else:
         named += ["gpus_per_node", "gres"]
     return {
-        "job_name": f"{run_folder.name}-{group}",
+        "job_name": f"{run_folder.name}-{job_name}",
         "time": slurm.time,
         "cpus_per_task": slurm.cpus_per_task,
         "signal_delay_s": slurm.signal_s,
@@ -105,7 +105,7 @@ def python_of(recipe: Recipe) -> str:
 
 
 def sbatch_text(
-    recipe: Recipe, run_folder: Path, group: str, *, array: int | None = None, after: str | None = None
+    recipe: Recipe, run_folder: Path, job_name: str, *, array: int | None = None, after: str | None = None
 ) -> str:
     """The file that sbatch would be given. Works where there is no SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
@@ -115,5 +115,5 @@ def sbatch_text(
         command=f"{python_of(recipe)} -u -m submitit.core._submit {shlex.quote(str(jobs))}",
         folder=jobs,
         map_count=array,
-        **sbatch_parameters(recipe, run_folder, group, after),
+        **sbatch_parameters(recipe, run_folder, job_name, after),
     )

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,22 @@ class SubmittedJob:
     """One job of a run."""
 
     id: str
-    group: str
+    job_name: str
     stages: list[str]
     submitted: float
 
+    def row(self) -> dict[str, Any]:
+        """The job in jobs.json, where its name is the `group`."""
+        return {"id": self.id, "group": self.job_name, "stages": self.stages, "submitted": self.submitted}
 
-def groups_of(recipe: Recipe) -> dict[str, list[Stage]]:
-    """Which stages one job does; all groups but the first start from pretrain's result."""
-    groups: dict[str, list[Stage]] = {}
+
+def stages_by_job(recipe: Recipe) -> dict[str, list[Stage]]:
+    """Name of each job -> the stages it runs; all jobs but the first start from pretrain's result."""
+    jobs: dict[str, list[Stage]] = {}
     for stage in stages_of(recipe):
         keep = stage.name.partition("/")[0]
-        groups.setdefault(f"{keep}-{stage.phase}" if stage.is_baseline else keep, []).append(stage)
-    return groups
+        jobs.setdefault(f"{keep}-{stage.phase}" if stage.is_baseline else keep, []).append(stage)
+    return jobs
 
 
 def read_jobs(run_folder: Path) -> list[SubmittedJob]:
@@ -63,7 +67,7 @@ def read_jobs(run_folder: Path) -> list[SubmittedJob]:
 
 def parse_jobs(value: Any) -> list[SubmittedJob]:
     """What jobs.json holds. Errors: KeyError or TypeError if it is no list of jobs."""
-    return [SubmittedJob(**job) for job in value["jobs"]]
+    return [SubmittedJob(job["id"], job["group"], job["stages"], job["submitted"]) for job in value["jobs"]]
 
 
 def _require(program: str) -> None:
@@ -93,7 +97,7 @@ def living(jobs: list[SubmittedJob]) -> list[SubmittedJob]:
 
 def describe_jobs(recipe: Recipe, run_folder: Path, after: str | None) -> list[str]:
     """The files that `submit` would give to sbatch for a new run."""
-    first, *rest = groups_of(recipe)
+    first, *rest = stages_by_job(recipe)
     array = len(rest) if len(rest) > 1 else None  # as submitit does
     return [
         sbatch_text(recipe, run_folder, first, after=f"afterany:{after}" if after else None),
@@ -153,28 +157,28 @@ def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | No
     recipe = load_recipe(run_folder / "recipe.yaml")
     section_of(recipe).workers_of_a_node(recipe.workers.threads)
     known = read_jobs(run_folder)
-    alive = {job.group: job for job in living(known)}
+    alive = {job.job_name: job for job in living(known)}
     left = {
-        group: [stage.name for stage in stages if not is_done(run_folder, stage)]
-        for group, stages in groups_of(recipe).items()
+        job_name: [stage.name for stage in stages if not is_done(run_folder, stage)]
+        for job_name, stages in stages_by_job(recipe).items()
     }
     folder = str(run_folder.resolve())
     new: list[SubmittedJob] = []
 
-    def add(groups: list[str], name: str, work: list[Any], dependency: str | None) -> None:
-        ids = _submit(recipe, run_folder, name, work, dependency)
-        for number, (group, job) in enumerate(zip(groups, ids, strict=True)):
-            new.append(SubmittedJob(job, group, work[number].stages, time.time()))
-        atomic_write_json(run_folder / "jobs.json", {"jobs": [asdict(job) for job in [*known, *new]]})
+    def add(names: list[str], title: str, work: list[Any], dependency: str | None) -> None:
+        ids = _submit(recipe, run_folder, title, work, dependency)
+        for number, (job_name, job) in enumerate(zip(names, ids, strict=True)):
+            new.append(SubmittedJob(job, job_name, work[number].stages, time.time()))
+        atomic_write_json(run_folder / "jobs.json", {"jobs": [job.row() for job in [*known, *new]]})
 
     first, *rest = left
     if left[first] and first not in alive:
         add([first], first, [JobPayload(folder, first, left[first], observer)], f"afterany:{after}" if after else None)
-    before = next((job.id for job in [*new, *alive.values()] if job.group == first), None)
-    fan = [group for group in rest if left[group] and group not in alive]
+    before = next((job.id for job in [*new, *alive.values()] if job.job_name == first), None)
+    fan = [job_name for job_name in rest if left[job_name] and job_name not in alive]
     if fan:
         dependency = f"afterok:{before}" if before else f"afterany:{after}" if after else None
-        add(fan, FAN, [JobPayload(folder, group, left[group], observer) for group in fan], dependency)
+        add(fan, FAN, [JobPayload(folder, job_name, left[job_name], observer) for job_name in fan], dependency)
     if REPORT not in alive and (new or not any(left.values())):
         ids = [job.id for job in [*new, *alive.values()]]
         add([REPORT], REPORT, [Report(folder, [])], f"afterany:{':'.join(ids)}" if ids else None)

@@ -37,7 +37,7 @@ def two_node_recipe(data: Path, faults: int) -> Recipe:
 
 
 def job_of(folder: Path, group: str) -> str:
-    return [job.id for job in read_jobs(folder) if job.group == group][-1]
+    return [job.id for job in read_jobs(folder) if job.job_name == group][-1]
 
 
 def strike_in_turn(

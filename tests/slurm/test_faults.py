@@ -64,7 +64,7 @@ def test_the_command_line_submits_a_run_once(slurm: SlurmCluster, fashion_data: 
     jobs = read_jobs(folder)
     assert launch(tmp_path, "resume", "fan").code == 0
     assert read_jobs(folder) == jobs, "what is queued already was submitted again"
-    assert [job.group for job in jobs] == ["pretrain", "keep-0.5", "keep-0.1", "keep-0.05", "report"]
+    assert [job.job_name for job in jobs] == ["pretrain", "keep-0.5", "keep-0.1", "keep-0.05", "report"]
     array = jobs[1].id.partition("_")[0]
     assert [job.id for job in jobs[1:4]] == [f"{array}_{task}" for task in range(3)]
     queued = slurm.client("squeue", "-h", "-o", "%i|%E").splitlines()

@@ -63,7 +63,7 @@ def submitted(folder: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         new = list(pool.map(lambda _: submit_run(folder, observer=SLOW), range(2)))
     assert sorted(len(jobs) for jobs in new) == [0, 3]
-    assert [job.group for job in read_jobs(folder)] == ["pretrain", "keep-0.1", "report"]
+    assert [job.job_name for job in read_jobs(folder)] == ["pretrain", "keep-0.1", "report"]
 
 
 def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(

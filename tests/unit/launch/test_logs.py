@@ -6,7 +6,6 @@ import argparse
 import io
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,7 @@ class Run:
 
     def submit(self, *jobs: tuple[str, str]) -> None:
         """(id, group) of every job, oldest first."""
-        known = [asdict(SubmittedJob(number, group, [], 0.0)) for number, group in jobs]
+        known = [SubmittedJob(number, group, [], 0.0).row() for number, group in jobs]
         atomic_write_json(self.folder / "jobs.json", {"jobs": known})
 
 

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ class Run:
 
     def submit(self, *jobs: tuple[str, str]) -> None:
         """(id, group) of every job, oldest first."""
-        known = [asdict(SubmittedJob(number, group, [], time.time())) for number, group in jobs]
+        known = [SubmittedJob(number, group, [], time.time()).row() for number, group in jobs]
         atomic_write_json(self.folder / "jobs.json", {"jobs": known})
 
     def start(self, group: str, job: str, restart: int = 0) -> ControlFiles:

@@ -62,7 +62,7 @@ def test_what_is_submitted_is_tiny_and_needs_no_torch(programs: Programs, run: P
     pickles = [run / "jobs" / f"{job.id}_submitted.pkl" for job in jobs]
     assert max(path.stat().st_size for path in pickles) < 1000
     done = subprocess.run([sys.executable, "-c", LOAD, *pickles], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:-1] == [*["Share"] * (len(jobs) - 1), "Report", "[]"]
+    assert done.stdout.split("\n")[:-1] == [*["JobPayload"] * (len(jobs) - 1), "Report", "[]"]
 
 
 @pytest.mark.parametrize("silent", ["pretrain", submit.FAN])
@@ -79,7 +79,7 @@ def test_an_sbatch_that_does_not_answer_has_a_deadline(
     )
     with pytest.raises(ValueError, match=rf"sbatch did not answer in 1 s; if squeue shows a job mine-{silent}"):
         submit.submit_run(run)
-    assert [job.group for job in submit.read_jobs(run)] == ["pretrain"] * (silent != "pretrain")
+    assert [job.job_name for job in submit.read_jobs(run)] == ["pretrain"] * (silent != "pretrain")
 
 
 def test_a_submission_that_never_ends_does_not_hold_the_next(
@@ -91,7 +91,7 @@ def test_a_submission_that_never_ends_does_not_hold_the_next(
         pytest.raises(ValueError, match=r"has been submitted by another process for 0\.2 s"),
     ):
         submit.submit_run(run)
-    groups = [job.group for job in submit.submit_run(run)]
+    groups = [job.job_name for job in submit.submit_run(run)]
     assert (groups[0], groups[-1]) == ("pretrain", REPORT)
 
 

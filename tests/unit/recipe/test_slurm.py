@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from launch.slurm.nodes import workers_for
-from launch.slurm.submit import groups_of
+from launch.slurm.submit import stages_by_job
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.slurm import Slurm
 
@@ -117,7 +117,7 @@ def test_workers_of_a_node_follow_gpus_then_cpus() -> None:
 
 def test_groups_hold_every_stage_once_and_baselines_run_beside() -> None:
     recipe = load_recipe(DEMO, ["sparsity.baselines=[magnitude, random, snip]"])
-    groups = {name: [stage.name for stage in stages] for name, stages in groups_of(recipe).items()}
+    groups = {name: [stage.name for stage in stages] for name, stages in stages_by_job(recipe).items()}
     expected = {"pretrain": ["pretrain"]}
     for keep in ("keep-0.1", "keep-0.01"):
         expected[keep] = [f"{keep}/prune", f"{keep}/finetune"]
