@@ -8,7 +8,7 @@ from pathlib import Path
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """Nothing large goes through Ray: images come from FFCV, weights through the run directory."""
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""The driver inside a SLURM job: joins the Ray cluster that the job's nodes have started, and does the job's stages.
-
-    python -m launch.slurm.driver_main RUN_FOLDER STAGE[,STAGE] CONTROL_FOLDER GENERATION HOST[,HOST] OBSERVER|-
+"""The driver inside a SLURM job: joins the Ray cluster that the job's nodes have started, and runs the job's stages.
 
 Started by `launch.slurm.node_task`: 0 means done, 75 stopped as asked. Any other end, an unforeseen exception included,
 leads to another attempt, unless ended.json says that it would be in vain.
@@ -8,6 +6,7 @@ leads to another attempt, unless ended.json says that it would be in vain.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,30 +25,42 @@ LEASE_PATIENCE_S = STALE_AFTER_S + 30
 """A job that is queued again may begin on another node before its last start's lease there has run out."""
 
 
-def main(run_folder: str, stages: str, control_folder: str, generation: str, hosts: str, observer: str) -> int:
-    """Do the stages; the exit code says what to do next."""
-    control, names = ControlFiles(Path(control_folder)), hosts.split(",")
-    order = RunRequest(
-        Path(run_folder),
-        tuple(stages.split(",")),
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm.driver_main")
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--stages", required=True, metavar="STAGE[,STAGE]")
+    parser.add_argument("--control", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--generation", type=int, required=True)
+    parser.add_argument("--hosts", required=True, metavar="HOST[,HOST]")
+    parser.add_argument("--observer", metavar="MODULE:FUNCTION")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages; the exit code says what happens next."""
+    options = _parse(arguments)
+    control, names = ControlFiles(options.control), options.hosts.split(",")
+    request = RunRequest(
+        options.run_folder,
+        tuple(options.stages.split(",")),
         control.stop,
-        observer=None if observer == "-" else observer,
+        observer=options.observer,
         lease_patience_s=LEASE_PATIENCE_S,
     )
 
     def connect(recipe: Recipe) -> AbstractContextManager[Cluster]:
         if (note := unused_workers(recipe, len(names))) is not None:
             print(note, file=sys.stderr)
-        return joined_cluster(recipe, control, int(generation), names)
+        return joined_cluster(recipe, control, options.generation, names)
 
     try:
-        run_and_show(order, connect)
+        run_and_show(request, connect)
     except StopRequested as stopped:
         print(stopped, file=sys.stderr)
         return STOPPED
     except NodesMissing as error:
         print(error, file=sys.stderr)
-        control.fail(int(generation), str(error))
+        control.fail(options.generation, str(error))
         return 1
     except (ValueError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -59,4 +70,4 @@ def main(run_folder: str, stages: str, control_folder: str, generation: str, hos
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -187,8 +187,10 @@ class _Task:
             self.control.publish(generation, address.read_text().strip())
             driver = self._start(
                 guard,
-                *("-m", "launch.slurm.driver_main", self.payload.run_folder, ",".join(self.payload.stages)),
-                *(str(self.control.folder), str(generation), ",".join(self.hosts), self.payload.observer or "-"),
+                *("-m", "launch.slurm.driver_main", self.payload.run_folder),
+                *("--stages", ",".join(self.payload.stages), "--hosts", ",".join(self.hosts)),
+                *("--control", str(self.control.folder), "--generation", str(generation)),
+                *(("--observer", self.payload.observer) if self.payload.observer else ()),
             )
             self._driver = driver
 

@@ -70,7 +70,7 @@ def _commit() -> str | None:
     git = shutil.which("git")
     if git is None:
         return None
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -129,7 +129,7 @@ def run_watched(
 
 
 def _environment() -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     before = os.environ.get("PYTHONPATH")
     return {
         **os.environ,

@@ -70,7 +70,8 @@ def test_the_driver_says_why_it_ended_and_which_workers_are_left_out(
 
     monkeypatch.setattr(driver_main, "joined_cluster", joined)
     monkeypatch.setattr(driver_main, "run_and_show", run)
-    assert driver_main.main(str(start.folder.parent), "pretrain", str(start.folder), "1", "n1,n2,n3", "-") == 1
+    options = ["--stages", "pretrain", "--control", str(start.folder), "--generation", "1", "--hosts", "n1,n2,n3"]
+    assert driver_main.main([str(start.folder.parent), *options]) == 1
     assert (start.failure(0), start.failure(1)) == (None, "n2 is missing in 1")
     assert "using 2 of 3 workers" in capsys.readouterr().err
     assert start.ended() is None, "another attempt may find the node"
