@@ -11,9 +11,11 @@ WORKDIR /hydra
 ENV PIP_NO_CACHE_DIR=1
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 # Only what the set-up reads, so that a change of code does not install everything again.
-COPY Makefile requirements.txt constraints.txt ./
+COPY Makefile pyproject.toml requirements.txt constraints.txt ./
 COPY .ci/setup.sh .ci/
 RUN make setup && rm -rf /var/lib/apt/lists/*
+# What slurm.container_image asks for: python3 is the one that has the project.
+ENV PATH=/hydra/.venv/bin:$PATH
 COPY . .
-ENTRYPOINT [".venv/bin/python", "-m", "launch"]
+ENTRYPOINT ["hydra-pipeline"]
 CMD ["--help"]

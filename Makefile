@@ -8,18 +8,18 @@ help:
 	@echo
 	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the picture'
 	@echo '  make test    every test'
-	@echo '  make lint    ruff (lint and format) and basedpyright (types)'
+	@echo '  make lint    ruff (lint and format), import contracts, spelling, white space; basedpyright (types)'
 	@echo '  make bench   measurements as ratios, into docs/benchmarks/: some 30 minutes, on a quiet machine'
 	@echo '  make soak    50 random faults on one run, on a real SLURM on this machine: about an hour'
-	@echo '  make setup   system packages (apt, as root or with sudo) and .venv, without doing anything with them'
+	@echo '  make setup   system packages (apt, as root or with sudo), and .venv with this project in it'
 	@echo '  make clean   remove .venv and caches; runs/ and data/ stay'
 	@echo
 	@echo 'Each of them does the set-up first: some 10 minutes once, no time after that. It uses the newest of Python 3.13,'
 	@echo '3.12 and 3.11 that is installed; `make setup PYTHON=python3.12` chooses another.'
 	@echo
 	@echo 'After that:'
-	@echo '  .venv/bin/python -m launch --help                                       all commands'
-	@echo '  .venv/bin/python -m launch run recipes/fashion_mnist.yaml seed=1        one recipe, one value changed'
+	@echo '  .venv/bin/hydra-pipeline --help                                         all commands, from any folder'
+	@echo '  .venv/bin/hydra-pipeline run recipes/fashion_mnist.yaml seed=1          one recipe, one value changed'
 	@echo '  .venv/bin/python -m pytest tests/unit                                   some of the tests'
 
 setup:
@@ -37,8 +37,7 @@ test: setup
 	$(PY) -m tests.run_all
 
 lint: setup
-	$(PY) -m ruff check
-	$(PY) -m ruff format --check
+	$(PY) -m pre_commit run --all-files
 	$(PY) -m basedpyright
 
 bench: setup
@@ -57,6 +56,6 @@ soak: setup
 	$(PY) -m tests.slurm.soak data/fashion_mnist --faults 50 --seed 1
 
 clean:
-	rm -rf .venv .ruff_cache .hypothesis .pytest_cache
+	rm -rf .venv .ruff_cache .import_linter_cache .hypothesis .pytest_cache
 	find . -name __pycache__ -not -path './data/*' -not -path './runs/*' -prune -exec rm -rf {} +
 	@echo 'Kept, because they are yours: data/ and runs/.'

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prepare this checkout: system packages, then .venv, then the pinned requirements. `make setup` calls it.
+# Prepare this checkout: system packages, then .venv with the pinned requirements and the project itself, installed so
+# that changes of its code count at once (editable). `make setup` calls it.
 #
 #   - Nothing to do is the common case and takes a fraction of a second: the stamp in .venv says what it was made from.
 #   - .venv is made anew when it is broken, half made, moved, or made by another Python or on another system (FFCV is
@@ -74,7 +75,7 @@ place() {
   version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])') &&
     (. /etc/os-release && echo "python $version on $ID ${VERSION_ID:-rolling} in $PWD")
 }
-contents() { cat requirements.txt constraints.txt .ci/setup.sh | sha256sum | cut -d' ' -f1; }
+contents() { cat requirements.txt constraints.txt pyproject.toml .ci/setup.sh | sha256sum | cut -d' ' -f1; }
 
 same_place() { [[ -f $stamp && $(head -n 1 $stamp) == "$(place "${PYTHON:-$venv/bin/python}" 2>/dev/null)" ]]; }
 up_to_date() {
@@ -211,6 +212,8 @@ make_venv() {
   $venv/bin/python -m pip install -q "$(grep -o '^pip==[^ ]*' requirements.txt)"
   $venv/bin/python -m pip install --progress-bar off -r requirements.txt -c constraints.txt \
     --build-constraint constraints.txt | sed -u '/^Requirement already satisfied/d'
+  # Needs no code yet, only pyproject.toml; and no download, as what builds it is pinned and installed by now.
+  $venv/bin/python -m pip install -q --no-deps --no-build-isolation --editable .
   $venv/bin/python -m pip check
   say "importing what was built here"
   $venv/bin/python -c 'import torch, torchvision, ffcv, deepspeed, ray' >/dev/null

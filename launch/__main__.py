@@ -1,15 +1,18 @@
-"""The command line: `python -m launch --help`.
+"""The command line: `hydra-pipeline --help`, or `python -m launch --help`.
 
+`runs/` and relative paths count from the folder that the command is given in.
 Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data. Those of the second kind are messages without traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from launch.commands import data, evaluate, leaderboard, logs, report, run, status
@@ -18,18 +21,23 @@ DESCRIPTION = """\
 Small neural networks that withstand adversarial examples: pretrain robustly, prune by scores that the robust objective
 learns (HYDRA), finetune, evaluate, report.
 
-  python -m launch data write fashion_mnist --out data/fashion_mnist
-  python -m launch run recipes/fashion_mnist.yaml phases.pretrain.epochs=2 --name quick
-  python -m launch resume quick
-  python -m launch report quick
+  %(prog)s data write fashion_mnist --out data/fashion_mnist
+  %(prog)s run recipes/fashion_mnist.yaml phases.pretrain.epochs=2 --name quick
+  %(prog)s resume quick
+  %(prog)s report quick
 
-  python -m launch run recipes/imagenet_resnet50_linf4.yaml --on slurm --cluster my_cluster.yaml slurm.nodes=1-4
+  %(prog)s run recipes/imagenet_resnet50_linf4.yaml --on slurm --cluster my_cluster.yaml slurm.nodes=1-4
 """
+
+COMMAND = "hydra-pipeline"
+"""As pyproject.toml names it."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m launch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m launch",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(after_interrupt="nothing was changed")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -42,6 +50,21 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_parser(commands)
     logs.add_parser(commands)
     return parser
+
+
+def _refuse_shadowing_packages() -> None:
+    """Errors: ValueError if the working folder has a package of our name that is not ours.
+
+    The processes of a run (`python -m`, Ray's workers) would import that one, as they search the working folder first.
+    """
+    for name in ("launch", "pipeline"):
+        here, ours = importlib.machinery.PathFinder.find_spec(name, [""]), sys.modules[name].__file__
+        if here is None or here.origin is None or ours is None or os.path.samefile(here.origin, ours):
+            continue
+        raise ValueError(
+            f"{here.origin} would be imported in place of {ours} by the processes that this command starts; give it "
+            "in another folder"
+        )
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -65,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        _refuse_shadowing_packages()
         return arguments.handler(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 WRITE = """\
 Write train.beton and test.beton, each with a manifest beside it that holds hashes, counts and the class list.
 
-  python -m launch data write fashion_mnist --out data/fashion_mnist
-  python -m launch data write cifar10 --extra ti_500K_pseudo_labeled.pickle --out data/cifar10_extra
-  python -m launch data write imagenet --source /data/ilsvrc2012 --out data/imagenet
-  python -m launch data write image_folder --source /data/birds --classes robin,wren --out data/two_birds
+  %(prog)s fashion_mnist --out data/fashion_mnist
+  %(prog)s cifar10 --extra ti_500K_pseudo_labeled.pickle --out data/cifar10_extra
+  %(prog)s imagenet --source /data/ilsvrc2012 --out data/imagenet
+  %(prog)s image_folder --source /data/birds --classes robin,wren --out data/two_birds
 
 fashion_mnist      comes from Debian's package dataset-fashion-mnist, else from a folder with its four idx files
                    (--source), else it is downloaded.
@@ -41,14 +41,14 @@ pixels are stored bit-exact, larger ones as JPEG. A file that is there already, 
 VERIFY = """\
 Read a file completely: compare every byte with the hashes of its manifest, and decode every image.
 
-  python -m launch data verify data/imagenet/train.beton
+  %(prog)s data/imagenet/train.beton
 
 Exit code 0 if it is as it was written, 1 if it is damaged (all damaged samples are listed), 2 if there is no such file.
 """
 INFO = """\
 Print what a file holds: counts per class, image sizes, source, conversions, hashes.
 
-  python -m launch data info data/fashion_mnist/train.beton
+  %(prog)s data/fashion_mnist/train.beton
 """
 SHOWN_SAMPLES = 100
 Progress = Callable[[str, int, int], None]

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pipeline.evaluation.runner import Task
 
 EXAMPLE = """\
-  python -m launch evaluate runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 10 --images 1000
-  python -m launch evaluate demo --attack autoattack --images 1000    (every finished network of the run)
-  python -m launch evaluate first --attack autoattack --folder val --image-list imagenet_test_image_ids.txt
+  %(prog)s runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 10 --images 1000
+  %(prog)s demo --attack autoattack --images 1000    (every finished network of the run)
+  %(prog)s first --attack autoattack --folder val --image-list imagenet_test_image_ids.txt
 """
 KEPT = "what was judged is kept: the same command goes on with it"
 

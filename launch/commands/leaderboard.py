@@ -10,7 +10,7 @@ from launch import run_folder
 
 ID = r"[A-Za-z0-9-]+"
 EXAMPLE = """\
-  python -m launch leaderboard first --id Doe2026Small --title "Small robust networks" --authors "Jane Doe, John Roe" \\
+  %(prog)s first --id Doe2026Small --title "Small robust networks" --authors "Jane Doe, John Roe" \\
       --link https://arxiv.org/abs/0000.00000
 """
 

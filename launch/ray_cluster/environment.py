@@ -8,7 +8,6 @@ from pathlib import Path
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """Nothing large goes through Ray: images come from FFCV, weights through the run directory."""
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
@@ -30,7 +29,6 @@ def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     if not gpu:

@@ -20,7 +20,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from launch.ray_cluster.environment import ROOT
 from launch.ray_cluster.scratch import RAY, new_scratch
 
 CLUSTER_MARK = "HYDRA_CLUSTER"
@@ -101,7 +100,6 @@ class Reaper:
         self.mark = secrets.token_hex(8)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "launch.ray_cluster.reaper", self.mark, str(self.folder)],
-            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.ray_cluster.environment import ROOT
 from launch.slurm.report_job import REPORT
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.slurm import Slurm
@@ -25,7 +24,6 @@ def sbatch_parameters(recipe: Recipe, run_folder: Path, job_name: str, dependenc
     extra: dict[str, Any] = {
         "nodes": str(low) if low == high else f"{low}-{high}",
         "requeue": True,
-        "chdir": str(ROOT),
         **slurm.options,
     }
     if slurm.mem is not None:

@@ -48,7 +48,7 @@ def _node_range(value: Any) -> tuple[int, int]:
 
 
 _OURS = (
-    *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "ntasks"),
+    *("array", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "ntasks"),
     *("ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "tasks-per-node", "test-only", "wait"),
     "wrap",
 )

@@ -241,7 +241,9 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for key, name in names.items():
         value = origin.get(key)
-        if key == "gpus" and value is not None:
+        if key == "commit" and key in origin:
+            rows.append((name, value or "unknown: not run from a git checkout"))
+        elif key == "gpus" and value is not None:
             rows.append((name, "; ".join(value) or "none"))
         elif value is not None:
             rows.append((name, str(value)))

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pipeline
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json_if_there
@@ -67,12 +68,17 @@ NVIDIA_SMI_S = 20.0
 
 
 def _commit() -> str | None:
-    git = shutil.which("git")
+    """Of the checkout that the code is imported from; None (unknown) where it is not one, as in an installed wheel."""
+    git, source = shutil.which("git"), Path(pipeline.__file__).resolve().parent
     if git is None:
         return None
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-    return done.stdout.strip() if done.returncode == 0 else None
+
+    def output(*arguments: str) -> str | None:
+        done = subprocess.run([git, "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A wheel in a virtual environment may lie inside the checkout of something else, which does not track it.
+    return output("rev-parse", "HEAD") if output("ls-files", "__init__.py") else None
 
 
 def _gpus() -> list[str]:

@@ -43,7 +43,11 @@ def write_recipe(place: Path, data: Path) -> str:
 
 @dataclass(frozen=True)
 class Story:
-    """One run's life: started, started again meanwhile, interrupted, resumed, terminated, resumed, run once more."""
+    """One run's life: started, started again meanwhile, interrupted, resumed, terminated, resumed, run once more.
+
+    All in a folder that is not the project's, so that Ray's workers find it only because it is installed; the first
+    start is by the installed command.
+    """
 
     place: Path
     pid: int
@@ -72,7 +76,7 @@ def story(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story
     place = tmp_path_factory.mktemp("life")
     start = ("run", write_recipe(place, fashion_data), "--name", "life")
     run = place / "runs" / "life"
-    first = Command(place, *start)
+    first = Command(place, *start, module=None)
     try:
         wait_until(lambda: (run / "pretrain" / "lease.json").exists(), RUN_S, "the lease of the first start")
         holder = read_holder(run / "pretrain")

@@ -3,6 +3,7 @@ started accounted for."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -13,11 +14,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = Path(sys.executable).parent / "hydra-pipeline"
 MARK = "HYDRA_TEST_COMMAND"
 SHARED_MEMORY = Path("/dev/shm")
 END_S = 30
@@ -90,6 +94,16 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@cache
+def _require_installed() -> None:
+    """The command runs in another folder, where Python finds the installed project: it must be this checkout."""
+    try:
+        installed = json.loads(distribution("hydra-pipeline").read_text("direct_url.json") or "{}").get("url")
+    except PackageNotFoundError:
+        installed = None
+    assert installed == ROOT.as_uri(), f"{sys.prefix} has {installed} installed, not {ROOT}; run: make setup"
+
+
 @dataclass(frozen=True)
 class Finished:
     code: int
@@ -98,16 +112,20 @@ class Finished:
 
 
 class Command:
-    """`python -m MODULE ARGUMENTS` in the folder `place`, from its start to the end of its last descendant."""
+    """`python -m MODULE ARGUMENTS` in the folder `place`, from its start to the end of its last descendant. Without a
+    module it is the installed command, `hydra-pipeline ARGUMENTS`."""
 
-    def __init__(self, place: Path, *arguments: str, module: str = "launch") -> None:
+    def __init__(self, place: Path, *arguments: str, module: str | None = "launch") -> None:
         self._value = secrets.token_hex(8)
         self._started = time.time()
         self._streams = [place / f".{self._value}.{name}" for name in ("out", "err")]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self._value}
+        _require_installed()
+        environment = {**os.environ, MARK: self._value}
+        environment.pop("PYTHONPATH", None)  # what is started must find the project because it is installed
+        program = [str(INSTALLED)] if module is None else [sys.executable, "-m", module]
         with self._streams[0].open("w") as out, self._streams[1].open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [*program, *arguments],
                 cwd=place,
                 env=environment,
                 stdout=out,
@@ -151,6 +169,6 @@ class Command:
         return "\n".join(path.read_text() for path in self._streams)
 
 
-def launch(place: Path, *arguments: str, deadline_s: float = 180) -> Finished:
+def launch(place: Path, *arguments: str, module: str | None = "launch", deadline_s: float = 180) -> Finished:
     """Run one command to its end. It takes seconds, but may get a tenth of a processor."""
-    return Command(place, *arguments).finish(deadline_s)
+    return Command(place, *arguments, module=module).finish(deadline_s)

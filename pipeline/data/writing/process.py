@@ -129,11 +129,8 @@ def run_watched(
 
 
 def _environment() -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[3])
-    before = os.environ.get("PYTHONPATH")
     return {
         **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{before}" if before else root,
         "NUMBA_DISABLE_JIT": "1",  # importing ffcv would compile for seconds what writing never calls
         "OMP_NUM_THREADS": "1",  # the writer forks; the fewer threads it has by then, the better
         "OPENBLAS_NUM_THREADS": "1",

@@ -7,11 +7,13 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import pipeline
 from launch import run_folder
 from pipeline.distributed import Group
 from pipeline.recipe.file import load_recipe, recipe_hash
@@ -121,13 +123,20 @@ def test_names_that_are_no_folder_names_are_refused(name: str) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("why", ["no git", "no repository"])
+@pytest.mark.parametrize("why", ["no git", "no repository", "another repository"])
 def test_provenance_without_a_commit(why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if why == "no git":
         monkeypatch.setattr(shutil, "which", lambda _: None)
     else:
-        monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "launch" / "run_folder.py"))
+        package = tmp_path / ".venv" / "pipeline" / "__init__.py"
+        package.parent.mkdir(parents=True)
+        package.touch()
+        monkeypatch.setattr(pipeline, "__file__", str(package))
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    if why == "another repository":
+        identity = ["-c", "user.name=me", "-c", "user.email=me@here"]
+        for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+            subprocess.run(["git", *command], cwd=tmp_path, check=True, timeout=20)
     folder = run_folder.open_or_create(recipe_with(), None, NO_DATA)
     assert json.loads((folder / "provenance.json").read_text())["commit"] is None
 
