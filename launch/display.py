@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.run.files import parse_row, read_json
 from pipeline.run.layout import evaluation_path
 
 Row = dict[str, Any]
+Value = TypeVar("Value")
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -173,25 +175,25 @@ def _look(stage: _Stage, show: _Lines | _Bars) -> None:
     if not stage.finished:
         _look_at_training(stage, show)
     else:
-        progress = _read_if_whole(stage.folder / "evaluate" / "progress.json")
+        progress = _read_if_whole(stage.folder / "evaluate" / "progress.json", read_json)
         for name in list(stage.left):
-            evaluation = _read_if_whole(evaluation_path(stage.folder, name))
+            evaluation = _read_if_whole(evaluation_path(stage.folder, name), EvaluationResult.read)
             if evaluation is not None:
                 stage.left.remove(name)
                 show.end(stage.name)
-                show.say(f"{stage.name}  {_verdict(evaluation)}")
+                show.say(f"{stage.name}  {_accuracies_with_intervals(evaluation)}")
         if progress is not None and progress["attack"] in stage.left:
             show.evaluate(stage.name, progress["done"], progress["total"])
 
 
 def _look_at_training(stage: _Stage, show: _Lines | _Bars) -> None:
     if stage.plan is None:
-        stage.plan = _read_if_whole(stage.folder / "stage.json")
+        stage.plan = _read_if_whole(stage.folder / "stage.json", read_json)
         if stage.plan is None:
             return
         steps, batch = stage.plan["total_steps"], stage.plan["batch_per_step"]
         show.say(f"{stage.name}  {steps:,} steps of {batch:,} images")
-    result = _read_if_whole(stage.folder / "result.json")  # before the rows, so that none of them is missed
+    result = _read_if_whole(stage.folder / "result.json", read_json)  # before the rows, so that none of them is missed
     rows, anew = stage.tail.read()
     if anew:
         show.say(f"{stage.name}  resumed, at step {rows[-1]['step'] if rows else 0}")
@@ -228,13 +230,12 @@ def _accuracies(row: Row) -> str:
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in named if value is not None)
 
 
-def _verdict(evaluation: Row) -> str:
+def _accuracies_with_intervals(evaluation: EvaluationResult) -> str:
     parts = []
-    for kind in ("clean", "robust"):
-        accuracy = evaluation[f"{kind}_accuracy"]
-        low, high = 100 * accuracy["low"], 100 * accuracy["high"]
-        parts.append(f"{kind} {100 * accuracy['value']:.2f} % [{low:.2f}, {high:.2f}]")
-    return f"{', '.join(parts)} on {evaluation['images']:,} test images: {evaluation['title']}"
+    for kind in KINDS:
+        value, low, high = (100 * share for share in evaluation.accuracy(kind).to_json().values())
+        parts.append(f"{kind} {value:.2f} % [{low:.2f}, {high:.2f}]")
+    return f"{', '.join(parts)} on {evaluation.images:,} test images: {evaluation.title}"
 
 
 def _parse(line: bytes) -> Row | None:
@@ -243,9 +244,9 @@ def _parse(line: bytes) -> Row | None:
     return row if row is not None and "kind" in row and "step" in row else None
 
 
-def _read_if_whole(path: Path) -> Row | None:
-    """The file's value; None if it is not there (yet), or not to be read at this moment."""
+def _read_if_whole(path: Path, read: Callable[[Path], Value]) -> Value | None:
+    """What `read` makes of a file; None if it is not there (yet), or cannot be read at this moment."""
     try:
-        return read_json(path)
+        return read(path)
     except (OSError, ValueError):
         return None

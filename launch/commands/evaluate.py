@@ -1,4 +1,4 @@
-"""`python -m launch evaluate`: attack a finished network again, with another strength or on other images."""
+"""`python -m launch evaluate`: attacks finished networks again, with another strength or on other images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from pipeline.recipe.stages import stages_of
 from pipeline.run.files import sha256_of
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.chunks import Crops, Images
+    from pipeline.data.loading.image_list import ListedImages
+    from pipeline.data.loading.loader import Loader
     from pipeline.evaluation.measures.pgd import Pgd
-    from pipeline.evaluation.runner import Task
+    from pipeline.evaluation.spec import EvaluationSpec
 
 EXAMPLE = """\
   %(prog)s runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 10 --images 1000
   %(prog)s demo --attack autoattack --images 1000    (every finished network of the run)
   %(prog)s first --attack autoattack --folder val --image-list imagenet_test_image_ids.txt
 """
-KEPT = "what was judged is kept: the same command goes on with it"
+KEPT = "finished chunks are kept; the same command continues with the next one"
 
 
 def add_parser(commands: Any) -> None:
@@ -46,7 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--restarts", type=int, help="their random restarts (default: the recipe's)")
     parser.add_argument("--step-size", type=_pixels, help="for example 1/255 (default: the recipe's)")
     parser.add_argument("--source", type=Path, help="file that transfer makes its examples on (default: the dense one)")
-    parser.add_argument("--folder", type=Path, help="judge image files in folders by class, as leaderboards do")
+    parser.add_argument("--folder", type=Path, help="evaluate on image files in folders by class, as leaderboards do")
     parser.add_argument("--image-list", type=Path, metavar="FILE", help="which of them: one <class>/<file> per line")
     parser.set_defaults(handler=_evaluate, after_interrupt=KEPT)
 
@@ -117,40 +118,44 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _attack_each(arguments: argparse.Namespace) -> None:
-    """Print the counts of every network that is meant. Errors: ValueError; LoaderError for images that do not come."""
+    """Print the result of every network that is meant. Errors: ValueError; LoaderError for images that do not come."""
     folder, files = _targets(arguments.target)
     run_folder.check_same_data(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     attacks = [_attack(name, arguments, recipe) for name in arguments.attack]
 
-    from launch.commands.judge import Judge
+    from launch.commands.evaluation_cache import EvaluationCache
     from pipeline.distributed import Group, make_deterministic, pick_device
-    from pipeline.evaluation.runner import task_of
+    from pipeline.evaluation.images import EvaluationImages
+    from pipeline.evaluation.spec import evaluation_spec
 
     source = arguments.source or folder / "pretrain" / "model.safetensors"
-    group = Group(0, 1, pick_device(recipe.workers.device))
-    loader, crops = _images(arguments, recipe)
-    with loader:
+    device = pick_device(recipe.workers.device)
+    with _open_images(arguments, recipe) as loader:
         make_deterministic(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
         if arguments.images != "all" and int(arguments.images) > loader.num_samples:
             raise ValueError(f"--images {arguments.images}: expected all or a number from 1 to {loader.num_samples}")
-        judge = Judge(folder, recipe, loader, crops, group)
-        tasks = [(task_of(attack, recipe, source, group), _attacked(attack, files, source)) for attack in attacks]
-        for attack, (task, networks) in zip(attacks, tasks, strict=True):
-            pgd = _checked(attack, task, recipe)
+        images = EvaluationImages.all_of(loader, recipe.data.augmentation)
+        cache = EvaluationCache(folder, recipe, images, Group(0, 1, device))
+        specs = [
+            (evaluation_spec(recipe, attack, source, device), _attacked(attack, files, source)) for attack in attacks
+        ]
+        for attack, (spec, networks) in zip(attacks, specs, strict=True):
+            pgd = _checked(attack, spec, recipe)
             for path in networks:
-                honesty = {} if pgd is None else {"honesty": judge.honesty(path, pgd, task.images)}
-                print(json.dumps({"file": str(path), **judge.counts(path, task, honesty)}), flush=True)
+                honesty = None if pgd is None else cache.check_honesty(path, pgd, spec.images)
+                result = cache.evaluate(path, spec, honesty)
+                print(json.dumps({"file": str(path), **result.to_json()}), flush=True)
 
 
-def _checked(attack: Attack, task: Task, recipe: Recipe) -> Pgd | None:
+def _checked(attack: Attack, spec: EvaluationSpec, recipe: Recipe) -> Pgd | None:
     """The PGD whose honesty says whether an attack can be believed; None where the checks have nothing to say."""
     from pipeline.evaluation.measures.pgd import Pgd
-    from pipeline.evaluation.runner import measure_of
+    from pipeline.evaluation.spec import recipe_measure
 
     if recipe.threat_model is None or attack.name not in FOLLOWING or not recipe.evaluation.honesty_images:
         return None
-    measure = task.measure if attack.name == "pgd" else measure_of(recipe)
+    measure = spec.measure if attack.name == "pgd" else recipe_measure(recipe)
     return measure if isinstance(measure, Pgd) else None
 
 
@@ -165,13 +170,10 @@ def _attacked(attack: Attack, files: list[Path], source: Path) -> list[Path]:
     return others
 
 
-def _images(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Images, Crops]:
+def _open_images(arguments: argparse.Namespace, recipe: Recipe) -> Loader | ListedImages:
     """The recipe's test file, or what --folder and --image-list say. Errors: ValueError."""
-    import numpy as np
-
     from pipeline.data.loading.image_list import CROPPED, ListedImages
     from pipeline.data.loading.loader import Loader
-    from pipeline.data.loading.sampling import evaluation_crops
     from pipeline.data.manifest import read_manifest
 
     data, threads = recipe.data, recipe.workers.threads
@@ -179,14 +181,10 @@ def _images(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Images, Crop
     if (folder is None) != (image_list is None):
         raise ValueError("--folder and --image-list belong together: where the images are, and which of them")
     if folder is None:
-        loader = Loader(Path(data.test_file), image_size=data.image_size, threads=threads)
-        crops = evaluation_crops(data.augmentation, loader.heights, loader.widths, data.image_size)
-        return loader, lambda ids: crops[ids]
+        return Loader(Path(data.test_file), image_size=data.image_size, threads=threads)
     if data.image_size != CROPPED:
         raise ValueError(
             f"--folder gives images of {CROPPED} pixels a side, and the network was trained on {data.image_size} "
             "(data.image_size)"
         )
-    classes = read_manifest(Path(data.test_file)).class_names
-    # These are cropped as they are read.
-    return ListedImages(folder, image_list, classes, threads=threads), lambda ids: np.zeros((len(ids), 5), np.int32)
+    return ListedImages(folder, image_list, read_manifest(Path(data.test_file)).class_names, threads=threads)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from launch import run_folder
 from launch.slurm.control_files import StartLog
 from launch.slurm.submit import parse_jobs, stages_by_job
+from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import Stage
 from pipeline.run.files import read_json, read_rows
@@ -294,7 +295,8 @@ def _failure(row: Any) -> tuple[float, str | None, str]:
 
 
 def _interval(evaluation: Any) -> str:
-    value, low, high = (100 * evaluation["robust_accuracy"][key] for key in ("value", "low", "high"))
+    accuracy = EvaluationResult.parse(evaluation).robust_accuracy
+    value, low, high = (100 * share for share in (accuracy.value, accuracy.low, accuracy.high))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 

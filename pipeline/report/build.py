@@ -10,6 +10,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.result import KINDS, Accuracy
 from pipeline.evaluation.statistics import McNemar
 from pipeline.report.comparison import NOISE, within_noise
 from pipeline.report.extra_evaluations import corruption_table, extra_rows, extra_table
@@ -77,8 +78,8 @@ def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
     for network in runs[0].networks:
         same = [run.find(network.name, network.keep_fraction) for run in runs]
         row = [network.name.ljust(longest), network.pruned]
-        for kind in ("clean", "robust"):
-            row += _cells([n.evaluation[f"{kind}_accuracy"] for n in same if n and n.evaluation], len(runs))
+        for kind in KINDS:
+            row += _cells([n.evaluation.accuracy(kind) for n in same if n and n.evaluation], len(runs))
         if network.name in runs[0].baselines:
             for i in range(len(runs)):
                 points, p = _difference_cells(comparisons[i, network.name, network.keep_fraction])
@@ -96,13 +97,13 @@ def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 
-def _cells(accuracies: list[dict[str, float]], expected: int) -> list[str]:
+def _cells(accuracies: list[Accuracy], expected: int) -> list[str]:
     """(value, bounds) of one network: its interval, or the mean and range over seeds."""
     if not accuracies:
         return ["missing", ""]
-    values = [100 * accuracy["value"] for accuracy in accuracies]
+    values = [100 * accuracy.value for accuracy in accuracies]
     if expected == 1:
-        return [f"{values[0]:.2f}", f"[{100 * accuracies[0]['low']:.2f}, {100 * accuracies[0]['high']:.2f}]"]
+        return [f"{values[0]:.2f}", f"[{100 * accuracies[0].low:.2f}, {100 * accuracies[0].high:.2f}]"]
     present = "" if len(values) == expected else f" ({len(values)} of {expected})"
     return [f"{sum(values) / len(values):.2f}{present}", f"[{min(values):.2f}, {max(values):.2f}]"]
 
@@ -125,13 +126,14 @@ def _accuracy_rows(runs: list[RunResult], comparisons: Comparisons) -> list[dict
                 "keep_fraction": network.keep_fraction,
                 "pruned_percent": network.pruned.removesuffix(" %"),
             }
-            facts = network.evaluation or {}
-            row |= {key: facts.get(key) for key in ("attack", "title", "images")}
-            row |= {key: facts.get("settings", {}).get(key) for key in ("norm", "eps")}
-            for kind in ("clean", "robust"):
-                row[f"{kind}_correct"] = facts.get(f"{kind}_correct")
+            evaluation = network.evaluation
+            row |= {key: getattr(evaluation, key, None) for key in ("attack", "title", "images")}
+            row |= {key: evaluation.settings.get(key) if evaluation else None for key in ("norm", "eps")}
+            for kind in KINDS:
+                row[f"{kind}_correct"] = evaluation.correct(kind) if evaluation else None
+                accuracy = evaluation.accuracy(kind) if evaluation else None
                 for part in ("value", "low", "high"):
-                    row[f"{kind}_accuracy_{part}"] = facts.get(f"{kind}_accuracy", {}).get(part)
+                    row[f"{kind}_accuracy_{part}"] = getattr(accuracy, part, None)
             test = comparisons.get((i, network.name, network.keep_fraction))
             row["hydra_lead"] = test.difference if test else None
             row["only_hydra_correct"] = test.only_first if test else None

@@ -55,7 +55,7 @@ def differences(runs: list[RunResult], comparisons: Comparisons) -> list[Differe
         network = runs[i].find("HYDRA", keep)
         interval = (0.0, 0.0)
         if test is not None and network is not None and network.evaluation is not None:
-            interval = paired_interval(test.only_first, test.only_second, network.evaluation["images"])
+            interval = paired_interval(test.only_first, test.only_second, network.evaluation.images)
         found.append(Difference(runs[i], baseline, keep, test, *interval))
     return found
 

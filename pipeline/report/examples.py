@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.prefetch import LoaderError
-from pipeline.data.loading.sampling import evaluation_crops
 from pipeline.data.manifest import DataError, read_manifest
+from pipeline.evaluation.images import EvaluationImages
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.models.export import load_model
 from pipeline.report.results import NetworkResult, RunResult
-from pipeline.robustness.attacks import ball_of, crafting, device_keys, pgd
+from pipeline.robustness.attacks import crafting
 
 COUNT = 8
 MOST_S = 10.0
@@ -60,23 +59,12 @@ def examples(
     seconds the rest is left out, the first never. Without a threat model nothing is moved.
     """
     started, found = time.monotonic(), []
-    noise = device_keys(ids, images.device, attack.seed, "evaluate", 0)
     with crafting(network):
         for i in range(len(images)):
             if i and time.monotonic() - started > most_s:
                 break
-            x, y, x_adv = images[i : i + 1], labels[i : i + 1], images[i : i + 1]
-            if attack.threat_model is not None:
-                ball = ball_of(attack.threat_model)
-                x_adv = pgd(
-                    network,
-                    x,
-                    lambda logits, y=y: F.cross_entropy(logits, y, reduction="none"),
-                    ball=ball,
-                    steps=attack.steps,
-                    step_size=attack.step_size,
-                    start=ball.random_start(x, noise[i : i + 1]),
-                )
+            x, y = images[i : i + 1], labels[i : i + 1]
+            x_adv = next(attack.examples(network, x, y, ids[i : i + 1]), x)
             with torch.no_grad():
                 both = torch.cat([network(x), network(x_adv)]).softmax(dim=1)
             confidence, prediction = both.max(dim=1)
@@ -102,24 +90,21 @@ def examples_of(run: RunResult) -> Shown | str:
     if not finished:
         return "no pruned network is finished"
     if recipe.objective.measure != "pgd" or recipe.threat_model is None:
-        return "the networks of this recipe are not judged by an attack"
+        return "the networks of this recipe are not evaluated by an attack"
     network = min(finished, key=lambda n: n.keep_fraction)
     path = Path(recipe.data.test_file)
     if not path.is_file():
         return "the test file is not on this machine"
-    judged_on = network.evaluation["data_sha256"] if network.evaluation else None
     attack = Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
     try:
-        if judged_on is not None and read_manifest(path).sha256 != judged_on:
+        if network.evaluation and read_manifest(path).sha256 != network.evaluation.data_sha256:
             return "the test file was replaced since the evaluation"
         with Loader(path, image_size=recipe.data.image_size, threads=1) as loader:
-            count = min(COUNT, loader.num_samples)
-            ids = np.arange(count) * loader.num_samples // count
-            crops = evaluation_crops(recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size)
-            batch = loader.read(ids, crops[ids])
+            some = EvaluationImages.all_of(loader, recipe.data.augmentation).spread(COUNT)
+            batch = loader.read(some.ids, some.crops(some.ids))
         module = load_model(network.folder / "model.safetensors")
     except (DataError, LoaderError, ValueError) as error:
         return str(error)
     # On the CPU, also where there is a GPU: a run may be training on it.
-    found = examples(module, batch.images.float().div(255.0), batch.labels, ids, attack)
+    found = examples(module, *batch.to(torch.device("cpu")), some.ids, attack)
     return Shown(network, attack.title, loader.class_names, found)

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.corruptions.measure import SEVERITIES
+from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.report.results import NetworkResult, RunResult
 from pipeline.run.files import read_json
 
+WITHOUT_SEVERITIES = [None] * len(SEVERITIES)
 
-def kept_evaluations(network: NetworkResult) -> list[tuple[Path, dict[str, Any]]]:
-    """Files and counts of every evaluation of a network, its measure's own among them, by file name.
+
+def kept_evaluations(network: NetworkResult) -> list[tuple[Path, EvaluationResult]]:
+    """Files and results of every evaluation of a network, its measure's own among them, by file name.
 
     Files that cannot be read are left out, as are those of another `model_sha256`: of the network before it was trained
     anew. Honesty checks are no evaluation.
@@ -21,26 +24,23 @@ def kept_evaluations(network: NetworkResult) -> list[tuple[Path, dict[str, Any]]
     found = []
     for path in sorted((network.folder / "evaluate").glob("*.json")):
         try:
-            facts = read_json(path)
+            evaluation = EvaluationResult.read(path)
         except ValueError:
             continue
-        if facts.get("model_sha256", "") == model and facts["attack"] != "honesty":
-            found.append((path, facts))
+        if evaluation.model_sha256 == model and evaluation.attack != "honesty":
+            found.append((path, evaluation))
     return found
 
 
-def extra_evaluations(network: NetworkResult) -> list[dict[str, Any]]:
-    """Counts of every evaluation of a network but its measure's own, ordered by what was done."""
-    found = [facts for _, facts in kept_evaluations(network) if facts != network.evaluation]
-    return sorted(found, key=lambda facts: (facts["title"], facts["images"]))
+def extra_evaluations(network: NetworkResult) -> list[EvaluationResult]:
+    """Every evaluation of a network but its measure's own, ordered by what was done."""
+    found = [evaluation for _, evaluation in kept_evaluations(network) if evaluation != network.evaluation]
+    return sorted(found, key=lambda evaluation: (evaluation.title, evaluation.images))
 
 
-def _checks(facts: dict[str, Any]) -> list[dict[str, str]]:
-    return facts.get("honesty", {}).get("checks", [])
-
-
-def _by_severity(facts: dict[str, Any]) -> list[float | None]:
-    return facts.get("severity_accuracy", [None] * len(SEVERITIES))
+def _honesty_warnings(evaluation: EvaluationResult) -> list[str]:
+    checks = evaluation.honesty.checks if evaluation.honesty is not None else ()
+    return [check.name for check in checks if check.status == "warn"]
 
 
 def extra_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
@@ -52,22 +52,25 @@ def extra_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
             "network": network.name,
             "keep_fraction": network.keep_fraction,
             "pruned_percent": network.pruned.removesuffix(" %"),
-            **{key: facts[key] for key in ("attack", "title", "images", "chunk")},
-            **{key: facts["settings"].get(key) for key in ("norm", "eps")},
-            **{f"{kind}_correct": facts[f"{kind}_correct"] for kind in ("clean", "robust")},
+            **{key: getattr(evaluation, key) for key in ("attack", "title", "images", "chunk")},
+            **{key: evaluation.settings.get(key) for key in ("norm", "eps")},
+            **{f"{kind}_correct": evaluation.correct(kind) for kind in KINDS},
             **{
-                f"{kind}_accuracy_{part}": facts[f"{kind}_accuracy"][part]
-                for kind in ("clean", "robust")
-                for part in ("value", "low", "high")
+                f"{kind}_accuracy_{part}": value
+                for kind in KINDS
+                for part, value in evaluation.accuracy(kind).to_json().items()
             },
-            "flags": " ".join(flag for flag, images in facts.get("flags", {}).items() if images),
-            "honesty_warnings": ", ".join(c["name"] for c in _checks(facts) if c["verdict"] == "warn"),
-            "mean_corruption_accuracy": facts.get("mean_corruption_accuracy"),
-            **{f"severity_{s}_accuracy": value for s, value in zip(SEVERITIES, _by_severity(facts), strict=True)},
+            "flags": " ".join(flag for flag, images in (evaluation.flags or {}).items() if images),
+            "honesty_warnings": ", ".join(_honesty_warnings(evaluation)),
+            "mean_corruption_accuracy": evaluation.mean_corruption_accuracy,
+            **{
+                f"severity_{severity}_accuracy": value
+                for severity, value in zip(SEVERITIES, evaluation.severity_accuracy or WITHOUT_SEVERITIES, strict=True)
+            },
         }
         for run in runs
         for network in run.networks
-        for facts in extra_evaluations(network)
+        for evaluation in extra_evaluations(network)
     ]
     return sorted(rows, key=lambda row: (row["title"], row["images"]))
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.evaluation.result import KINDS
 from pipeline.report.charts import (
     accuracy_chart,
     certified_charts,
@@ -28,7 +29,6 @@ from pipeline.report.pictures import cards
 from pipeline.report.results import (
     CertifiedCurves,
     Comparisons,
-    Kind,
     NetworkResult,
     RunResult,
     accuracies,
@@ -47,7 +47,6 @@ HERE = Path(__file__).parent
 TEMPLATES = Environment(
     loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-KINDS: tuple[Kind, ...] = ("clean", "robust")
 
 
 def write_page(runs: list[RunResult], comparisons: Comparisons, curves: CertifiedCurves, path: Path) -> None:
@@ -124,10 +123,10 @@ def _accuracy_cells(run: RunResult, network: NetworkResult) -> dict[str, Any]:
     cells = {"run": run.folder.name, "name": network.name, "pruned": network.pruned, "evaluated": False}
     if network.evaluation is not None:
         for kind in KINDS:
-            accuracy = network.evaluation[f"{kind}_accuracy"]
-            value, low, high = (100 * accuracy[part] for part in ("value", "low", "high"))
+            accuracy = network.evaluation.accuracy(kind)
+            value, low, high = (100 * share for share in (accuracy.value, accuracy.low, accuracy.high))
             cells |= {kind: f"{value:.2f}", f"{kind}_interval": f"{low:.2f} to {high:.2f}"}
-        cells |= {"evaluated": True, "images": f"{network.evaluation['images']:,}"}
+        cells |= {"evaluated": True, "images": f"{network.evaluation.images:,}"}
     return cells
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.evaluation.result import EvaluationResult, Kind
 from pipeline.evaluation.statistics import McNemar, certified_curve, mcnemar
 from pipeline.recipe.fields import canonical_decimal
 from pipeline.recipe.file import load_recipe, recipe_hash
@@ -18,7 +19,6 @@ from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
 from pipeline.run.files import read_json, read_json_if_there
 from pipeline.run.layout import evaluation_path, honesty_path
 
-Kind = Literal["clean", "robust"]
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """What must agree, beside the attack's settings, before two accuracies may stand in one table."""
 CHECK_KEYS = ("name", "verdict", "figure", "meaning")
@@ -34,8 +34,8 @@ class NetworkResult:
     name: str
     """One of NETWORK_OF_PHASE."""
     keep_fraction: Decimal
-    evaluation: dict[str, Any] | None
-    """What the stage's measure found (evaluate/pgd.json, for example), or None while it is missing."""
+    evaluation: EvaluationResult | None
+    """By the stage's own measure (evaluate/pgd.json, for example), or None while it is missing."""
     layers: list[dict[str, Any]]
     """name, kept and total per masked layer; empty while the stage is unfinished."""
 
@@ -89,7 +89,7 @@ def compare(run: RunResult, keep_fraction: Decimal, baseline: str) -> McNemar | 
         network = run.find(name, keep_fraction)
         if network is None or network.evaluation is None:
             return None
-        path = network.folder / "evaluate" / f"{network.evaluation['attack']}.parquet"
+        path = network.folder / "evaluate" / f"{network.evaluation.attack}.parquet"
         if not path.exists():
             return None
         table = pq.read_table(path, columns=["sample_id", "robust_correct"])
@@ -127,7 +127,7 @@ def p_text(p: float) -> str:
 def accuracies(runs: list[RunResult], name: str, keep: Decimal, kind: Kind) -> list[dict[str, float]]:
     """value, low and high of every run in which the network is evaluated."""
     networks = [run.find(name, keep) for run in runs]
-    return [n.evaluation[f"{kind}_accuracy"] for n in networks if n is not None and n.evaluation is not None]
+    return [n.evaluation.accuracy(kind).to_json() for n in networks if n is not None and n.evaluation is not None]
 
 
 CURVE_POINTS = 101
@@ -141,7 +141,7 @@ def certified_curves(runs: list[RunResult]) -> CertifiedCurves:
     for i, run in enumerate(runs):
         for network in run.networks:
             path = evaluation_path(network.folder, "certified").with_suffix(".parquet")
-            if network.evaluation is not None and network.evaluation["attack"] == "certified" and path.exists():
+            if network.evaluation is not None and network.evaluation.attack == "certified" and path.exists():
                 table = pq.read_table(path, columns=["clean_correct", "radius"])
                 columns = [table[column].to_numpy() for column in table.column_names]
                 found[i, network.name, network.keep_fraction] = columns
@@ -154,7 +154,7 @@ def certified_curves(runs: list[RunResult]) -> CertifiedCurves:
 
 def claim(runs: list[RunResult]) -> str:
     """What it means here that an image counts as robust: robust (to an attack), certified or verified."""
-    attacks = {n.evaluation["attack"] for run in runs for n in run.networks if n.evaluation}
+    attacks = {n.evaluation.attack for run in runs for n in run.networks if n.evaluation}
     return next(iter(attacks & {"certified", "verified"}), "robust")
 
 
@@ -176,7 +176,7 @@ def honesty_checks(network: NetworkResult) -> list[dict[str, str]]:
             raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; {again}")
         if check["verdict"] not in VERDICTS:
             raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}; {again}")
-    return checks if found.get("model_sha256") == network.evaluation["model_sha256"] else []
+    return checks if found.get("model_sha256") == network.evaluation.model_sha256 else []
 
 
 def honesty_text(runs: list[RunResult]) -> str | None:
@@ -197,10 +197,10 @@ def honesty_text(runs: list[RunResult]) -> str | None:
 
 def attack_text(runs: list[RunResult]) -> str:
     """The attack and the images that all accuracies of `runs` were measured with, in words."""
-    facts = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)
-    if facts is None:
+    first = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)
+    if first is None:
         return "nothing is evaluated yet"
-    return f"{facts['title']}, {facts['images']:,} test images"
+    return f"{first.title}, {first.images:,} test images"
 
 
 def _read_run(folder: Path) -> RunResult:
@@ -214,9 +214,9 @@ def _read_run(folder: Path) -> RunResult:
             continue
         stage_folder = folder / stage.name
         evaluated = evaluation_path(stage_folder, stage.measure)
-        evaluation = read_json_if_there(evaluated)
+        evaluation = EvaluationResult.read(evaluated) if evaluated.exists() else None
         result = read_json_if_there(stage_folder / "result.json")
-        if evaluation and result and evaluation["model_sha256"] != result["model_sha256"]:
+        if evaluation and result and evaluation.model_sha256 != result["model_sha256"]:
             raise ValueError(
                 f"{evaluated} is of another model than {stage_folder / 'result.json'}; "
                 "delete it and resume the run, which evaluates again"
@@ -244,5 +244,5 @@ def _check_one_attack(runs: list[RunResult]) -> None:
                 )
 
 
-def _attack_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {fact: evaluation[fact] for fact in ATTACK_FACTS} | evaluation["settings"]
+def _attack_facts(evaluation: EvaluationResult) -> dict[str, Any]:
+    return {fact: getattr(evaluation, fact) for fact in ATTACK_FACTS} | evaluation.settings

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.evaluation.result import KINDS
 from pipeline.report.build import PAGE
 from pipeline.report.comparison import within_noise
 from pipeline.report.examples import Shown, examples_of
 from pipeline.report.extra_evaluations import extra_rows
 from pipeline.report.pictures import amplified, answers, pixels_of
-from pipeline.report.results import Kind, NetworkResult, RunResult, compare_all, honesty_checks, read_runs
+from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
 from pipeline.run.files import atomic_write_text
 from pipeline.run.provenance import config_of
 from pipeline.run.tracking.wandb_ids import forget_run
@@ -29,7 +30,6 @@ from pipeline.run.tracking.wandb_mirror import Label, Mirror
 if TYPE_CHECKING:
     import wandb
 
-KINDS: tuple[Kind, ...] = ("clean", "robust")
 AXES = {f"{kind}_accuracy/*": "sparsity" for kind in KINDS}
 CHART = "accuracy_per_sparsity"
 Rows = list[dict[str, Any]]
@@ -77,7 +77,7 @@ def rows_of(run: RunResult) -> Rows:
     for network in run.networks:
         row = rows.setdefault(_sparsity(network), {"sparsity": _sparsity(network)})
         if network.evaluation is not None:
-            values = {kind: network.evaluation[f"{kind}_accuracy"]["value"] for kind in KINDS}
+            values = {kind: network.evaluation.accuracy(kind).value for kind in KINDS}
             row |= {f"{kind}_accuracy/{network.name}": value for kind, value in values.items()}
     return [rows[sparsity] for sparsity in sorted(rows) if len(rows[sparsity]) > 1]
 
@@ -90,11 +90,10 @@ def tables_of(run: RunResult) -> dict[str, Rows]:
     for network in run.networks:
         of = {"method": network.name, "sparsity": _sparsity(network), "keep_fraction": float(network.keep_fraction)}
         if network.evaluation is not None:
-            row = of | {key: network.evaluation[key] for key in ("images", "title")}
+            row = of | {"images": network.evaluation.images, "title": network.evaluation.title}
             for kind in KINDS:
-                accuracy = network.evaluation[f"{kind}_accuracy"]
-                row[f"{kind}_accuracy"] = accuracy["value"]
-                row |= {f"{kind}_{bound}": accuracy[bound] for bound in ("low", "high")}
+                accuracy = network.evaluation.accuracy(kind)
+                row |= {f"{kind}_accuracy": accuracy.value, f"{kind}_low": accuracy.low, f"{kind}_high": accuracy.high}
             test = comparisons.get((0, network.name, network.keep_fraction))
             lead: dict[str, Any] = dict.fromkeys(("hydra_lead", "p", "within_noise"))
             if test is not None:
@@ -125,7 +124,7 @@ def _log_tables(logged: wandb.Run, run: RunResult, tables: Mapping[str, Rows]) -
     for network in run.networks:
         if network.evaluation is not None:
             for kind in KINDS:
-                point = 100 * _sparsity(network), 100 * network.evaluation[f"{kind}_accuracy"]["value"]
+                point = 100 * _sparsity(network), 100 * network.evaluation.accuracy(kind).value
                 lines.setdefault(f"{network.name}, {kind}", []).append(point)
     xs, ys = ([[point[axis] for point in sorted(points)] for points in lines.values()] for axis in (0, 1))
     title = "Clean and robust accuracy, %, per sparsity"

@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pipeline
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json_if_there
@@ -45,6 +44,8 @@ def config_of(recipe: Recipe, run: Path) -> dict[str, Any]:
 
 
 CPUS = Path("/proc/cpuinfo")
+SOURCE = Path(__file__).resolve().parents[1]
+"""The package of this project, in the checkout that it is imported from."""
 
 
 def processor_model() -> str:
@@ -69,12 +70,12 @@ NVIDIA_SMI_S = 20.0
 
 def _commit() -> str | None:
     """Of the checkout that the code is imported from; None (unknown) where it is not one, as in an installed wheel."""
-    git, source = shutil.which("git"), Path(pipeline.__file__).resolve().parent
+    git = shutil.which("git")
     if git is None:
         return None
 
     def output(*arguments: str) -> str | None:
-        done = subprocess.run([git, "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run([git, "-C", str(SOURCE), *arguments], capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else None
 
     # A wheel in a virtual environment may lie inside the checkout of something else, which does not track it.

@@ -110,17 +110,6 @@ class Job:
         train_ids, held_out_ids = sampling.held_out(loader.num_samples, data.validation_images)
         return sampling.train_subset(train_ids, data.train_images), held_out_ids
 
-    def evaluation_crops(self, loader: Loader) -> Callable[[NDArray[np.int64]], NDArray[np.int32]]:
-        """Sample ids -> crops to evaluate with."""
-        data = self.recipe.data
-
-        def crops(ids: NDArray[np.int64]) -> NDArray[np.int32]:
-            return sampling.evaluation_crops(
-                data.augmentation, loader.heights[ids], loader.widths[ids], data.image_size
-            )
-
-        return crops
-
     def folder(self, stage: Stage) -> Path:
         return self.run_folder / stage.name
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.data.loading.loader import Batch
-from pipeline.distributed import Group, to_device
+from pipeline.distributed import Group
 from pipeline.models import Network
 from pipeline.models.ema import update_average
 from pipeline.models.pruning.mask_drift import Drift
@@ -151,8 +151,7 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
     for index in range(local):
         with clock.during("data"):
             batch = next(training.micro_batches)
-            images = to_device(batch.images, group.device).float().div(255.0)
-            labels = to_device(batch.labels, group.device)
+            images, labels = batch.to(group.device)
         keys = device_keys(batch.ids.numpy(), group.device, recipe.seed, "attack", stage.name, step)
 
         def forward(fed: torch.Tensor, index: int = index, ids: torch.Tensor = batch.ids) -> torch.Tensor:

@@ -40,10 +40,9 @@ def connection_sensitivity(
     forward = craft_forward(network, autocast)
     network.train()
     for batch in micro_batches:
-        images = batch.images.to(group.device).float().div(255.0)
+        images, labels = batch.to(group.device)
         keys = device_keys(batch.ids.numpy(), group.device, seed, "snip", stage)
-        labels, none = batch.labels.to(group.device), torch.zeros_like(images)
-        given = Given(network, forward, images, labels, keys, autocast, noise=none)
+        given = Given(network, forward, images, labels, keys, autocast, noise=torch.zeros_like(images))
         gradients = torch.autograd.grad(objective(given).loss, tensors, materialize_grads=True)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient

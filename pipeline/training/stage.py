@@ -49,9 +49,8 @@ from pipeline.training.health import check_worker
 from pipeline.training.loop import Training, train
 from pipeline.training.replays import own_noise, replayed, start_noise
 from pipeline.training.rollback import go_back
-from pipeline.training.scrutiny import scrutinise
 from pipeline.training.snip import connection_sensitivity
-from pipeline.training.stage_evaluation import evaluate_stage, validation_of
+from pipeline.training.stage_evaluation import build_validation, check_honesty, evaluate_stage
 from pipeline.training.stage_tracking import stage_tracker, summary_of, tell_kept
 
 log = logging.getLogger(__name__)
@@ -85,10 +84,10 @@ def _run_stage(job: Job, stage: Stage) -> None:
             job.observe("stage_finished", {"stage": stage.name})
         tell_kept(job, stage, tracker)
         if to_evaluate:
-            scrutinise(job, stage)
-            for label, facts in evaluate_stage(job, stage, to_evaluate):
+            check_honesty(job, stage)
+            for label, result in evaluate_stage(job, stage, to_evaluate):
                 if tracker is not None:
-                    tracker.summary(summary_of(stage, label, facts))
+                    tracker.summary(summary_of(stage, label, result))
 
 
 def _own_checkpoint(folder: Path, token: str) -> Snapshot | None:
@@ -228,7 +227,7 @@ def _attempt(job: Job, stage: Stage, own: Snapshot | None, level: int, tracker: 
         average=average,
         noise=noise,
         drift=drift,
-        validate=validation_of(job, stage, network, average, loader, validation_ids),
+        validate=build_validation(job, stage, network, average, loader, validation_ids),
         save=save,
         observe=job.observe,
         stop_requested=job.stop_requested,

@@ -1,10 +1,11 @@
-"""Evaluation inside a run: on the held-out images while a stage trains, on the test set when it is finished."""
+"""Evaluation inside a run: on the held-out images while a stage trains, on the test set once it is finished."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,71 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.loading.loader import Loader
-from pipeline.evaluation.chunks import ChunkStore, evaluate
+from pipeline.evaluation.honesty.runner import honesty_spec, log_checks, run_honesty_checks, trained_network
+from pipeline.evaluation.images import EvaluationImages
 from pipeline.evaluation.measures.base import Measure
-from pipeline.evaluation.measures.overfitting_probe import Probed
+from pipeline.evaluation.measures.overfitting_probe import WithOverfittingProbe
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.evaluation.measures.randomized_smoothing import Noisy
 from pipeline.evaluation.measures.verified_bounds import Proved
-from pipeline.evaluation.runner import Task, judge, keep, measure_of, task_of
+from pipeline.evaluation.result import EvaluationResult
+from pipeline.evaluation.runner import EvaluationHooks, Evaluator
+from pipeline.evaluation.spec import evaluation_spec, recipe_measure
 from pipeline.models import Network
 from pipeline.models.ema import averaged
-from pipeline.models.export import load_model
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
-from pipeline.run.files import atomic_write_json, sha256_of
+from pipeline.run.files import atomic_write_json
+from pipeline.run.layout import honesty_path
 from pipeline.run.lease import check_token
 from pipeline.training.context import Job
 
 
-def validation_of(
+class _HeldOutHooks(EvaluationHooks):
+    """Reports chunks; nothing stops it, as the next step of training agrees on stopping."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def chunk_done(self, done: int, total: int) -> None:
+        self._job.observe("chunk", {"stage": None, "done": done})
+
+
+class _StageHooks(EvaluationHooks):
+    """Reports and stops an evaluation of a stage's network, and keeps a process that lost its lease from writing."""
+
+    def __init__(self, job: Job, stage: Stage) -> None:
+        self._job, self._stage = job, stage
+
+    def chunk_done(self, done: int, total: int) -> None:
+        self._job.observe("chunk", {"stage": self._stage.name, "done": done})
+
+    def pass_begins(self) -> None:
+        self._job.observe("pass", {"stage": self._stage.name})
+
+    def stop_requested(self) -> bool:
+        return self._job.stop_requested()
+
+    def before_writing(self) -> None:
+        check_token(self._job.folder(self._stage), self._job.token)
+
+
+class _TestSetHooks(_StageHooks):
+    """Writes evaluate/progress.json, too: the attack, and images done and in total."""
+
+    def __init__(self, job: Job, stage: Stage, path: Path, attack: str, images: int) -> None:
+        super().__init__(job, stage)
+        self._path, self._attack, self._images = path, attack, images
+
+    def chunk_done(self, done: int, total: int) -> None:
+        super().chunk_done(done, total)
+        if self._job.group.is_first:  # the others are about as far
+            progress = {"attack": self._attack, "total": self._images, "done": self._images * done // total}
+            atomic_write_json(self._path, progress)
+
+
+def build_validation(
     job: Job, stage: Stage, network: Network, average: dict[str, Tensor], loader: Loader, ids: NDArray[np.int64]
 ) -> Callable[[float], dict[str, Any]]:
     """Clean and robust accuracy on the held-out images, as a metrics row without its position. Collective.
@@ -40,20 +87,18 @@ def validation_of(
     """
     recipe = job.recipe
     usual, threat_model = _validation_measure(recipe), recipe.threat_model
-
-    def on_chunk(done: int, total: int) -> bool:
-        job.observe("chunk", {"stage": None, "done": done})
-        return False  # the next step agrees on stopping
+    images = EvaluationImages(loader, recipe.data.augmentation, ids)
+    evaluator = Evaluator(images, job.group, _HeldOutHooks(job))
 
     def validate(strength: float) -> dict[str, Any]:
         measure = usual
         if stage.objective.guarded:
             assert threat_model is not None
             eps = threat_model.eps * Fraction(strength)
-            measure = Probed(usual, _quick_pgd(recipe, threat_model.model_copy(update={"eps": eps})))
-        crops, chunk = job.evaluation_crops(loader), recipe.evaluation.chunk
+            pgd = _quick_pgd(recipe, threat_model.model_copy(update={"eps": eps}))
+            measure = WithOverfittingProbe(usual, pgd)
         with averaged(network, average) if average else nullcontext():
-            verdicts = evaluate(network, loader, ids, crops, measure, chunk, job.group, on_chunk)
+            verdicts = evaluator.verdicts(network, measure, recipe.evaluation.chunk)
         probe = {name: int(verdicts[name].sum()) for name in ("pgd_correct", "one_step_correct") if name in verdicts}
         return {
             "clean_accuracy": float(verdicts["clean_correct"].mean()),
@@ -65,58 +110,59 @@ def validation_of(
     return validate
 
 
-def evaluate_stage(job: Job, stage: Stage, labels: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The finished file, as anybody would load it, on the test set: those of `stage.evaluations` that are asked for.
+def evaluate_stage(job: Job, stage: Stage, labels: list[str]) -> Iterator[tuple[str, EvaluationResult]]:
+    """Evaluate the stage's exported network on the test set: those of `stage.evaluations` that `labels` names.
 
-    Yields each with its counts, once they are kept. What was judged before a stop or a crash is not judged again.
-    Collective.
+    Yields each with its result, once that is written. What was evaluated before a stop or a crash is not repeated.
+    Collective. Errors: those of `Evaluator.evaluate`; LeaseHeld.
     """
-    recipe, folder, group = job.recipe, job.folder(stage), job.group
-    model, evaluations = folder / "model.safetensors", folder / "evaluate"
-    evaluations.mkdir(exist_ok=True)
-    loader = job.loader(recipe.data.test_file)
-    network, sha256 = load_model(model).to(group.device), sha256_of(model)
+    recipe, folder = job.recipe, job.folder(stage)
+    progress = folder / "evaluate" / "progress.json"
+    progress.parent.mkdir(exist_ok=True)
+    images = _test_images(job)
     dense = job.run_folder / "pretrain" / "model.safetensors"
-    shown: dict[str, Any] = {}
-
-    def on_chunk(done: int, total: int) -> bool:
-        job.observe("chunk", {"stage": stage.name, "done": done})
-        if group.is_first:  # the others are about as far
-            progress = {**shown, "done": shown["total"] * done // total}
-            atomic_write_json(evaluations / "progress.json", progress)
-        return job.stop_requested()
-
-    def on_pass() -> bool:
-        job.observe("pass", {"stage": stage.name})
-        return job.stop_requested()
-
     for label in labels:
         attack = next((attack for attack in stage.attacks if attack.label == label), None)
-        task = own_task(recipe) if attack is None else task_of(attack, recipe, dense, group)
-        facts = task.facts(loader, sha256)
-        shown.update(attack=label, total=facts["images"])
-        store = ChunkStore(evaluations / f"{label}.chunks", facts)
-        crops = job.evaluation_crops(loader)
-        facts, verdicts = judge(
-            network, facts, task, loader, crops, group, store=store, on_chunk=on_chunk, on_pass=on_pass
-        )
-        if group.is_first:
-            check_token(folder, job.token)
-            keep(evaluations, label, facts, verdicts)
-            (evaluations / "progress.json").unlink(missing_ok=True)
-            store.remove()
-        group.barrier()
-        yield label, facts
+        spec = evaluation_spec(recipe, attack, dense, job.group.device)
+        hooks = _TestSetHooks(job, stage, progress, label, len(images.spread(spec.images).ids))
+        result = Evaluator(images, job.group, hooks).evaluate(spec, folder / "model.safetensors", label)
+        if job.group.is_first:
+            progress.unlink(missing_ok=True)
+        yield label, result
 
 
-def own_task(recipe: Recipe) -> Task:
-    """How the finished networks of a recipe are judged in any case."""
-    measure, evaluation = measure_of(recipe), recipe.evaluation
-    return Task(measure.name, measure, evaluation.images, evaluation.chunk)
+def check_honesty(job: Job, stage: Stage) -> None:
+    """Write honesty.json of a finished stage, and log what warns. Collective.
+
+    Only for networks that PGD attacks; a certificate and a proof need no attack. Finished chunks are kept over a stop
+    or a crash, and a file that is current is left as it is. Errors: those of `run_honesty_checks`; LeaseHeld.
+    """
+    recipe, folder, group = job.recipe, job.folder(stage), job.group
+    pgd = recipe_measure(recipe)
+    if not isinstance(pgd, Pgd) or pgd.threat_model is None or not recipe.evaluation.honesty_images:
+        return
+    file, target, images = folder / "model.safetensors", honesty_path(folder), _test_images(job)
+    spec = honesty_spec(recipe, pgd, recipe.evaluation.images or len(images.ids))
+    if group.broadcast(group.is_first and spec.header(images, file).read_if_current(target) is not None):
+        return
+    trained, chunks = trained_network(recipe, folder, stage), folder / "evaluate" / "honesty.chunks"
+    result, _, store = run_honesty_checks(
+        Evaluator(images, group, _StageHooks(job, stage)), spec, file, trained, chunks
+    )
+    if group.is_first:
+        check_token(folder, job.token)
+        atomic_write_json(target, result.to_json())
+        store.remove()
+        log_checks(stage.name, result.checks)
+    group.barrier()
+
+
+def _test_images(job: Job) -> EvaluationImages:
+    return EvaluationImages.all_of(job.loader(job.recipe.data.test_file), job.recipe.data.augmentation)
 
 
 def _validation_measure(recipe: Recipe) -> Measure:
-    """The same, as cheap as a look between epochs must be."""
+    """The recipe's measure on held-out images, as cheap as it must be between epochs."""
     steps = recipe.evaluation.validation_steps
     if recipe.objective.measure == "certified":
         assert recipe.objective.sigma is not None

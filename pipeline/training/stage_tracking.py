@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
 from pipeline.run.files import read_json
 from pipeline.run.layout import evaluation_path, is_done, unevaluated
@@ -77,7 +78,7 @@ def tell_kept(job: Job, stage: Stage, tracker: Tracker | None) -> None:
     tracker.produces(artifact_of(job.run_folder, stage.name), files, metadata)
     left = unevaluated(job.run_folder, stage)
     for label in (label for label in stage.evaluations if label not in left):
-        tracker.summary(summary_of(stage, label, read_json(evaluation_path(folder, label))))
+        tracker.summary(summary_of(stage, label, EvaluationResult.read(evaluation_path(folder, label))))
 
 
 def facts_of(stage: Stage) -> dict[str, Any]:
@@ -88,16 +89,17 @@ def facts_of(stage: Stage) -> dict[str, Any]:
     return facts | {"keep_fraction": keep, "sparsity": sparsity, "parent": stage.starts_from}
 
 
-def summary_of(stage: Stage, label: str, facts: dict[str, Any]) -> dict[str, Any]:
+def summary_of(stage: Stage, label: str, evaluation: EvaluationResult) -> dict[str, Any]:
     """One of `stage.evaluations` for wandb's table of runs: as test_<label>. The stage's own measure is called test,
     and is there once more as clean_accuracy and robust_accuracy, with their intervals."""
     if label != stage.evaluations[0]:
-        return {f"test_{label}": facts}
+        return {f"test_{label}": evaluation.to_json()}
     headline = {}
-    for kind in ("clean", "robust"):
-        value = facts[f"{kind}_accuracy"]
-        headline |= {f"{kind}_accuracy": value["value"], f"{kind}_interval": {k: value[k] for k in ("low", "high")}}
-    return {"test": facts} | headline
+    for kind in KINDS:
+        accuracy = evaluation.accuracy(kind)
+        interval = {"low": accuracy.low, "high": accuracy.high}
+        headline |= {f"{kind}_accuracy": accuracy.value, f"{kind}_interval": interval}
+    return {"test": evaluation.to_json()} | headline
 
 
 def artifact_of(run: Path, stage: str) -> str:

@@ -1,6 +1,6 @@
 """What sharding and keeping verdicts costs: `python -m tests.bench.evaluation [FOLDER]`.
 
-AutoAttack through `evaluate.chunks` against direct calls of the library: one process, one thread, the demo's data and
+AutoAttack through `evaluate.runner` against direct calls of the library: one process, one thread, the demo's data and
 its network after a few steps of training, the same chunks with the same seeds. Budgets are a tenth of the standard
 ones, so that what is done once per chunk weighs ten times as much as it does in earnest.
 """
@@ -20,29 +20,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loading.loader import Loader
-from pipeline.data.loading.sampling import whole_image_crops
 from pipeline.distributed import Group
-from pipeline.evaluation.chunks import ChunkStore, evaluate
+from pipeline.evaluation.chunks import ChunkStore
+from pipeline.evaluation.images import EvaluationImages
 from pipeline.evaluation.measures.autoattack import ENSEMBLES, ITERATIONS, QUERIES, Ensemble, EnsembleName
+from pipeline.evaluation.runner import Evaluator
 from pipeline.models import build_network
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Model
 from tests.bench.alternate import alternate, folder_asked_for, ratio, write
 
 FILE = Path("data/fashion_mnist/test.beton")
-"""What the demo is judged on."""
+"""What the demo is evaluated on."""
 CHUNK, CHUNKS, ROUNDS = 10, 2, 3
 THREAT = ThreatModel(norm="linf", eps=Fraction(1, 50))
 
 
-def crops(ids: np.ndarray) -> np.ndarray:
-    sides = np.full(len(ids), 28)
-    return whole_image_crops(sides, sides)
-
-
 def pixels(loader: Loader, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    batch = loader.read(ids, crops(ids))
-    return batch.images.float().div(255).contiguous(), batch.labels
+    images, labels = loader.read(ids, EvaluationImages(loader, "none", ids).crops(ids)).to(torch.device("cpu"))
+    return images.contiguous(), labels
 
 
 def trained(loader: Loader) -> nn.Module:
@@ -65,9 +61,8 @@ def both(name: EnsembleName, network: nn.Module, loader: Loader) -> dict[str, Ca
     def ours() -> NDArray[np.bool_]:
         with tempfile.TemporaryDirectory() as folder:
             store, group = ChunkStore(Path(folder) / "chunks", {}), Group(0, 1, torch.device("cpu"))
-            return evaluate(network, loader, chunks.ravel(), crops, measure, CHUNK, group, store=store)[
-                "robust_correct"
-            ]
+            evaluator = Evaluator(EvaluationImages(loader, "none", chunks.ravel()), group)
+            return evaluator.verdicts(network, measure, CHUNK, store)["robust_correct"]
 
     def direct() -> NDArray[np.bool_]:
         robust = []

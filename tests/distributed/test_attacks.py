@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.sampling import whole_image_crops
 from pipeline.distributed import Group
-from pipeline.evaluation import runner
+from pipeline.evaluation import spec
 from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.measures.autoattack import Ensemble
 from pipeline.models import build_network
@@ -57,7 +57,7 @@ def _stage(recipe: Recipe) -> Stage:
 
 def _evaluate(group: Group, folder: Path, token: str, kill_at: int | None = None, stop_at: int | None = None) -> str:
     """Evaluate what is left, and say how that ended. `kill_at`: a chunk; `stop_at`: a pass, of the last rank."""
-    runner.Ensemble = functools.partial(Ensemble, iterations=3, queries=100)  # pyright: ignore
+    spec.Ensemble = functools.partial(Ensemble, iterations=3, queries=100)  # pyright: ignore
     recipe = load_recipe(folder / "recipe.yaml")
     counts = {"chunk": 0, "pass": 0}
 
@@ -109,7 +109,7 @@ def run(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_workers_and_interruptions_do_not_change_a_verdict(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "Ensemble", runner.Ensemble)  # so that it is put back
+    monkeypatch.setattr(spec, "Ensemble", spec.Ensemble)  # so that it is put back
     alone, shared = run.with_name("alone"), run.with_name("shared")
     for folder in (alone, shared):
         shutil.copytree(run, folder)

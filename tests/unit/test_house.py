@@ -41,7 +41,7 @@ def test_a_login_node_reads_recipes_and_runs_without_torch_and_ray() -> None:
 
 
 def test_evaluating_a_finished_network_needs_neither_ray_nor_deepspeed() -> None:
-    assert _loaded(["ray", "deepspeed"], ["launch.commands.judge", "pipeline.evaluation.runner"]) == []
+    assert _loaded(["ray", "deepspeed"], ["launch.commands.evaluate", "pipeline.evaluation.runner"]) == []
 
 
 def _loaded(heavy: list[str], modules: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.data.loading.decoder import REASONS, compiled_decoder, decode_part
 from pipeline.data.loading.prefetch import LoaderError, Prefetch
 from pipeline.data.manifest import REWRITE, DataError, Manifest, check_structure, open_checked, read_index
+from pipeline.distributed import to_device
 
 READ_DEADLINE_S = 120.0
 NAMED_IDS = 10
@@ -36,6 +37,10 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+
+    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 [n, 3, s, s] in [0, 1] and labels on a device, through page-locked memory if that is a GPU."""
+        return to_device(self.images, device).float().div(255.0), to_device(self.labels, device)
 
 
 @dataclass(frozen=True)

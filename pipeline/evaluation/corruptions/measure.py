@@ -155,7 +155,7 @@ class Corrupted:
         return 1 + len(CORRUPTIONS) * len(SEVERITIES)
 
     @torch.no_grad()
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         """Columns right_<corruption>_<severity> besides, or extra_ for EXTRA."""
         clean = ranked(network(x))
         top1, top5 = hits(clean, y)

@@ -7,7 +7,7 @@ few, so thresholds leave room for chance:
 - Counts. A check has a tolerance t, the share of images that a sound network may have against it. It warns if the count
   k of n is more than t explains: P(Binomial(n, t) >= k) < LEVEL = 0.01. Of 60 images that is k = 4 with t = 0.01,
   5 with 0.02, 8 with 0.05 and 13 with 0.1; of 100 it is 5, 7, 12 and 19.
-- Attacks are compared in pairs: another attack only gets the images that PGD left standing, so n is their number and k
+- Attacks are compared in pairs: another attack only gets the images that PGD does not break, so n is their number and k
   those that it breaks.
 - The curve is compared in pairs, too (McNemar, one-sided, exact): it rises from one radius to the next if k images are
   right only at the larger one and m only at the smaller, and P(Binomial(k + m, 1/2) >= k) < CURVE_LEVEL = 0.001, a
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from scipy.special import bdtrc
 
 from pipeline.evaluation.honesty.probes import LONGER, QUERIES, RADIUS, SLOPE
 from pipeline.evaluation.measures.base import Verdicts
+from pipeline.evaluation.result import Check
 
 LEVEL = 0.01
 """How often, at most, a check warns of a network whose rate is its tolerance."""
@@ -35,18 +35,6 @@ CURVE_LEVEL = 0.001
 SAME_LOGITS = 1e-4
 """Largest difference of a logit, in units of the image's largest, that is taken for rounding."""
 Column = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check, for people and for honesty.json."""
-
-    name: str
-    verdict: Literal["pass", "warn"]
-    figure: str
-    """What was found, with its numbers."""
-    meaning: str
-    """What a warning means, and what to do."""
 
 
 def exceeds(count: int, total: int, tolerance: float) -> bool:
@@ -60,13 +48,13 @@ def rises(smaller: Column, larger: Column) -> bool:
     return bool(bdtrc(gained - 1, gained + lost, 0.5) < CURVE_LEVEL)
 
 
-def check_status(name: str, warns: bool, figure: str, meaning: str) -> Check:
-    return Check(name, "warn" if warns else "pass", figure, meaning)
+def build_check(name: str, warns: bool, figure: str, meaning: str) -> Check:
+    return Check(name=name, status="warn" if warns else "pass", figure=figure, meaning=meaning)
 
 
 @dataclass(frozen=True)
 class _Rival:
-    """An attack on the images that PGD left standing."""
+    """An attack on the images that PGD does not break."""
 
     name: str
     column: str
@@ -111,8 +99,8 @@ RIVALS = (
 )
 
 
-def checks(verdicts: Verdicts) -> list[Check]:
-    """One Check per property that the columns of `probes.Probes` tell of, in the order of docs/guide.md.
+def build_checks(verdicts: Verdicts) -> list[Check]:
+    """One check per property that the columns of `probes.Probes` measure, in the order of docs/guide.md.
 
     Square is absent for images that are too small for it, and the exported file where nothing was compared with it.
     """
@@ -127,7 +115,7 @@ def _curve(verdicts: Verdicts) -> Check:
     right, left = int(columns[0].sum()), int(columns[-1].sum())
     climbs = any(rises(smaller, larger) for smaller, larger in pairwise(columns))
     *inner, last = (f"{100 * column.mean():.3g} % at {label}" for label, column in curve.items())
-    return check_status(
+    return build_check(
         "larger eps",
         climbs or exceeds(left, right, 0.01),
         f"robust: {', '.join(inner)} x eps; {last}",
@@ -140,12 +128,12 @@ def _against(verdicts: Verdicts, rival: _Rival) -> Check:
     standing = verdicts["robust_correct"]
     broken, total = int((standing & ~verdicts[rival.column]).sum()), int(standing.sum())
     figure = f"{broken} of the {total} images that withstand PGD broken by {rival.attack}"
-    return check_status(rival.name, exceeds(broken, total, rival.tolerance), figure, rival.meaning)
+    return build_check(rival.name, exceeds(broken, total, rival.tolerance), figure, rival.meaning)
 
 
 def _dead(verdicts: Verdicts) -> Check:
     count, total = int(verdicts["dead_gradient"].sum()), len(verdicts["dead_gradient"])
-    return check_status(
+    return build_check(
         "gradient",
         exceeds(count, total, 0.02),
         f"zero or not finite for {count} of {total} images",
@@ -156,7 +144,7 @@ def _dead(verdicts: Verdicts) -> Check:
 
 def _slope(verdicts: Verdicts) -> Check:
     wrong, total = int((~verdicts["follows_gradient"]).sum()), len(verdicts["follows_gradient"])
-    return check_status(
+    return build_check(
         "slope",
         exceeds(wrong, total, 0.1),
         f"the margin does not change as its gradient says over {SLOPE:g} eps for {wrong} of {total} images",
@@ -167,7 +155,7 @@ def _slope(verdicts: Verdicts) -> Check:
 
 def _repeats(verdicts: Verdicts) -> Check:
     gap = _largest(verdicts["repeat_gap"])
-    return check_status(
+    return build_check(
         "repeatable",
         not gap <= SAME_LOGITS,
         f"logits of the same images differ by {gap:.1e} of the largest",
@@ -178,7 +166,7 @@ def _repeats(verdicts: Verdicts) -> Check:
 
 def _logits(verdicts: Verdicts) -> Check:
     count, total = int(verdicts["probabilities"].sum()), len(verdicts["probabilities"])
-    return check_status(
+    return build_check(
         "logits",
         count == total,
         f"probabilities for {count} of {total} images",
@@ -188,7 +176,7 @@ def _logits(verdicts: Verdicts) -> Check:
 
 def _twins(verdicts: Verdicts) -> Check:
     gap = _largest(verdicts["twin_gap"])
-    return check_status(
+    return build_check(
         "exported file",
         not gap <= SAME_LOGITS,
         f"its logits differ from the live network's by {gap:.1e} of the largest, on images and in the ball",

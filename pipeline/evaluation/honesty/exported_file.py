@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import Normalize
 
-from pipeline.evaluation.honesty.checks import Check, check_status
+from pipeline.evaluation.honesty.checks import build_check
+from pipeline.evaluation.result import Check
 from pipeline.models.export import load_model, read_metadata
 from pipeline.models.pruning.scores import maskable
 from pipeline.models.pruning.topk import kept_count
@@ -36,7 +37,7 @@ def mask_check(path: Path) -> Check:
     total = sum(weight.numel() for weight in weights)
     allowed = sum(kept_count(weight.numel(), keep) for weight in weights)
     present = sum(int(weight.count_nonzero()) for weight in weights)
-    return check_status(
+    return build_check(
         "mask",
         present > allowed,
         f"{present:,} of {total:,} connections are there, keep_fraction {keep} allows {allowed:,}",

@@ -1,4 +1,4 @@
-"""What honesty checks look at, image by image: other attacks on what PGD left standing, and the gradient it followed.
+"""What honesty checks measure, image by image: other attacks on what PGD does not break, and the gradient it followed.
 
 A measure like any other, so that chunks, workers and interruptions change no verdict: every random number is keyed by
 sample ids, those of Square by the chunk. `pipeline.evaluation.honesty.checks` says what the columns mean. In fp32.
@@ -26,7 +26,7 @@ from pipeline.rng import scope_key
 from pipeline.robustness.attacks import Ball, L2Ball, LinfBall, ball_of, device_keys, pgd
 
 MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
-"""Radii of the curve, in eps; 0 and a radius at which nothing can withstand join them."""
+"""Radii of the curve, in eps; 0 and a radius at which nothing can be robust join them."""
 CURVE_STEPS = 8
 LONGER = 3
 """How many times as many steps the longer attack has."""
@@ -61,7 +61,7 @@ def radii(threat_model: ThreatModel, shape: torch.Size) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Images:
-    """Some of the images that are looked at, and the network that is asked."""
+    """Some of the images, and the network that is checked."""
 
     network: nn.Module
     x: Tensor
@@ -156,7 +156,7 @@ def _gap(logits: Tensor, others: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Probes:
-    """Columns for `honesty.checks`, of networks that `pgd` judges."""
+    """Columns for `honesty.build_checks`, of networks that `pgd` attacks."""
 
     pgd: Pgd
     twins: tuple[nn.Module, ...] = ()
@@ -175,11 +175,11 @@ class Probes:
     def title(self) -> str:
         return f"honesty of {self.pgd.title}"
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         threat_model = self.pgd.threat_model
         assert threat_model is not None
         images, ball = _Images(network, x, y, ids, self.pgd.seed), ball_of(threat_model)
-        verdicts = self.pgd.judge(network, x, y, ids)
+        verdicts = self.pgd.verdicts(network, x, y, ids)
         right, standing = verdicts["clean_correct"], verdicts["robust_correct"]
         columns = {"clean_correct": right, "robust_correct": standing}
         columns |= self._curve(images, right, standing)

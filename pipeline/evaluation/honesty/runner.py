@@ -1,21 +1,20 @@
-"""One look at one finished network, for its honesty checks: what a run and `launch evaluate` share."""
+"""Runs the honesty checks on one exported network; shared by training and `launch evaluate`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from pipeline.distributed import Group
-from pipeline.evaluation.chunks import ChunkStore, Crops, Images, evaluate
-from pipeline.evaluation.honesty.checks import Check, checks
+from pipeline.evaluation.chunks import ChunkStore
+from pipeline.evaluation.honesty.checks import build_checks
 from pipeline.evaluation.honesty.exported_file import mask_check, plain_network
 from pipeline.evaluation.honesty.probes import Probes
 from pipeline.evaluation.measures.base import Verdicts
 from pipeline.evaluation.measures.pgd import Pgd
-from pipeline.evaluation.runner import Task
+from pipeline.evaluation.result import Check, HonestyResult
+from pipeline.evaluation.runner import Evaluator
+from pipeline.evaluation.spec import EvaluationSpec
 from pipeline.models import Network, build_network
 from pipeline.models.ema import overlaid
 from pipeline.models.export import load_model
@@ -33,45 +32,37 @@ CHUNK = 50
 log = logging.getLogger(__name__)
 
 
-def honesty_task(recipe: Recipe, pgd: Pgd, most: int) -> Task:
-    """The look at networks that `pgd` judges, on at most so many images."""
+def honesty_spec(recipe: Recipe, pgd: Pgd, most: int) -> EvaluationSpec:
+    """The checks of networks that `pgd` attacks, on at most so many images."""
     images, chunk = min(recipe.evaluation.honesty_images, most), min(CHUNK, recipe.evaluation.chunk)
-    return Task("honesty", Probes(pgd), images, chunk)
+    return EvaluationSpec("honesty", Probes(pgd), images, chunk)
 
 
-def chunk_store(folder: Path, facts: dict[str, Any], live: Network | None) -> ChunkStore:
-    """For a `look`, whose columns depend on what there is to compare with."""
-    return ChunkStore(folder, facts | {"twins": 1 if live is None else 2})
+def run_honesty_checks(
+    evaluator: Evaluator, spec: EvaluationSpec, file: Path, trained: Network | None, chunks: Path
+) -> tuple[HonestyResult, Verdicts, ChunkStore]:
+    """The checks of the network in `file`, compared with the network that was `trained`, if that is there. Collective.
 
-
-def look(
-    model: Path,
-    live: Network | None,
-    task: Task,
-    loader: Images,
-    crops: Crops,
-    group: Group,
-    *,
-    store: ChunkStore,
-    on_chunk: Callable[[int, int], bool],
-    on_pass: Callable[[], bool],
-) -> tuple[Verdicts, list[Check]]:
-    """What an honesty task finds of a file, beside the `live` network that was exported, if that is there. Collective.
-
-    Chunks that `store` has are not looked at again. Errors: those of `evaluate`; StopRequested.
+    Chunks that the store in `chunks` has are not repeated; the caller removes the store once the result is kept.
+    Errors: those of `Evaluator.verdicts` and of `load_model`.
     """
-    assert isinstance(task.measure, Probes)
-    twins = [plain_network(model)] if live is None else [plain_network(model), live.eval()]
-    probes = replace(task.measure, twins=tuple(twin.to(group.device) for twin in twins))
-    network, ids = load_model(model).to(group.device), task.ids(loader)
-    verdicts = evaluate(network, loader, ids, crops, probes, task.chunk, group, on_chunk, store, on_pass)
-    return verdicts, _found(verdicts, model, live is not None)
+    assert isinstance(spec.measure, Probes)
+    device, header = evaluator.group.device, spec.header(evaluator.images, file)
+    twins = [plain_network(file)] if trained is None else [plain_network(file), trained.eval()]
+    probes = replace(spec.measure, twins=tuple(twin.to(device) for twin in twins))
+    store = ChunkStore(chunks, header.to_json() | {"twins": len(twins)})  # the columns depend on them
+    part = replace(evaluator, images=evaluator.images.spread(spec.images))
+    verdicts = part.verdicts(load_model(file).to(device), probes, spec.chunk, store)
+    checks = [*build_checks(verdicts), mask_check(file)]
+    if trained is None:
+        checks = [_not_compared(check) if check.name == "exported file" else check for check in checks]
+    return HonestyResult(**header.model_dump(), checks=tuple(checks)), verdicts, store
 
 
-def live_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | None:
+def trained_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | None:
     """What was trained, with its scores and masks, from the checkpoint that became the stage's result; on the CPU.
 
-    None, loudly, if that checkpoint is gone or damaged.
+    None, with a warning, if that checkpoint is gone or damaged.
     """
     try:
         snapshot = checkpoint.read_checkpoint(
@@ -87,27 +78,15 @@ def live_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | None:
     return network
 
 
-def _found(verdicts: Verdicts, model: Path, compared: bool) -> list[Check]:
-    listed = [*checks(verdicts), mask_check(model)]
-    if compared:
-        return listed
+def _not_compared(check: Check) -> Check:
     missing = "the checkpoint of the live network is gone or damaged, so that only the file's own parts were compared"
     meaning = "It is not known whether model.safetensors is the network that was trained."
-    unknown = Check("exported file", "warn", missing, meaning)
-    return [unknown if check.name == unknown.name else check for check in listed]
+    return Check(name=check.name, status="warn", figure=missing, meaning=meaning)
 
 
-def made_before(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file says, if it is of what `facts` describe."""
-    try:
-        found = read_json(path)
-    except ValueError:
-        return None
-    return found if all(found.get(name) == value for name, value in facts.items()) else None
-
-
-def say(name: str, found: list[Check]) -> None:
-    for check in found:
-        if check.verdict == "warn":
+def log_checks(name: str, checks: tuple[Check, ...]) -> None:
+    """Log each warning, and how many checks of the network `name` pass."""
+    for check in checks:
+        if check.status == "warn":
             log.warning("%s: honesty check %s: %s. %s", name, check.name, check.figure, check.meaning)
-    log.info("%s: %d of %d honesty checks pass", name, sum(c.verdict == "pass" for c in found), len(found))
+    log.info("%s: %d of %d honesty checks pass", name, sum(c.status == "pass" for c in checks), len(checks))

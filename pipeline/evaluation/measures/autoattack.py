@@ -173,7 +173,7 @@ class Ensemble:
         library.square.n_queries = self.queries
         return library
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         x = x.contiguous()  # the library takes views
         heard, logger = _Heard(), logging.Logger("auto-attack")
         logger.addHandler(heard)

@@ -1,4 +1,4 @@
-"""What it means to judge a network: a measure gives one verdict per image, and verdicts give counts and intervals."""
+"""What a measure of robustness is: it gives one verdict per image, and verdicts give counts and intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Verdicts = dict[str, NDArray[Any]]
 
 
 class Measure(Protocol):
-    """One way of judging, with everything that decides its verdicts but the network and the images."""
+    """One way to evaluate, with everything that decides its verdicts but the network and the images."""
 
     @property
     def name(self) -> str:
@@ -33,7 +33,7 @@ class Measure(Protocol):
         """The settings, for people."""
         ...
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         """Columns for images x [n, ...] float32 in [0, 1] of classes y [n] int64; noise is keyed by ids [n].
 
         The network is in eval mode. Bool columns clean_correct and robust_correct are always there.

@@ -14,7 +14,7 @@ from pipeline.evaluation.measures.pgd import Pgd
 
 
 @dataclass(frozen=True)
-class Probed:
+class WithOverfittingProbe:
     """Verdicts of `measure`, and bool columns pgd_correct and one_step_correct; the probe's steps are `pgd`'s."""
 
     measure: Measure
@@ -32,12 +32,12 @@ class Probed:
     def title(self) -> str:
         return f"{self.measure.title}, probed with {self.pgd.title}"
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         """The one step is a whole eps long, from a random start in the ball (Wong et al., ICLR 2020, algorithm 3)."""
         assert self.pgd.threat_model is not None
         one_step = replace(self.pgd, steps=1, step_size=float(self.pgd.threat_model.eps))
-        verdicts = self.measure.judge(network, x, y, ids)
-        # Once the attack has its whole eps, the probe is what the held-out images are judged by anyway.
-        probe = verdicts if self.pgd == self.measure else self.pgd.judge(network, x, y, ids)
-        single = one_step.judge(network, x, y, ids)["robust_correct"]
+        verdicts = self.measure.verdicts(network, x, y, ids)
+        # Once the attack has its whole eps, the probe is the measure of the held-out images anyway.
+        probe = verdicts if self.pgd == self.measure else self.pgd.verdicts(network, x, y, ids)
+        single = one_step.verdicts(network, x, y, ids)["robust_correct"]
         return verdicts | {"pgd_correct": probe["robust_correct"], "one_step_correct": single}

@@ -70,12 +70,12 @@ class Pgd:
                 start=ball.random_start(x, keys),
             )
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        return survives(network, x, y, self.examples(network, x, y, ids))
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        return worst_case_verdicts(network, x, y, self.examples(network, x, y, ids))
 
 
-def survives(network: nn.Module, x: Tensor, y: Tensor, examples: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Columns of verdicts: an image is robust if it is right, and so is what each of `examples` makes of it."""
+def worst_case_verdicts(network: nn.Module, x: Tensor, y: Tensor, examples: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Columns of verdicts: an image is robust if it is right, and right in each of `examples`, which are like x."""
     with torch.no_grad():
         clean = ranked(network(x))
     clean_top1, clean_top5 = hits(clean, y)

@@ -118,7 +118,7 @@ class Certified:
         sampling = f"sigma {self.smoothing.sigma:g}, N = {self.smoothing.n:,}, alpha {self.smoothing.alpha:g}"
         return f"certified at l2 radius {self.threat_model.eps} by randomized smoothing ({sampling})"
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         keys = device_keys(ids, x.device, self.seed, "certify")
         found = [certify(network, image, key, self.smoothing) for image, key in zip(x, keys, strict=True)]
         predictions = torch.tensor([certificate.prediction for certificate in found])
@@ -155,7 +155,7 @@ class Noisy:
         return f"vote over {self.draws} draws of noise, sigma {self.sigma:g}"
 
     @torch.no_grad()
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         keys = device_keys(ids, x.device, self.seed, "noisy")
         votes = torch.zeros(0)
         for draw in range(self.draws):

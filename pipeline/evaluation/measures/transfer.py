@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.evaluation.measures.pgd import Pgd, survives
+from pipeline.evaluation.measures.pgd import Pgd, worst_case_verdicts
 from pipeline.robustness.attacks import crafting
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """PGD's examples against `source`, judged by the network: one that hides its gradients cannot hide from them."""
+    """PGD's examples against `source`, fed to the network: one that hides its gradients cannot hide from them."""
 
     source: nn.Module
     source_sha256: str
@@ -34,6 +34,6 @@ class Transfer:
     def title(self) -> str:
         return f"{self.pgd.title}, made on another network ({self.source_sha256[:12]})"
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         with crafting(self.source):
-            return survives(network, x, y, self.pgd.examples(self.source, x, y, ids))
+            return worst_case_verdicts(network, x, y, self.pgd.examples(self.source, x, y, ids))

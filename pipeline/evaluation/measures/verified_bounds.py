@@ -67,7 +67,7 @@ class Proved:
         symbolic = " and symbolic intervals" if self.symbolic else ""
         return f"verified at linf eps {self.threat_model.eps} by IBP, CROWN-IBP{symbolic}"
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         found = verified(network, x, y, float(self.threat_model.eps), self.symbolic)
         right = found.prediction == y
         return {"clean_prediction": found.prediction, "clean_correct": right, "robust_correct": found.proved}

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.report.leaderboards.rules import (
@@ -71,11 +72,11 @@ def pruning_entry(run: RunResult, paper: Paper) -> dict[str, Any]:
     if missing := [f"{pruned} %" for pruned in PRUNED.values() if pruned not in networks]:
         raise NotAccepted(f"it asks for 90, 95 and 99 % pruned, and the recipe leaves out {' and '.join(missing)}")
 
-    def of_images(path: Path, facts: dict[str, Any]) -> str:
+    def of_images(path: Path, result: EvaluationResult) -> str:
         if _first_images(path) is not None:
             return ENOUGH
         return (
-            f"{facts['images']:,} images were judged, but not the first {IMAGES:,}: python -m launch evaluate "
+            f"{result.images:,} images were judged, but not the first {IMAGES:,}: python -m launch evaluate "
             f"{run.folder} --attack autoattack --images all"
         )
 

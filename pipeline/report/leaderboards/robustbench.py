@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.recipe.fields import canonical_decimal
 from pipeline.report.leaderboards.rules import (
     ENOUGH,
@@ -61,11 +62,11 @@ def model_info(run: RunResult, network: NetworkResult, paper: Paper) -> tuple[st
     if recipe.model.num_classes != CLASSES[dataset]:
         raise NotAccepted(f"{dataset} has {CLASSES[dataset]} classes, and this network {recipe.model.num_classes}")
 
-    def of_images(path: Path, facts: dict[str, Any]) -> str:
-        return _of_list(run, facts) if dataset == "imagenet" else _of_cifar(run, facts)
+    def of_images(path: Path, result: EvaluationResult) -> str:
+        return _of_list(run, result) if dataset == "imagenet" else _of_cifar(run, result)
 
-    _, facts = autoattack_result(run, network, of_images)
-    clean, robust = (f"{100 * facts[f'{kind}_accuracy']['value']:.2f}" for kind in ("clean", "robust"))
+    _, result = autoattack_result(run, network, of_images)
+    clean, robust = (f"{100 * result.accuracy(kind).value:.2f}" for kind in KINDS)
     content = {
         "link": paper.link,
         "name": paper.title,
@@ -79,29 +80,29 @@ def model_info(run: RunResult, network: NetworkResult, paper: Paper) -> tuple[st
         "clean_acc": clean,
         "reported": robust,
         "autoattack_acc": robust,
-        "unreliable": any(facts.get("flags", {}).values()),
+        "unreliable": any((result.flags or {}).values()),
     }
     if network.name != "dense":
         content["footnote"] = f"{network.pruned} of the connections are pruned ({network.name})."
     return f"model_info/{dataset}/{FOLDERS[norm]}/{paper.id}_{_suffix(network)}.json", content
 
 
-def _of_list(run: RunResult, facts: dict[str, Any]) -> str:
-    if facts.get("image_list_sha256") == LIST_SHA256 and facts["images"] == LISTED:
+def _of_list(run: RunResult, result: EvaluationResult) -> str:
+    if result.image_list_sha256 == LIST_SHA256 and result.images == LISTED:
         return ENOUGH
     return (
-        f"it was judged on {facts['images']:,} images ({facts.get('preprocessing', 'read from the FFCV file')}), and "
+        f"it was judged on {result.images:,} images ({result.preprocessing or 'read from the FFCV file'}), and "
         f"RobustBench's are the {LISTED:,} of its list, prepared by torchvision: python -m launch evaluate "
         f"{run.folder} --attack autoattack --folder DIR --image-list {LIST}"
     )
 
 
-def _of_cifar(run: RunResult, facts: dict[str, Any]) -> str:
+def _of_cifar(run: RunResult, result: EvaluationResult) -> str:
     if not unchanged(run.recipe, CIFAR_SIZE):
         return "its images were resized or cropped, and RobustBench takes them as they are"
-    if facts["images"] != CIFAR_IMAGES:
+    if result.images != CIFAR_IMAGES:
         return (
-            f"it was judged on {facts['images']:,} of the {CIFAR_IMAGES:,} test images: python -m launch evaluate "
+            f"it was judged on {result.images:,} of the {CIFAR_IMAGES:,} test images: python -m launch evaluate "
             f"{run.folder} --attack autoattack --images all"
         )
     return ENOUGH

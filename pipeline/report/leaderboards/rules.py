@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.measures.autoattack import ENSEMBLES, ITERATIONS, QUERIES, TARGETS
+from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.schema import Recipe
 from pipeline.report.extra_evaluations import kept_evaluations
 from pipeline.report.results import NetworkResult, RunResult
@@ -46,28 +47,28 @@ def unchanged(recipe: Recipe, size: int) -> bool:
 
 
 def autoattack_result(
-    run: RunResult, network: NetworkResult, of_images: Callable[[Path, dict[str, Any]], str]
-) -> tuple[Path, dict[str, Any]]:
-    """(file, counts) of the network under the whole of AutoAttack, on images for which `of_images` says ENOUGH.
+    run: RunResult, network: NetworkResult, of_images: Callable[[Path, EvaluationResult], str]
+) -> tuple[Path, EvaluationResult]:
+    """(file, result) of the network under the whole of AutoAttack, on images for which `of_images` says ENOUGH.
 
     Errors: NotTheirs, with `of_images`' reason if AutoAttack was run on others only.
     """
     kept = kept_evaluations(network)
-    whole = [(path, facts) for path, facts in kept if _is_standard(facts, run.recipe.model.num_classes)]
+    whole = [(path, result) for path, result in kept if _is_standard(result, run.recipe.model.num_classes)]
     if not whole:
-        there = ", ".join(f"{facts['title']} on {facts['images']:,} images" for _, facts in kept)
+        there = ", ".join(f"{result.title} on {result.images:,} images" for _, result in kept)
         raise NotAccepted(
             f"it was judged by {there or 'nothing'}, and only AutoAttack counts: "
             f"python -m launch evaluate {run.folder} --attack autoattack"
         )
-    reasons = [of_images(path, facts) for path, facts in whole]
+    reasons = [of_images(path, result) for path, result in whole]
     if ENOUGH not in reasons:
         raise NotAccepted(reasons[-1])
     return whole[reasons.index(ENOUGH)]
 
 
-def _is_standard(facts: dict[str, Any], classes: int) -> bool:
-    budgets = {"attacks": list(ENSEMBLES["autoattack"]), "iterations": ITERATIONS, "queries": QUERIES}
+def _is_standard(result: EvaluationResult, classes: int) -> bool:
+    budgets: dict[str, Any] = {"attacks": list(ENSEMBLES["autoattack"]), "iterations": ITERATIONS, "queries": QUERIES}
     budgets["targets"] = min(TARGETS, classes - 1)
-    same = all(facts["settings"].get(key) == value for key, value in budgets.items())
-    return facts["attack"] == "autoattack" and same
+    same = all(result.settings.get(key) == value for key, value in budgets.items())
+    return result.attack == "autoattack" and same

@@ -129,6 +129,16 @@ def test_raw_pixels_are_the_source_with_the_crop_applied(files, data):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_on_a_device_images_are_shares_of_255(files):
+    ids = np.arange(5)
+    with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
+        batch = loader.read(ids, sampling.whole_image_crops(np.full(5, SIDE), np.full(5, SIDE)))
+    images, labels = batch.to(torch.device("cpu"))
+    assert images.dtype == torch.float32
+    assert torch.equal(images, batch.images.float() / 255)
+    assert torch.equal(labels, batch.labels)
+
+
 def test_whole_raw_images_are_bit_exact_and_resized_by_area(files):
     images = np.stack(sources()["raw"])
     ids = np.arange(len(images))

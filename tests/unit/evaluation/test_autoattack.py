@@ -42,7 +42,7 @@ def test_verdicts_are_those_of_a_direct_call(
 ) -> None:
     x, y = images
     ours = measure(name, norm)
-    found = ours.judge(network, x, y, IDS)
+    found = ours.verdicts(network, x, y, IDS)
     eps, seed = float(BALLS[norm].eps), ours.seed_of(IDS)
     library = pyautoattack.AutoAttack(network, norm="Linf" if norm == "linf" else "L2", eps=eps, seed=seed)
     library.attacks_to_run = list(ENSEMBLES[name])
@@ -71,7 +71,7 @@ def test_budgets_are_the_standard_versions(network: nn.Module) -> None:
 
 def test_the_parts_agree_with_the_whole(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
-    parts = {name: measure(name).judge(network, x, y, IDS) for name in ENSEMBLES}
+    parts = {name: measure(name).verdicts(network, x, y, IDS) for name in ENSEMBLES}
     whole, apgd = parts["autoattack"], parts["apgd"]
     for attack in ENSEMBLES["apgd"]:
         assert torch.equal(whole[f"broken_{attack}"], apgd[f"broken_{attack}"])
@@ -91,8 +91,8 @@ def test_random_numbers_are_the_chunks_own(network: nn.Module, images: tuple[Ten
     assert measure("square").seed_of(IDS) == ours.seed_of(IDS)
     x, y = images
     square = replace(measure("square"), queries=3)  # so few that they matter
-    first, again = (square.judge(network, x, y, IDS) for _ in range(2))
-    other = square.judge(network, x, y, IDS + 1)
+    first, again = (square.verdicts(network, x, y, IDS) for _ in range(2))
+    other = square.verdicts(network, x, y, IDS + 1)
     assert torch.equal(first["robust_correct"], again["robust_correct"])
     assert not torch.equal(first["robust_correct"], other["robust_correct"])
 
@@ -111,7 +111,7 @@ def test_nothing_is_left_behind(
 
     sys.settrace(mine)
     try:
-        measure("autoattack").judge(network, x, y, IDS)
+        measure("autoattack").verdicts(network, x, y, IDS)
         assert sys.gettrace() is mine
     finally:
         sys.settrace(tracer)
@@ -130,8 +130,8 @@ def test_images_may_lie_in_memory_as_the_loader_leaves_them(
     nn.init.constant_(mean.weight, 1 / 3)
     grey = nn.Sequential(mean, network)
     coloured = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-    found = measure("autoattack", norm).judge(grey, coloured, y, IDS)
-    expected = measure("autoattack", norm).judge(grey, coloured.contiguous(), y, IDS)
+    found = measure("autoattack", norm).verdicts(grey, coloured, y, IDS)
+    expected = measure("autoattack", norm).verdicts(grey, coloured.contiguous(), y, IDS)
     assert torch.equal(found["robust_correct"], expected["robust_correct"])
 
 
@@ -141,9 +141,9 @@ def test_chunks_of_one_image_and_of_none_that_is_right(network: nn.Module, image
         answers = network(x).argmax(dim=1)
     right, wrong = (answers == y).nonzero()[0], (answers != y).nonzero()[0]
     ours = measure("autoattack")
-    one = ours.judge(network, x[right], y[right], IDS[:1])
+    one = ours.verdicts(network, x[right], y[right], IDS[:1])
     assert one["clean_correct"].tolist() == [True]
-    none = ours.judge(network, x[wrong], y[wrong], IDS[:1])
+    none = ours.verdicts(network, x[wrong], y[wrong], IDS[:1])
     assert (none["clean_correct"] | none["robust_correct"]).tolist() == [False]
 
 
@@ -171,8 +171,8 @@ class Doubtful(nn.Module):
 @pytest.mark.parametrize("kind", FLAGS.values())
 def test_its_doubts_are_kept(network: nn.Module, images: tuple[Tensor, Tensor], kind: str) -> None:
     x, y = images
-    found = measure("autoattack").judge(Doubtful(network, kind), x, y, IDS)
+    found = measure("autoattack").verdicts(Doubtful(network, kind), x, y, IDS)
     assert found[f"flag_{kind}"].all()
     assert not found["flag_other"].any()
-    sound = measure("apgd").judge(network, x, y, IDS)  # also after a network that was none
+    sound = measure("apgd").verdicts(network, x, y, IDS)  # also after a network that was none
     assert not any(sound[f"flag_{flag}"].any() for flag in FLAGS.values())

@@ -407,7 +407,7 @@ def test_robust_is_right_under_all() -> None:
     first = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1, bias=False), network)
     torch.nn.init.constant_(next(first.parameters()), 1 / 3)
     ids = np.arange(64)
-    verdicts = Corrupted(10, seed=7).judge(first, x, y, ids)
+    verdicts = Corrupted(10, seed=7).verdicts(first, x, y, ids)
     with torch.no_grad():
         right = [first(corrupted(x, ids, 7, name, s)).argmax(1) == y for name in CORRUPTIONS for s in SEVERITIES]
     expected = torch.stack([*right, first(x).argmax(1) == y]).all(dim=0)

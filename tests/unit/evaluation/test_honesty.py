@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist, read_idx
 from pipeline.evaluation.honesty import probes as module
-from pipeline.evaluation.honesty.checks import Check, checks, exceeds, rises
+from pipeline.evaluation.honesty.checks import build_checks, exceeds, rises
 from pipeline.evaluation.honesty.exported_file import mask_check, plain_network
 from pipeline.evaluation.honesty.probes import Probes, radii
 from pipeline.evaluation.measures.pgd import Pgd
+from pipeline.evaluation.result import Check
 from pipeline.models import Network, build_network
 from pipeline.models.export import load_model, write_model
 from pipeline.models.pruning.scores import attach_scores, effective_state
@@ -77,14 +78,14 @@ def tested() -> tuple[Tensor, Tensor]:
 def found(network: nn.Module, tested: tuple[Tensor, Tensor], probes: Probes | None = None) -> dict[str, Check]:
     x, y = tested
     with crafting(network):
-        columns = (probes or Probes(ATTACK)).judge(network, x, y, np.arange(len(x)))
-    listed = checks({name: column.numpy() for name, column in columns.items()})
+        columns = (probes or Probes(ATTACK)).verdicts(network, x, y, np.arange(len(x)))
+    listed = build_checks({name: column.numpy() for name, column in columns.items()})
     assert len({check.name for check in listed}) == len(listed)
     return {check.name: check for check in listed}
 
 
 def warned(found: dict[str, Check]) -> set[str]:
-    return {name for name, check in found.items() if check.verdict == "warn"}
+    return {name for name, check in found.items() if check.status == "warn"}
 
 
 def test_a_soundly_trained_network_passes(sound: nn.Module, tested: tuple[Tensor, Tensor]) -> None:
@@ -92,7 +93,7 @@ def test_a_soundly_trained_network_passes(sound: nn.Module, tested: tuple[Tensor
     listed = found(sound, tested)
     assert listed.keys() == OWN
     assert warned(listed) == set(), listed
-    standing = ATTACK.judge(sound, x, y, np.arange(IMAGES))["robust_correct"]
+    standing = ATTACK.verdicts(sound, x, y, np.arange(IMAGES))["robust_correct"]
     assert 40 <= int(standing.sum()) <= 80  # otherwise it had nothing to pass
     assert f"of the {int(standing.sum())} images" in listed["black box"].figure
     assert all(check.meaning.endswith((".", "it")) and check.figure for check in listed.values())
@@ -185,9 +186,9 @@ def test_a_file_of_the_live_network_passes(tmp_path: Path) -> None:
     path = exported(tmp_path / "model.safetensors", live)
     listed = against(path, live)
     assert listed.keys() == OWN | {"exported file"}
-    assert listed["exported file"].verdict == "pass"
+    assert listed["exported file"].status == "pass"
     check = mask_check(path)
-    assert check.verdict == "pass"
+    assert check.status == "pass"
     kept = sum(int(masked.count_nonzero()) for name, masked in effective_state(live).items() if masked.dim() > 1)
     total = sum(masked.numel() for masked in effective_state(live).values() if masked.dim() > 1)
     assert f"{kept:,} of {total:,} connections" in check.figure
@@ -198,8 +199,8 @@ def test_a_wrong_normalisation_is_caught(tmp_path: Path) -> None:
     live = live_network()
     other = TINY.model_copy(update={"std": (0.36, 0.35, 0.35)})
     path = exported(tmp_path / "model.safetensors", live, model=other)
-    assert against(path, live)["exported file"].verdict == "warn"
-    assert mask_check(path).verdict == "pass"
+    assert against(path, live)["exported file"].status == "warn"
+    assert mask_check(path).status == "pass"
 
 
 def test_normalisation_that_the_loaded_network_lacks_is_caught(tmp_path: Path) -> None:
@@ -208,15 +209,15 @@ def test_normalisation_that_the_loaded_network_lacks_is_caught(tmp_path: Path) -
     path = exported(tmp_path / "model.safetensors", live)
     x, y = torch.rand(8, 3, 14, 14, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     bare = load_model(path).backbone
-    assert found(bare, (x, y), Probes(QUICK, (plain_network(path),)))["exported file"].verdict == "warn"
+    assert found(bare, (x, y), Probes(QUICK, (plain_network(path),)))["exported file"].status == "warn"
 
 
 def test_a_mask_that_is_not_applied_is_caught(tmp_path: Path) -> None:
     live = live_network()
     dense = build_network(TINY, seed=0, image_size=14).backbone.state_dict()
     path = exported(tmp_path / "model.safetensors", live, dense)
-    assert mask_check(path).verdict == "warn"
-    assert against(path, live)["exported file"].verdict == "warn"
+    assert mask_check(path).status == "warn"
+    assert against(path, live)["exported file"].status == "warn"
 
 
 def test_one_connection_too_many_is_caught(tmp_path: Path) -> None:
@@ -224,16 +225,16 @@ def test_one_connection_too_many_is_caught(tmp_path: Path) -> None:
     weight = effective_state(live)["fc2.weight"].detach().clone()
     row, column = (weight == 0).nonzero()[0].tolist()
     weight[row, column] = 1e-3
-    assert mask_check(exported(tmp_path / "a.safetensors", live, {"fc2.weight": weight})).verdict == "warn"
+    assert mask_check(exported(tmp_path / "a.safetensors", live, {"fc2.weight": weight})).status == "warn"
     weight[row, column], (row, column) = 0.0, weight.nonzero()[0].tolist()
     weight[row, column] = 0.0  # a kept connection may be zero
-    assert mask_check(exported(tmp_path / "b.safetensors", live, {"fc2.weight": weight})).verdict == "pass"
+    assert mask_check(exported(tmp_path / "b.safetensors", live, {"fc2.weight": weight})).status == "pass"
 
 
 def test_a_dense_file_keeps_all(tmp_path: Path) -> None:
     network = build_network(TINY, seed=0, image_size=14)
     write_model(tmp_path / "m.safetensors", effective_state(network), TINY, {"keep_fraction": None, "image_size": 14})
-    assert mask_check(tmp_path / "m.safetensors").verdict == "pass"
+    assert mask_check(tmp_path / "m.safetensors").status == "pass"
 
 
 # --- the curve and the thresholds ------------------------------------------------------------------------------------
@@ -265,8 +266,8 @@ def first(count: int, of: int = 100) -> np.ndarray:
     ],
 )
 def test_the_curve_must_fall_to_nothing(counts: list[int], verdict: str) -> None:
-    (check,) = [c for c in checks(columns_of([first(n) for n in counts], first(60))) if c.name == "larger eps"]
-    assert check.verdict == verdict, check
+    (check,) = [c for c in build_checks(columns_of([first(n) for n in counts], first(60))) if c.name == "larger eps"]
+    assert check.status == verdict, check
     assert f"{counts[0]} % at 0, {counts[1]} % at 1" in check.figure
 
 
@@ -284,14 +285,14 @@ def test_other_attacks_are_counted_on_what_pgd_left(column: str, name: str, leas
     curve = [first(80), first(60), first(0)]
     for broken, verdict in ((least - 1, "pass"), (least, "warn")):
         columns = columns_of(curve, first(60)) | {column: first(60 - broken)}
-        (check,) = [c for c in checks(columns) if c.name == name]
-        assert check.verdict == verdict
+        (check,) = [c for c in build_checks(columns) if c.name == name]
+        assert check.status == verdict
         assert check.figure.startswith(f"{broken} of the 60 images")
-        assert {c.name for c in checks(columns) if c.verdict == "warn"} <= {name}
+        assert {c.name for c in build_checks(columns) if c.status == "warn"} <= {name}
 
 
 def test_a_network_that_withstands_nothing_passes() -> None:
-    assert {c.verdict for c in checks(columns_of([first(0)] * 3, first(0)))} == {"pass"}
+    assert {c.status for c in build_checks(columns_of([first(0)] * 3, first(0)))} == {"pass"}
 
 
 @given(st.integers(0, 150), st.data())
@@ -329,7 +330,7 @@ def test_on_a_linear_network_the_curve_is_that_of_the_margin(norm: str) -> None:
     threat_model = ThreatModel(norm=norm, eps=eps)  # pyright: ignore[reportArgumentType]
     probes = Probes(Pgd(threat_model, steps=20, step_size=float(eps) / 8, restarts=1, seed=0))
     with crafting(network):
-        columns = probes.judge(network, x, torch.from_numpy(score < 0).long(), np.arange(IMAGES))
+        columns = probes.verdicts(network, x, torch.from_numpy(score < 0).long(), np.arange(IMAGES))
     distance = np.abs(score) / dual
     for label, radius in [("0", 0.0), *radii(threat_model, x.shape[1:]).items()][:-1]:
         expected = distance > radius
@@ -367,7 +368,7 @@ def test_columns_repeat_and_belong_to_the_images(sound: nn.Module, tested: tuple
 
     def judge(rows: slice) -> dict[str, Tensor]:
         with crafting(sound):
-            return Probes(ATTACK).judge(sound, x[rows], y[rows], ids[rows])
+            return Probes(ATTACK).verdicts(sound, x[rows], y[rows], ids[rows])
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Evaluation: exact counts, the worst case over restarts, and the same verdicts whoever judges which chunk."""
+"""Evaluation: exact counts, the worst case over restarts, and the same verdicts for any number of workers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loading.loader import Loader
-from pipeline.data.loading.sampling import whole_image_crops
 from pipeline.distributed import Group
-from pipeline.evaluation.chunks import ChunkStore, evaluate
+from pipeline.evaluation.chunks import ChunkStore
+from pipeline.evaluation.images import EvaluationImages
 from pipeline.evaluation.measures.base import Verdicts, summarise
 from pipeline.evaluation.measures.pgd import Pgd
+from pipeline.evaluation.runner import EvaluationHooks, Evaluator
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Evaluation
 from pipeline.rng import sample_keys
@@ -63,18 +63,35 @@ def loader(fashion_data: Path) -> Iterator[Loader]:
         yield opened
 
 
-def crops(ids: NDArray[np.int64]) -> NDArray[np.int32]:
-    sides = np.full(len(ids), SIDE)
-    return whole_image_crops(sides, sides)
+def first_images(loader: Loader, count: int = IMAGES) -> EvaluationImages:
+    return EvaluationImages(loader, "none", np.arange(count))
+
+
+class Hooks(EvaluationHooks):
+    """Keeps what it is told; stops after the chunk, or before the pass, with the number that is given."""
+
+    def __init__(self, stop_after_chunk: int | None = None, stop_at_pass: int | None = None) -> None:
+        self.chunks: list[tuple[int, int]] = []
+        self.passes = 0
+        self._stop_after_chunk, self._stop_at_pass = stop_after_chunk, stop_at_pass
+
+    def chunk_done(self, done: int, total: int) -> None:
+        self.chunks.append((done, total))
+
+    def pass_begins(self) -> None:
+        self.passes += 1
+
+    def stop_requested(self) -> bool:
+        return len(self.chunks) == self._stop_after_chunk or self.passes == self._stop_at_pass
 
 
 @pytest.fixture(scope="module")
 def network(loader: Loader) -> nn.Module:
     """The nearest of ten class means, softened into a two-layer network; about two images of three are right."""
     ids = np.arange(IMAGES, loader.num_samples)
-    batch = loader.read(ids, crops(ids))
-    pixels = batch.images.float().div(255).flatten(1)
-    means = torch.stack([pixels[batch.labels == label].mean(dim=0) for label in range(10)])
+    images, labels = loader.read(ids, first_images(loader).crops(ids)).to(CPU)
+    pixels = images.flatten(1)
+    means = torch.stack([pixels[labels == label].mean(dim=0) for label in range(10)])
     linear = nn.Linear(pixels.shape[1], 10)
     with torch.no_grad():
         linear.weight.copy_(means)
@@ -82,8 +99,8 @@ def network(loader: Loader) -> nn.Module:
     return nn.Sequential(nn.Flatten(), linear, nn.Dropout(0.5))
 
 
-def judge(network: nn.Module, loader: Loader, attack: Pgd = ATTACK, group: Group = ALONE) -> Verdicts:
-    return evaluate(network, loader, np.arange(IMAGES), crops, attack, CHUNK, group)
+def evaluate(network: nn.Module, loader: Loader, attack: Pgd = ATTACK) -> Verdicts:
+    return Evaluator(first_images(loader), ALONE).verdicts(network, attack, CHUNK)
 
 
 def differing(a: Verdicts, b: Verdicts) -> list[str]:
@@ -91,23 +108,22 @@ def differing(a: Verdicts, b: Verdicts) -> list[str]:
     return [name for name in a if not np.array_equal(a[name], b[name])]
 
 
-def test_verdicts_do_not_depend_on_who_judges_which_chunk(network: nn.Module, loader: Loader) -> None:
-    expected = judge(network, loader)
+def test_verdicts_do_not_depend_on_the_number_of_workers(network: nn.Module, loader: Loader) -> None:
+    expected = evaluate(network, loader)
     meeting, values = threading.Barrier(WORLD), {}
-    dealt: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(WORLD)}
+    hooks = [Hooks() for _ in range(WORLD)]
 
     def rank(number: int) -> Verdicts:
         group = InThreads(number, WORLD, CPU, meeting, values)
-        ids = np.arange(IMAGES)
-        own = copy.deepcopy(network)
-        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, lambda *done: bool(dealt[number].append(done)))
+        evaluator = Evaluator(first_images(loader), group, hooks[number])
+        return evaluator.verdicts(copy.deepcopy(network), ATTACK, CHUNK)
 
     with ThreadPoolExecutor(WORLD) as pool:
         found = list(pool.map(rank, range(WORLD), timeout=DEADLINE_S))
     for verdicts in found:
         assert differing(verdicts, expected) == []
-    assert dealt == {0: [(1, 2), (2, 2)], 1: [(1, 2), (2, 2)], 2: [(1, 1)]}
-    other = judge(network, loader, replace(ATTACK, seed=1))
+    assert [each.chunks for each in hooks] == [[(1, 2), (2, 2)], [(1, 2), (2, 2)], [(1, 1)]]
+    other = evaluate(network, loader, replace(ATTACK, seed=1))
     assert differing(other, expected)  # so that equality above says something
 
 
@@ -117,10 +133,10 @@ def test_an_image_is_robust_if_it_is_right_clean_and_under_every_restart(
 ) -> None:
     threat_model = LINF if norm == "linf" else ThreatModel(norm="l2", eps=Fraction(1))
     attack = replace(ATTACK, threat_model=threat_model, restarts=4, step_size=0.01 if norm == "linf" else 0.1)
-    verdicts = judge(network, loader, attack)
+    verdicts = evaluate(network, loader, attack)
     ids = np.arange(IMAGES)
-    batch = loader.read(ids, crops(ids))
-    x, y, ball = batch.images.float().div(255), batch.labels, ball_of(threat_model)
+    x, y = loader.read(ids, first_images(loader).crops(ids)).to(CPU)
+    ball = ball_of(threat_model)
     plain = copy.deepcopy(network).eval()
     with torch.no_grad():
         right = [plain(x).argmax(dim=1) == y]
@@ -141,13 +157,13 @@ def test_an_image_is_robust_if_it_is_right_clean_and_under_every_restart(
     # Chunks of another size round differently, which may tip an image that is on the edge.
     assert (verdicts["robust_correct"] != torch.stack(right).all(dim=0).numpy()).sum() <= 1
     assert np.array_equal(verdicts["clean_correct"], right[0].numpy())
-    once = judge(network, loader, replace(attack, restarts=1))["robust_correct"]
+    once = evaluate(network, loader, replace(attack, restarts=1))["robust_correct"]
     assert 0 < verdicts["robust_correct"].sum() < once.sum() < verdicts["clean_correct"].sum() < IMAGES
     assert not (verdicts["robust_correct"] & ~once).any()
 
 
 def test_the_columns_agree_with_each_other_and_with_the_file(network: nn.Module, loader: Loader) -> None:
-    verdicts = judge(network, loader)
+    verdicts = evaluate(network, loader)
     assert np.array_equal(verdicts["sample_id"], np.arange(IMAGES))
     assert np.array_equal(verdicts["label"], loader.labels[:IMAGES])
     assert np.array_equal(verdicts["clean_correct"], verdicts["clean_prediction"] == verdicts["label"])
@@ -174,7 +190,7 @@ class Constant(nn.Module):
 
 def test_ties_go_by_class_order(loader: Loader) -> None:
     """So a network that says nothing is right for one class in ten, and in the first five for five."""
-    verdicts = judge(Constant(), loader)
+    verdicts = evaluate(Constant(), loader)
     labels = loader.labels[:IMAGES]
     assert (verdicts["clean_prediction"] == 0).all()
     for kind in ("clean", "robust"):
@@ -183,7 +199,7 @@ def test_ties_go_by_class_order(loader: Loader) -> None:
 
 
 def test_without_a_threat_model_nothing_is_attacked(network: nn.Module, loader: Loader) -> None:
-    verdicts = judge(network, loader, replace(ATTACK, threat_model=None))
+    verdicts = evaluate(network, loader, replace(ATTACK, threat_model=None))
     assert np.array_equal(verdicts["robust_correct"], verdicts["clean_correct"])
     assert np.array_equal(verdicts["robust_top5"], verdicts["clean_top5"])
 
@@ -191,7 +207,7 @@ def test_without_a_threat_model_nothing_is_attacked(network: nn.Module, loader: 
 def test_counts_are_exact_and_the_network_is_left_as_it_was(network: nn.Module, loader: Loader) -> None:
     network.train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    verdicts = judge(network, loader)
+    verdicts = evaluate(network, loader)
     assert all(module.training for module in network.modules())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -215,75 +231,64 @@ class Interrupted(RuntimeError):
     """What killed an evaluation."""
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
-    network: nn.Module, loader: Loader, tmp_path: Path, how: str
-) -> None:
-    ids, header = np.arange(IMAGES), {"model_sha256": "m"}
-    judged: list[int] = []
-
-    def after_two(done: int, total: int) -> bool:
-        if done == 2 and how == "killed":
+class Killing(Hooks):
+    def chunk_done(self, done: int, total: int) -> None:
+        if done == 2:
             raise Interrupted
-        return done == 2
 
-    def count(done: int, total: int) -> bool:
-        judged.append(total)
-        return False
 
+@pytest.mark.parametrize("hooks", [Hooks(stop_after_chunk=2), Killing()], ids=["stopped", "killed"])
+def test_an_interrupted_evaluation_continues_with_the_next_chunk(
+    network: nn.Module, loader: Loader, tmp_path: Path, hooks: EvaluationHooks
+) -> None:
+    images, header = first_images(loader), {"model_sha256": "m"}
     store = ChunkStore(tmp_path / "pgd.chunks", header)
     with pytest.raises((StopRequested, Interrupted)):
-        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, after_two, store)
+        Evaluator(images, ALONE, hooks).verdicts(network, ATTACK, CHUNK, store)
     assert len(list(tmp_path.glob("pgd.chunks/chunk-*"))) == 2
     (tmp_path / "pgd.chunks" / "chunk-000001.parquet").write_bytes(b"PAR1")  # half a file is no chunk
-    verdicts = evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, count, ChunkStore(store.folder, header))
-    assert judged == [4] * 4  # of five
-    assert differing(verdicts, judge(network, loader)) == []
+    second = Hooks()
+    verdicts = Evaluator(images, ALONE, second).verdicts(network, ATTACK, CHUNK, ChunkStore(store.folder, header))
+    assert [total for _, total in second.chunks] == [4] * 4  # of five
+    assert differing(verdicts, evaluate(network, loader)) == []
     store.remove()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stop_does_not_wait_for_the_chunk_under_way(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
-    ids, passes = np.arange(IMAGES), 0
-
-    def on_pass() -> bool:
-        nonlocal passes
-        passes += 1
-        return passes == 10  # a chunk has one pass clean, and three under attack
-
+    hooks = Hooks(stop_at_pass=10)  # a chunk has one pass clean, and three under attack
     store = ChunkStore(tmp_path / "chunks", {})
     with pytest.raises(StopRequested):
-        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, store=store, on_pass=on_pass)
-    assert passes == 10
+        Evaluator(first_images(loader), ALONE, hooks).verdicts(network, ATTACK, CHUNK, store)
+    assert hooks.passes == 10
     kept = store.open()
     assert kept.keys() == {0, 1}
     network(torch.zeros(1, 3, SIDE, SIDE))
-    assert passes == 10, "the network is still watched"
+    assert hooks.passes == 10, "the network still has a hook"
 
 
-def test_who_is_done_waits_for_files_and_not_in_a_collective(
+def test_a_worker_that_is_done_waits_for_files_and_not_in_a_collective(
     network: nn.Module, loader: Loader, tmp_path: Path
 ) -> None:
     """A collective has a deadline, which a chunk may exceed: here the second rank's lasts until the first one waits."""
     meeting, values, waited = threading.Barrier(2), {}, threading.Event()
-    ids, done = np.arange(2 * CHUNK), [False, False]
 
-    def rank(number: int) -> Verdicts:
-        def on_chunk(finished: int, total: int) -> bool:
-            done[number] = True
-            return False
+    class Meeting(Hooks):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
 
-        def on_pass() -> bool:
-            if number == 0 and done[0]:
+        def pass_begins(self) -> None:
+            if self.number == 0 and self.chunks:
                 waited.set()
-            if number == 1:
+            if self.number == 1:
                 assert waited.wait(DEADLINE_S)
                 assert values[0] == {}, "the first rank does not wait for files"  # the broadcast's value, no verdicts
-            return False
 
+    def rank(number: int) -> Verdicts:
         group, store = InThreads(number, 2, CPU, meeting, values), ChunkStore(tmp_path / "chunks", {})
-        own = copy.deepcopy(network)
-        return evaluate(own, loader, ids, crops, ATTACK, CHUNK, group, on_chunk, store, on_pass)
+        evaluator = Evaluator(first_images(loader, 2 * CHUNK), group, Meeting(number))
+        return evaluator.verdicts(copy.deepcopy(network), ATTACK, CHUNK, store)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(rank, range(2), timeout=2 * DEADLINE_S)
@@ -296,9 +301,11 @@ def test_who_waits_is_told_that_another_has_stopped(network: nn.Module, loader: 
 
     def rank(number: int) -> None:
         group, store = InThreads(number, 2, CPU, meeting, values), ChunkStore(tmp_path / "chunks", {})
-        own = copy.deepcopy(network)
+        hooks = Hooks(stop_after_chunk=1 if number == 1 else None)
         with pytest.raises(StopRequested):
-            evaluate(own, loader, np.arange(4 * CHUNK), crops, ATTACK, CHUNK, group, lambda *_: number == 1, store)
+            Evaluator(first_images(loader, 4 * CHUNK), group, hooks).verdicts(
+                copy.deepcopy(network), ATTACK, CHUNK, store
+            )
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(rank, range(2), timeout=2 * DEADLINE_S))
@@ -306,21 +313,17 @@ def test_who_waits_is_told_that_another_has_stopped(network: nn.Module, loader: 
 
 
 def test_chunks_of_another_network_or_attack_are_not_taken(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
-    ids, judged = np.arange(IMAGES), []
+    done = []
     for header in ({"model_sha256": "m"}, {"model_sha256": "m"}, {"model_sha256": "other"}):
-        judged.append(0)
-
-        def count(done: int, total: int) -> bool:
-            judged[-1] = done
-            return False
-
-        evaluate(network, loader, ids, crops, ATTACK, CHUNK, ALONE, count, ChunkStore(tmp_path / "chunks", header))
-    assert judged == [5, 0, 5]
+        hooks, store = Hooks(), ChunkStore(tmp_path / "chunks", header)
+        Evaluator(first_images(loader), ALONE, hooks).verdicts(network, ATTACK, CHUNK, store)
+        done.append(len(hooks.chunks))
+    assert done == [5, 0, 5]
 
 
-def test_nothing_to_judge_is_an_error(network: nn.Module, loader: Loader) -> None:
+def test_no_image_is_an_error(network: nn.Module, loader: Loader) -> None:
     with pytest.raises(ValueError, match="no image to evaluate"):
-        evaluate(network, loader, np.arange(0), crops, ATTACK, CHUNK, ALONE)
+        Evaluator(first_images(loader, 0), ALONE).verdicts(network, ATTACK, CHUNK)
 
 
 def test_the_recipe_says_the_attack() -> None:

@@ -147,7 +147,7 @@ LABELS = torch.arange(8) % 3
 def judge(network: nn.Module, rows: list[int] | None = None, seed: int = 0) -> dict[str, Tensor]:
     rows = list(range(8)) if rows is None else rows
     measure = Certified(SMOOTHING, ThreatModel(norm="l2", eps=Fraction(1, 100)), seed)
-    return measure.judge(network, IMAGES[rows], LABELS[rows], IDS[rows])
+    return measure.verdicts(network, IMAGES[rows], LABELS[rows], IDS[rows])
 
 
 def masked_network() -> nn.Module:
@@ -201,7 +201,7 @@ def test_what_decides_a_certificate_is_said() -> None:
 def test_a_vote_over_noisy_copies_is_the_most_frequent_answer() -> None:
     x, ids = images_at([0.3, -0.3, 0.0, 0.0]), np.arange(4)
     y = torch.tensor([1, 1, 1, 0])
-    columns = Noisy(0.25, 25, 0).judge(Linear(), x, y, ids)
+    columns = Noisy(0.25, 25, 0).verdicts(Linear(), x, y, ids)
     keys = torch.from_numpy(sample_keys(ids, 0, "noisy").view(np.int64))
     draws = derived_keys(keys, torch.arange(25))
     noise = [gaussian_noise(draws[i], x[i].shape) for i in range(4)]

@@ -19,10 +19,10 @@ from tests.support.scripted_event import Script
 PLAN = {"stage": "", "phase": "prune", "total_steps": 700, "steps_per_epoch": 235, "batch_per_step": 128}
 ROBUST = {"value": 0.612, "low": 0.6024, "high": 0.6215}
 EVALUATION = {
-    "title": "PGD-20",
-    "images": 10000,
-    "clean_accuracy": {"value": 0.85, "low": 0.84, "high": 0.86},
-    "robust_accuracy": ROBUST,
+    **{"attack": "pgd", "title": "PGD-20", "settings": {}, "chunk": 250, "images": 10000},
+    **{"model_sha256": "m", "data_sha256": "d"},
+    **{"clean_correct": 8500, "clean_accuracy": {"value": 0.85, "low": 0.84, "high": 0.86}},
+    **{"robust_correct": 6120, "robust_accuracy": ROBUST},
 }
 Action = Callable[[], object]
 

@@ -22,9 +22,9 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from launch import run_folder
 from launch.__main__ import main
-from launch.commands import judge
+from launch.commands import evaluation_cache
 from pipeline.data.loading import image_list
-from pipeline.evaluation import runner
+from pipeline.evaluation import spec
 from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.honesty.probes import Probes
 from pipeline.evaluation.measures.autoattack import Ensemble
@@ -64,7 +64,7 @@ def finished(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of it. AutoAttack's budgets are a few steps; the process's settings are put back."""
-    monkeypatch.setattr(runner, "Ensemble", functools.partial(Ensemble, iterations=2, queries=3))
+    monkeypatch.setattr(spec, "Ensemble", functools.partial(Ensemble, iterations=2, queries=3))
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield Path(shutil.copytree(finished, tmp_path / "run"))
     torch.use_deterministic_algorithms(deterministic)
@@ -79,18 +79,18 @@ def evaluate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
     return code, [json.loads(line) for line in out.splitlines()], err
 
 
-def judging_of(monkeypatch: pytest.MonkeyPatch, measure: type, stop_at: int | None = None) -> list[np.ndarray]:
-    """The ids of every chunk that is judged from now on; the one with number `stop_at` is interrupted."""
+def evaluated_chunks(monkeypatch: pytest.MonkeyPatch, measure: type, stop_at: int | None = None) -> list[np.ndarray]:
+    """The ids of every chunk that is evaluated from now on; the one with number `stop_at` is interrupted."""
     chunks: list[np.ndarray] = []
-    original: Callable[..., Any] = measure.judge
+    original: Callable[..., Any] = measure.verdicts
 
-    def judge(self: Any, network: Any, x: Any, y: Any, ids: np.ndarray) -> Any:
+    def verdicts(self: Any, network: Any, x: Any, y: Any, ids: np.ndarray) -> Any:
         if len(chunks) == stop_at:
             raise KeyboardInterrupt
         chunks.append(ids)
         return original(self, network, x, y, ids)
 
-    monkeypatch.setattr(measure, "judge", judge)
+    monkeypatch.setattr(measure, "verdicts", verdicts)
     return chunks
 
 
@@ -137,11 +137,11 @@ def test_honesty_checks_go_with_attacks_that_follow_gradients(
     assert [one["attack"] for one in found if "honesty" in one] == []
 
 
-def test_a_network_is_looked_at_once_for_each_pgd(
+def test_a_network_is_checked_once_for_each_pgd(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = run / STAGES[1] / "model.safetensors"
-    chunks = judging_of(monkeypatch, Probes)
+    chunks = evaluated_chunks(monkeypatch, Probes)
     _, (first,), _ = evaluate(capsys, file, "--images", 6)
     assert [len(ids) for ids in chunks] == [4, 2]
     assert first["honesty"]["images"] == 6
@@ -158,16 +158,16 @@ def test_a_network_is_looked_at_once_for_each_pgd(
     assert len(chunks) == 4
 
 
-def test_an_interrupted_look_goes_on_with_the_next_chunk(
+def test_interrupted_honesty_checks_continue_with_the_next_chunk(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = run / STAGES[1] / "model.safetensors"
     undisturbed = evaluate(capsys, file, "--images", IMAGES)[1]
     shutil.rmtree(file.parent / "evaluate")
     with monkeypatch.context() as patched:
-        judging_of(patched, Probes, stop_at=2)
+        evaluated_chunks(patched, Probes, stop_at=2)
         assert evaluate(capsys, file, "--images", IMAGES)[0] == 1
-    chunks = judging_of(monkeypatch, Probes)
+    chunks = evaluated_chunks(monkeypatch, Probes)
     assert evaluate(capsys, file, "--images", IMAGES)[1] == undisturbed
     assert [len(ids) for ids in chunks] == [2]
 
@@ -204,7 +204,7 @@ class Terminal(io.StringIO):
 def test_the_bar_moves_with_every_corruption(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, seconds = Terminal(), itertools.count()
     monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setattr(judge, "monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr(evaluation_cache, "monotonic", lambda: float(next(seconds)))
     file = run / STAGES[0] / "model.safetensors"
     assert main(["evaluate", str(file), "--attack", "corruptions", "--images", "6"]) == 0
     drawn = [line for line in terminal.getvalue().split("\r") if "pass " in line]
@@ -221,7 +221,7 @@ def test_what_was_evaluated_before_is_not_evaluated_again(
 ) -> None:
     file = run / STAGES[0] / "model.safetensors"
     first = evaluate(capsys, file, "--attack", "square", "--images", IMAGES)
-    chunks = judging_of(monkeypatch, Ensemble)
+    chunks = evaluated_chunks(monkeypatch, Ensemble)
     assert evaluate(capsys, file, "--attack", "square", "--images", IMAGES) == first
     assert chunks == []
     _, (more,), _ = evaluate(capsys, file, "--attack", "square", "--images", IMAGES + 1)
@@ -245,7 +245,7 @@ def test_the_runs_own_evaluation_is_taken_and_left_alone(
         (made,) = own.parent.glob(f"pgd-*{suffix}")
         made.rename(own.with_suffix(suffix))  # as the run's own
     before = own.read_bytes()
-    chunks = judging_of(monkeypatch, Pgd)
+    chunks = evaluated_chunks(monkeypatch, Pgd)
     assert evaluate(capsys, file, "--images", IMAGES)[1] == [usual]
     assert chunks == []
     _, (stronger,), _ = evaluate(capsys, file, "--images", IMAGES, "--steps", 3, "--restarts", 2, "--step-size", "1/30")
@@ -271,13 +271,13 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
     (whole,) = (file.parent / "evaluate").glob("*.parquet")
     expected = read_verdicts(whole)
     shutil.rmtree(file.parent / "evaluate")
-    measure = {"square": Ensemble, "transfer": runner.Transfer}[attack]
+    measure = {"square": Ensemble, "transfer": spec.Transfer}[attack]
     with monkeypatch.context() as patched:
-        judging_of(patched, measure, stop_at=2)
+        evaluated_chunks(patched, measure, stop_at=2)
         code, found, err = evaluate(capsys, *arguments)
     assert (code, found) == (1, [])
-    assert "what was judged is kept: the same command goes on with it" in err
-    chunks = judging_of(monkeypatch, measure)
+    assert "finished chunks are kept; the same command continues with the next one" in err
+    chunks = evaluated_chunks(monkeypatch, measure)
     assert evaluate(capsys, *arguments)[1] == undisturbed
     assert len(chunks) == IMAGES // CHUNK - 2
     found = read_verdicts(whole)
@@ -354,7 +354,7 @@ def test_listed_images_are_judged_as_torchvision_prepares_them(
     listed: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, options = listed
-    monkeypatch.setattr(runner, "Ensemble", functools.partial(Ensemble, iterations=2, queries=3))
+    monkeypatch.setattr(spec, "Ensemble", functools.partial(Ensemble, iterations=2, queries=3))
     code, (found,), err = evaluate(capsys, run, "--attack", "square", *options)
     assert (code, err, found["images"]) == (0, "", 3)
     assert found["title"] == "Square attack, linf eps 1/10; torchvision, resize 256, centre crop 224"
@@ -366,7 +366,7 @@ def test_listed_images_are_judged_as_torchvision_prepares_them(
     with torch.no_grad():
         logits = load_network(run / "pretrain" / "model.safetensors")(torch.stack([folder[i][0] for i in (2, 1, 0)]))
     assert verdicts["clean_prediction"].tolist() == logits.argmax(dim=1).tolist()
-    chunks = judging_of(monkeypatch, Ensemble)
+    chunks = evaluated_chunks(monkeypatch, Ensemble)
     assert evaluate(capsys, run, "--attack", "square", *options) == (0, [found], "")
     assert chunks == []
 
@@ -384,7 +384,7 @@ def test_a_list_that_does_not_come_is_one_line_and_a_failure(
     assert (code, found) == (1, [])
     assert err == (
         f"error: {path}: nothing within 0.05 s; its reader is stuck; "
-        "what was judged is kept: the same command goes on with it\n"
+        "finished chunks are kept; the same command continues with the next one\n"
     )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipeline
 from launch import run_folder
 from pipeline.distributed import Group
 from pipeline.recipe.file import load_recipe, recipe_hash
@@ -131,7 +130,7 @@ def test_provenance_without_a_commit(why: str, monkeypatch: pytest.MonkeyPatch, 
         package = tmp_path / ".venv" / "pipeline" / "__init__.py"
         package.parent.mkdir(parents=True)
         package.touch()
-        monkeypatch.setattr(pipeline, "__file__", str(package))
+        monkeypatch.setattr(provenance_module, "SOURCE", package.parent)
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     if why == "another repository":
         identity = ["-c", "user.name=me", "-c", "user.email=me@here"]

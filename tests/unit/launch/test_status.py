@@ -28,6 +28,12 @@ from pipeline.run.tracking.metrics import Tracker
 
 DEMO = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"
 PER_EPOCH = 148  # 19,000 images in steps of 128
+EVALUATION = {
+    **{"attack": "pgd", "title": "PGD-20", "settings": {}, "chunk": 250, "images": 10000},
+    **{"model_sha256": "m", "data_sha256": "d"},
+    **{"clean_correct": 8500, "clean_accuracy": {"value": 0.85, "low": 0.8429, "high": 0.8569}},
+    **{"robust_correct": 7004, "robust_accuracy": {"value": 0.7004, "low": 0.6913, "high": 0.7093}},
+}
 DENSE, PRUNE, FINETUNE, MAGNITUDE = "pretrain", "keep-0.1/prune", "keep-0.1/finetune", "keep-0.1/magnitude"
 
 
@@ -66,7 +72,7 @@ class Run:
         for name in names:
             self.train(name)
             for file in self.stages[name].evaluations:
-                self.evaluate(name, file, {"robust_accuracy": {"value": 0.7004, "low": 0.6913, "high": 0.7093}})
+                self.evaluate(name, file, EVALUATION)
 
     def evaluate(self, name: str, file: str, facts: dict[str, Any]) -> None:
         (self.folder / name / "evaluate").mkdir(exist_ok=True)

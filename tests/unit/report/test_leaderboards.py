@@ -57,7 +57,9 @@ def judge(folder: Path, ids: np.ndarray, seed: int, **more: Any) -> tuple[np.nda
     facts: dict[str, Any] = {"attack": "autoattack", "title": "AutoAttack (standard)", "settings": settings("8/255")}
     facts |= {"chunk": 250, "model_sha256": folder.as_posix(), "data_sha256": "d" * 64, "images": len(ids)}
     facts |= {"flags": {"randomised": 0, "other": 0}}
-    facts |= {f"{kind}_accuracy": {"value": float(v.mean())} for kind, v in (("clean", clean), ("robust", robust))}
+    for kind, correct in (("clean", clean), ("robust", robust)):
+        interval = {"value": float(correct.mean()), "low": 0.0, "high": 1.0}
+        facts |= {f"{kind}_correct": int(correct.sum()), f"{kind}_accuracy": interval}
     (folder / "evaluate").mkdir(parents=True, exist_ok=True)
     path = folder / "evaluate" / f"autoattack-{seed:08x}.json"
     path.write_text(json.dumps(facts | more))

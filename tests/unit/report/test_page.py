@@ -349,8 +349,8 @@ def test_marks_and_intervals_stand_at_their_values(tmp_path: Path) -> None:
         for keep in (0.1, 0.01):
             network = next(n for n in runs[0].networks if (n.name, float(n.keep_fraction)) == (name, keep))
             assert network.evaluation is not None
-            true = network.evaluation["robust_accuracy"]
-            note = f"{100 * true['value']:.2f} % ["
+            true = network.evaluation.robust_accuracy
+            note = f"{100 * true.value:.2f} % ["
             (group,) = [
                 g
                 for g in root
@@ -363,8 +363,8 @@ def test_marks_and_intervals_stand_at_their_values(tmp_path: Path) -> None:
             )
             interval = [path for path in group if path.get("class") == "interval"][index]
             heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", interval.attrib["d"])]
-            assert value_at(max(heights)) == pytest.approx(100 * true["low"], abs=0.1)
-            assert value_at(min(heights)) == pytest.approx(100 * true["high"], abs=0.1)
+            assert value_at(max(heights)) == pytest.approx(100 * true.low, abs=0.1)
+            assert value_at(min(heights)) == pytest.approx(100 * true.high, abs=0.1)
     (dense,) = [g for g in root if g.get("class") == "series dense"]
     height = float(
         re.findall(r"[ML][\d.]+ ([\d.]+)", next(p for p in dense if p.get("class") == "line").attrib["d"])[0]
@@ -609,9 +609,9 @@ def test_examples_are_in_the_ball_and_said_as_they_are() -> None:
         assert shares == pytest.approx(shown.amax(dim=1).detach().numpy(), abs=1e-6)
     losses = [F.cross_entropy(network(torch.from_numpy(p)), y) for p in (found.clean, found.adversarial)]
     assert losses[1] > losses[0]
-    judged = attack().judge(network, x, y, ids)["robust_correct"]
+    verdicts = attack().verdicts(network, x, y, ids)["robust_correct"]
     stays = (found.clean_prediction == found.labels) & (found.adversarial_prediction == found.labels)
-    assert stays.tolist() == judged.tolist(), "the same attack as the evaluation's"
+    assert stays.tolist() == verdicts.tolist(), "the same attack as the evaluation's"
 
 
 def test_examples_stop_in_time_and_nobody_attacks_without_a_threat() -> None:

@@ -167,10 +167,10 @@ def test_marks_in_the_picture_are_hollow_within_noise(tmp_path: Path, seeds: int
     assert 0 < len(near) < len(comparisons)
     figure = accuracy_figure(runs, comparisons)
     expected = {
-        (100 * found["value"], (i, network.name, network.keep_fraction) in near)
+        (100 * network.evaluation.robust_accuracy.value, (i, network.name, network.keep_fraction) in near)
         for i, run in enumerate(runs)
         for network in run.networks
-        if network.name != "dense" and (found := (network.evaluation or {})["robust_accuracy"])
+        if network.name != "dense" and network.evaluation is not None
     }
     for axes, points in ((figure.axes[0], expected), (figure.axes[1], None)):
         marks = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]

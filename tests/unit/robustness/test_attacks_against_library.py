@@ -54,7 +54,7 @@ def test_pgd_is_within_noise_of_theirs(
 ) -> None:
     """Same loss, steps, and start, uniform in the ball, which matters after three steps. Random numbers differ."""
     eps = float(threat.eps)
-    ours = Pgd(threat, steps, eps / 4, restarts=1, seed=3).judge(network, *images, IDS)["robust_correct"].numpy()
+    ours = Pgd(threat, steps, eps / 4, restarts=1, seed=3).verdicts(network, *images, IDS)["robust_correct"].numpy()
     kind = attacks.LinfPGD if threat.norm == "linf" else attacks.L2PGD
     theirs = withstood(network, images, eps, kind(abs_stepsize=eps / 4, steps=steps, random_start=True))
     found = mcnemar(ours, theirs)
@@ -71,7 +71,7 @@ def test_autoattack_agrees_with_theirs_on_the_whole(
 ) -> None:
     eps = float(threat.eps)
     whole = Ensemble("autoattack", threat, CLASSES, seed=3, iterations=20, queries=100)
-    ours = whole.judge(network, *images, IDS)["robust_correct"].numpy()
+    ours = whole.verdicts(network, *images, IDS)["robust_correct"].numpy()
     linf = threat.norm == "linf"
     pgd, nearest = (attacks.LinfPGD, LinfDeepFoolAttack) if linf else (attacks.L2PGD, L2DeepFoolAttack)
     theirs = withstood(network, images, eps, pgd(abs_stepsize=eps / 10, steps=100), nearest())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 from torch import Tensor, nn
 
-from pipeline.evaluation.measures.overfitting_probe import Probed
+from pipeline.evaluation.measures.overfitting_probe import WithOverfittingProbe
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.recipe.objective import ThreatModel
 from pipeline.robustness.overfitting import STRONGEST, CatastrophicOverfitting, overfits, stronger
@@ -95,7 +95,7 @@ class Fixed:
 
     name, title, settings = "fixed", "fixed", {"norm": None}
 
-    def judge(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         return {
             "clean_correct": torch.ones(len(x), dtype=torch.bool),
             "robust_correct": torch.ones(len(x), dtype=torch.bool),
@@ -106,7 +106,7 @@ def judged(measure: Any, pgd: Pgd) -> dict[str, Tensor]:
     x = torch.full((64, 3, 4, 4), 0.5) + torch.linspace(-0.2, 0.2, 64).view(-1, 1, 1, 1)
     network = Cosine()
     y = network(x).argmax(dim=1)
-    return Probed(measure, pgd).judge(network, x, y, np.arange(64))
+    return WithOverfittingProbe(measure, pgd).verdicts(network, x, y, np.arange(64))
 
 
 def test_the_probe_tells_apart_what_one_step_and_what_several_find() -> None:

@@ -17,7 +17,7 @@ from pipeline.data.loading.loader import Batch
 from pipeline.data.manifest import read_manifest
 from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist, read_idx
 from pipeline.distributed import Group
-from pipeline.evaluation.honesty.runner import live_network
+from pipeline.evaluation.honesty.runner import trained_network
 from pipeline.models import Network, build_network
 from pipeline.models.export import write_model
 from pipeline.models.pruning.scores import attach_scores, effective_state, named_state
@@ -30,7 +30,7 @@ from pipeline.run.lease import LeaseHeld, Leases
 from pipeline.run.progress import Progress
 from pipeline.run.stop import StopRequested
 from pipeline.training.context import Job
-from pipeline.training.scrutiny import scrutinise
+from pipeline.training.stage_evaluation import check_honesty
 from tests.conftest import TEST_IMAGES
 from tests.support.small_recipe import small_recipe
 
@@ -45,6 +45,7 @@ class InMemory:
         pixels = torch.from_numpy(read_idx(source, images, 3)[:TEST_IMAGES].copy())
         self._images = pixels[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         self._labels = torch.from_numpy(read_idx(source, labels, 1)[:TEST_IMAGES].copy()).long()
+        self.image_size = 28
         self.identity = {"data_sha256": read_manifest(path).sha256}
         self.num_samples, self.heights, self.widths = TEST_IMAGES, *(np.full(TEST_IMAGES, 28),) * 2
 
@@ -60,7 +61,7 @@ def loader(fashion_data: Path) -> Any:
 
 @dataclass
 class Finished:
-    """A stage whose network is written, but not judged."""
+    """A stage whose network is written, but not evaluated."""
 
     loader: Any
     run: Path
@@ -88,8 +89,8 @@ class Finished:
         if event == "chunk":
             self.chunks.append(facts)
 
-    def scrutinise(self, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        scrutinise(self.job(stop), self.stage)
+    def check(self, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        check_honesty(self.job(stop), self.stage)
         return read_json(self.target)
 
 
@@ -123,7 +124,7 @@ def verdict_of(written: dict[str, Any], name: str) -> str:
 
 def test_the_file_says_what_was_found_and_of_what(finished: Finished, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        written = finished.scrutinise()
+        written = finished.check()
     assert written["images"] == 6
     assert written["chunk"] == 2
     assert written["model_sha256"] == sha256_of(finished.folder / "model.safetensors")
@@ -137,31 +138,31 @@ def test_the_file_says_what_was_found_and_of_what(finished: Finished, caplog: py
 
 
 def test_it_is_made_once_for_a_network(finished: Finished) -> None:
-    first = finished.scrutinise()
+    first = finished.check()
     finished.chunks.clear()
-    assert finished.scrutinise() == first
+    assert finished.check() == first
     assert finished.chunks == []
-    recipe, live = finished.recipe, live_network(finished.recipe, finished.folder, finished.stage)
+    recipe, live = finished.recipe, trained_network(finished.recipe, finished.folder, finished.stage)
     assert live is not None
     with torch.no_grad():
         live.backbone.get_parameter("fc2.bias").add_(1.0)
     shutil.rmtree(finished.folder / f"step-{STEP:010d}")
     finish(finished.folder, recipe, live)
-    again = finished.scrutinise()
+    again = finished.check()
     assert len(finished.chunks) == 3
     assert again["model_sha256"] != first["model_sha256"]
     finished.target.write_text("{torn")
-    assert finished.scrutinise() == again
+    assert finished.check() == again
 
 
 def test_an_interrupted_one_goes_on_with_the_next_chunk(finished: Finished) -> None:
     with pytest.raises(StopRequested):
-        finished.scrutinise(stop=lambda: len(finished.chunks) == 2)
+        finished.check(stop=lambda: len(finished.chunks) == 2)
     assert not finished.target.exists()
-    resumed = finished.scrutinise()
+    resumed = finished.check()
     assert len(finished.chunks) == 3
     finished.target.unlink()
-    assert finished.scrutinise() == resumed
+    assert finished.check() == resumed
 
 
 def test_what_is_not_judged_by_pgd_is_left_alone(finished: Finished) -> None:
@@ -169,25 +170,25 @@ def test_what_is_not_judged_by_pgd_is_left_alone(finished: Finished) -> None:
     smoothed = {"objective": {"name": "noise", "sigma": "1/4"}, "threat_model": {"norm": "l2", "eps": "1/4"}}
     for changed in (smoothed, {"evaluation": {"honesty_images": 0}}):
         finished.recipe = small_recipe(data, **changed)
-        scrutinise(finished.job(), finished.stage)
+        check_honesty(finished.job(), finished.stage)
         assert not finished.target.exists()
 
 
-def test_the_live_network_is_the_one_of_the_checkpoint(finished: Finished) -> None:
+def test_the_trained_network_is_the_one_of_the_checkpoint(finished: Finished) -> None:
     """A file of another network, and one whose mask was left out, are both caught."""
-    live = live_network(finished.recipe, finished.folder, finished.stage)
+    live = trained_network(finished.recipe, finished.folder, finished.stage)
     assert live is not None
     dense = {name.removeprefix("weight/").removeprefix("buffer/"): tensor for name, tensor in named_state(live).items()}
     dense = {name: tensor for name, tensor in dense.items() if not name.startswith("score/")}
     facts = {"keep_fraction": "0.1", "image_size": 28}
     write_model(finished.folder / "model.safetensors", dense, finished.recipe.model, facts)
-    written = finished.scrutinise()
+    written = finished.check()
     assert verdict_of(written, "exported file") == verdict_of(written, "mask") == "warn"
 
 
 def test_a_checkpoint_that_is_gone_is_a_warning(finished: Finished, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(finished.folder / f"step-{STEP:010d}")
-    written = finished.scrutinise()
+    written = finished.check()
     (check,) = [check for check in written["checks"] if check["name"] == "exported file"]
     assert check["verdict"] == "warn"
     assert "the checkpoint of the live network is gone" in check["figure"]
@@ -197,5 +198,5 @@ def test_a_checkpoint_that_is_gone_is_a_warning(finished: Finished, caplog: pyte
 def test_nothing_is_written_once_the_lease_is_lost(finished: Finished) -> None:
     finished.leases.release()
     with pytest.raises(LeaseHeld):
-        finished.scrutinise()
+        finished.check()
     assert not finished.target.exists()

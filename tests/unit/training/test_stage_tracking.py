@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.distributed import Group
+from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.files import atomic_write_json
 from pipeline.run.stop import StopRequested
@@ -99,8 +100,8 @@ def test_summaries_are_named_so_that_a_panel_finds_them(tmp_path: Path) -> None:
     stage = stage_of(job, "keep-0.1/finetune")
     with stage_tracker(job, stage) as tracker:
         assert tracker is not None
-        tracker.summary(summary_of(stage, "pgd", facts))
-        tracker.summary(summary_of(stage, "autoattack", facts | {"attack": "autoattack"}))
+        tracker.summary(summary_of(stage, "pgd", EvaluationResult.parse(facts)))
+        tracker.summary(summary_of(stage, "autoattack", EvaluationResult.parse(facts | {"attack": "autoattack"})))
     (found,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
     summary = found.summary
     assert (summary["method"], summary["phase"]) == ("HYDRA", "finetune")
@@ -126,8 +127,11 @@ def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     sent: list[str] = []
     monkeypatch.setattr(Tracker, "produces", lambda self, artifact, files, metadata: sent.append(artifact))
     monkeypatch.setattr("pipeline.training.stage.check_worker", lambda job: None)
-    monkeypatch.setattr("pipeline.training.stage.scrutinise", lambda job, stage: None)
-    monkeypatch.setattr("pipeline.training.stage.evaluate_stage", lambda job, stage, labels: iter([(labels[0], facts)]))
+    monkeypatch.setattr("pipeline.training.stage.check_honesty", lambda job, stage: None)
+    result = EvaluationResult.parse(facts)
+    monkeypatch.setattr(
+        "pipeline.training.stage.evaluate_stage", lambda job, stage, labels: iter([(labels[0], result)])
+    )
     run_stages(job, [stage])
     assert sent == ["demo-pretrain"]
     (found,) = recorded(folder)

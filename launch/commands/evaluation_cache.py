@@ -1,0 +1,143 @@
+"""Results of `launch evaluate`, kept beside each network: what was evaluated before is read, the rest is evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.distributed import Group
+from pipeline.evaluation.chunks import write_verdicts
+from pipeline.evaluation.honesty.runner import honesty_spec, log_checks, run_honesty_checks, trained_network
+from pipeline.evaluation.images import EvaluationImages
+from pipeline.evaluation.measures.pgd import Pgd
+from pipeline.evaluation.result import EvaluationHeader, EvaluationResult, HonestyResult, HonestySummary
+from pipeline.evaluation.runner import EvaluationHooks, Evaluator
+from pipeline.evaluation.spec import EvaluationSpec
+from pipeline.models import Network
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import stages_of
+from pipeline.run.files import atomic_write_json, exclusive
+from pipeline.run.layout import honesty_path
+
+
+@dataclass(frozen=True)
+class EvaluationCache:
+    """Results for the networks of one run on one set of images, in evaluate/ beside each network."""
+
+    run_folder: Path
+    recipe: Recipe
+    images: EvaluationImages
+    group: Group
+
+    def evaluate(self, file: Path, spec: EvaluationSpec, honesty: HonestySummary | None) -> EvaluationResult:
+        """The result of a network, by whichever command it was made, with `honesty`.
+
+        Errors: ValueError; LoaderError for images that do not come.
+        """
+        header = spec.header(self.images, file)
+        with self._locked(file, spec, header) as (name, current):
+            if current is None:
+                with self._bar(file, spec, header) as bar:
+                    return Evaluator(self.images, self.group, bar).evaluate(spec, file, name, honesty)
+            result = EvaluationResult.parse(current)
+        return result if honesty is None else result.model_copy(update={"honesty": honesty})
+
+    def check_honesty(self, file: Path, pgd: Pgd, images: int | None) -> HonestySummary:
+        """The honesty checks of a network that `pgd` attacks; warnings of new ones are logged. Errors: the same."""
+        spec = honesty_spec(self.recipe, pgd, images or len(self.images.ids))
+        header = spec.header(self.images, file)
+        current = header.read_if_current(honesty_path(file.parent))
+        if current is not None:
+            return HonestyResult.parse(current).summary()
+        with self._locked(file, spec, header) as (name, current):
+            if current is not None:
+                return HonestyResult.parse(current).summary()
+            path = file.parent / "evaluate" / f"{name}.json"
+            with self._bar(file, spec, header) as bar:
+                evaluator, trained = Evaluator(self.images, self.group, bar), self._trained(file)
+                result, verdicts, store = run_honesty_checks(
+                    evaluator, spec, file, trained, path.with_suffix(".chunks")
+                )
+            log_checks(self._stage_name(file), result.checks)
+            write_verdicts(path.with_suffix(".parquet"), verdicts)
+            atomic_write_json(path, result.to_json())
+            store.remove()
+        return result.summary()
+
+    @contextmanager
+    def _locked(
+        self, file: Path, spec: EvaluationSpec, header: EvaluationHeader
+    ) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """What an evaluation's files are called, and its values if it was made before; one process at a time."""
+        folder = file.parent / "evaluate"
+        if not os.access(file.parent, os.W_OK):
+            raise ValueError(f"{file.parent} cannot be written, and verdicts are kept there; make a copy of the run")
+        folder.mkdir(exist_ok=True)
+        # Not a name that the run itself would give.
+        digest = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode()).hexdigest()
+        name = f"{spec.label}-{digest[:8]}"
+        with exclusive(folder / f".{name}.lock"):
+            whole = (path for path in sorted(folder.glob("*.json")) if path.with_suffix(".parquet").exists())
+            yield name, next((values for path in whole if (values := header.read_if_current(path))), None)
+
+    def _bar(self, file: Path, spec: EvaluationSpec, header: EvaluationHeader) -> ProgressBar:
+        return ProgressBar(f"{file.parent.name}: {spec.label}", header.images, spec.chunk, spec.passes)
+
+    def _trained(self, file: Path) -> Network | None:
+        """The network that a file was written from, where that is a finished stage's."""
+        name = self._stage_name(file)
+        stage = next((stage for stage in stages_of(self.recipe) if stage.name == name), None)
+        if stage is None or not (file.parent / "result.json").exists():
+            return None
+        return trained_network(self.recipe, file.parent, stage)
+
+    def _stage_name(self, file: Path) -> str:
+        return file.parent.resolve().relative_to(self.run_folder.resolve()).as_posix()
+
+
+class ProgressBar(EvaluationHooks):
+    """Images done, on a terminal; and forward passes of the network, as a chunk may take long.
+
+    Where it is known how many `passes` a chunk takes, the bar moves with them.
+    """
+
+    def __init__(self, label: str, images: int, chunk: int, passes: int | None) -> None:
+        self._chunk, self._chunks, self._passes_of_chunk = chunk, -(-images // chunk), passes
+        self._passes, self._in_chunk, self._images_done, self._drawn_at = 0, 0, 0, monotonic()
+        self._bar = tqdm(total=images, desc=label, unit=" images", disable=None)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def chunk_done(self, done: int, total: int) -> None:
+        self._images_done = min(self._chunk * (self._chunks - total + done), self._bar.total)
+        self._in_chunk = 0
+        self._bar.update(self._images_done - self._bar.n)
+
+    def pass_begins(self) -> None:
+        self._passes += 1
+        self._in_chunk += 1
+        if monotonic() - self._drawn_at >= 1:
+            self._drawn_at = monotonic()
+            self._bar.set_postfix_str(self._passes_text(), refresh=False)
+            if self._passes_of_chunk is not None:
+                size = min(self._chunk, self._bar.total - self._images_done)
+                self._bar.n = self._images_done + size * self._in_chunk // self._passes_of_chunk
+            self._bar.refresh()
+
+    def _passes_text(self) -> str:
+        if self._passes_of_chunk is None:
+            return f"{self._passes:,} passes"
+        return f"pass {self._in_chunk} of {self._passes_of_chunk}"

@@ -1,0 +1,140 @@
+"""What an evaluation leaves as JSON: `evaluate/*.json` and `honesty.json`, as immutable records. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.run.files import read_json
+
+Kind = Literal["clean", "robust"]
+KINDS: tuple[Kind, ...] = ("clean", "robust")
+
+
+class _Record(BaseModel):
+    """Keys of later versions are ignored; a field that is None is left out of the file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def to_json(self) -> dict[str, Any]:
+        values = self.model_dump(by_alias=True)
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """The record that a JSON value describes. Errors: ValueError naming what is wrong with it."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, each['loc'])) or 'value'}: {each['msg']}" for each in error.errors()]
+            raise ValueError("; ".join(wrong)) from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Errors: ValueError naming the file if it is missing, damaged or something else."""
+        value = read_json(path)
+        try:
+            return cls.parse(value)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; delete it and evaluate again") from None
+
+
+class Accuracy(_Record):
+    """A share of images and its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class EvaluationHeader(_Record):
+    """Everything that verdicts are a function of."""
+
+    attack: str
+    title: str
+    settings: dict[str, Any]
+    """Of the measure; norm and eps are among them."""
+    chunk: int
+    model_sha256: str
+    data_sha256: str
+    preprocessing: str | None = None
+    """Of image files that are read by a list, and so is the next."""
+    image_list_sha256: str | None = None
+    images: int
+
+    def read_if_current(self, path: Path) -> dict[str, Any] | None:
+        """The values of a JSON file whose own header is this one; None for any other file, and for a damaged one."""
+        try:
+            values = read_json(path)
+        except ValueError:
+            return None
+        if not isinstance(values, dict):
+            return None
+        return values if all(values.get(name) == value for name, value in self.to_json().items()) else None
+
+
+class CheckSummary(_Record):
+    """One honesty check, in short."""
+
+    name: str
+    status: Literal["pass", "warn"] = Field(
+        validation_alias=AliasChoices("verdict", "status"), serialization_alias="verdict"
+    )
+    figure: str
+    """What was found, with its numbers."""
+
+
+class Check(CheckSummary):
+    """One honesty check, for people and for honesty.json."""
+
+    meaning: str
+    """What a warning means, and what to do."""
+
+
+class HonestySummary(_Record):
+    """The honesty checks of the network that was evaluated."""
+
+    images: int
+    checks: tuple[CheckSummary, ...]
+
+
+class HonestyResult(EvaluationHeader):
+    """What `honesty.json` holds."""
+
+    checks: tuple[Check, ...]
+
+    def summary(self) -> HonestySummary:
+        checks = [CheckSummary(name=c.name, status=c.status, figure=c.figure) for c in self.checks]
+        return HonestySummary(images=self.images, checks=tuple(checks))
+
+
+class EvaluationResult(EvaluationHeader):
+    """What `evaluate/<name>.json` holds: counts of images, and accuracies as fractions."""
+
+    clean_correct: int
+    clean_accuracy: Accuracy
+    clean_top5_correct: int | None = None
+    clean_top5_accuracy: Accuracy | None = None
+    robust_correct: int
+    robust_accuracy: Accuracy
+    robust_top5_correct: int | None = None
+    robust_top5_accuracy: Accuracy | None = None
+    broken_by: dict[str, int] | None = None
+    """Attack of an ensemble -> images."""
+    flags: dict[str, int] | None = None
+    """AutoAttack's warning -> images in whose chunk it was raised."""
+    corruption_accuracy: dict[str, list[float]] | None = None
+    """Corruption -> accuracy at severities 1 to 5."""
+    severity_accuracy: list[float] | None = None
+    mean_corruption_accuracy: float | None = None
+    mean_certified_radius: float | None = None
+    abstained: int | None = None
+    honesty: HonestySummary | None = None
+
+    def correct(self, kind: Kind) -> int:
+        return self.clean_correct if kind == "clean" else self.robust_correct
+
+    def accuracy(self, kind: Kind) -> Accuracy:
+        return self.clean_accuracy if kind == "clean" else self.robust_accuracy

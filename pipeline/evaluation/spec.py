@@ -1,0 +1,87 @@
+"""How networks of a recipe are evaluated on their test set: by the recipe's own measure, or by a further attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.evaluation.corruptions.measure import Corrupted
+from pipeline.evaluation.images import EvaluationImages
+from pipeline.evaluation.measures.autoattack import Ensemble
+from pipeline.evaluation.measures.base import Measure
+from pipeline.evaluation.measures.pgd import Pgd
+from pipeline.evaluation.measures.randomized_smoothing import Certified
+from pipeline.evaluation.measures.transfer import Transfer
+from pipeline.evaluation.measures.verified_bounds import Proved
+from pipeline.evaluation.result import EvaluationHeader
+from pipeline.models.export import load_model
+from pipeline.recipe.attacks import Attack
+from pipeline.recipe.schema import Recipe
+from pipeline.run.files import sha256_of
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """One evaluation, of whichever network: a measure, and how many images."""
+
+    label: str
+    """What its files are called."""
+    measure: Measure
+    images: int | None
+    """How many test images; None means all of them."""
+    chunk: int
+    passes: int | None = None
+    """Forward passes of the network for a chunk, where that is the same for all."""
+
+    def header(self, images: EvaluationImages, file: Path) -> EvaluationHeader:
+        """Of this evaluation of the network in `file`, on so many of `images` as are asked for."""
+        identity = images.loader.identity
+        prepared = identity.get("preprocessing")
+        values = {
+            "attack": self.measure.name,
+            "title": f"{self.measure.title}; {prepared}" if prepared else self.measure.title,
+            "settings": self.measure.settings,
+            "chunk": self.chunk,
+            "model_sha256": sha256_of(file),
+            **identity,
+            "images": len(images.spread(self.images).ids),
+        }
+        return EvaluationHeader.model_validate(values)
+
+
+def recipe_measure(recipe: Recipe) -> Measure:
+    """How the finished networks of a recipe are evaluated in any case."""
+    if recipe.objective.measure == "certified":
+        assert recipe.threat_model is not None
+        assert recipe.objective.sigma is not None
+        return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
+    if recipe.objective.measure == "verified":
+        assert recipe.threat_model is not None
+        return Proved(recipe.threat_model, recipe.evaluation.bounds == "symbolic")
+    return Pgd.of(recipe.threat_model, recipe.evaluation, recipe.seed)
+
+
+def evaluation_spec(recipe: Recipe, attack: Attack | None, source: Path, device: torch.device) -> EvaluationSpec:
+    """The evaluation by one of a recipe's further attacks, or by its own measure if that is None.
+
+    `source` is the file of the network whose adversarial examples `transfer` uses; it is loaded onto `device`.
+    """
+    threat_model, evaluation, passes = recipe.threat_model, recipe.evaluation, None
+    if attack is None:
+        measure = recipe_measure(recipe)
+        return EvaluationSpec(measure.name, measure, evaluation.images, evaluation.chunk)
+    if attack.name == "pgd" or attack.name == "transfer":
+        given = attack.model_dump(include={"steps", "restarts"}, exclude_none=True)
+        given["step_size"] = attack.step_size or evaluation.step_size
+        measure = Pgd.of(threat_model, evaluation.model_copy(update=given), recipe.seed)
+        if attack.name == "transfer":
+            measure = Transfer(load_model(source).to(device), sha256_of(source), measure)
+    elif attack.name == "corruptions":
+        measure = Corrupted(recipe.data.image_size, recipe.seed)
+        passes = measure.passes
+    else:
+        assert threat_model is not None
+        measure = Ensemble(attack.name, threat_model, recipe.model.num_classes, recipe.seed)
+    return EvaluationSpec(attack.label, measure, attack.images, attack.chunk or evaluation.chunk, passes)
