@@ -21,10 +21,12 @@ optional=(dataset-fashion-mnist)
 # tests/support/slurm_cluster.py starts these programs itself, with accounting, as whoever runs the tests.
 for_tests=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core)
 without_slurm=$venv/without-slurm # they could not be installed; so that the next call does not try again
-# tests/support/browser.py opens the report's page in one of these; the first is Debian's package. Ubuntu's is a snap, which
-# containers cannot run and which sees no temporary files: there, those tests are skipped unless Chrome is installed.
+# tests/unit/report/test_page_in_browser.py opens the report's page in one of these; the first is Debian's package. Ubuntu's is
+# a snap, which containers cannot run and which sees no temporary files: there, Chrome counts alone.
 browsers=(chromium chromium-browser google-chrome)
-without_browser=$venv/without-browser
+on_ubuntu() { (. /etc/os-release && [[ $ID == ubuntu ]]) 2>/dev/null; }
+if on_ubuntu; then browsers=(google-chrome); fi
+without_browser=$venv/without-browser # none was installed; says why if none can be, and then its tests are skipped
 
 say() { printf '[setup] %s\n' "$*"; }
 die() {
@@ -154,9 +156,9 @@ test_packages() {
 }
 
 browser_package() {
-  if (. /etc/os-release && [[ $ID == ubuntu ]]); then
-    say "Ubuntu has no package of Chromium: tests/unit/report/test_page_in_browser.py is skipped unless google-chrome is here"
-    touch $without_browser
+  if on_ubuntu; then
+    echo "Ubuntu has no package of Chromium but a snap; install google-chrome" >$without_browser
+    say "$(<$without_browser). Until then tests/unit/report/test_page_in_browser.py is skipped."
     return
   fi
   if command -v apt-get >/dev/null && { apt update || true; } && apt install --no-install-recommends "${browsers[0]}"; then
@@ -206,6 +208,7 @@ make_venv() {
     "$python" -m venv $venv
   fi
   rm -f $stamp # until everything below has succeeded
+  rm -f $without_browser # tried again with every change
   export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
   export DS_BUILD_OPS=0 # DeepSpeed compiles what it needs at run time; never CUDA operators while it is installed
   say "installing requirements.txt (into a fresh .venv: about 3 GB to download, several minutes)"

@@ -25,8 +25,9 @@ from pipeline.evaluation.spec import EvaluationSpec
 from pipeline.models import Network
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.files import atomic_write_json, exclusive
+from pipeline.run.files import atomic_write_json
 from pipeline.run.layout import honesty_path
+from pipeline.run.locks import exclusive
 
 
 @dataclass(frozen=True)

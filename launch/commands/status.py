@@ -23,6 +23,7 @@ from launch.slurm.submit import parse_jobs, stages_by_job
 from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import Stage
+from pipeline.report.text_table import text_table
 from pipeline.run.files import read_json, read_rows
 from pipeline.run.layout import evaluation_path, is_done
 from pipeline.run.lease import Holder, is_stale
@@ -203,7 +204,7 @@ class _Run:
             notes.append(f"go on with: python -m launch resume {self.folder}")
         facts = [f"{self.folder}: {word}", *self._facts(word == "running")]
         table = _table([row if self.jobs else row[:-3] for row in rows])
-        return "\n".join([", ".join(facts), *table, *(_wrap(note, "  ") for note in [*notes, *self.notes])])
+        return "\n".join([", ".join(facts), table, *(_wrap(note, "  ") for note in [*notes, *self.notes])])
 
     def _judge(self, slurm: dict[str, str]) -> list[str]:
         """Give every stage its state; returns what those that failed left as their last words."""
@@ -253,13 +254,10 @@ class _Run:
         return facts
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    """Aligned lines, numbers to the right; with narrow gaps if they would be too long otherwise."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH + 2 else " "
-    signs = ["<" if name in TEXT_COLUMNS else ">" for name in rows[0]]
-    line = gap.join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
-    return [line.format(*row).rstrip() for row in rows]
+def _table(rows: list[list[str]]) -> str:
+    """Aligned lines; with narrow gaps if they would be too long otherwise."""
+    table = text_table(rows, TEXT_COLUMNS)
+    return table if max(map(len, table.splitlines())) <= WIDTH else text_table(rows, TEXT_COLUMNS, gap=1)
 
 
 def _wrap(text: str, indent: str = "") -> str:

@@ -6,13 +6,14 @@ start on that machine does: a folder whose lock nobody holds is nobody's.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from pipeline.run.locks import lock, try_lock
 
 LONGEST = 38
 """Characters of a path up to which Ray's sockets stay within the 107 that Linux allows."""
@@ -38,21 +39,18 @@ def new_scratch() -> tuple[Path, int]:
             if left.stat().st_uid == os.getuid() and not _is_held(left):
                 shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock(descriptor)
     (folder / RAY).mkdir()
-    return folder, lock
+    return folder, descriptor
 
 
 def _is_held(folder: Path) -> bool:
     try:
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return time.time() - folder.stat().st_mtime < YOUNG_S
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_lock(descriptor)
     finally:
-        os.close(lock)
-    return False
+        os.close(descriptor)

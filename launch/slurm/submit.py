@@ -22,8 +22,9 @@ from launch.slurm.sbatch import CLIENT_S, FAN, python_of, sbatch_parameters, sba
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
-from pipeline.run.files import atomic_write_json, exclusive, read_json
+from pipeline.run.files import atomic_write_json, read_json
 from pipeline.run.layout import is_done
+from pipeline.run.locks import exclusive
 
 SUBMIT_S = 6 * CLIENT_S
 """How long another submission of the same run may take: squeue, and sbatch for three jobs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -22,13 +23,19 @@ from pydantic import (
 class Section(BaseModel):
     """A recipe section: immutable; unknown keys, NaN and infinity are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # as they are written in the file: `name: 0123`
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _not_bool(cls, value: Any) -> Any:
         if isinstance(value, bool):  # an int to Python: `epochs: yes` would be one epoch
-            raise ValueError("true and false fit no key of a recipe (YAML reads a bare yes, no, on and off as such)")
+            raise ValueError("true and false fit no key of a recipe")
         return value
 
 
@@ -101,7 +108,7 @@ def _check_deepspeed(options: dict[str, Any]) -> dict[str, Any]:
     zero = options.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"zero_optimization = {zero!r}: expected a section; engine.zero_stage turns ZeRO on")
-    return options
+    return json.loads(json.dumps(options))  # plain numbers, without the text of the file
 
 
 DeepSpeedOptions = Annotated[dict[str, Any], AfterValidator(_check_deepspeed)]

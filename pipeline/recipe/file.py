@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import Resolver, VersionedResolver
 
 from pipeline.recipe.schema import Recipe, RecipeError, parse_recipe
 
@@ -15,40 +21,140 @@ NOT_DECIDING = ("workers", "checkpoint", "tracking", "slurm")
 """Sections that may change when a run is resumed."""
 
 
-class _Reader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, of which YAML's own would silently drop the first, and that leaves
-    12:00:00 a text, which YAML 1.1 takes for a number to the base of 60."""
+class _WrittenInt(int):
+    """An integer whose `str` is the text of the file: a key that holds text takes 0123 as it is written."""
 
-    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
-        tag = super().resolve(kind, value, implicit)
-        return "tag:yaml.org,2002:str" if tag.endswith((":int", ":float")) and ":" in value else tag
+    written: str
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __str__(self) -> str:
+        return self.written
+
+
+class _WrittenFloat(float):
+    """A float whose `str` is the text of the file."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+_TYPES = ("null", "bool", "str", "seq", "map")
+_RULES = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":value"))]
+    for first, rules in Resolver.yaml_implicit_resolvers.items()
+}
+"""First character of a plain scalar -> what it may be. Dates are text."""
+
+
+class _Resolver(VersionedResolver):
+    """YAML 1.2, whatever version a %YAML directive asks for."""
+
+    @property
+    def processing_version(self) -> tuple[int, int]:
+        return 1, 2
+
+    @property
+    def versioned_resolver(self) -> dict[Any, Any]:
+        return _RULES
+
+
+class _Constructor(SafeConstructor):
+    """Builds the types that JSON has, and nothing else. Errors: ConstructorError for other tags and double keys."""
+
+    yaml_constructors: ClassVar = {
+        tag: construct
+        for tag, construct in SafeConstructor.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in _TYPES
+    }
+
+    def construct_written_int(self, node: Any) -> _WrittenInt:
+        number = _WrittenInt(self.construct_yaml_int(node))
+        number.written = node.value
+        return number
+
+    def construct_written_float(self, node: Any) -> _WrittenFloat:
+        number = _WrittenFloat(self.construct_yaml_float(node))
+        number.written = node.value
+        return number
+
+    def flatten_mapping(self, node: MappingNode) -> None:
+        """Make every key text and refuse one that is there twice, then put in what << merges."""
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if getattr(node, "merge", None) is None else ():  # not yet merged
+            if not isinstance(key, ScalarNode):
+                raise ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice, line {line}")
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+                raise ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+            if key.tag != _MERGE:
+                key.tag = self.resolver.DEFAULT_SCALAR_TAG
+        super().flatten_mapping(node)
 
 
-def _parse_yaml(text: str, origin: str) -> Any:
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_written_int)
+_Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_written_float)
+
+
+class _Representer(SafeRepresenter):
+    def represent_float(self, data: float) -> Any:
+        """1e-05 as 1.0e-05, which YAML 1.1 reads as a number too."""
+        node = super().represent_float(data)
+        if "." not in node.value:
+            node.value = node.value.replace("e", ".0e")
+        return node
+
+
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML 1.2 document, of the types that JSON has; no two parts of it are one object.
+
+    Numbers are read as such and keep their text as `str`. Errors: RecipeError, beginning with `origin`.
+    """
+    reader = YAML(typ="safe", pure=True)
+    reader.Resolver, reader.Constructor = _Resolver, _Constructor
     try:
-        return yaml.load(text, _Reader)
-    except yaml.YAMLError as error:
+        return _copied(reader.load(text))
+    except RecursionError:
+        raise RecipeError(f"{origin}: not YAML: an alias inside its own anchor, or nested too deep") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f", line {mark.line + 1}"
+        reason = " ".join(filter(None, [error.context, error.problem]))
+        raise RecipeError(f"{origin}: not YAML: {reason}{line}") from None
+    except Exception as error:
+        # For tags and directives that do not fit, the reader raises what int() and its own assertions do.
         raise RecipeError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy in which aliases are objects of their own."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML in block style, keys in their order."""
+    writer, stream = YAML(typ="safe", pure=True), io.StringIO()
+    writer.Representer = _Representer
+    writer.default_flow_style = writer.allow_unicode = False
+    writer.representer.sort_base_mapping_type_on_output = False
+    writer.dump(value, stream)
+    return stream.getvalue()
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return `values` with every 'a.b=value' applied; values are read as YAML. Errors: RecipeError."""
-    result = json.loads(json.dumps(values, default=str))  # a copy in which YAML's aliases are no longer one object
+    result = _copied(values)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise RecipeError(f"override {override!r}: expected key=value, for example phases.prune.epochs=3")
-        value = _parse_yaml(text, f"override {override!r}")
+        value = parse_yaml(text, f"override {override!r}")
         node = result
         *parents, leaf = key.split(".")
         for part in parents:
@@ -79,7 +185,7 @@ def _read_mapping(path: Path, expected: str, hint: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); {hint}") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: {expected}, got {type(values).__name__}")
     return values
@@ -87,7 +193,7 @@ def _read_mapping(path: Path, expected: str, hint: str) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key written out, readable by `load_recipe`."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def deciding_values(recipe: Recipe) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pipeline.report.results import (
     p_text,
     read_runs,
 )
+from pipeline.report.text_table import text_table
 
 PAGE = "report.html"
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
@@ -37,7 +38,7 @@ def build_report(run_folders: list[Path]) -> str:
     """Write report.html, robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return
     the table. Runs that are judged by certificates have certified_accuracy.{png,csv} too.
 
-    What networks were attacked with besides is a table of its own, and further_attacks.csv; so is what corruptions do.
+    Evaluations by further attacks are a table of their own, and further_attacks.csv; so are corruptions.
 
     Several runs are seeds of one recipe: means, and every seed's own difference and p. What is not evaluated yet is
     shown as missing. Errors: ValueError, see `results.read_runs`.
@@ -56,12 +57,12 @@ def build_report(run_folders: list[Path]) -> str:
         rows = _curve_rows(runs, curves)
         _write_csv(folder / "certified_accuracy.csv", tuple(rows[0]), rows)
         draw_certified(runs, curves, folder / "certified_accuracy.png")
-    besides = extra_rows(runs)
-    if besides:
-        _write_csv(folder / "further_attacks.csv", tuple(besides[0]), besides)
+    further = extra_rows(runs)
+    if further:
+        _write_csv(folder / "further_attacks.csv", tuple(further[0]), further)
     write_page(runs, comparisons, curves, folder / PAGE)
     return "\n\n".join(
-        filter(None, [results_table(runs, comparisons), extra_table(besides), corruption_table(besides)])
+        filter(None, [results_table(runs, comparisons), extra_table(further), corruption_table(further)])
     )
 
 
@@ -74,10 +75,9 @@ def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
     if comparisons:
         header += ["HYDRA's lead", "p"] if single else [f"HYDRA's lead, seed {seed}" for seed in seeds]
     rows = [header]
-    longest = max(len(network.name) for network in runs[0].networks)
     for network in runs[0].networks:
         same = [run.find(network.name, network.keep_fraction) for run in runs]
-        row = [network.name.ljust(longest), network.pruned]
+        row = [network.name, network.pruned]
         for kind in KINDS:
             row += _cells([n.evaluation.accuracy(kind) for n in same if n and n.evaluation], len(runs))
         if network.name in runs[0].baselines:
@@ -85,8 +85,6 @@ def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
                 points, p = _difference_cells(comparisons[i, network.name, network.keep_fraction])
                 row += [points, p] if single else [f"{points}  {p}".rstrip()]
         rows.append(row + [""] * (len(header) - len(row)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     who = f"seed {seeds[0]}" if single else f"means over the seeds {', '.join(map(str, seeds))}"
     notes = [f"{attack_text(runs)}; {who}"]
     if comparisons:
@@ -94,7 +92,7 @@ def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
         notes.append(f"HYDRA's lead: {gained}; p by McNemar's exact two-sided test")
     if honesty := honesty_text(runs):
         notes.append(honesty)
-    return "\n".join([*(line.rstrip() for line in lines), *notes])
+    return "\n".join([text_table(rows, left=["network"]), *notes])
 
 
 def _cells(accuracies: list[Accuracy], expected: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What networks withstand besides, by `evaluation.attacks` or by `launch evaluate`: rows, and their table as text."""
+"""Evaluations other than a run's own, by `evaluation.attacks` or `launch evaluate`: rows, and their table as text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.evaluation.corruptions.measure import SEVERITIES
 from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.report.results import NetworkResult, RunResult
+from pipeline.report.text_table import text_table
 from pipeline.run.files import read_json
 
 WITHOUT_SEVERITIES = [None] * len(SEVERITIES)
@@ -79,15 +80,15 @@ def extra_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text; accuracies in percent. Empty without rows."""
     if not rows:
         return ""
-    cells = [["besides", "images", "seed", "network", "pruned", "clean %", "robust %", "95 % interval", "doubts"]]
+    cells = [["attack", "images", "seed", "network", "pruned", "clean %", "robust %", "95 % interval", "warnings"]]
     for row in rows:
         value, low, high = (100 * row[f"robust_accuracy_{part}"] for part in ("value", "low", "high"))
         clean = f"{100 * row['clean_accuracy_value']:.2f}"
         where = [row["title"], f"{row['images']:,}", str(row["seed"]), row["network"], f"{row['pruned_percent']} %"]
         warned = f"honesty: {row['honesty_warnings']}" if row["honesty_warnings"] else ""
-        doubts = "; ".join(filter(None, [row["flags"], warned]))
-        cells.append([*where, clean, f"{value:.2f}", f"[{low:.2f}, {high:.2f}]", doubts])
-    return _aligned(cells, "lrrlrrrrl")
+        warnings = "; ".join(filter(None, [row["flags"], warned]))
+        cells.append([*where, clean, f"{value:.2f}", f"[{low:.2f}, {high:.2f}]", warnings])
+    return text_table(cells, left=["attack", "network", "warnings"])
 
 
 def corruption_table(rows: list[dict[str, Any]]) -> str:
@@ -96,29 +97,10 @@ def corruption_table(rows: list[dict[str, Any]]) -> str:
     if not corrupted:
         return ""
     severities = [f"severity_{severity}_accuracy" for severity in SEVERITIES]
-    cells = [
-        [
-            "mean over corruptions, %",
-            "images",
-            "seed",
-            "network",
-            "pruned",
-            *(f"severity {s}" for s in SEVERITIES),
-            "all",
-        ]
-    ]
+    title = "mean over corruptions, %"
+    cells = [[title, "images", "seed", "network", "pruned", *(f"severity {s}" for s in SEVERITIES), "all"]]
     for row in corrupted:
         where = [row["title"].rpartition(", ")[2], f"{row['images']:,}", str(row["seed"]), row["network"]]
         values = [f"{100 * row[key]:.2f}" for key in (*severities, "mean_corruption_accuracy")]
         cells.append([*where, f"{row['pruned_percent']} %", *values])
-    return _aligned(cells, "lrrlrrrrrrr")
-
-
-def _aligned(cells: list[list[str]], sides: str) -> str:
-    """Lines of equally wide columns, each to the left or to the right."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(sides))]
-    pads = [str.ljust if side == "l" else str.rjust for side in sides]
-    return "\n".join(
-        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)).rstrip()
-        for line in cells
-    )
+    return text_table(cells, left=[title, "network"])

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.evaluation.result import KINDS
+from pipeline.recipe.file import dump_yaml
 from pipeline.report.charts import (
     accuracy_chart,
     certified_charts,
@@ -161,7 +161,7 @@ def _story(run: RunResult) -> dict[str, Any]:
         "stages": [_parentage(history) for history in histories],
         "origin": _origin_rows(origin),
         "versions": origin.get("versions", {}),
-        "recipe": yaml.safe_dump(public_recipe(run.recipe), sort_keys=False),
+        "recipe": dump_yaml(public_recipe(run.recipe)),
     }
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import math
 import os
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pipeline.run.disk import TRANSIENT
 
@@ -83,29 +79,6 @@ def read_json(path: Path) -> Any:
         if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise
         raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-@contextmanager
-def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
-    """Serialise what processes do with something, by a lock on the file `path` beside it.
-
-    Errors: TimeoutError when another has held it for `patience_s`.
-    """
-    end, pause = time.monotonic() + patience_s, threading.Event()
-    with path.open("w") as stream:
-        while not _locked(stream, wait=patience_s == math.inf):
-            if time.monotonic() > end:
-                raise TimeoutError(f"{path} is held by another process for more than {patience_s:g} s")
-            pause.wait(0.1)
-        yield
-
-
-def _locked(stream: TextIO, wait: bool) -> bool:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

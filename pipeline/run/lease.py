@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run.disk import retried
-from pipeline.run.files import atomic_write_json, exclusive, read_json
+from pipeline.run.files import atomic_write_json, read_json
+from pipeline.run.locks import exclusive
 
 log = logging.getLogger(__name__)
 

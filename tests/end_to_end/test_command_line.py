@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from launch.__main__ import main
+from pipeline.recipe.file import dump_yaml
 from pipeline.run.files import read_json
 from pipeline.run.layout import progress_marks
 from pipeline.run.lease import read_holder
@@ -37,7 +38,7 @@ def write_recipe(place: Path, data: Path) -> str:
     values["workers"] |= {"count": 2}
     values["checkpoint"] = {"every_steps": 5}
     values["evaluation"] |= {"chunk": 100}
-    (place / "small.yaml").write_text(yaml.safe_dump(values))
+    (place / "small.yaml").write_text(dump_yaml(values))
     return "small.yaml"
 
 
@@ -224,7 +225,8 @@ def test_overrides_may_follow_options_and_nonsense_is_refused(tmp_path: Path, fa
     recipe = write_recipe(tmp_path, fashion_data)
     shown = launch(tmp_path, "run", recipe, "--dry-run", "seed=5", "--name", "x", "workers.count=1")
     assert shown.code == 0, shown.err
-    assert (yaml.safe_load(shown.out)["seed"], yaml.safe_load(shown.out)["workers"]["count"]) == (5, 1)
+    values = YAML(typ="safe", pure=True).load(shown.out)
+    assert (values["seed"], values["workers"]["count"]) == (5, 1)
     assert not (tmp_path / "runs").exists()
     wrong = launch(tmp_path, "run", recipe, "objective.stepz=2")
     assert wrong.code == 2

@@ -10,9 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from launch.slurm.submit import living, read_jobs
+from pipeline.recipe.file import dump_yaml
 from pipeline.run.files import read_json
 from tests.slurm.struck import cancel, job_of
 from tests.support.commands import launch, wait_until
@@ -30,8 +30,8 @@ PROFILE = {
 def test_a_node_that_does_not_come_is_named(slurm: SlurmCluster, fashion_data: Path, tmp_path: Path) -> None:
     """By the command line with a cluster's profile, whose mails arrive as well."""
     recipe, profile = tmp_path / "recipe.yaml", tmp_path / "cluster.yaml"
-    recipe.write_text(yaml.safe_dump({**small_values(fashion_data), "workers": {"restarts_without_progress": 0}}))
-    profile.write_text(yaml.safe_dump(PROFILE))
+    recipe.write_text(dump_yaml({**small_values(fashion_data), "workers": {"restarts_without_progress": 0}}))
+    profile.write_text(dump_yaml(PROFILE))
     command = ["run", str(recipe), "--name", "shy", "--on", "slurm", "--cluster", str(profile), "slurm.nodes=3"]
     started = launch(tmp_path, *command)
     assert started.code == 0, started.err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from pipeline.recipe.schema import Recipe, parse_recipe
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def small_values(data: Path) -> dict[str, Any]:
     """20 steps an epoch of 64 images in 4 micro-batches; every phase 2 epochs, one sparsity."""
-    values = yaml.safe_load((ROOT / "recipes" / "fashion_mnist.yaml").read_text())
+    values = YAML(typ="safe", pure=True).load(ROOT / "recipes" / "fashion_mnist.yaml")
     phase = {"epochs": 2, "lr": 0.05, "weight_decay": 1.0e-4}
     values |= {
         "name": "small",

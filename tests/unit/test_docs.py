@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from pydantic import BaseModel
 
 from launch.__main__ import build_parser
 from pipeline.models import build_network
 from pipeline.models.export import write_model
 from pipeline.models.pruning.scores import effective_state
-from pipeline.recipe.file import load_recipe
+from pipeline.recipe.file import load_recipe, parse_yaml
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.sections import Model
 
@@ -69,7 +68,7 @@ def test_every_recipe_key_is_documented_and_no_other():
 
 
 def test_documented_defaults_are_the_models_defaults():
-    said = {key: default if default == REQUIRED else yaml.safe_load(default) for key, default in documented().items()}
+    said = {key: default if default == REQUIRED else parse_yaml(default, key) for key, default in documented().items()}
     true = {key: list(value) if isinstance(value, tuple) else value for key, value in keys_of(Recipe).items()}
     assert said == true
 

@@ -14,7 +14,6 @@ is removed, and made anew by the next start.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import platform
@@ -31,6 +30,7 @@ from pipeline.data.loading.prefetch import LoaderError
 from pipeline.data.manifest import DataError, Manifest, manifest_path, open_checked
 from pipeline.run.disk import FULL, free_bytes, readable
 from pipeline.run.files import atomic_write_text, fsync_folder
+from pipeline.run.locks import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def _sole_copier(private: Path, heard: Listener) -> Iterator[int]:
     pause = threading.Event()
     said, since, told = "", time.monotonic(), time.monotonic()
     try:
-        while not _locked(lock):
+        while not try_lock(lock):
             now, found = time.monotonic(), os.pread(lock, 4096, 0).decode(errors="replace")
             heard(found)
             if found != said:
@@ -175,14 +175,6 @@ def _sole_copier(private: Path, heard: Listener) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _say(lock: int, doing: str) -> str:

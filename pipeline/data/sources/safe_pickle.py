@@ -1,8 +1,8 @@
 """Pickles that hold numbers, text and arrays, and nothing that runs.
 
 A pickle is a program that may call whatever it names. CIFAR and pseudo-labelled images are published as pickles, so
-they are read here by an interpreter that knows the six names which arrays need. None of them is numpy's own: each
-stands for it, and checks what it is given. Every other name is refused, before anything is called.
+they are read by an unpickler whose `find_class` knows the few names that arrays need, and refuses every other before
+anything is called. `numpy.dtype` itself is not among them: from a forged state it takes bytes for pointers.
 """
 
 from __future__ import annotations
@@ -12,19 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.manifest import DataError
 
 DTYPES = ("u1", "i1", "i2", "i4", "i8", "f4", "f8")
-NDARRAY = "numpy.ndarray"
-"""What the class ndarray becomes: a pickle only hands it on."""
 
 
 class _Dtype:
-    """Stands for numpy.dtype: plain numbers only, so neither objects nor structures."""
-
-    __slots__ = ("dtype",)
+    """numpy.dtype for plain numbers: neither objects nor structures."""
 
     def __init__(self, code: str, *flags: int) -> None:
         if code not in DTYPES:
@@ -39,57 +34,35 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an ndarray; `values` once it has its state."""
+    """An array that gets its values as its state, as up to protocol 4."""
 
-    __slots__ = ("values",)
-
-    def __init__(self, values: NDArray[Any] | None = None) -> None:
-        self.values = values
+    def __init__(self, *empty: object) -> None:
+        self.values = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
-        self.values = _values(data, dtype, shape, "F" if fortran else "C")
+        self._fill(data, dtype, shape, "F" if fortran else "C")
+
+    def _fill(self, data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> None:
+        # Python 2 had one type for text and bytes, so the unpickler hands its bytes over as latin-1.
+        stored = data.encode("latin-1") if isinstance(data, str) else data
+        self.values = np.frombuffer(stored, dtype.dtype).reshape(shape, order=order)
 
 
-def _values(data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> NDArray[Any]:
-    # Python 2 had one type for text and bytes, so the unpickler hands its bytes over as latin-1.
-    stored = data.encode("latin-1") if isinstance(data, str) else data
-    return np.frombuffer(stored, dtype.dtype).reshape(shape, order=order)
+class _FilledArray(_Array):
+    """An array that is made of its values, as in protocol 5."""
+
+    def __init__(self, data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> None:
+        self._fill(data, dtype, shape, order)
 
 
-class _Names:
-    """The functions that pickled arrays call. Bound methods, as nothing in a pickle can change those."""
-
-    __slots__ = ()
-
-    def reconstruct(self, kind: object, shape: object, code: object) -> _Array:
-        """numpy's way of making an empty array that gets its state next."""
-        if kind != NDARRAY:
-            raise ValueError("an array of a class of its own")
-        return _Array()
-
-    def frombuffer(self, data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
-        """The same in one go, in pickles of protocol 5."""
-        return _Array(_values(data, dtype, shape, order))
-
-    def encode(self, text: str, encoding: str) -> bytes:
-        """Python 3's way of writing bytes so that Python 2 can read them."""
-        if encoding != "latin1":
-            raise ValueError(f"bytes encoded as {encoding!r}")
-        return text.encode("latin-1")
-
-    def dtype(self, code: str, *flags: int) -> _Dtype:
-        """What the numbers are; their byte order follows as its state."""
-        return _Dtype(code, *flags)
-
-
-_NAMES = _Names()
+# Classes alone, as a pickle could set the attributes of a function.
 KNOWN: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): NDARRAY,
-    ("numpy", "dtype"): _NAMES.dtype,
-    ("_codecs", "encode"): _NAMES.encode,
-    **{(f"{core}.multiarray", "_reconstruct"): _NAMES.reconstruct for core in ("numpy.core", "numpy._core")},
-    **{(f"{core}.numeric", "_frombuffer"): _NAMES.frombuffer for core in ("numpy.core", "numpy._core")},
+    ("numpy", "ndarray"): None,  # only handed on
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): bytes,  # bytes("text", "latin1") is how protocols 0 to 2 hold bytes
+    **{(f"{core}.multiarray", "_reconstruct"): _Array for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.numeric", "_frombuffer"): _FilledArray for core in ("numpy.core", "numpy._core")},
 }
 
 

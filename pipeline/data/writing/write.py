@@ -7,7 +7,6 @@ whatever lies under the final name is complete, at whatever moment the machine s
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ from pipeline.data.sources.source import SPLITS, Source
 from pipeline.data.writing.process import SplitJob, WriteJob, remove_temporary, run_watched
 from pipeline.data.writing.verify import available_cores
 from pipeline.run.files import fsync_folder
+from pipeline.run.locks import lock, try_lock
 
 LARGEST_RESOLUTION = 1600
 """An image must fit into one 8 MiB page of the file, however badly it compresses."""
@@ -141,9 +141,9 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     remove_temporary(temporary)
-    with temporary.open("xb") as lock:
+    with temporary.open("xb") as stream:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(stream)
             for other in sorted(path.parent.glob(f"{path.name}.*.tmp")):
                 if other != temporary:
                     _remove_unless_locked(other, path)
@@ -154,10 +154,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 def _remove_unless_locked(other: Path, path: Path) -> None:
     with other.open("rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{path} is being written by another process ({other} is locked); wait for it") from None
+        if not try_lock(stream):
+            raise DataError(f"{path} is being written by another process ({other} is locked); wait for it")
         remove_temporary(other)
 
 

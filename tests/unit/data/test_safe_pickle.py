@@ -92,6 +92,7 @@ def test_what_a_pickle_would_run_is_refused_and_not_run(tmp_path: Path, protocol
     "contents",
     [
         {"data": np.array([object], dtype=object)},
+        {"data": np.array([1, "a"], dtype=object)},
         {"data": np.array([(1, 2)], dtype=[("a", "u1"), ("b", "u1")])},
         {"data": np.float64},
         {"data": np.array(["text"])},
@@ -99,7 +100,7 @@ def test_what_a_pickle_would_run_is_refused_and_not_run(tmp_path: Path, protocol
         {"data": range(3)},
         [1, 2],
     ],
-    ids=["objects", "structures", "class", "text", "scalar", "range", "no dict"],
+    ids=["objects", "plain objects", "structures", "class", "text", "scalar", "range", "no dict"],
 )
 def test_other_pickles_are_refused_in_every_protocol(contents: object) -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
@@ -115,6 +116,7 @@ def test_other_pickles_are_refused_in_every_protocol(contents: object) -> None:
         b"cnumpy.core.multiarray\n_reconstruct\nN}(U\x04__code__K\x01u\x86b.",
         b"cnumpy.core.multiarray\n_reconstruct.__globals__\n.",
         b"cnumpy\nndarray\n)\x81.",
+        b"c_codecs\nencode\n}(U\x01aK\x01ub.",
         b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR.",
         b"cnumpy\ndtype\n(U\x02u1tR}b.",
         b"\x82\x01.",
@@ -126,6 +128,28 @@ def test_hand_made_programs_are_refused_and_leave_the_reader_as_it_was(program: 
     with pytest.raises(DataError, match=r"some\.pickle"):
         read(program)
     np.testing.assert_array_equal(read(pickle.dumps({"data": np.arange(3)}))["data"], [0, 1, 2])
+
+
+DTYPE = b"cnumpy\ndtype\n(U\x02%btR"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nNNtR(K\x01(K\x01t%b\x89U\x08ABCDEFGHtb"
+
+
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        (b"i8", b"(K\x03U\x01<" + DTYPE % b"i8" + b"NNtb"),
+        (b"i8", b"(K\x03U\x01|N(U\x01at}U\x01a(" + DTYPE % b"i8" + b"K\x00tstb"),
+        (b"V8", b"(K\x03U\x01|N(U\x01at}U\x01a(" + DTYPE % b"O8" + b"K\x00tstb"),
+        (b"O8", b""),
+    ],
+    ids=["array in an array", "fields", "bytes as pointers", "objects"],
+)
+def test_a_forged_dtype_is_refused(code: bytes, state: bytes) -> None:
+    """numpy's own would read what such a state points to. Control: the plain dtype is read."""
+    whole = b"}U\x04data" + ARRAY + b"s."
+    np.testing.assert_array_equal(read(whole % (DTYPE % b"i8"))["data"], np.frombuffer(b"ABCDEFGH", "i8"))
+    with pytest.raises(DataError, match="is none of numbers"):
+        read(whole % (DTYPE % code + state))
 
 
 @settings(deadline=None, max_examples=200)

@@ -14,7 +14,7 @@ from launch import run_folder
 from launch.slurm import report_job, sbatch, submit
 from launch.slurm.control_files import ControlFiles, JobFailed
 from launch.slurm.report_job import REPORT, Report
-from pipeline.run.files import exclusive
+from pipeline.run.locks import exclusive
 from tests.support.commands import ROOT
 from tests.support.small_recipe import small_recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from decimal import Decimal
@@ -10,15 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.__main__ import main
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.file import apply_overrides, deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe.file import (
+    apply_overrides,
+    deciding_values,
+    dump_recipe,
+    dump_yaml,
+    load_recipe,
+    parse_yaml,
+    recipe_hash,
+)
 from pipeline.recipe.objective import Objective
-from pipeline.recipe.schema import RecipeError, parse_recipe
+from pipeline.recipe.schema import Recipe, RecipeError, parse_recipe
 from pipeline.recipe.sections import Batch
 from pipeline.recipe.stages import stages_of
 
@@ -30,7 +38,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 
 def demo_values() -> dict[str, Any]:
-    return yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    return parse_yaml(DEMO.read_text(encoding="utf-8"), "the demo")
 
 
 def refusal(*overrides: str) -> str:
@@ -76,7 +84,7 @@ def test_a_dump_loses_no_digit(
     values["sparsity"]["keep_fractions"] = [str(k) for k in keeps]
     values["phases"]["prune"] = {"epochs": 1, "lr": lr, "weight_decay": weight_decay}
     recipe = parse_recipe(values, "here")
-    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), "there")
+    again = parse_recipe(parse_yaml(dump_recipe(recipe), "the dump"), "there")
     assert again == recipe
     assert recipe.threat_model is not None
     assert (recipe.threat_model.eps, recipe.objective.step_size) == (eps, step_size)
@@ -86,7 +94,6 @@ def test_a_dump_loses_no_digit(
 
 @pytest.mark.parametrize(("text", "lr"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("5.0e-4", 5e-4), ("2", 2.0), (".1", 0.1)])
 def test_learning_rates_are_floats_however_they_are_written(text: str, lr: float) -> None:
-    """YAML 1.1 reads 1e-4, which has no dot, as a string."""
     found = load_recipe(DEMO, [f"phases.prune.lr={text}"]).phases.prune.lr
     assert type(found) is float
     assert found == lr
@@ -104,7 +111,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["phases.prune.epoch=3"], "phases.prune.epoch = 3: unknown key; did you mean 'epochs'?"),
         (["threat_model.colour=1"], "threat_model.colour = 1: unknown key; known keys: norm, eps"),
         (["zzz=1"], "zzz = 1: unknown key; known keys: name, seed, data, "),
-        (["phases.prune.epochs=yes"], "phases.prune.epochs = True: true and false fit no key"),
+        (["phases.prune.epochs=true"], "phases.prune.epochs = True: true and false fit no key"),
         (["phases.prune.lr=.inf"], "phases.prune.lr = inf: Input should be a finite number"),
         (["phases=null"], "phases = None: expected a section with the keys pretrain, prune, finetune"),
         (["threat_model=linf"], "threat_model = 'linf': expected a section with the keys norm, eps"),
@@ -284,7 +291,7 @@ def test_the_legal_micro_batches_of_the_message_are_the_legal_ones(batch_per_ste
     try:
         batch = Batch(batch_per_step=batch_per_step, micro_batch=micro_batch)
     except ValueError as error:
-        legal = yaml.safe_load(re.findall(r"\[[\d, ]+\]", str(error))[0])
+        legal = json.loads(re.findall(r"\[[\d, ]+\]", str(error))[0])
         assert micro_batch not in legal
         for divisor in legal:
             assert Batch(batch_per_step=batch_per_step, micro_batch=divisor).micro_batch == divisor
@@ -313,8 +320,10 @@ def test_overrides_reach_into_sections_and_leave_the_rest() -> None:
 
 
 def test_an_override_of_one_phase_does_not_reach_the_alias_of_another() -> None:
-    values = yaml.safe_load("phases: {prune: &same {epochs: 3}, finetune: *same}")
-    assert apply_overrides(values, ["phases.prune.epochs=1"])["phases"]["finetune"] == {"epochs": 3}
+    same = {"epochs": 3}
+    shared = {"phases": {"prune": same, "finetune": same}}
+    for values in (shared, parse_yaml("phases: {prune: &same {epochs: 3}, finetune: *same}", "here")):
+        assert apply_overrides(values, ["phases.prune.epochs=1"])["phases"]["finetune"] == {"epochs": 3}
 
 
 @pytest.mark.parametrize(
@@ -356,6 +365,202 @@ def test_bad_files_are_named(tmp_path: Path, text: str, words: str) -> None:
         load_recipe(path)
     with pytest.raises(RecipeError, match=r"cannot be read .*No such file"):
         load_recipe(tmp_path / "absent.yaml")
+
+
+BOTH_WAYS = pytest.mark.parametrize("way", ["file", "override"])
+
+
+def load_with(way: str, folder: Path, key: str, text: str) -> Recipe:
+    """The demo's recipe with one top-level key or section, written into the file or given as an override."""
+    if way == "override":
+        return load_recipe(DEMO, [f"{key}={text}"])
+    plain = DEMO.read_text(encoding="utf-8")
+    rest = re.sub(rf"^{key}:.*\n(?:[ ].*\n)*", "", plain, flags=re.MULTILINE)
+    path = folder / "recipe.yaml"
+    path.write_text(f"{rest}\n{key}: {text}\n", encoding="utf-8")
+    return load_recipe(path)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    ("text", "seed"), [("010", 10), ("08", 8), ("0o17", 15), ("0x1F", 31), ("1_000", 1000), ("+7", 7), ("!!int 3", 3)]
+)
+def test_integers_are_those_of_yaml_1_2(way: str, text: str, seed: int, tmp_path: Path) -> None:
+    """YAML 1.1 reads 010 as eight and 08 as text."""
+    found = load_with(way, tmp_path, "seed", text).seed
+    assert type(found) is int
+    assert found == seed
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    "text", ["0123", "0x1F", "1_000", "5e-4", "1.50", "007", "yes", "on", "n", "2026-11-30", "20261130"]
+)
+def test_text_stays_as_it_is_written(way: str, text: str, tmp_path: Path) -> None:
+    recipe = load_with(way, tmp_path, "name", text)
+    assert type(recipe.name) is str
+    assert recipe.name == text
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    nested = load_with(way, tmp_path, "slurm", f"{{account: {text}, options: {{comment: {text}}}, setup: [{text}]}}")
+    assert nested.slurm is not None
+    assert (nested.slurm.account, nested.slurm.options, nested.slurm.setup) == (text, {"comment": text}, (text,))
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("text", ["5e-4", "5E-4", "5.0e-4", "0.0005", "+.5e-3"])
+def test_a_number_needs_no_dot(way: str, text: str, tmp_path: Path) -> None:
+    """Also where anything may stand: YAML 1.1 hands DeepSpeed the text 5e-4."""
+    recipe = load_with(way, tmp_path, "deepspeed", f"{{a: {text}, b: [{text}, 010]}}")
+    assert recipe.deepspeed == {"a": 5e-4, "b": [5e-4, 10]}
+    assert [type(recipe.deepspeed["a"]), *map(type, recipe.deepspeed["b"])] == [float, float, int]
+    assert str(recipe.deepspeed["a"]) == "0.0005"
+
+
+@BOTH_WAYS
+def test_there_are_no_numbers_to_the_base_of_60(way: str, tmp_path: Path) -> None:
+    recipe = load_with(way, tmp_path, "slurm", "{time: 12:00:00, account: 1:30}")
+    assert recipe.slurm is not None
+    assert (recipe.slurm.time, recipe.slurm.account) == (720, "1:30")
+
+
+@BOTH_WAYS
+def test_yes_and_no_are_text(way: str, tmp_path: Path) -> None:
+    assert load_with(way, tmp_path, "deepspeed", "{a: yes, b: off, c: true}").deepspeed == {
+        "a": "yes",
+        "b": "off",
+        "c": True,
+    }
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{wandb: disabled, wandb: online}", "key 'wandb' is there twice"),
+        ("{<<: {wandb_project: x}, wandb: disabled, 'wandb': online}", "key 'wandb' is there twice"),
+        ("{<<: {wandb: online}, <<: {wandb: disabled}}", "key '<<' is there twice"),
+        ("{[1]: 2}", "a key must be a word"),
+        ("{<<: 3}", "expected a mapping or list of mappings for merging"),
+        ("&a {wandb: *a}", "an alias inside its own anchor, or nested too deep"),
+        ("[" * 600, "an alias inside its own anchor, or nested too deep"),
+        ("*nothing", "found undefined alias 'nothing'"),
+        ("!!python/object/apply:os.getcwd []", "could not determine a constructor for the tag"),
+        ("!!binary aGVsbG8=", "could not determine a constructor for the tag"),
+        ("!!set {a, b}", "could not determine a constructor for the tag"),
+        ("!!int x", "invalid literal"),
+        ("\t{wandb: disabled}", "found character '\\t' that cannot start any token"),
+        ("@x", "found character '@' that cannot start any token"),
+        ("'x", "found unexpected end of stream"),
+        ("\x07", "unacceptable character"),
+    ],
+)
+def test_yaml_that_says_no_one_thing_is_refused(way: str, text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_with(way, tmp_path, "tracking", text)
+    message = str(caught.value)
+    origin = tmp_path / "recipe.yaml" if way == "file" else f"override {f'tracking={text}'!r}"
+    assert message.startswith(f"{origin}: not YAML: ")
+    assert words in message
+    assert "\n" not in message
+    if "twice" in words:
+        line = len(DEMO.read_text(encoding="utf-8").splitlines()) + 1 if way == "file" else 1
+        assert re.search(r"twice, line (\d+)$", message)[1] == str(line)  # type: ignore[index]
+
+
+def read_text(text: str, folder: Path) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8", newline="")
+    return load_recipe(path)
+
+
+def test_marks_line_ends_and_markers_of_documents_change_nothing(tmp_path: Path) -> None:
+    plain = DEMO.read_text(encoding="utf-8")
+    expected = load_recipe(DEMO)
+    for text in (
+        "\ufeff" + plain,
+        plain.replace("\n", "\r\n"),
+        f"---\n{plain}...\n",
+        f"%YAML 1.2\n---\n{plain}",
+        f"%YAML 1.1\n---\n{plain}",
+    ):
+        assert read_text(text, tmp_path) == expected
+    assert read_text(f"%YAML 1.1\n---\n{plain.replace('seed: 0', 'seed: 010')}", tmp_path).seed == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("seed: 0", "seed: 0\n---\nseed: 1"), "expected a single document in the stream but found another document"),
+        (("seed: 0", "\tseed: 0"), "found character '\\t' that cannot start any token, line 6"),
+        (("name: fashion_mnist", "name: fashion_mnist\t# a tab"), "cannot start any token, line 5"),
+        (("  arch:", "\tarch:"), "found character '\\t' that cannot start any token, line 16"),
+        (("# The demo", "%YAML 2.0\n---\n# The demo"), "version"),
+    ],
+    ids=["two documents", "a tab before a key", "a tab before a comment", "a tab for two blanks", "another YAML"],
+)
+def test_files_that_are_not_one_document_of_yaml_are_named(change: tuple[str, str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_text(DEMO.read_text(encoding="utf-8").replace(*change, 1), tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/recipe.yaml: not YAML: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_may_be_shared_and_merged(tmp_path: Path) -> None:
+    plain = DEMO.read_text(encoding="utf-8")
+    start, end = plain.index("  prune: {"), plain.index("sparsity: ")
+    merged = """  prune: &prune {epochs: 2, lr: 0.1}
+  finetune: {<<: *prune, epochs: 3, lr: 1e-2}
+"""
+    text = plain[:start] + merged + plain[end:]
+    assert read_text(text, tmp_path) == load_recipe(DEMO)
+    changed = load_recipe(tmp_path / "recipe.yaml", ["phases.prune.epochs=7"])
+    assert (changed.phases.prune.epochs, changed.phases.finetune and changed.phases.finetune.epochs) == (7, 3)
+    two = "{<<: [{epochs: 1, lr: 0.5}, {lr: 0.7, weight_decay: 1e-3}], lr: 0.2}"
+    assert parse_yaml(two, "here") == {"epochs": 1, "lr": 0.2, "weight_decay": 1e-3}
+    nested = "k: &k {a: 1}\np:\n  m: &m {<<: *k, a: 2}\ny: {<<: *m}"
+    assert parse_yaml(nested, "here") == {"k": {"a": 1}, "p": {"m": {"a": 2}}, "y": {"a": 2}}
+
+
+def test_a_cluster_profile_is_read_by_the_same_rules(tmp_path: Path) -> None:
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("account: 0123\ntime: 1:30:00\nnodes: 1-4\n", encoding="utf-8")
+    slurm = load_recipe(DEMO, cluster=profile).slurm
+    assert slurm is not None
+    assert (slurm.account, slurm.time, slurm.nodes) == ("0123", 90, (1, 4))
+    profile.write_text("account: a\naccount: b\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=rf"^{profile}: not YAML: key 'account' is there twice, line 2$"):
+        load_recipe(DEMO, cluster=profile)
+
+
+@unhurried
+@given(
+    values=st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], include_characters="\n\t")),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(string.ascii_letters + "01 :<=~-", min_size=1), inner),
+        max_leaves=8,
+    )
+)
+def test_what_is_dumped_is_what_is_read(values: Any) -> None:
+    assert parse_yaml(dump_yaml(values), "here") == values
+
+
+def test_a_recipe_of_a_yaml_1_1_writer_is_read_as_before() -> None:
+    """As PyYAML writes it: quotes where YAML 1.1 needs them, none around what YAML 1.1 reads as text."""
+    written = {"name": "1e5", "dot": "._5", "octal": "0o17", "eight": "08"}
+    text = "name: 1e5\ndot: ._5\noctal: 0o17\neight: 08\n"
+    assert {key: str(value) for key, value in parse_yaml(text, "here").items()} == written
+    assert parse_yaml("lr: 1.0e-05\ntime: '12:00:00'\non: 'yes'", "here") == {
+        "lr": 1e-05,
+        "time": "12:00:00",
+        "on": "yes",
+    }
+    assert dump_yaml({"lr": 1e-05, "wd": 2.5e-06, "big": 1e300}) == "lr: 1.0e-05\nwd: 2.5e-06\nbig: 1.0e+300\n"
 
 
 def test_the_hash_is_of_what_decides_the_result() -> None:

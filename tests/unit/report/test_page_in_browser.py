@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from pipeline.report.page import write_page
 from pipeline.report.results import compare_all, read_runs
-from tests.support.browser import UBUNTU, Browser, find_program
+from tests.support.commands import ROOT
 from tests.unit.report.test_page import STRANGE, write_history
 from tests.unit.report.test_report import write_run
 
-pytestmark = pytest.mark.skipif(
-    UBUNTU and find_program() is None, reason="Ubuntu has no package of Chromium (only a snap); install google-chrome"
-)
+UBUNTU = Path("/etc/os-release").exists() and platform.freedesktop_os_release()["ID"] == "ubuntu"
+"""Whose Chromium is a snap, which containers cannot run, and which sees no temporary files."""
+PROGRAMS = ("google-chrome",) if UBUNTU else ("chromium", "chromium-browser", "google-chrome")
+PROGRAM = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
+UNAVAILABLE = ROOT / ".venv" / "without-browser"
+"""Written by .ci/setup.sh where it found no browser; says why where there can be none: only there tests are skipped."""
+WHY = UNAVAILABLE.read_text().strip() if UNAVAILABLE.exists() else ""
+pytestmark = pytest.mark.skipif(PROGRAM is None and bool(WHY), reason=WHY or "there is a browser")
+START_MS, ANSWER_MS = 90_000, 60_000
 CONTRAST = """
 (() => {
   const light = (colour) => {
@@ -45,10 +56,63 @@ CONTRAST = """
 """The least contrast of each kind, as WCAG 2 defines it, and how light the page is."""
 
 
+@dataclass
+class Opened:
+    """A page that is loaded, with all of its images, and what it did meanwhile."""
+
+    page: Page
+    requests: list[str] = field(default_factory=list)
+    """Of every request but that for the page itself and for data: URIs."""
+    complaints: list[str] = field(default_factory=list)
+    """Console messages, uncaught errors, and what the browser logs about the page."""
+
+    def value_of(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        return self.page.evaluate(expression)
+
+
+Open = Callable[..., Opened]
+"""(file, *, width in CSS pixels, dark, media) -> the page"""
+
+
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser") / "profile") as browser:
+def browser() -> Iterator[Browser]:
+    assert PROGRAM is not None, f"none of {', '.join(PROGRAMS)} is installed; `make setup` installs Debian's chromium"
+    # Whatever a page asks for by name does not exist. Playwright itself turns off what a browser does by itself.
+    arguments = ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=PROGRAM, args=arguments, chromium_sandbox=False, timeout=START_MS
+        )
         yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Open]:
+    contexts: list[BrowserContext] = []
+
+    def open_page(path: Path, *, width: int = 1200, dark: bool = False, media: Any = "screen") -> Opened:
+        context = browser.new_context(
+            viewport={"width": width, "height": 900},
+            is_mobile=width < 600,
+            color_scheme="dark" if dark else "light",
+        )
+        contexts.append(context)
+        context.set_default_timeout(ANSWER_MS)
+        page = context.new_page()
+        page.emulate_media(media=media)
+        opened = Opened(page)
+        page.on("request", lambda request: opened.requests.append(request.url))
+        page.on("console", lambda message: opened.complaints.append(message.text))
+        page.on("pageerror", lambda error: opened.complaints.append(str(error)))
+        page.goto(path.as_uri(), wait_until="load")
+        opened.requests = [url for url in opened.requests if url != path.as_uri() and not url.startswith("data:")]
+        return opened
+
+    yield open_page
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture(scope="module")
@@ -71,57 +135,58 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
-def test_it_is_silent_asks_for_nothing_and_fits(browser: Browser, page: Path, width: int, dark: bool) -> None:
-    seen = browser.open(page, width=width, dark=dark)
-    assert (seen.requests, seen.complaints) == ([], [])
-    assert browser.value_of("document.title").startswith("seed-")
-    assert browser.value_of("document.querySelectorAll('section').length") == 7
-    assert browser.value_of("innerWidth") == width
-    assert browser.value_of("document.documentElement.scrollWidth") <= width
+def test_it_is_silent_asks_for_nothing_and_fits(open_page: Open, page: Path, width: int, dark: bool) -> None:
+    opened = open_page(page, width=width, dark=dark)
+    assert (opened.requests, opened.complaints) == ([], [])
+    assert opened.value_of("document.scripts.length") == 0
+    assert opened.value_of("document.title").startswith("seed-")
+    assert opened.value_of("document.querySelectorAll('section').length") == 7
+    assert opened.value_of("innerWidth") == width
+    assert opened.value_of("document.documentElement.scrollWidth") <= width
     outside = "[...document.querySelectorAll('figure, svg, h1, p, dl, .scroll, pre')].filter("
     outside += "(e) => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length"
-    assert browser.value_of(outside) == 0
+    assert opened.value_of(outside) == 0
     cut = """[...document.querySelectorAll("svg text")].filter((t) => t.checkVisibility()).filter((t) => {
         const [text, all] = [t.getBoundingClientRect(), t.closest("svg").getBoundingClientRect()];
         return text.left < all.left || text.right > all.right || text.top < all.top || text.bottom > all.bottom;
     }).map((t) => t.textContent)"""
-    assert browser.value_of(cut) == []
+    assert opened.value_of(cut) == []
     scrolls = "[...document.querySelectorAll('.scroll')].some((e) => e.scrollWidth > e.clientWidth)"
-    assert browser.value_of(scrolls) is (width == 360), "wide tables scroll by themselves"
+    assert opened.value_of(scrolls) is (width == 360), "wide tables scroll by themselves"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_is_legible(browser: Browser, page: Path, dark: bool) -> None:
-    browser.open(page, dark=dark)
-    least = browser.value_of(CONTRAST)
+def test_it_is_legible(open_page: Open, page: Path, dark: bool) -> None:
+    opened = open_page(page, dark=dark)
+    least = opened.value_of(CONTRAST)
     assert (least["background"] < 0.05) is dark
     assert least["text"] >= 4.5
     assert least["ticks"] >= 4.5
     assert least["drawn"] >= 3
 
 
-def test_numbers_in_drawings_can_be_read_on_a_phone(browser: Browser, page: Path) -> None:
-    browser.open(page, width=360)
+def test_numbers_in_drawings_can_be_read_on_a_phone(open_page: Open, page: Path) -> None:
+    opened = open_page(page, width=360)
     heights = "[...document.querySelectorAll('svg text')].filter((e) => e.textContent && e.checkVisibility())"
     heights += ".map((e) => e.getBoundingClientRect().height)"
-    assert min(browser.value_of(heights)) >= 10
+    assert min(opened.value_of(heights)) >= 10
 
 
-def test_what_is_printed_is_whole(browser: Browser, page: Path) -> None:
-    browser.open(page, width=794, dark=True, media="print")
-    assert browser.value_of(CONTRAST)["background"] == pytest.approx(1)
+def test_what_is_printed_is_whole(open_page: Open, page: Path) -> None:
+    opened = open_page(page, width=794, dark=True, media="print")
+    assert opened.value_of(CONTRAST)["background"] == pytest.approx(1)
     folded = "[...document.querySelectorAll('details:not([open]) pre, details:not([open]) .chart')]"
-    assert browser.value_of(f"{folded}.length") > 3
-    assert browser.value_of(f"{folded}.every((e) => e.getBoundingClientRect().height > 20 && e.checkVisibility())")
-    assert browser.value_of("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert opened.value_of(f"{folded}.length") > 3
+    assert opened.value_of(f"{folded}.every((e) => e.getBoundingClientRect().height > 20 && e.checkVisibility())")
+    assert opened.value_of("getComputedStyle(document.querySelector('nav')).display") == "none"
 
 
-def test_what_a_page_does_wrong_is_seen(browser: Browser, tmp_path: Path) -> None:
+def test_what_a_page_does_wrong_is_seen(open_page: Open, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text("""<!DOCTYPE html><html><body><div style="width: 500px">wide</div>
         <img src="https://pictures.invalid/a.png"><script>console.error("boom"); nowhere();</script></body></html>""")
-    seen = browser.open(bad, width=360)
-    assert seen.requests == ["https://pictures.invalid/a.png"]
-    assert any("boom" in text for text in seen.complaints)
-    assert any("nowhere" in text for text in seen.complaints)
-    assert browser.value_of("document.documentElement.scrollWidth") > 360
+    opened = open_page(bad, width=360)
+    assert opened.requests == ["https://pictures.invalid/a.png"]
+    assert any("boom" in text for text in opened.complaints)
+    assert any("nowhere" in text for text in opened.complaints)
+    assert opened.value_of("document.documentElement.scrollWidth") > 360

@@ -331,7 +331,7 @@ def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
     assert "robust %" in build_report([plain])
 
 
-def test_what_was_attacked_besides(tmp_path: Path, no_pictures: None) -> None:
+def test_further_attacks_have_a_table_of_their_own(tmp_path: Path, no_pictures: None) -> None:
     run = write_run(tmp_path / "demo")
     plain = build_report([run])
     assert not (run / "report" / "further_attacks.csv").exists()
@@ -348,7 +348,7 @@ def test_what_was_attacked_besides(tmp_path: Path, no_pictures: None) -> None:
     text = build_report([run])
     assert text.startswith(plain)
     header, apgd, black_box = text.removeprefix(plain).strip().splitlines()
-    assert header.split("  ")[0] == "besides"
+    assert re.split(r"  +", header)[::8] == ["attack", "warnings"]
     assert re.fullmatch(r"APGD +200 +0 +HYDRA +99 % +\d\d\.\d\d +65\.50 +\[58\.68, 71\.74\]", apgd)
     assert black_box.startswith("Square attack, linf eps 1/10")
     assert black_box.endswith("65.50  [58.68, 71.74]  randomised other")
@@ -380,7 +380,7 @@ def test_corruptions_have_a_mean_for_each_severity(tmp_path: Path, no_pictures: 
     assert (first["mean_corruption_accuracy"], second["severity_1_accuracy"]) == ("0.602", "")
 
 
-def test_what_honesty_checks_of_another_attack_warn_of_is_a_doubt(tmp_path: Path, no_pictures: None) -> None:
+def test_what_honesty_checks_of_another_attack_warn_of_is_shown(tmp_path: Path, no_pictures: None) -> None:
     run = write_run(tmp_path / "demo")
     plain, folder = build_report([run]), run / "keep-0.01" / "finetune" / "evaluate"
     facts = json.loads((folder / "pgd.json").read_text()) | {"title": "APGD", "attack": "apgd", "flags": {"other": 1}}

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.run import disk, files, lease
+from pipeline.run import disk, lease
 from pipeline.run.lease import STALE_AFTER_S, LeaseHeld, Leases, check_token, read_holder
+from pipeline.run.locks import exclusive
 
 DEADLINE_S = 60
 
@@ -151,7 +152,7 @@ def test_a_lost_lease_is_logged_and_left_to_its_new_holder(
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
     leases = Leases([tmp_path])
-    with files.exclusive(tmp_path / ".lease.lock"):
+    with exclusive(tmp_path / ".lease.lock"):
         hold(tmp_path, host="elsewhere")
     leases._thread.join(DEADLINE_S)  # there is nothing left to keep alive
     assert not leases._thread.is_alive()

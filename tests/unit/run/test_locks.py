@@ -1,0 +1,125 @@
+"""Locks on files: one holder at a time, among processes and within one, and none once the holder is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.run import locks
+from pipeline.run.locks import exclusive, lock, try_lock
+
+DEADLINE_S = 60
+HOLDS = """
+import sys
+from pathlib import Path
+from pipeline.run.locks import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+print("given up", flush=True)
+"""
+
+
+@contextmanager
+def held_elsewhere(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process holds the lock until it reads a line or is killed."""
+    command = [sys.executable, "-c", HOLDS, str(path)]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_two_open_files_exclude_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as one, path.open("r") as other:
+        assert try_lock(one)
+        assert try_lock(one), "its own lock is no obstacle"
+        assert not try_lock(other)
+        assert not try_lock(other.fileno())
+        one.close()
+        assert try_lock(other.fileno())
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    path, order = tmp_path / "lock", []
+    with path.open("w") as other:
+
+        def wait() -> None:
+            lock(other)
+            order.append("second")
+
+        with path.open("w") as one:
+            lock(one)
+            waiting = threading.Thread(target=wait)
+            waiting.start()
+            waiting.join(0.2)
+            assert waiting.is_alive()
+            order.append("first")
+        waiting.join(DEADLINE_S)
+    assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("end", ["leaves", "is killed"])
+def test_processes_exclude_each_other_until_one_is_gone(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "lock"
+    with held_elsewhere(path) as process:
+        with (
+            pytest.raises(TimeoutError, match=rf"^{path} is held by another process for more than 0\.2 s$"),
+            exclusive(path, 0.2),
+        ):
+            pytest.fail("it was held")
+        if end == "leaves":
+            process.communicate("\n", DEADLINE_S)
+        else:
+            process.kill()
+            process.wait(DEADLINE_S)
+        with exclusive(path, DEADLINE_S):
+            pass
+    assert path.exists()
+
+
+@pytest.mark.parametrize("patience_s", [DEADLINE_S, float("inf")], ids=["patient", "for ever"])
+def test_one_process_after_the_other(tmp_path: Path, patience_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, entered = tmp_path / "lock", threading.Event()
+    monkeypatch.setattr(locks, "PAUSE_S", 0.01)
+
+    def enter() -> None:
+        with exclusive(path, patience_s):
+            entered.set()
+
+    with held_elsewhere(path) as process:
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.2)
+        process.communicate("\n", DEADLINE_S)
+        waiting.join(DEADLINE_S)
+    assert entered.is_set()
+
+
+def test_an_error_inside_gives_the_lock_up(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with pytest.raises(KeyError), exclusive(path):
+        raise KeyError
+    with exclusive(path, 0):
+        pass
+
+
+def test_programs_that_a_holder_starts_do_not_keep_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with exclusive(path):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with exclusive(path, 0):
+        pass
+    child.communicate(b"\n", DEADLINE_S)
+    assert os.listdir(tmp_path) == ["lock"]
