@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import subprocess
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 
 from launch import run_folder
 from launch.slurm.control_files import StartLog
+from launch.slurm.queue import Queue, ask_squeue
 from launch.slurm.submit import parse_jobs, stages_by_job
 from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.file import load_recipe
@@ -29,12 +28,8 @@ from pipeline.run.layout import evaluation_path, is_done
 from pipeline.run.lease import Holder, is_stale
 
 Value = TypeVar("Value")
-Queue = dict[str, tuple[str, str]]
-"""job -> (state, reason), as squeue says."""
 
 WIDTH = 120
-SQUEUE_S = 20.0
-"""How long squeue may take."""
 COLUMNS = ["stage", "state", "progress", "%", "images/s", "robust %", "time left", "job", "SLURM", "restarts"]
 TEXT_COLUMNS = ("stage", "state", "SLURM")
 FAILED = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
@@ -64,29 +59,9 @@ def show_status(folders: list[Path]) -> str:
             runs.append(_Run(folder))
         except (OSError, ValueError) as error:
             runs.append(_wrap(f"{folder} cannot be shown: {error}"))
-    queue, note = _ask_squeue([job for run in runs if isinstance(run, _Run) for job in run.unfinished_jobs()])
+    queue, note = ask_squeue([job for run in runs if isinstance(run, _Run) for job in run.unfinished_jobs()])
     blocks = [run if isinstance(run, str) else run.show(queue) for run in runs]
     return "\n\n".join([*blocks, _wrap(note)] if note else blocks)
-
-
-def _ask_squeue(jobs: list[str]) -> tuple[Queue | None, str]:
-    """(what squeue knows of the jobs, or None without an answer; why there is none)."""
-    if not jobs:
-        return {}, ""
-    if shutil.which("squeue") is None:
-        return None, "what waits in SLURM is not known: squeue is not on this machine"
-    # One line for each element of an array, and jobs that have just ended too.
-    command = ["squeue", "-h", "-r", "-t", "all", "-o", "%i %T %r", "-j", ",".join(jobs)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_S)
-    except subprocess.TimeoutExpired:
-        return None, f"what waits in SLURM is not known: squeue did not answer in {SQUEUE_S:g} s"
-    except OSError as error:
-        return None, f"what waits in SLURM is not known: {error}"
-    if done.returncode and "Invalid job id" not in done.stderr:  # so it calls a job that it has forgotten
-        return None, f"what waits in SLURM is not known: squeue ended with {done.returncode}, {done.stderr.strip()}"
-    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}, ""
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Any
 
 from pipeline.evaluation.result import KINDS, Accuracy
 from pipeline.evaluation.statistics import McNemar
+from pipeline.report.charts import draw_accuracy, draw_certified
 from pipeline.report.comparison import NOISE, within_noise
 from pipeline.report.extra_evaluations import corruption_table, extra_rows, extra_table
-from pipeline.report.figures import draw_accuracy, draw_certified, draw_layers
 from pipeline.report.page import write_page
 from pipeline.report.results import (
     CertifiedCurves,
@@ -28,6 +28,7 @@ from pipeline.report.results import (
     p_text,
     read_runs,
 )
+from pipeline.report.run_charts import draw_layers
 from pipeline.report.text_table import text_table
 
 PAGE = "report.html"

@@ -15,13 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.evaluation.result import KINDS
 from pipeline.recipe.file import dump_yaml
-from pipeline.report.charts import (
-    accuracy_chart,
-    certified_charts,
-    difference_chart,
-    layer_chart,
-    training_charts,
-)
+from pipeline.report.chart_style import legend_key, method_colours
+from pipeline.report.charts import accuracy_chart, certified_charts, difference_chart
 from pipeline.report.comparison import SIGNIFICANT, differences, headline, signed
 from pipeline.report.examples import examples_of
 from pipeline.report.history import History, Spent, read_history, spent
@@ -38,14 +33,18 @@ from pipeline.report.results import (
     p_text,
     pruned_text,
 )
-from pipeline.report.svg import sample
+from pipeline.report.run_charts import layer_chart, training_charts
 from pipeline.run.files import atomic_write_text
 from pipeline.run.provenance import public_provenance, public_recipe
 from pipeline.run.tracking.metrics import PARTS
 
-HERE = Path(__file__).parent
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 TEMPLATES = Environment(
-    loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=FileSystemLoader(TEMPLATE_FOLDER),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 
@@ -58,15 +57,15 @@ def write_page(runs: list[RunResult], comparisons: Comparisons, curves: Certifie
     found = differences(runs, comparisons)
     shown = examples_of(runs[0])
     everything = {
-        "style": (HERE / "style.css").read_text(encoding="utf-8"),
+        "style": method_colours() + (TEMPLATE_FOLDER / "style.css").read_text(encoding="utf-8"),
         "runs": [run.folder.name for run in runs],
         "claim": claim(runs),
         "facts": _facts(runs),
         "headline": headline(runs, found),
         "attack": attack_text(runs),
-        "legend": [(name, sample(name.lower())) for name in ("dense", "HYDRA", *runs[0].baselines)],
-        "held_out_sample": sample("hydra held-out"),
-        "accuracy": [accuracy_chart(runs, comparisons, "robust"), accuracy_chart(runs, comparisons, "clean")],
+        "methods": ["dense", "HYDRA", *runs[0].baselines],
+        "legend_key": legend_key,
+        "accuracy": [accuracy_chart(runs, comparisons, kind) for kind in reversed(KINDS)],
         "lead": difference_chart(found, runs),
         "certified": certified_charts(runs, curves),
         "accuracies": [_accuracy_cells(run, network) for run in runs for network in run.networks],
@@ -96,7 +95,7 @@ def write_page(runs: list[RunResult], comparisons: Comparisons, curves: Certifie
         "examples_of": "" if isinstance(shown, str) else _named(shown.network),
         "why_no_examples": shown if isinstance(shown, str) else "",
     }
-    atomic_write_text(path, TEMPLATES.get_template("template.html").render(everything))
+    atomic_write_text(path, TEMPLATES.get_template("page.html").render(everything))
 
 
 def _named(network: NetworkResult) -> str:
@@ -149,9 +148,7 @@ def _story(run: RunResult) -> dict[str, Any]:
     origin = public_provenance(run.folder)
     return {
         "run": run.folder.name,
-        "training": [
-            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep))
-        ],
+        "training": [(pruned_text(keep), drawn) for keep in keeps if (drawn := training_charts(run, histories, keep))],
         "layers": [chart for keep in keeps if (chart := layer_chart(run, keep))],
         "layer_table": _layer_table(run),
         "costs": [_cost_cells(h, cost, costs) for h, cost in zip(histories, costs, strict=True)],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[3]
+from tests.support.commands import ROOT
+
 INSTALLERS = {"pip", "hatchling"}
 """Needed to install the project, not by it. (FFCV needs setuptools at run time as well.)"""
 DEVELOPMENT = ("Tests", "Lint")

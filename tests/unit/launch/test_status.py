@@ -16,6 +16,7 @@ import pytest
 from launch import run_folder
 from launch.commands import status
 from launch.commands.status import show_status
+from launch.slurm import queue
 from launch.slurm.control_files import ControlFiles, StartLog
 from launch.slurm.submit import SubmittedJob
 from pipeline.recipe.file import load_recipe
@@ -368,7 +369,7 @@ def test_squeue_that_does_not_answer_is_a_note(
     if trouble == "refuses":
         squeue.answers("slurm_load_jobs error: Unable to contact slurm controller", code=1)
     elif trouble == "hangs":
-        monkeypatch.setattr(status, "SQUEUE_S", 0.2)
+        monkeypatch.setattr(queue, "SQUEUE_S", 0.2)
         squeue.does("exec sleep 600")
     elif trouble == "is missing":
         monkeypatch.setenv("PATH", "")

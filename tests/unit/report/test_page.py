@@ -17,8 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,13 +29,13 @@ from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.objective import PROVING, Objective, ThreatModel
 from pipeline.recipe.stages import stages_of
 from pipeline.report.build import PAGE, build_report
-from pipeline.report.charts import MOST_POINTS, accuracy_chart, training_charts
+from pipeline.report.charts import accuracy_chart
 from pipeline.report.comparison import headline, within_noise
 from pipeline.report.examples import Examples, Shown, examples
 from pipeline.report.history import passes_per_step, read_history, spent
 from pipeline.report.pictures import cards
 from pipeline.report.results import NetworkResult, compare_all, read_runs
-from pipeline.report.svg import nice_axis
+from pipeline.report.run_charts import MOST_POINTS, training_charts
 from pipeline.robustness.objectives import Given, build_objective
 from tests.unit.report.test_report import ACCURACY, IMAGES, RECIPE, edit, evaluation, verdicts, write_run
 
@@ -176,7 +174,7 @@ def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
     page = page_of([run])
     assert "the 0.0 points between it and magnitude pruning are a difference within noise" in page.text
     assert page.row("magnitude", "99 %", "+0.00")[-2:] == ["p = 1.000", "within noise"]
-    assert ("g", {"class": "series magnitude noise"}) in page.tags
+    assert "mark magnitude hollow" in [values.get("class") for tag, values in page.tags if tag == "g"]
 
 
 def test_curves_have_hollow_marks_within_noise(tmp_path: Path) -> None:
@@ -184,7 +182,7 @@ def test_curves_have_hollow_marks_within_noise(tmp_path: Path) -> None:
     same_verdicts(runs[1], "keep-0.01/magnitude", "keep-0.01/finetune", flipped=20)
     read = read_runs(runs)
     comparisons = compare_all(read)
-    root = ET.fromstring(accuracy_chart(read, comparisons, "robust").svg)
+    root = ET.fromstring(accuracy_chart(read, comparisons, "robust").svg())
     marks = {
         (keep, i): f"{100 * verdicts(runs[i], f'keep-{keep}/magnitude').mean():.2f} % ["
         for keep in ("0.1", "0.01")
@@ -193,15 +191,17 @@ def test_curves_have_hollow_marks_within_noise(tmp_path: Path) -> None:
     near = {(str(keep), i) for (i, _, keep), test in comparisons.items() if test is not None and within_noise(test)}
     assert ("0.01", 1) in near
     assert ("0.01", 0) not in near
-    for style, expected in (("magnitude noise", near), ("magnitude", marks.keys() - near)):
-        groups = [g for g in root if g.get("class") == f"series {style} faint"]
-        notes = [title.text or "" for g in groups for title in g.iter("title")]
+    for kind, expected in (("mark magnitude hollow", near), ("mark magnitude", marks.keys() - near)):
+        (group,) = [g for g in root if g.get("class") == kind]
+        notes = [title.text or "" for title in group.iter("title")]
         assert len(notes) == len(expected)
         assert all(any(marks[one] in note for note in notes) for one in expected)
-        assert all(note.endswith(", within noise of HYDRA") == ("noise" in style) for note in notes)
+        assert all(note.endswith(", within noise of HYDRA") == ("hollow" in kind) for note in notes)
+        assert f"fill:var(--{'card' if 'hollow' in kind else 'magnitude'})" in group.attrib["style"]
+        assert "opacity:0.6" in group.attrib["style"], "marks of several seeds are faint"
     assert re.search(r"% at 99 % pruned, within noise of HYDRA in 1 of 2 seeds", root.attrib["aria-label"])
-    clean = ET.fromstring(accuracy_chart(read, comparisons, "clean").svg)
-    assert not [g for g in clean if "noise" in (g.get("class") or "")]
+    clean = ET.fromstring(accuracy_chart(read, comparisons, "clean").svg())
+    assert not [g for g in clean if "hollow" in (g.get("class") or "")]
 
 
 def test_who_is_behind_is_said(tmp_path: Path) -> None:
@@ -334,54 +334,38 @@ def test_headers_have_scopes_and_drawings_have_words(tmp_path: Path) -> None:
     assert len(linked) == 6
 
 
+def heights(path: ET.Element) -> list[float]:
+    return [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path.attrib["d"])]
+
+
 def axis_of(root: ET.Element) -> Any:
-    """Reads heights in a drawing off its own ticks: y in units of the drawing -> value."""
-    ticks = [(float(t.attrib["y"]) - 3.5, float(t.text or "")) for t in root.iter("text") if t.get("class") == "y"]
+    """Reads heights in a drawing off its own grid and the numbers beside it: y in units of the drawing -> value."""
+    lines = [float(heights(path)[0]) for path in root.iter("path") if "var(--line)" in path.get("style", "")]
+    numbers = [float(t.text or "") for t in root if t.tag == "text" and "text-anchor:end" in t.get("style", "")]
+    ticks = list(zip(lines, numbers, strict=True))
     (y0, first), (y1, last) = ticks[0], ticks[-1]
     return lambda y: first + (y - y0) * (last - first) / (y1 - y0)
 
 
 def test_marks_and_intervals_stand_at_their_values(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "demo")])
-    root = ET.fromstring(accuracy_chart(runs, {}, "robust").svg)
+    root = ET.fromstring(accuracy_chart(runs, {}, "robust").svg())
     value_at = axis_of(root)
-    for style, name in (("hydra", "HYDRA"), ("magnitude", "magnitude")):
-        for keep in (0.1, 0.01):
+    groups = {kind: [g for g in root if g.get("class") == kind] for kind in {g.get("class") for g in root}}
+    for name in ("HYDRA", "magnitude"):
+        (marks,) = groups[f"mark {name.lower()}"]
+        bars = [path for group in groups[f"interval {name.lower()}"] for path in group.findall("path")]
+        assert len(bars) == 2
+        for keep, mark, bar in zip((0.1, 0.01), marks.findall("use"), bars, strict=True):
             network = next(n for n in runs[0].networks if (n.name, float(n.keep_fraction)) == (name, keep))
             assert network.evaluation is not None
             true = network.evaluation.robust_accuracy
-            note = f"{100 * true.value:.2f} % ["
-            (group,) = [
-                g
-                for g in root
-                if g.get("class") == f"series {style}" and any(note in (t.text or "") for t in g.iter("title"))
-            ]
-            index = next(
-                i
-                for i, mark in enumerate(m for m in group if m.get("class") == "mark")
-                if note in "".join(mark.itertext())
-            )
-            interval = [path for path in group if path.get("class") == "interval"][index]
-            heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", interval.attrib["d"])]
-            assert value_at(max(heights)) == pytest.approx(100 * true.low, abs=0.1)
-            assert value_at(min(heights)) == pytest.approx(100 * true.high, abs=0.1)
-    (dense,) = [g for g in root if g.get("class") == "series dense"]
-    height = float(
-        re.findall(r"[ML][\d.]+ ([\d.]+)", next(p for p in dense if p.get("class") == "line").attrib["d"])[0]
-    )
-    assert value_at(height) == pytest.approx(100 * verdicts(runs[0].folder, "pretrain").mean(), abs=0.1)
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5), st.sampled_from([0.0, 0.1]))
-def test_ticks_are_round_few_and_on_the_axis(values: list[float], pad: float) -> None:
-    axis = nice_axis(values, pad=pad)
-    assert axis.low <= min(values) <= max(values) < axis.high
-    assert len(axis.ticks) <= 7
-    places = [place for place, _ in axis.ticks]
-    span = axis.high - axis.low
-    assert all(axis.low - 1e-6 * span <= place <= axis.high + 1e-6 * span for place in places)
-    assert len({text for _, text in axis.ticks}) == len(places)
-    assert all(math.isclose(float(text), place, abs_tol=0.01 * span) for place, text in axis.ticks)
+            assert f"{100 * true.value:.2f} % [" in "".join(mark.itertext())
+            assert value_at(float(mark.attrib["y"])) == pytest.approx(100 * true.value, abs=0.1)
+            assert value_at(max(heights(bar))) == pytest.approx(100 * true.low, abs=0.1)
+            assert value_at(min(heights(bar))) == pytest.approx(100 * true.high, abs=0.1)
+    ((level,),) = groups["line dense"]
+    assert value_at(heights(level)[0]) == pytest.approx(100 * verdicts(runs[0].folder, "pretrain").mean(), abs=0.1)
 
 
 def test_training_curves_are_whole_and_thinned(tmp_path: Path) -> None:
@@ -395,14 +379,14 @@ def test_training_curves_are_whole_and_thinned(tmp_path: Path) -> None:
         "Clean accuracy",
         "Learning rate",
     ]
-    root = ET.fromstring(charts[1].svg)
-    lines = [path.attrib["d"] for path in root.iter("path") if path.get("class") == "line"]
+    root = ET.fromstring(charts[1].svg())
+    lines = [heights(path) for group in root if (group.get("class") or "").startswith("line ") for path in group]
     assert len(lines) == 2 * 4
-    assert max(line.count("L") + 1 for line in lines) <= MOST_POINTS
-    value_at = axis_of(root)
-    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", lines[0])]
+    assert max(map(len, lines)) <= MOST_POINTS
+    value_at, longest = axis_of(root), lines[0]
+    assert len(longest) > MOST_POINTS / 2
     # Rows rise evenly from 0 to 100 %: so do their means.
-    assert [value_at(y) for y in heights] == pytest.approx(np.linspace(0.25, 99.75, len(heights)).tolist(), abs=0.6)
+    assert [value_at(y) for y in longest] == pytest.approx(np.linspace(0.25, 99.75, len(longest)).tolist(), abs=0.6)
     assert "keep-0.1/prune" in root.attrib["aria-label"]
     assert "keep-0.01" not in root.attrib["aria-label"]
 

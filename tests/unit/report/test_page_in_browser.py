@@ -49,7 +49,7 @@ CONTRAST = """
   const least = (selector, property) =>
     Math.min(...[...document.querySelectorAll(selector)].map((element) => ratio(element, property)));
   return {text: least("p, dt, dd, a, th, td, h1, h2, h3, summary, li, .tag, pre", "color"),
-          drawn: least(".line, .interval", "stroke"), ticks: least("svg text", "fill"),
+          drawn: least(".line > path, .interval > path", "stroke"), ticks: least("svg text", "fill"),
           background: light(behind(document.body))};
 })()
 """

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.colors import same_color
 from matplotlib.container import ErrorbarContainer
 
 from launch.__main__ import main
@@ -22,7 +23,7 @@ from pipeline.evaluation.statistics import wilson_interval
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.report import wandb_report
 from pipeline.report.build import build_report
-from pipeline.report.figures import accuracy_figure
+from pipeline.report.charts import accuracy_figure
 from pipeline.report.results import compare_all, read_runs
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"
@@ -174,8 +175,9 @@ def test_marks_in_the_picture_are_hollow_within_noise(tmp_path: Path, seeds: int
     }
     for axes, points in ((figure.axes[0], expected), (figure.axes[1], None)):
         marks = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
-        found = {(float(np.asarray(mark.get_ydata())[0]), mark.get_markerfacecolor() == "white") for mark in marks}
-        assert len(marks) == 4 * seeds
+        hollow = {mark: same_color(mark.get_markerfacecolor(), "white") for mark in marks}
+        found = {(float(value), hollow[mark]) for mark in marks for value in np.asarray(mark.get_ydata())}
+        assert sum(len(np.asarray(mark.get_ydata())) for mark in marks) == 4 * seeds
         assert found == points if points is not None else not any(hollow for _, hollow in found)
     assert "hollow mark: within noise of HYDRA (McNemar's p of 0.05 or more)" in figure.get_suptitle()
     sure = dict.fromkeys(comparisons)

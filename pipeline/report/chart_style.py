@@ -1,0 +1,258 @@
+"""How every chart of the report is drawn: one colour, mark and line per method, in PNG files and inside the page.
+
+matplotlib draws both, without pyplot and whatever the user's matplotlibrc says.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+
+from pipeline.report.inline_svg import inline_svg, tag
+
+
+class Method(NamedTuple):
+    colour: str
+    """In PNG files, and on the page in light and in print."""
+    dark: str
+    mark: str
+    mark_size: float
+    """Points."""
+    dashes: str | tuple[float, tuple[float, ...]]
+
+
+METHODS = {
+    "dense": Method("#4a4f57", "#d5dae0", "", 0.0, (0, (5, 2))),
+    "HYDRA": Method("#0072b2", "#4da3ff", "o", 8.0, "-"),
+    "magnitude": Method("#b94e00", "#ff9248", "s", 7.2, (0, (2.8, 1.7))),
+    "random": Method("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
+    "SNIP": Method("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
+}
+"""Hues of Okabe and Ito's palette, distinct with any colour vision, darkened until numbers have a contrast of 4.5;
+marks and dashes are distinct in grey."""
+TEXT, SOFT, GRID, CARD = "#1b2129", "#5a6572", "#dfe3e8", "#ffffff"
+VARIABLES = {method.colour: f"var(--{name.lower()})" for name, method in METHODS.items()}
+VARIABLES |= {SOFT: "var(--soft)", GRID: "var(--line)", CARD: "var(--card)"}
+"""Colour in a drawing -> CSS variable of the page."""
+
+HELD_OUT_SCALE = 0.8
+DOT = {"marker": "o", "markersize": 4.0}
+"""Of the dense network's values on held-out images; elsewhere it has no marks."""
+
+SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names of layers and attacks are not formulas
+    "text.color": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.linewidth": 1.0,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 1.0,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "ytick.left": False,
+    "lines.solid_capstyle": "butt",
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,
+    "path.simplify": False,
+}
+_LOCK = threading.RLock()
+
+
+class Size(NamedTuple):
+    """Of a chart on the page, and of its letters, in points: about what a phone shows at scale 1."""
+
+    width: float
+    height: float
+    font: float
+
+
+LARGE, SMALL = Size(360, 230, 11), Size(300, 200, 12.5)
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    words: str
+    """What it shows, for readers who do not see it."""
+    paint: Callable[[Axes], None]
+    size: Size = LARGE
+    key: str = ""
+    """No two charts of a page share title and key: their SVG's ids are made from both."""
+
+    def svg(self) -> str:
+        width, height, font = self.size
+        left, right, bottom, top = 4.3 * font, 12.0, 3.2 * font, 1.4 * font
+        place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+        with drawing({"font.size": font, "svg.hashsalt": f"{self.title} {self.key}"}):
+            figure = Figure(figsize=(width / 72, height / 72))
+            self.draw(figure.add_axes(place))
+            return inline_svg(figure, VARIABLES, {"role": "img", "aria-label": f"{self.title}. {self.words}"})
+
+    def draw(self, axes: Axes) -> None:
+        axes.patch.set_visible(False)
+        axes.locator_params(nbins=5, steps=[1, 2, 5, 10])
+        self.paint(axes)
+
+
+class Mark(NamedTuple):
+    x: float
+    y: float
+    note: str
+    """Shown while the mouse rests on the mark."""
+    low: float = math.nan
+    high: float = math.nan
+    """The interval, in y's unit; nan where there is none."""
+    hollow: bool = False
+
+
+@contextmanager
+def drawing(more: dict[str, Any] | None = None) -> Iterator[None]:
+    """The charts' settings in place of the user's matplotlibrc, for one thread at a time."""
+    with _LOCK, style.context(SETTINGS | (more or {}), after_reset=True):
+        yield
+
+
+def figure_of(
+    charts: Sequence[Chart], names: Sequence[str], heading: str, height: float, *, shared: bool = False
+) -> Figure:
+    """The charts side by side for a PNG of `height` inches, with a legend of `names`. `shared`: one y axis."""
+    with drawing():
+        figure = Figure(figsize=(max(5.0 * len(charts), 8.0), height), layout="constrained")
+        panels = figure.subplots(1, len(charts), squeeze=False)[0] if charts else []
+        for chart, axes in zip(charts, panels, strict=True):
+            chart.draw(axes)
+            axes.set_title(chart.title, loc="left", fontsize=12, fontweight="bold", color=TEXT)
+            for text in axes.texts:
+                text.set_path_effects([withStroke(linewidth=3, foreground=CARD)])
+            if shared:
+                axes.label_outer()
+        figure.suptitle(heading, fontsize=10)
+        if charts:
+            keys = [Line2D([], [], **_mark(name) | _line(name)) for name in names]
+            figure.legend(keys, list(names), loc="outside lower center", ncols=len(names))
+        return figure
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    with drawing():
+        figure.savefig(path, dpi=160)
+
+
+def legend_key(name: str, place: str, *, held_out: bool = False) -> str:
+    """Line and mark of a method as SVG; `place` is that of the legend, of which a page has several."""
+    with drawing({"svg.hashsalt": f"{name} {place} {held_out}"}):
+        figure = Figure(figsize=(30 / 72, 12 / 72))
+        figure.add_artist(Line2D([1 / 30, 29 / 30], [0.5, 0.5], **_line(name, held_out)))
+        figure.add_artist(Line2D([0.5], [0.5], **_mark(name, HELD_OUT_SCALE if held_out else 1.0)))
+        return inline_svg(figure, VARIABLES, {"class": "sample", "aria-hidden": "true"})
+
+
+def method_colours() -> str:
+    """A style sheet: the methods' colours as variables, for light, dark and print."""
+    light = " ".join(f"--{name.lower()}: {method.colour};" for name, method in METHODS.items())
+    dark = " ".join(f"--{name.lower()}: {method.dark};" for name, method in METHODS.items())
+    return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+
+
+def plot_line(
+    axes: Axes,
+    name: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    held_out: bool = False,
+    band: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> None:
+    """A method's line; on held-out images a thin one with marks. `band`: lower and upper bounds."""
+    (line,) = axes.plot(x, y, **_line(name, held_out))
+    tag(line, f"line {name.lower()}")
+    if held_out:
+        (marks,) = axes.plot(x, y, **_mark(name, HELD_OUT_SCALE) | ({} if METHODS[name].mark else DOT))
+        tag(marks, f"mark {name.lower()}")
+    if band is not None:
+        low, high = band
+        axes.fill_between(x, low, high, color=METHODS[name].colour, alpha=0.14, linewidth=0)
+
+
+def plot_level(axes: Axes, name: str, value: float, low: float, high: float) -> None:
+    """A horizontal line across the axes with the band of its interval."""
+    axes.axhspan(low, high, color=METHODS[name].colour, alpha=0.14, linewidth=0)
+    tag(axes.axhline(value, **_line(name)), f"line {name.lower()}")
+
+
+def plot_rule(axes: Axes, x: float, text: str = "") -> None:
+    """A thin vertical line, with `text` on its left."""
+    axes.axvline(x, color=SOFT, linewidth=1, linestyle=(0, (1, 3)), zorder=1)
+    if text:
+        where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(text, (x, 1), (-3, 0), ha="right", va="top", **where)
+
+
+def plot_marks(axes: Axes, name: str, marks: Sequence[Mark], *, faint: bool = False, scale: float = 1.0) -> None:
+    """A method's marks and intervals; hollow marks have the background's colour inside."""
+    kind, inside = name.lower(), {}
+    for hollow in (False, True):
+        same = [mark for mark in marks if mark.hollow == hollow]
+        if not same:
+            continue
+        if hollow:
+            kind += " hollow"
+            inside = {"markerfacecolor": CARD, "markeredgecolor": METHODS[name].colour, "markeredgewidth": 1.6}
+        bounds = [[max(m.y - m.low, 0.0) for m in same], [max(m.high - m.y, 0.0) for m in same]]
+        line, caps, bars = axes.errorbar(
+            [m.x for m in same],
+            [m.y for m in same],
+            None if math.isnan(same[0].low) else bounds,
+            **_mark(name, scale) | inside,
+            elinewidth=1.3,
+            capsize=3,
+            capthick=1.3,
+            alpha=0.6 if faint else None,
+            zorder=3,
+        )
+        tag(line, f"mark {kind}", [m.note for m in same])
+        for artist in (*caps, *bars):
+            tag(artist, f"interval {kind}")
+
+
+def write_number(axes: Axes, name: str, x: float, y: float, value: float, **align: Any) -> None:
+    """A value in a method's colour at (x, y); `align` are matplotlib's ha and va."""
+    align = {"ha": "center", "va": "center", **align}
+    tag(axes.text(x, y, f"{value:.1f}", color=METHODS[name].colour, fontweight="bold", zorder=5, **align), "number")
+
+
+def _line(name: str, held_out: bool = False) -> dict[str, Any]:
+    method = METHODS[name]
+    width, alpha = (1.1, 0.75) if held_out else (1.8, None)
+    return {"color": method.colour, "linestyle": method.dashes, "linewidth": width, "alpha": alpha}
+
+
+def _mark(name: str, scale: float = 1.0) -> dict[str, Any]:
+    method = METHODS[name]
+    edge = {"markeredgecolor": CARD, "markeredgewidth": 1.0}
+    return {
+        "color": method.colour,
+        "linestyle": "",
+        "marker": method.mark,
+        "markersize": scale * method.mark_size,
+        **edge,
+    }

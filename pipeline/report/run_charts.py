@@ -1,0 +1,138 @@
+"""Charts of how one run came about: training curves, and kept connections per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from pipeline.recipe.stages import NETWORK_OF_PHASE
+from pipeline.report.chart_style import (
+    SMALL,
+    Chart,
+    Mark,
+    figure_of,
+    plot_line,
+    plot_marks,
+    plot_rule,
+    write_png,
+)
+from pipeline.report.history import History
+from pipeline.report.results import RunResult, pruned_text
+
+MOST_POINTS = 240
+"""Of one line; more rows are averaged in groups, as no screen shows them."""
+ValueOf = Callable[[dict[str, Any]], float | None]
+"""Of a row of metrics.jsonl."""
+
+
+def draw_layers(run: RunResult, path: Path) -> None:
+    """Kept connections of every layer at every sparsity as a PNG; the numbers on the right are HYDRA's counts."""
+    keeps = run.recipe.sparsity.keep_fractions
+    charts = [chart for keep in keeps if (chart := layer_chart(run, keep, named=True))]
+    names = [n for n in ("HYDRA", *run.baselines) if any(m.name == n and m.layers for m in run.networks)]
+    rows = max([len(network.layers) for network in run.networks], default=0)
+    heading = "connections kept per layer; the numbers are HYDRA's" if charts else "no pruned network is finished yet"
+    write_png(figure_of(charts, names, heading, 1.6 + 0.24 * max(rows, 6), shared=True), path)
+
+
+def training_charts(run: RunResult, histories: list[History], keep: Decimal) -> list[Chart]:
+    """Loss, accuracies and learning rate against epochs: pretraining, and what follows at one sparsity."""
+    begun = [h for h in histories if h.rows and h.stage.keep_fraction in (None, keep)]
+    charts = [_training_chart(run, begun, keep, "Loss", {"train": lambda row: row["loss"]}, 3)]
+    for name in ("robust", "clean"):
+        both = {kind: _percent(f"{name}_accuracy") for kind in ("train", "validation")}
+        charts.append(_training_chart(run, begun, keep, f"{name.capitalize()} accuracy, %", both, 3))
+    charts.append(_training_chart(run, begun, keep, "Learning rate", {"train": lambda row: row["lr"]}, 2))
+    return [chart for chart in charts if chart is not None]
+
+
+def _training_chart(
+    run: RunResult, begun: list[History], keep: Decimal, title: str, kinds: dict[str, ValueOf], digits: int
+) -> Chart | None:
+    curves, words = [], []
+    for history in begun:
+        for kind, value_of in kinds.items():
+            points = _curve(history, kind, value_of)
+            if points:
+                held_out = kind == "validation"
+                curves.append((NETWORK_OF_PHASE[history.stage.phase], held_out, points))
+                of = " on held-out images" if held_out else ""
+                first, last = points[0][1], points[-1][1]
+                words.append(f"{history.stage.name}{of}: from {first:.{digits}g} to {last:.{digits}g}")
+    if not curves:
+        return None
+    starts = {float(history.stage.first_epoch) for history in begun} - {0.0}
+
+    def paint(axes: Axes) -> None:
+        for name, held_out, points in curves:
+            plot_line(axes, name, *zip(*points, strict=True), held_out=held_out)
+        for start in starts:
+            plot_rule(axes, start)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("epoch")
+
+    return Chart(title, f"{'; '.join(words)}.", paint, SMALL, f"{keep} {run.recipe.seed}")
+
+
+def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart | None:
+    """Kept connections of every layer, from input (above) to output, on a logarithmic scale; `named` writes the layers'
+    names on the left and HYDRA's counts on the right."""
+    networks = [n for n in run.networks if n.name != "dense" and n.keep_fraction == keep and n.layers]
+    if not networks:
+        return None
+    shares = {n.name: [layer["kept"] / layer["total"] for layer in n.layers] for n in networks}
+    lowest = math.log10(min([share for each in shares.values() for share in each if share > 0], default=1.0))
+    left = min(lowest - 0.3, -1.1)
+    layers = networks[0].layers
+    rows = range(1, len(layers) + 1)
+    scale = 1.0 if len(layers) <= 20 else 0.6
+
+    def paint(axes: Axes) -> None:
+        for network in reversed(networks):  # HYDRA last, on top: where layers have the same share, marks coincide
+            x = [math.log10(share) if share > 0 else left for share in shares[network.name]]
+            notes = [f"{layer['name']}: {layer['kept']:,} of {layer['total']:,}" for layer in network.layers]
+            plot_line(axes, network.name, x, rows)
+            marks = [Mark(share, row, note) for share, row, note in zip(x, rows, notes, strict=True)]
+            plot_marks(axes, network.name, marks, scale=scale * (1 + 0.4 * networks.index(network)))
+        axes.set_xlim(left, 0.1)
+        axes.set_xticks(range(math.ceil(left), 1), [f"{10.0 ** (e + 2):g} %" for e in range(math.ceil(left), 1)])
+        axes.set_xlabel("share kept of the layer (log scale)")
+        axes.set_ylim(len(layers) + 0.6, 0.4)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x")
+        if not named:
+            axes.set_yticks(rows[:: math.ceil(len(rows) / 10)])
+            axes.set_ylabel("layer, input to output")
+            return
+        axes.set_yticks(rows, [layer["name"] for layer in layers], fontsize=9 if len(layers) <= 20 else 7)
+        for row, layer in zip(rows, layers if networks[0].name == "HYDRA" else (), strict=False):
+            counts, beside = f"{layer['kept']:,} of {layer['total']:,}", ("axes fraction", "data")
+            axes.annotate(counts, (1.02, row), xycoords=beside, va="center", fontsize=7, annotation_clip=False)
+
+    words = "; ".join(f"{name} keeps {_range(each)} of a layer" for name, each in shares.items())
+    size = SMALL._replace(height=max(SMALL.height, 60 + 6.5 * len(layers)))
+    return Chart(f"{pruned_text(keep)} pruned", f"{words}.", paint, size, f"layers {run.recipe.seed}")
+
+
+def _percent(key: str) -> ValueOf:
+    return lambda row: None if row.get(key) is None else 100 * row[key]
+
+
+def _curve(history: History, kind: str, value_of: ValueOf) -> list[tuple[float, float]]:
+    """(epoch, value) of the rows that have a value, thinned."""
+    rows = [(row["epoch"] + history.stage.first_epoch, value_of(row)) for row in history.of_kind(kind)]
+    points = [(epoch, value) for epoch, value in rows if value is not None]
+    size = max(1, math.ceil(len(points) / MOST_POINTS))
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(fmean(epoch for epoch, _ in group), fmean(value for _, value in group)) for group in groups]
+
+
+def _range(shares: list[float]) -> str:
+    low, high = f"{100 * min(shares):.3g} %", f"{100 * max(shares):.3g} %"
+    return low if low == high else f"{low} to {high}"

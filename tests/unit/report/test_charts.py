@@ -1,0 +1,225 @@
+"""Charts: one colour, mark and line per method, repeatable files, names that stay texts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.colors import same_color, to_rgb
+from matplotlib.figure import Figure
+
+from pipeline.recipe.stages import NETWORK_OF_PHASE
+from pipeline.report.chart_style import METHODS, Chart, drawing, legend_key, method_colours, plot_line
+from pipeline.report.charts import (
+    accuracy_chart,
+    accuracy_figure,
+    certified_charts,
+    difference_chart,
+    draw_accuracy,
+)
+from pipeline.report.comparison import differences
+from pipeline.report.history import read_history
+from pipeline.report.results import RunResult, certified_curves, compare_all, read_runs
+from pipeline.report.run_charts import draw_layers, layer_chart, training_charts
+from tests.unit.report.test_page import write_history
+from tests.unit.report.test_report import ACCURACY, OTHERS, edit, png_size, write_run
+
+STRANGE = "a$b^{c}<script>&$\"]'"
+EVERY = ("sparsity.baselines=[snip, random, magnitude]",)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """With all baselines, and layers of a stranger's name."""
+    folder = write_run(tmp_path_factory.mktemp("charts") / STRANGE, 0, [*ACCURACY, *OTHERS], overrides=EVERY)
+    write_history(folder)
+    for stage in [*ACCURACY, *OTHERS]:
+        edit(folder / stage / "result.json", lambda values: values["layers"][0].update(name=STRANGE))
+    (run,) = read_runs([folder])
+    return run
+
+
+def charts_of(run: RunResult) -> list[Chart]:
+    comparisons, histories = compare_all([run]), read_history(run)
+    found: list[Chart | None] = [
+        accuracy_chart([run], comparisons, "robust"),
+        accuracy_chart([run], comparisons, "clean"),
+    ]
+    found.append(difference_chart(differences([run], comparisons), [run]))
+    for keep in run.recipe.sparsity.keep_fractions:
+        found += [*training_charts(run, histories, keep), layer_chart(run, keep)]
+    return [chart for chart in found if chart is not None]
+
+
+def test_every_network_has_a_colour_a_mark_and_a_line_of_its_own() -> None:
+    assert set(METHODS) == set(NETWORK_OF_PHASE.values())
+    for values in zip(*METHODS.values(), strict=True):
+        if not isinstance(values[0], float):
+            assert len(set(values)) == len(METHODS), "colours, and without them marks and lines, tell methods apart"
+
+
+def test_the_png_and_the_page_have_the_same_colours_marks_and_lines(run: RunResult) -> None:
+    comparisons = compare_all([run])
+    figure = accuracy_figure([run], comparisons)
+    root = ET.fromstring(accuracy_chart([run], comparisons, "robust").svg())
+    for name, method in METHODS.items():
+        (line,) = [line for line in figure.axes[0].lines if line.get_gid() == f'["line {name.lower()}"]']
+        assert same_color(line.get_color(), method.colour)
+        ((drawn,),) = [group for group in root if group.get("class") == f"line {name.lower()}"]
+        assert f"stroke:var(--{name.lower()})" in drawn.attrib["style"]
+        assert ("stroke-dasharray" in drawn.attrib["style"]) == (method.dashes != "-")
+        light, dark = re.findall(rf"--{name.lower()}: (#[0-9a-f]+);", method_colours())
+        assert (light, dark) == (method.colour, method.dark)
+
+
+VISIONS = (
+    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+)
+"""Of linear RGB: full, and red-, green- and blue-blind (Machado, Oliveira and Fernandes, 2009)."""
+LMS = ((0.412221, 0.536333, 0.051446), (0.211904, 0.680700, 0.107397), (0.088302, 0.281719, 0.629979))
+LAB = (
+    (0.21045426, 0.79361779, -0.00407205),
+    (1.97799850, -2.42859221, 0.45059371),
+    (0.02590404, 0.78277177, -0.80867577),
+)
+"""OKLab, a perceptually uniform space (Ottosson, 2020): linear RGB to cones, and their cube roots to Lab."""
+
+
+@pytest.mark.parametrize("part", ["colour", "dark"])
+@pytest.mark.parametrize("vision", VISIONS, ids=["all", "protan", "deutan", "tritan"])
+def test_colours_differ_for_any_colour_vision(part: str, vision: tuple[tuple[float, ...], ...]) -> None:
+    """Okabe and Ito's own palette has a least distance of 0.076."""
+    found = []
+    for method in METHODS.values():
+        values = np.asarray(to_rgb(getattr(method, part)))
+        linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(np.asarray(vision) @ linear, 0, 1)
+        found.append(np.asarray(LAB) @ np.cbrt(np.asarray(LMS) @ seen))
+    assert min(math.dist(a, b) for a, b in itertools.combinations(found, 2)) > 0.055
+
+
+def test_names_of_strangers_stay_texts(run: RunResult, tmp_path: Path) -> None:
+    keep = run.recipe.sparsity.keep_fractions[0]
+    chart = layer_chart(run, keep)
+    assert chart is not None
+    svg = chart.svg()
+    assert "<script" not in svg
+    notes = [title.text for title in ET.fromstring(svg).iter("title")]
+    assert notes.count(f"{STRANGE}: 44 of 432") == 4, "one for each network"
+    named = layer_chart(run, keep, named=True)
+    assert named is not None
+    assert STRANGE in [text.text for text in ET.fromstring(named.svg()).iter("text")], "no formula is made of it"
+    draw_layers(run, tmp_path / "layers.png")
+    assert png_size(tmp_path / "layers.png")[0] >= 1200
+
+
+def test_charts_share_no_ids_and_ask_for_nothing(run: RunResult) -> None:
+    drawings = [chart.svg() for chart in charts_of(run)]
+    drawings += [legend_key(name, place) for name in METHODS for place in ("results", "layers")]
+    drawings += [legend_key("HYDRA", "results", held_out=True)]
+    assert len(drawings) == 3 + 2 * 5 + 2 * 5 + 1
+    roots = [ET.fromstring(svg) for svg in drawings]
+    ids = [element.attrib["id"] for root in roots for element in root.iter() if "id" in element.attrib]
+    assert len(set(ids)) == len(ids) > 50
+    for root, svg in zip(roots, drawings, strict=True):
+        mine = {element.get("id") for element in root.iter()}
+        links = [element.attrib["href"] for element in root.iter() if "href" in element.attrib]
+        assert {link.removeprefix("#") for link in links} <= mine
+        assert not re.search(r"https?:|url\(|<style|font-family|#[0-9a-f]{6};|nan", svg)
+
+
+def test_drawings_are_repeatable_whatever_the_user_has_set(run: RunResult, tmp_path: Path) -> None:
+    chart, other = charts_of(run)[0], charts_of(run)[0]
+    draw_accuracy([run], compare_all([run]), tmp_path / "first.png")
+    first = chart.svg()
+    mine: dict[Any, Any] = {"axes.edgecolor": "red", "svg.fonttype": "path", "font.size": 30.0, "lines.linewidth": 9.0}
+    with matplotlib.rc_context(mine):
+        assert other.svg() == chart.svg() == first
+        draw_accuracy([run], compare_all([run]), tmp_path / "second.png")
+        assert {key: matplotlib.rcParams[key] for key in mine} == mine, "and they stay as they are"
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
+def test_threads_may_draw_at_once(run: RunResult) -> None:
+    charts = charts_of(run)[:4]
+    expected = [chart.svg() for chart in charts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(Chart.svg, charts * 2)) == expected * 2
+
+
+def test_certified_curves_have_bands_and_the_eps_of_the_threat_model(tmp_path: Path) -> None:
+    smoothed = ("objective={name: noise, sigma: 1/4}", "threat_model={norm: l2, eps: 1/4}", "evaluation.attacks=[]")
+    runs = read_runs([write_run(tmp_path / "smoothed", measure="certified", overrides=smoothed)])
+    charts = certified_charts(runs, certified_curves(runs))
+    assert [chart.title for chart in charts] == [f"Certified accuracy, %, {p} % pruned" for p in (90, 99)]
+    root = ET.fromstring(charts[0].svg())
+    lines = [group.get("class") for group in root if (group.get("class") or "").startswith("line ")]
+    assert lines == ["line dense", "line hydra", "line magnitude"]
+    assert "eps 1/4" in [text.text for text in root.iter("text")]
+    bands = [use for use in root.findall("use") if "opacity:0.14" in use.attrib["style"]]
+    assert len(bands) == 3
+
+
+def test_a_loss_that_is_not_finite_leaves_a_gap(run: RunResult) -> None:
+    histories = read_history(run)
+    rows = [row for row in histories[0].rows if row["kind"] == "train"]
+    rows[2]["loss"], rows[3]["loss"] = math.nan, math.inf
+    loss = training_charts(run, histories, run.recipe.sparsity.keep_fractions[0])[0].svg()
+    root = ET.fromstring(loss)
+    dense = next(group for group in root if group.get("class") == "line dense")
+    assert dense[0].attrib["d"].count("M") == 2
+    assert not re.search("nan|inf", dense[0].attrib["d"])
+
+
+def test_layers_of_a_large_network_have_room(run: RunResult) -> None:
+    layers = [{"name": f"layer{i}", "kept": 10 * (i + 1), "total": 1000} for i in range(54)]
+    networks = [n for n in run.networks if n.name == "HYDRA"]
+    large = RunResult(run.folder, run.recipe, [type(n)(**{**vars(n), "layers": layers}) for n in networks])
+    chart = layer_chart(large, Decimal("0.1"))
+    assert chart is not None
+    root = ET.fromstring(chart.svg())
+    (marks,) = [group for group in root if group.get("class") == "mark hydra"]
+    heights = [float(mark.attrib["y"]) for mark in marks.findall("use")]
+    assert len(heights) == 54
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 5
+    numbers = [int(t.text or "") for t in root.iter("text") if "text-anchor:end" in t.attrib["style"]]
+    assert numbers == list(range(1, 55, 6))
+    assert chart.words == "HYDRA keeps 1 % to 54 % of a layer."
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_ticks_are_round_few_and_on_the_axis(values: list[float]) -> None:
+    def paint(axes: Axes) -> None:
+        plot_line(axes, "HYDRA", range(len(values)), values)
+
+    with drawing():
+        axes = Figure().subplots()
+        Chart("", "", paint).draw(axes)
+        low, high = axes.get_ylim()
+        places = [float(place) for place in axes.get_yticks() if low <= place <= high]
+        texts = axes.yaxis.get_major_formatter().format_ticks(places)
+        unit = axes.yaxis.get_major_formatter().get_offset() or "1"
+    assert low <= min(values) <= max(values) <= high
+    assert 2 <= len(places) <= 7
+    step = places[1] - places[0]
+    mantissa = step / 10.0 ** math.floor(math.log10(step) + 1e-6)
+    assert any(mantissa == pytest.approx(round_one, rel=1e-3) for round_one in (1, 2, 5, 10))
+    assert len(set(texts)) == len(places)
+    scale, *numbers = (float(text.replace("\N{MINUS SIGN}", "-")) for text in (unit, *texts))
+    assert [scale * number for number in numbers] == pytest.approx(places, abs=0.01 * (high - low))
