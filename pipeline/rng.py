@@ -4,7 +4,7 @@ A number is a function of (seed, purpose, phase, step, sample id). It never depe
 generator, so a resumed or rescaled run draws the same numbers. SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) is the
 generator: each key starts a stream of its own, and the n-th number of a stream needs none of those before it.
 
-numpy only; `pipeline.robustness.attacks` continues the same streams on the device.
+numpy only; `pipeline.robustness.noise` continues the same streams on the device.
 """
 
 from __future__ import annotations

@@ -1,88 +1,23 @@
-"""Adversarial examples: balls, projected gradient descent and the noise that it starts from.
+"""Adversarial examples: balls, projected gradient descent, and the mode that a network is in while they are crafted.
 
-Images are [n, ...] float32 in [0, 1] and eps is in pixels. Random numbers continue the streams of `pipeline.rng` on
-the device: sample i's noise is a function of keys[i] alone, never of the batch that it is in.
+Images are [n, ...] float32 in [0, 1] and eps is in pixels. Random starts are keyed (`pipeline.robustness.noise`): sample
+i's is a function of keys[i] alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.distributed import to_device
-from pipeline.models.pruning.scores import cached_weights
+from pipeline.models.pruning.masked_weight import cached_weights
 from pipeline.recipe.objective import ThreatModel
-from pipeline.rng import GOLDEN_GAMMA, MIX_1, MIX_2, sample_keys
+from pipeline.robustness.noise import box_muller, uniform_noise, uniform_stream
 
 TINY = torch.finfo(torch.float32).tiny
-
-
-def device_keys(
-    sample_ids: NDArray[np.int64], device: torch.device, seed: int, purpose: str, *scope: int | str
-) -> Tensor:
-    """`pipeline.rng.sample_keys` as the noise here takes them: [n] int64 with their bits, on a device."""
-    return to_device(torch.from_numpy(sample_keys(sample_ids, seed, purpose, *scope).view(np.int64)), device)
-
-
-def _signed(x: int) -> int:
-    """The int64 that has the bits of a uint64; torch has no uint64 arithmetic, and products wrap alike."""
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 taken as uint64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix64(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _signed(MIX_1)
-    x = (x ^ _shift_right(x, 27)) * _signed(MIX_2)
-    return x ^ _shift_right(x, 31)
-
-
-def _stream(keys: Tensor, count: int) -> Tensor:
-    """The first `count` numbers of every key's SplitMix64 stream: [n] int64 -> [n, count] float32 in [0, 1)."""
-    counters = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * _signed(GOLDEN_GAMMA)
-    bits = _mix64(keys[:, None] + counters)
-    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
-
-
-def uniform_noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uniform numbers: keys [n] int64 (the uint64 of `pipeline.rng`, same bits) -> [n, *shape] float32 in [0, 1).
-
-    The same bits on every device: the top 24 of the bits that `pipeline.rng.uniforms` takes 53 of.
-    """
-    return _stream(keys, math.prod(shape)).view(-1, *shape)
-
-
-def _box_muller(uniforms: Tensor) -> Tensor:
-    """Box and Muller (1958): [n, 2 m] in [0, 1) -> [n, 2 m] standard normal."""
-    first, second = uniforms.chunk(2, dim=1)
-    radius = (-2.0 * torch.log1p(-first)).sqrt()  # 1 - u lies in (0, 1], so that the logarithm is finite
-    angle = 2.0 * math.pi * second
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-
-
-def gaussian_noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers: keys [n] int64 -> [n, *shape] float32, equal across devices up to rounding."""
-    count = math.prod(shape)
-    return _box_muller(_stream(keys, count + count % 2))[:, :count].reshape(-1, *shape)
-
-
-def derived_keys(keys: Tensor, numbers: Tensor) -> Tensor:
-    """Streams for several independent draws per sample: keys [n] and numbers [m], both int64 -> [n, m] int64.
-
-    Mixed as `pipeline.rng.sample_keys` mixes sample ids into a scope: a draw's stream neither depends on which other
-    draws are made nor overlaps with theirs.
-    """
-    return _mix64(keys[:, None] ^ _mix64(numbers * _signed(GOLDEN_GAMMA) + 1))
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -131,8 +66,8 @@ class L2Ball:
     def random_start(self, x: Tensor, keys: Tensor) -> Tensor:
         """Uniform in the ball: a uniform direction, and a radius eps * u^(1/d); then clipped to [0, 1]."""
         count = x[0].numel()
-        uniforms = _stream(keys, count + count % 2 + 1)
-        direction = _unit(_box_muller(uniforms[:, :-1])[:, :count].reshape(x.shape))
+        uniforms = uniform_stream(keys, count + count % 2 + 1)
+        direction = _unit(box_muller(uniforms[:, :-1])[:, :count].reshape(x.shape))
         radius = self.eps * uniforms[:, -1] ** (1.0 / count)
         return self.project(x + _per_sample(radius, x) * direction, x)
 

@@ -23,7 +23,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,9 @@ class Snapshot:
     """Everything a checkpoint holds, in CPU memory and owned (later steps do not change it)."""
 
     model: Tensors
-    optimizer: Tensors
+    train_state: Tensors
+    """What else training continues from: the optimizer's state, an average of the weights."""
     progress: Progress
-    carried: Tensors = field(default_factory=dict)
-    """What else training goes on with, such as an average of the weights; its names do not begin with 'optim/'."""
 
 
 def folder_of(stage: Path, step: int) -> Path:
@@ -92,7 +91,7 @@ def _write_file(path: Path, data: bytes) -> dict[str, Any]:
 
 def needed_bytes(snapshot: Snapshot) -> int:
     """Room that a checkpoint takes on disk, a little too much rather than too little."""
-    tensors = (*snapshot.model.values(), *snapshot.optimizer.values(), *snapshot.carried.values())
+    tensors = (*snapshot.model.values(), *snapshot.train_state.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + MARGIN_BYTES
 
 
@@ -126,7 +125,7 @@ def write_checkpoint(
     progress = json.dumps(snapshot.progress.to_json(), indent=1) + "\n"
     files = {
         CONTENT[0]: _write_file(folder / CONTENT[0], save(snapshot.model)),
-        CONTENT[1]: _write_file(folder / CONTENT[1], save({**snapshot.optimizer, **snapshot.carried})),
+        CONTENT[1]: _write_file(folder / CONTENT[1], save(snapshot.train_state)),
         CONTENT[2]: _write_file(folder / CONTENT[2], progress.encode()),
     }
     fsync_folder(folder)
@@ -169,13 +168,11 @@ def check_checkpoint(folder: Path) -> None:
 def _read(folder: Path) -> Snapshot:
     contents = _contents(folder)
     try:
-        model, state = load(contents[CONTENT[0]]), load(contents[CONTENT[1]])
+        model, train_state = load(contents[CONTENT[0]]), load(contents[CONTENT[1]])
         progress = Progress.from_json(json.loads(contents[CONTENT[2]]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder} cannot be read: {error}") from None
-    optimizer = {name: tensor for name, tensor in state.items() if name.startswith("optim/")}
-    carried = {name: tensor for name, tensor in state.items() if name not in optimizer}
-    return Snapshot(model, optimizer, progress, carried)
+    return Snapshot(model, train_state, progress)
 
 
 def read_checkpoint(folder: Path, pause: Pause | None = None) -> Snapshot:

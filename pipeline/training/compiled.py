@@ -7,7 +7,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pipeline.models.pruning.scores import masked_layers
+from pipeline.models.pruning.masked_weight import masked_layers
 
 MOST_VERSIONS = 64
 """How often one network may be compiled: for the update, for the attack, and that for each size of its images."""
@@ -16,7 +16,7 @@ MOST_VERSIONS = 64
 class Compiled(nn.Module):
     """`network`, whose forward is compiled at its first call of a kind and for its shape of images; same parameters.
 
-    Masked weights are made before, once per forward, or once per attack (`sparsity.cached_weights`), and are inputs of
+    Masked weights are made before, once per forward, or once per attack (`masked.cached_weights`), and are inputs of
     what is compiled: their masks may change. A network that its objective looks into (bounds) cannot be compiled.
     """
 

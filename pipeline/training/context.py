@@ -1,4 +1,4 @@
-"""What the workers of one job share while they walk through its stages."""
+"""What the stages of a run share in one worker: recipe, process group, data files, observer and stop request."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,30 +22,41 @@ from pipeline.distributed import Group
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.run.stop import StopRequested
-from pipeline.training.loop import Observer, unobserved
 
-LOOK_S = 1.0
-"""How often the workers tell each other how far their nodes' copies are."""
+STAGING_POLL_S = 1.0
+"""How often the workers exchange how far their nodes' copies are."""
 
-
-def never() -> bool:
-    """Nobody asks this run to stop."""
-    return False
+Observer = Callable[[str, dict[str, Any]], None]
+"""Watches a run from inside: called with an event's name and its facts, on every rank."""
 
 
 @dataclass
-class Job:
+class RunContext:
     """Recipe, run directory, process group, and one Loader per file and process."""
 
     recipe: Recipe
     run_folder: Path
     token: str
     group: Group
-    observe: Observer = unobserved
-    stop_requested: Callable[[], bool] = never
-    """Whether this worker knows that the run is to stop."""
+    observer: Observer | None = None
+    stop: Callable[[], bool] | None = None
+    """Whether this worker knows that the run is to stop; without it, it never is."""
+    staging_poll_s: float = STAGING_POLL_S
     _loaders: dict[str, Loader] = field(default_factory=dict)
     _resources: ExitStack = field(default_factory=ExitStack)
+
+    def observe(self, event: str, facts: dict[str, Any]) -> None:
+        """Report an event to the observer; `facts` name the stage, and where there is one the step."""
+        if self.observer is not None:
+            self.observer(event, facts)
+
+    def stop_requested(self) -> bool:
+        return self.stop is not None and self.stop()
+
+    @property
+    def local_micro_batches(self) -> int:
+        """This worker's share of the micro-batches of a step."""
+        return self.recipe.batch.micro_batches_per_step // self.group.world
 
     def loader(self, path: str) -> Loader:
         """One Loader per file and process, kept for all stages; of the node's own copy with data.stage_to. Collective.
@@ -73,30 +85,30 @@ class Job:
         tell each other how far they are; as long as any of them gets on, none is taken for hung. They fail together.
         """
         given_up = threading.Event()
-        heard = ""
+        last_status = ""
 
-        def listen(doing: str) -> None:
-            nonlocal heard
-            heard = doing
+        def report(status: str) -> None:
+            nonlocal last_status
+            last_status = status
             if given_up.is_set():
                 raise NodeCopyFailed(f"copying {path} was given up")
 
         with ThreadPoolExecutor(1, thread_name_prefix="staging") as pool:
-            copying = pool.submit(copy_to_node, path, folder, listen)
+            copying = pool.submit(copy_to_node, path, folder, report)
             before = None
             try:
                 while True:
-                    done = not wait([copying], timeout=LOOK_S).not_done
+                    done = not wait([copying], timeout=self.staging_poll_s).not_done
                     error = copying.exception() if done else None
                     problem = (isinstance(error, ValueError), f"{platform.node()}: {error}") if error else None
-                    states = self.group.gather((done, heard, problem, self.stop_requested()))
+                    states = self.group.gather((done, last_status, problem, self.stop_requested()))
                     if states != before:
                         self.observe("staging", {"stage": None})
                         before = states
                     problems = [state[2] for state in states if state[2] is not None]
                     if problems:
                         kind = DataError if any(is_users for is_users, _ in problems) else NodeCopyFailed
-                        raise kind("; ".join(sorted({said for _, said in problems}))) from error
+                        raise kind("; ".join(sorted({message for _, message in problems}))) from error
                     if any(state[3] for state in states):
                         raise StopRequested(f"asked to stop while copying {path}; no step was lost")
                     if all(state[0] for state in states):

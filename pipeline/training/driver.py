@@ -25,9 +25,10 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
+from pipeline.run.failures import append_to_log, repeated_failure
 from pipeline.run.layout import is_done, progress_marks
 from pipeline.run.lease import Leases
-from pipeline.run.stop import StopRequested, append_to_log, repeated_failure
+from pipeline.run.stop import StopRequested
 
 log = logging.getLogger(__name__)
 

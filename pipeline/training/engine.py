@@ -7,7 +7,7 @@ only what the phase trains. State is gathered and restored in full, so a checkpo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,11 +19,12 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from pipeline.distributed import Group
-from pipeline.models.pruning.scores import weights_moved
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import trained_parameters
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.sections import Phase
 from pipeline.training.compiled import Compiled
+from pipeline.training.context import RunContext
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Adam's constants (Kingma and Ba, ICLR 2015, algorithm 1), which HYDRA's reference leaves as they are."""
@@ -41,9 +42,9 @@ def zero_stage(recipe: Recipe, world: int) -> int:
     return recipe.engine.zero_stage if world > 1 or "zero_optimization" in recipe.deepspeed else 0
 
 
-def deepspeed_config(recipe: Recipe, world: int, trained: int) -> dict[str, Any]:
+def deepspeed_config(context: RunContext, trained: int) -> dict[str, Any]:
     """The recipe's own `deepspeed:` section plus what the recipe says elsewhere; `trained` counts parameters."""
-    batch = recipe.batch
+    recipe, batch = context.recipe, context.recipe.batch
     config: dict[str, Any] = dict(recipe.deepspeed)
     config.setdefault("steps_per_print", 10**9)
     # DeepSpeed allocates a whole bucket at every step, 2 GB by default, however small the network is.
@@ -52,10 +53,14 @@ def deepspeed_config(recipe: Recipe, world: int, trained: int) -> dict[str, Any]
     config |= {
         "train_batch_size": batch.batch_per_step,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
-        "gradient_accumulation_steps": batch.micro_batches_per_step // world,
+        "gradient_accumulation_steps": context.local_micro_batches,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # DeepSpeed's own default clips at norm 1
-        "zero_optimization": {**buckets, **config.get("zero_optimization", {}), "stage": zero_stage(recipe, world)},
+        "zero_optimization": {
+            **buckets,
+            **config.get("zero_optimization", {}),
+            "stage": zero_stage(recipe, context.group.world),
+        },
     }
     if recipe.engine.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -106,13 +111,15 @@ def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractCo
 class Engine:
     """One phase's DeepSpeed engine.
 
-    `parameters` maps plain names to the parameters that train; all others are frozen.
+    It steps the parameters of `network` that have requires_grad when it is made.
     """
 
-    def __init__(
-        self, network: nn.Module, parameters: dict[str, nn.Parameter], phase: Phase, recipe: Recipe, group: Group
-    ) -> None:
-        self._parameters = parameters
+    prefix = "optim/"
+
+    def __init__(self, network: nn.Module, scores: Scores | None, phase: Phase, context: RunContext) -> None:
+        recipe, group = context.recipe, context.group
+        parameters = self._parameters = trained_parameters(network)
+        self._scores = scores
         self._compiled = Compiled(network) if recipe.engine.mode == "compiled" else None
         self.network: nn.Module = network if self._compiled is None else self._compiled
         """What is called in training: the network, compiled if the recipe says so."""
@@ -121,7 +128,7 @@ class Engine:
             model=self.network,
             optimizer=optimizer,
             model_parameters=list(parameters.values()),  # pyright: ignore[reportArgumentType]
-            config=deepspeed_config(recipe, group.world, sum(p.numel() for p in parameters.values())),
+            config=deepspeed_config(context, sum(p.numel() for p in parameters.values())),
             dist_init_required=False,
         )
         self._optimizer = optimizer  # the one that steps, also inside ZeRO's
@@ -139,7 +146,7 @@ class Engine:
             self._engine.enable_backward_allreduce = group.world > 1
         self._begin_state()
         # DeepSpeed divides the loss by this number to get a mean; a rate's gradient does not shrink with it (`masked`).
-        local = recipe.batch.micro_batches_per_step // group.world
+        local = context.local_micro_batches
         rates = [parameter for name, parameter in parameters.items() if name.startswith("rate/")]
         self._hooks = [rate.register_hook(lambda gradient: gradient / local) for rate in rates]
         self.autocast = autocast_of(recipe, group.device)
@@ -168,11 +175,11 @@ class Engine:
             if not math.isfinite(float(get_total_norm(gradients))):
                 return False
         self._engine.step()
-        if ends_step:
-            weights_moved(self.network)
+        if ends_step and self._scores is not None:
+            self._scores.weights_changed()
         return self._zero is None or not self._zero.overflow  # ZeRO takes the norm, and then skips the step, silently
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
         """Full state as CPU copies, fp32; call it after a step. Collective.
 
         `optim/<plain name>/<slot>` [parameter's shape]: momentum_buffer of SGD, exp_avg and exp_avg_sq of Adam; and
@@ -192,14 +199,14 @@ class Engine:
                 state[f"optim/{name}/{STEP}"] = counts[STEP].detach().to("cpu", torch.float32, copy=True)
         return state
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `optimizer_state` returned, whatever world size or ZeRO stage it came from."""
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` returned, whatever world size or ZeRO stage it came from."""
         slots = (*self._slots, STEP) if self._counts_steps else self._slots
         expected = {f"optim/{name}/{slot}" for name in self._parameters for slot in slots}
-        if set(state) != expected:
-            odd = sorted(set(state) ^ expected)
+        if set(tensors) != expected:
+            odd = sorted(set(tensors) ^ expected)
             raise ValueError(f"optimizer state does not fit this phase; first difference: {odd[0]}")
-        counts = [tensor for name, tensor in state.items() if name.endswith(f"/{STEP}")]
+        counts = [tensor for name, tensor in tensors.items() if name.endswith(f"/{STEP}")]
         if any(not torch.equal(count, counts[0]) for count in counts):
             raise ValueError("optimizer state has different counts of steps, but all that trains moves at every step")
         if counts:
@@ -207,7 +214,7 @@ class Engine:
                 held[STEP].copy_(counts[0])
         for name, parameter in self._parameters.items():
             for slot in self._slots:
-                full = state[f"optim/{name}/{slot}"].to(parameter.device)
+                full = tensors[f"optim/{name}/{slot}"].to(parameter.device)
                 if self._zero is None:
                     self._optimizer.state[parameter][slot].copy_(full)
                 else:

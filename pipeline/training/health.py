@@ -19,7 +19,7 @@ from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.objective import PROVING
 from pipeline.recipe.schema import Recipe
 from pipeline.robustness.bounds import trace
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 
 SIDE = 256
 VERSIONS = ("torch", "deepspeed", "ffcv", "numpy")
@@ -58,37 +58,37 @@ def check_bounds(recipe: Recipe) -> None:
         ) from None
 
 
-def _identity(job: Job) -> dict[str, Any]:
+def _identity(context: RunContext) -> dict[str, Any]:
     """What must be equal on all workers."""
-    data = job.recipe.data
+    data = context.recipe.data
     return {
-        "recipe": recipe_hash(job.recipe),
+        "recipe": recipe_hash(context.recipe),
         "data.train_file": open_checked(data.train_file).sha256,
         "data.test_file": open_checked(data.test_file).sha256,
         **{name: metadata.version(name) for name in VERSIONS},
         "python": platform.python_version(),
-        "device": job.group.device.type,
+        "device": context.group.device.type,
         "threads": torch.get_num_threads(),
     }
 
 
-def check_worker(job: Job) -> None:
+def check_worker(context: RunContext) -> None:
     """Raise Unhealthy on every rank if any worker's device fails or differs from the others. Collective.
 
     Errors: ValueError, on every rank as well, for a network that cannot be bounded and has to be; DataError naming
     the host and the file for data that is not there or not whole.
     """
-    check_bounds(job.recipe)
+    check_bounds(context.recipe)
     problem = refusal = None
     identity: dict[str, Any] = {}
     try:
-        check_device(job.group.device)
-        identity = _identity(job)
+        check_device(context.group.device)
+        identity = _identity(context)
     except Unhealthy as error:
         problem = str(error)
     except DataError as error:
         refusal = f"{platform.node()}: {error}"
-    answers = job.group.gather((platform.node(), problem, refusal, identity))
+    answers = context.group.gather((platform.node(), problem, refusal, identity))
     if problems := {said for _, said, _, _ in answers if said}:
         raise Unhealthy("; ".join(sorted(problems)))
     if refusals := {said for _, _, said, _ in answers if said}:

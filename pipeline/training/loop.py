@@ -2,7 +2,7 @@
 
 Phases are data (`phases.Stage`), objectives are functions that are handed the attack. A step is: for each of this
 worker's micro-batches attack and accumulate gradients; fold BatchNorm's statistics in and agree that the loss is
-finite, in one collective; move the parameters; rank the scores anew. All randomness is keyed, so that the loop can
+finite, in one collective; move the parameters; rank the scores. All randomness is keyed, so that the loop can
 begin at any step.
 """
 
@@ -16,36 +16,21 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from pipeline.data.loading.loader import Batch
-from pipeline.distributed import Group
-from pipeline.models import Network
-from pipeline.models.ema import update_average
-from pipeline.models.pruning.mask_drift import Drift
-from pipeline.models.pruning.scores import named_state, refresh_masks
 from pipeline.recipe.schedules import image_size_at, lr_at
-from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
-from pipeline.robustness.attacks import device_keys
-from pipeline.robustness.objectives import COUNTS, Given, Objective, attack_strength
+from pipeline.robustness.noise import device_keys
+from pipeline.robustness.objectives import COUNTS, Objective, ObjectiveInput, ObjectiveOutput, attack_strength
 from pipeline.robustness.overfitting import CatastrophicOverfitting, overfits
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.progress import Progress, Window
 from pipeline.training.batchnorm import BatchStatistics
-from pipeline.training.engine import Engine
+from pipeline.training.context import RunContext
 from pipeline.training.hardware import NodeUsage
-from pipeline.training.replays import carried_noise
+from pipeline.training.stage_state import StageState
 from pipeline.training.stopwatch import Stopwatch
-
-STOP = 4
-"""Which of a step's sums counts the workers that were asked to stop."""
-
-Observer = Callable[[str, dict[str, Any]], None]
-"""Tests watch a run through it: called with an event name and its facts on every rank."""
-
-
-def unobserved(event: str, facts: dict[str, Any]) -> None:
-    """Nobody watches."""
 
 
 class NonFinite(RuntimeError):
@@ -60,14 +45,12 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """What one stage's loop is made of."""
+    """What one stage's loop works with."""
 
     stage: Stage
-    recipe: Recipe
-    group: Group
-    network: Network
-    """In training mode, but for BatchNorm where it is frozen."""
-    engine: Engine
+    context: RunContext
+    state: StageState
+    """Its network in training mode, but for BatchNorm where it is frozen."""
     objective: Objective
     micro_batches: Iterator[Batch]
     """This worker's micro-batches from the first step that is left."""
@@ -78,34 +61,43 @@ class Training:
     attack has. Collective."""
     save: Callable[[Snapshot], None]
     """Called on every rank; rank 0 writes."""
-    observe: Observer
-    average: dict[str, torch.Tensor]
-    """The moving average of what trains, for phases that have one; empty otherwise."""
-    noise: torch.Tensor | None
-    """The perturbation of this worker's micro-batches [local, micro_batch, ...], for objectives that carry one."""
-    drift: Drift | None
-    """How far the masks have moved; on rank 0 of phases that train scores."""
-    stop_requested: Callable[[], bool]
-    """Asked at every step; what any worker answers, all do."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums of one step, float64 scalars: first of this worker's micro-batches, then of those of all workers."""
+
+    values: Tensor
+    """[5]: the others, as they travel in one collective."""
+    loss: Tensor
+    """Over micro-batches."""
+    clean_correct: Tensor
+    robust_correct: Tensor
+    images: Tensor
+    stops: Tensor
+    """How many workers were asked to stop."""
+
+    @staticmethod
+    def of(values: Tensor) -> StepSums:
+        return StepSums(values, *values.unbind())
+
+    def add(self, output: ObjectiveOutput, images: int) -> None:
+        """Take a micro-batch in; what its objective does not count stays zero."""
+        self.loss.add_(output.loss.detach())
+        self.images.add_(images)
+        if output.clean_correct is not None:
+            self.clean_correct.add_(output.clean_correct)
+        if output.robust_correct is not None:
+            self.robust_correct.add_(output.robust_correct)
 
 
 def snapshot(training: Training, progress: Progress) -> Snapshot:
     """Owned CPU copies of everything a checkpoint holds. Collective. Errors: NonFinite, so that none enters one."""
-    model = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in named_state(training.network).items()
-    }
-    optimizer = training.engine.optimizer_state()
-    average = training.average.items()  # in the network's own memory layout, which safetensors does not write
-    carried = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in average}
-    if training.noise is not None:
-        carried |= carried_noise(training.noise, training.group)
-    if training.drift is not None:
-        carried |= training.drift.carried()
-    for name, tensor in {**model, **optimizer, **carried}.items():
+    taken = training.state.snapshot(progress)
+    for name, tensor in {**taken.model, **taken.train_state}.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFinite(f"{training.stage.name}: {name} is not finite at step {progress.step}")
-    return Snapshot(model, optimizer, progress, carried)
+    return taken
 
 
 def train(training: Training, progress: Progress) -> Progress:
@@ -113,14 +105,15 @@ def train(training: Training, progress: Progress) -> Progress:
 
     Errors: NonFinite; CatastrophicOverfitting where the objective is guarded.
     """
-    recipe, stage, group = training.recipe, training.stage, training.group
-    statistics = BatchStatistics(training.engine.network, group)
+    stage, context = training.stage, training.context
+    recipe, group = context.recipe, context.group
+    statistics = BatchStatistics(training.state.engine.network, group)
     clock, nodes = Stopwatch(group.device), NodeUsage(group)
     try:
         while not progress.finished:
             sums = _step(training, statistics, progress, clock)
             progress = progress.after_step(_added(progress.window, sums))
-            training.observe("step", {"stage": stage.name, "step": progress.step})
+            context.observe("step", {"stage": stage.name, "step": progress.step})
             ends_epoch = progress.at_epoch_end
             if progress.step % recipe.tracking.log_every_steps == 0 or ends_epoch:
                 _log_window(training, progress, clock.read(), nodes.sample())
@@ -128,7 +121,7 @@ def train(training: Training, progress: Progress) -> Progress:
             if ends_epoch and recipe.evaluation.validation_steps > 0:
                 progress = _validated(training, progress)
                 clock.restart()
-            stopping = bool(sums[STOP] > 0)
+            stopping = bool(sums.stops > 0)
             if stopping or _is_checkpoint_step(training, progress):
                 with clock.during("checkpoint"):
                     training.save(snapshot(training, progress))
@@ -139,62 +132,66 @@ def train(training: Training, progress: Progress) -> Progress:
     return progress
 
 
-def _step(training: Training, statistics: BatchStatistics, progress: Progress, clock: Stopwatch) -> torch.Tensor:
-    """One optimizer step. Returns sums over all ranks: loss over micro-batches, clean and robust correct, images, and
-    how many ranks were asked to stop. They travel in one collective, with BatchNorm's statistics."""
-    recipe, stage, group, engine = training.recipe, training.stage, training.group, training.engine
-    step = progress.step
+def _step(training: Training, statistics: BatchStatistics, progress: Progress, clock: Stopwatch) -> StepSums:
+    """One optimizer step. Returns the sums over all ranks, on the CPU; they travel with BatchNorm's statistics."""
+    stage, context, state = training.stage, training.context, training.state
+    engine, device, step = state.engine, context.group.device, progress.step
     engine.set_lr(lr_at(stage.optimisation, step, progress.steps_per_epoch))
-    local = recipe.batch.micro_batches_per_step // group.world
-    sums = torch.zeros(5, dtype=torch.float64, device=group.device)
-    losses: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for index in range(local):
+    sums = StepSums.of(torch.zeros(5, dtype=torch.float64, device=device))
+    losses: list[tuple[Tensor, Tensor]] = []
+    for index in range(context.local_micro_batches):
         with clock.during("data"):
             batch = next(training.micro_batches)
-            images, labels = batch.to(group.device)
-        keys = device_keys(batch.ids.numpy(), group.device, recipe.seed, "attack", stage.name, step)
+            images, labels = batch.to(device)
 
-        def forward(fed: torch.Tensor, index: int = index, ids: torch.Tensor = batch.ids) -> torch.Tensor:
-            training.observe(
+        def forward(fed: Tensor, index: int = index, ids: Tensor = batch.ids) -> Tensor:
+            context.observe(
                 "forward", {"stage": stage.name, "step": step, "micro_batch": index, "ids": ids, "fed": fed}
             )
             return engine.forward(fed)
 
-        elapsed = step / progress.total_steps
-        carried = None if training.noise is None else training.noise[index]
-        attacking = partial(clock.during, "attack")
-        given = Given(engine.network, forward, images, labels, keys, engine.autocast, elapsed, attacking, carried)
-        outcome = training.objective(given)
-        engine.backward(outcome.loss)
-        outcome.after_backward()
-        sums[0] += outcome.loss.detach()
-        for place, count in ((1, outcome.clean_correct), (2, outcome.robust_correct), (3, len(labels))):
-            if count is not None:
-                sums[place] += count
-        losses.append((batch.ids, outcome.loss.detach()))
-        if index == local - 1:
-            sums[STOP] = float(training.stop_requested())
-            sums = statistics.fold_in(sums)
-            if not math.isfinite(float(sums[0])):
+        output = training.objective(
+            ObjectiveInput(
+                network=engine.network,
+                forward=forward,
+                x=images,
+                y=labels,
+                keys=device_keys(batch.ids.numpy(), device, context.recipe.seed, "attack", stage.name, step),
+                autocast=engine.autocast,
+                elapsed=step / progress.total_steps,
+                attacking=partial(clock.during, "attack"),
+                noise=None if state.noise is None else state.noise.of(index),
+            )
+        )
+        engine.backward(output.loss)
+        output.after_backward()
+        sums.add(output, len(labels))
+        losses.append((batch.ids, output.loss.detach()))
+        if index == context.local_micro_batches - 1:
+            sums.stops.fill_(float(context.stop_requested()))
+            sums = StepSums.of(statistics.fold_in(sums.values).cpu())
+            if not math.isfinite(float(sums.loss)):
                 raise NonFinite(_what_is_not_finite(training, step, losses))
         if not engine.advance():
             ids = [i for ids, _ in losses for i in ids.tolist()]
             what = f"a gradient of step {step} is not finite, although every loss is: samples {ids} and other workers'"
             raise NonFinite(f"{stage.name}: {what}; {_advice(training)}")
     if stage.trains == "scores":
+        scores = state.network.scores
+        assert scores is not None
         try:
-            refresh_masks(training.network)
+            scores.refresh()
         except ValueError as error:
             raise NonFinite(f"{stage.name}: after step {step}: {error}; {_advice(training)}") from None
-    if stage.optimisation.ema_decay is not None:
-        update_average(training.average, training.network, stage.optimisation.ema_decay, step + 1)
+    if state.ema is not None:
+        state.ema.update(step + 1)
     return sums
 
 
-def _what_is_not_finite(training: Training, step: int, losses: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
-    """Names the samples of all micro-batches whose loss is not finite. Collective: whoever is heard says the same."""
+def _what_is_not_finite(training: Training, step: int, losses: list[tuple[Tensor, Tensor]]) -> str:
+    """Names the samples of all micro-batches whose loss is not finite. Collective: every rank says the same."""
     odd = [f"{float(loss)} for samples {ids.tolist()}" for ids, loss in losses if not math.isfinite(float(loss))]
-    where = "; ".join(part for parts in training.group.gather(odd) for part in parts)
+    where = "; ".join(part for parts in training.context.group.gather(odd) for part in parts)
     return f"{training.stage.name}: the loss of step {step} is not finite: {where}; {_advice(training)}"
 
 
@@ -203,13 +200,12 @@ def _advice(training: Training) -> str:
     return f"lower phases.{section}.lr or lengthen its warm-up"
 
 
-def _added(window: Window, sums: torch.Tensor) -> Window:
-    loss, clean, robust, images, _ = sums.tolist()
+def _added(window: Window, sums: StepSums) -> Window:
     return Window(
-        window.loss_sum + loss,
-        window.clean_correct + int(clean),
-        window.robust_correct + int(robust),
-        window.images + int(images),
+        window.loss_sum + float(sums.loss),
+        window.clean_correct + int(sums.clean_correct),
+        window.robust_correct + int(sums.robust_correct),
+        window.images + int(sums.images),
         window.steps + 1,
     )
 
@@ -221,7 +217,7 @@ def _log_window(
     if training.rows is None:
         return
     seconds = sum(seconds_in.values())
-    window, recipe = progress.window, training.recipe
+    window, recipe, drift = progress.window, training.context.recipe, training.state.drift
     counts_clean, counts_robust = COUNTS[training.stage.objective.name]
     training.rows.log(
         {
@@ -241,7 +237,7 @@ def _log_window(
             },
             **_level(training, progress),
             **_image_size(training, progress),
-            **({"mask_drift": training.drift.measured()} if training.drift is not None else {}),
+            **({"mask_drift": drift.measured()} if drift is not None else {}),
         }
     )
 
@@ -257,7 +253,7 @@ def _image_size(training: Training, progress: Progress) -> dict[str, int]:
     if optimisation.resolution is None:
         return {}
     epoch = (progress.step - 1) // progress.steps_per_epoch
-    return {"image_size": image_size_at(optimisation, training.recipe.data.image_size, epoch)}
+    return {"image_size": image_size_at(optimisation, training.context.recipe.data.image_size, epoch)}
 
 
 def _validated(training: Training, progress: Progress) -> Progress:
@@ -278,13 +274,14 @@ def _validated(training: Training, progress: Progress) -> Progress:
         if overfits(*right, smallest):
             raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, right)
         progress = progress.found_good()
-    if training.recipe.select == "best_validation_robust":
+    if training.context.recipe.select == "best_validation_robust":
         return progress.with_best(accuracies["robust_accuracy"])
     return progress
 
 
 def _is_checkpoint_step(training: Training, progress: Progress) -> bool:
-    every, judged = training.recipe.checkpoint.every_steps, training.recipe.select == "best_validation_robust"
-    if progress.finished or (progress.at_epoch_end and (every is None or judged or training.stage.objective.guarded)):
+    every, selects = training.context.recipe.checkpoint.every_steps, training.context.recipe.select
+    needed = every is None or selects == "best_validation_robust" or training.stage.objective.guarded
+    if progress.finished or (progress.at_epoch_end and needed):
         return True
     return every is not None and progress.step % every == 0

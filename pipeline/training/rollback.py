@@ -14,20 +14,20 @@ from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.lease import check_token
 from pipeline.run.tracking.metrics import Tracker
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 
 log = logging.getLogger(__name__)
 
 
 def go_back(
-    job: Job, stage: Stage, found: CatastrophicOverfitting, tracker: Tracker | None
+    context: RunContext, stage: Stage, found: CatastrophicOverfitting, tracker: Tracker | None
 ) -> tuple[Snapshot | None, int]:
     """Remove checkpoints and metric rows beyond the last epoch end that was good; rank 0 (with the tracker) does it.
 
     Returns (on rank 0 the checkpoint to go on from, None for the stage's beginning; level to go on with). A good
     checkpoint that is damaged is passed over for one before it. Errors: StillOverfitting.
     """
-    level, folder = found.level + 1, job.folder(stage)
+    level, folder = found.level + 1, context.folder(stage)
     if level > STRONGEST:
         raise StillOverfitting(
             f"{found}, although training was with PGD of {2**STRONGEST} steps; lower objective.overfitting_guard "
@@ -36,18 +36,18 @@ def go_back(
         )
     own = None
     if tracker is not None:
-        check_token(folder, job.token)  # what is removed must be ours
+        check_token(folder, context.token)  # what is removed must be ours
         checkpoint.delete_checkpoints_after(folder, found.good_step or 0)
         own = checkpoint.read_newest_checkpoint(folder)
         step = own.progress.step if own is not None else 0
         checkpoint.delete_checkpoints_after(folder, step)
-        threat_model = job.recipe.threat_model
+        threat_model = context.recipe.threat_model
         assert threat_model is not None
         assert stage.objective.step_size is not None
         steps, size = stronger(level, float(threat_model.eps), float(stage.objective.step_size))
         said = f"{found}; going on from step {step} with PGD of {steps} steps of {size:.4g} (level {level})"
         log.warning("%s", said)
-        tracker.alert("Catastrophic overfitting", f"{job.run_folder.name}: {said}", "WARN")
+        tracker.alert("Catastrophic overfitting", f"{context.run_folder.name}: {said}", "WARN")
         tracker.cut(step)
-    job.observe("rolled_back", {"stage": stage.name, "step": found.step, "level": level})
+    context.observe("rolled_back", {"stage": stage.name, "step": found.step, "level": level})
     return own, level

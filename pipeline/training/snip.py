@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
 from pipeline.models.pruning.scores import maskable
-from pipeline.robustness.attacks import device_keys
-from pipeline.robustness.objectives import Autocast, Given, Objective
+from pipeline.robustness.noise import device_keys
+from pipeline.robustness.objectives import Autocast, Objective, ObjectiveInput
 from pipeline.robustness.objectives.base import craft_forward
 
 
@@ -42,7 +42,8 @@ def connection_sensitivity(
     for batch in micro_batches:
         images, labels = batch.to(group.device)
         keys = device_keys(batch.ids.numpy(), group.device, seed, "snip", stage)
-        given = Given(network, forward, images, labels, keys, autocast, noise=torch.zeros_like(images))
+        none = torch.zeros_like(images)
+        given = ObjectiveInput(network, forward, images, labels, keys, autocast, noise=none)
         gradients = torch.autograd.grad(objective(given).loss, tensors, materialize_grads=True)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.data.loading.loader import Loader
 from pipeline.evaluation.honesty.runner import honesty_spec, log_checks, run_honesty_checks, trained_network
@@ -24,71 +23,71 @@ from pipeline.evaluation.result import EvaluationResult
 from pipeline.evaluation.runner import EvaluationHooks, Evaluator
 from pipeline.evaluation.spec import evaluation_spec, recipe_measure
 from pipeline.models import Network
-from pipeline.models.ema import averaged
+from pipeline.models.ema import Ema
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.run.files import atomic_write_json
 from pipeline.run.layout import honesty_path
 from pipeline.run.lease import check_token
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 
 
 class _HeldOutHooks(EvaluationHooks):
     """Reports chunks; nothing stops it, as the next step of training agrees on stopping."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
 
     def chunk_done(self, done: int, total: int) -> None:
-        self._job.observe("chunk", {"stage": None, "done": done})
+        self._context.observe("chunk", {"stage": None, "done": done})
 
 
 class _StageHooks(EvaluationHooks):
     """Reports and stops an evaluation of a stage's network, and keeps a process that lost its lease from writing."""
 
-    def __init__(self, job: Job, stage: Stage) -> None:
-        self._job, self._stage = job, stage
+    def __init__(self, context: RunContext, stage: Stage) -> None:
+        self._context, self._stage = context, stage
 
     def chunk_done(self, done: int, total: int) -> None:
-        self._job.observe("chunk", {"stage": self._stage.name, "done": done})
+        self._context.observe("chunk", {"stage": self._stage.name, "done": done})
 
     def pass_begins(self) -> None:
-        self._job.observe("pass", {"stage": self._stage.name})
+        self._context.observe("pass", {"stage": self._stage.name})
 
     def stop_requested(self) -> bool:
-        return self._job.stop_requested()
+        return self._context.stop_requested()
 
     def before_writing(self) -> None:
-        check_token(self._job.folder(self._stage), self._job.token)
+        check_token(self._context.folder(self._stage), self._context.token)
 
 
 class _TestSetHooks(_StageHooks):
     """Writes evaluate/progress.json, too: the attack, and images done and in total."""
 
-    def __init__(self, job: Job, stage: Stage, path: Path, attack: str, images: int) -> None:
-        super().__init__(job, stage)
+    def __init__(self, context: RunContext, stage: Stage, path: Path, attack: str, images: int) -> None:
+        super().__init__(context, stage)
         self._path, self._attack, self._images = path, attack, images
 
     def chunk_done(self, done: int, total: int) -> None:
         super().chunk_done(done, total)
-        if self._job.group.is_first:  # the others are about as far
+        if self._context.group.is_first:  # the others are about as far
             progress = {"attack": self._attack, "total": self._images, "done": self._images * done // total}
             atomic_write_json(self._path, progress)
 
 
 def build_validation(
-    job: Job, stage: Stage, network: Network, average: dict[str, Tensor], loader: Loader, ids: NDArray[np.int64]
+    context: RunContext, stage: Stage, network: Network, ema: Ema | None, loader: Loader, ids: NDArray[np.int64]
 ) -> Callable[[float], dict[str, Any]]:
     """Clean and robust accuracy on the held-out images, as a metrics row without its position. Collective.
 
     They are those of the average, for a phase that has one, as it is the phase's result. Where the objective is
     guarded, the counts of the probe are there too, at the share of eps that is handed in.
     """
-    recipe = job.recipe
+    recipe = context.recipe
     usual, threat_model = _validation_measure(recipe), recipe.threat_model
     images = EvaluationImages(loader, recipe.data.augmentation, ids)
-    evaluator = Evaluator(images, job.group, _HeldOutHooks(job))
+    evaluator = Evaluator(images, context.group, _HeldOutHooks(context))
 
     def validate(strength: float) -> dict[str, Any]:
         measure = usual
@@ -97,7 +96,7 @@ def build_validation(
             eps = threat_model.eps * Fraction(strength)
             pgd = _quick_pgd(recipe, threat_model.model_copy(update={"eps": eps}))
             measure = WithOverfittingProbe(usual, pgd)
-        with averaged(network, average) if average else nullcontext():
+        with nullcontext() if ema is None else ema.applied():
             verdicts = evaluator.verdicts(network, measure, recipe.evaluation.chunk)
         probe = {name: int(verdicts[name].sum()) for name in ("pgd_correct", "one_step_correct") if name in verdicts}
         return {
@@ -110,55 +109,55 @@ def build_validation(
     return validate
 
 
-def evaluate_stage(job: Job, stage: Stage, labels: list[str]) -> Iterator[tuple[str, EvaluationResult]]:
+def evaluate_stage(context: RunContext, stage: Stage, labels: list[str]) -> Iterator[tuple[str, EvaluationResult]]:
     """Evaluate the stage's exported network on the test set: those of `stage.evaluations` that `labels` names.
 
     Yields each with its result, once that is written. What was evaluated before a stop or a crash is not repeated.
     Collective. Errors: those of `Evaluator.evaluate`; LeaseHeld.
     """
-    recipe, folder = job.recipe, job.folder(stage)
+    recipe, folder = context.recipe, context.folder(stage)
     progress = folder / "evaluate" / "progress.json"
     progress.parent.mkdir(exist_ok=True)
-    images = _test_images(job)
-    dense = job.run_folder / "pretrain" / "model.safetensors"
+    images = _test_images(context)
+    dense = context.run_folder / "pretrain" / "model.safetensors"
     for label in labels:
         attack = next((attack for attack in stage.attacks if attack.label == label), None)
-        spec = evaluation_spec(recipe, attack, dense, job.group.device)
-        hooks = _TestSetHooks(job, stage, progress, label, len(images.spread(spec.images).ids))
-        result = Evaluator(images, job.group, hooks).evaluate(spec, folder / "model.safetensors", label)
-        if job.group.is_first:
+        spec = evaluation_spec(recipe, attack, dense, context.group.device)
+        hooks = _TestSetHooks(context, stage, progress, label, len(images.spread(spec.images).ids))
+        result = Evaluator(images, context.group, hooks).evaluate(spec, folder / "model.safetensors", label)
+        if context.group.is_first:
             progress.unlink(missing_ok=True)
         yield label, result
 
 
-def check_honesty(job: Job, stage: Stage) -> None:
+def check_honesty(context: RunContext, stage: Stage) -> None:
     """Write honesty.json of a finished stage, and log what warns. Collective.
 
     Only for networks that PGD attacks; a certificate and a proof need no attack. Finished chunks are kept over a stop
     or a crash, and a file that is current is left as it is. Errors: those of `run_honesty_checks`; LeaseHeld.
     """
-    recipe, folder, group = job.recipe, job.folder(stage), job.group
+    recipe, folder, group = context.recipe, context.folder(stage), context.group
     pgd = recipe_measure(recipe)
     if not isinstance(pgd, Pgd) or pgd.threat_model is None or not recipe.evaluation.honesty_images:
         return
-    file, target, images = folder / "model.safetensors", honesty_path(folder), _test_images(job)
+    file, target, images = folder / "model.safetensors", honesty_path(folder), _test_images(context)
     spec = honesty_spec(recipe, pgd, recipe.evaluation.images or len(images.ids))
     if group.broadcast(group.is_first and spec.header(images, file).read_if_current(target) is not None):
         return
     trained, chunks = trained_network(recipe, folder, stage), folder / "evaluate" / "honesty.chunks"
     result, _, store = run_honesty_checks(
-        Evaluator(images, group, _StageHooks(job, stage)), spec, file, trained, chunks
+        Evaluator(images, group, _StageHooks(context, stage)), spec, file, trained, chunks
     )
     if group.is_first:
-        check_token(folder, job.token)
+        check_token(folder, context.token)
         atomic_write_json(target, result.to_json())
         store.remove()
         log_checks(stage.name, result.checks)
     group.barrier()
 
 
-def _test_images(job: Job) -> EvaluationImages:
-    return EvaluationImages.all_of(job.loader(job.recipe.data.test_file), job.recipe.data.augmentation)
+def _test_images(context: RunContext) -> EvaluationImages:
+    return EvaluationImages.all_of(context.loader(context.recipe.data.test_file), context.recipe.data.augmentation)
 
 
 def _validation_measure(recipe: Recipe) -> Measure:

@@ -14,7 +14,7 @@ from pipeline.run.layout import evaluation_path, is_done, unevaluated
 from pipeline.run.provenance import config_of
 from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.hardware import hardware_of
 from pipeline.training.loop import NonFinite
 
@@ -23,19 +23,19 @@ GROUPED_BY = ("method", "phase", "keep_fraction", "sparsity")
 
 
 @contextmanager
-def stage_tracker(job: Job, stage: Stage) -> Iterator[Tracker | None]:
+def stage_tracker(context: RunContext, stage: Stage) -> Iterator[Tracker | None]:
     """The stage's Tracker on rank 0, and None on the others. Collective.
 
     However the stage ends, people who have wandb's alerts on are told, if its process lives to do so.
     """
-    recipe, run = job.recipe, job.run_folder
+    recipe, run = context.recipe, context.run_folder
     mirrored = recipe.tracking.wandb != "disabled"
-    hardware = hardware_of(job.group, recipe.workers.threads) if mirrored else {}
-    if not job.group.is_first:
+    hardware = hardware_of(context.group, recipe.workers.threads) if mirrored else {}
+    if not context.group.is_first:
         yield None
         return
     with Tracker(
-        job.folder(stage),
+        context.folder(stage),
         run_name=run.name,
         stage=stage.name,
         config={**config_of(recipe, run), "stage": facts_of(stage), "hardware": hardware},
@@ -63,7 +63,7 @@ def stage_tracker(job: Job, stage: Stage) -> Iterator[Tracker | None]:
             tracker.alert("Run done", f"{run.name}: all {len(stages)} stages are done", "INFO")
 
 
-def tell_kept(job: Job, stage: Stage, tracker: Tracker | None) -> None:
+def tell_kept(context: RunContext, stage: Stage, tracker: Tracker | None) -> None:
     """Give wandb the network of a stage that is trained, and the evaluations that are kept already.
 
     Each start says it again, whichever of them did the work: it may have been offline then, or was killed. A network is
@@ -71,12 +71,12 @@ def tell_kept(job: Job, stage: Stage, tracker: Tracker | None) -> None:
     """
     if tracker is None:
         return
-    folder = job.folder(stage)
+    folder = context.folder(stage)
     result = read_json(folder / "result.json")
     metadata = facts_of(stage) | {key: result[key] for key in ("steps", "model_sha256", "mask_sha256")}
     files = [folder / "model.safetensors", folder / "result.json"]
-    tracker.produces(artifact_of(job.run_folder, stage.name), files, metadata)
-    left = unevaluated(job.run_folder, stage)
+    tracker.produces(artifact_of(context.run_folder, stage.name), files, metadata)
+    left = unevaluated(context.run_folder, stage)
     for label in (label for label in stage.evaluations if label not in left):
         tracker.summary(summary_of(stage, label, EvaluationResult.read(evaluation_path(folder, label))))
 

@@ -1,4 +1,4 @@
-"""What one Ray Train worker does: set the process up, join the group, walk through the job's stages.
+"""What one Ray Train worker does: set the process up, join the group, do the run's stages.
 
 Ray restarts workers and tells who they are; checkpoints are the run directory's. The train function runs outside the
 main thread, so signals are the driver's business.
@@ -16,16 +16,16 @@ import ray.train
 from pipeline.distributed import Group, make_deterministic, pick_device
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.stop import Failure, StopFile, StopRequested, Watchdog, record_failure
-from pipeline.training.context import Job
+from pipeline.run.failures import Failure, record_failure
+from pipeline.run.stop import StopFile, StopRequested
+from pipeline.training.context import Observer, RunContext
 from pipeline.training.engine import prepare_deepspeed
-from pipeline.training.loop import Observer, unobserved
 from pipeline.training.stage import run_stages
+from pipeline.training.watchdog import Watchdog
 
 
-def resolve_observer(reference: str | None) -> Observer:
-    if reference is None:
-        return unobserved
+def resolve_observer(reference: str) -> Observer:
+    """The function that 'module:function' names."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -51,25 +51,26 @@ def work(
     folder = Path(run_folder)
     recipe = load_recipe(folder / "recipe.yaml")
     device = pick_device(recipe.workers.device)
-    context = ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size(), device)
+    train_context = ray.train.get_context()
+    group = Group(train_context.get_world_rank(), train_context.get_world_size(), device)
     log_to(folder, group.rank)
     prepare_deepspeed(device)
     make_deterministic(recipe.workers.threads)
     mine = [stage for stage in stages_of(recipe) if stage.name in stages]
-    watched = resolve_observer(observer)
+    watching = resolve_observer(observer) if observer is not None else None
     watchdog = Watchdog(recipe.workers.hang_timeout_s, folder / "logs" / f"worker-{group.rank}.log")
     place: dict[str, Any] = {"stage": None, "step": None}
 
     def observe(event: str, facts: dict[str, Any]) -> None:
         watchdog.beat()
         place.update(stage=facts["stage"], step=facts.get("step"))
-        watched(event, facts)
+        if watching is not None:
+            watching(event, facts)
 
     stop = StopFile(Path(stop_file) if stop_file else None)
-    job = Job(recipe, folder, token, group, observe, stop.requested)
+    context = RunContext(recipe, folder, token, group, observe, stop.requested)
     try:
-        run_stages(job, mine)
+        run_stages(context, mine)
     except StopRequested as stopped:
         logging.getLogger(__name__).info("worker %d of %d: %s", group.rank, group.world, stopped)
     except Exception as error:

@@ -15,14 +15,17 @@ import torch.distributed as dist
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
 from pipeline.models import build_network
-from pipeline.models.pruning.scores import attach_scores, refresh_masks, train_only, trained_parameters
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import train_only
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import PhaseName, Stage
 from pipeline.robustness.objectives import build_objective
 from pipeline.run.progress import Progress
 from pipeline.training.batchnorm import BatchStatistics
+from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine, prepare_deepspeed
-from pipeline.training.loop import Training, _step, unobserved
+from pipeline.training.loop import Training, _step
+from pipeline.training.stage_state import NetworkState, StageState
 from pipeline.training.stopwatch import Stopwatch
 from tests.support.small_recipe import small_recipe
 
@@ -79,33 +82,25 @@ class RealStep:
     def __init__(self, recipe: Recipe, group: Group, batches: Batch | Iterator[Batch], trains: Trains) -> None:
         network = build_network(recipe.model, recipe.seed).to(group.device).train()
         phase = PHASES[trains]
-        if trains != "weights":
-            attach_scores(network, KEEP, recipe.sparsity.allocation)
+        scores = Scores.attach(network, KEEP, recipe.sparsity.allocation) if trains != "weights" else None
         what = "scores" if trains == "scores" else "weights"
         train_only(network, what)
-        refresh_masks(network)
         optimisation = getattr(recipe.phases, phase)
+        context = RunContext(recipe, Path("."), "token", group)
         stage = Stage(phase, phase, optimisation, recipe.objective, 0, trains=what)
         self.training = Training(
             stage=stage,
-            recipe=recipe,
-            group=group,
-            network=network,
-            engine=Engine(network, trained_parameters(network), optimisation, recipe, group),
+            context=context,
+            state=StageState(NetworkState(network, scores), Engine(network, scores, optimisation, context)),
             objective=build_objective(recipe.objective, recipe.threat_model, stage.phase),
             micro_batches=repeat(batches) if isinstance(batches, Batch) else batches,
             rows=None,
-            average={},
-            noise=None,
-            drift=None,
             validate=lambda strength: {},
             save=lambda snapshot: None,
-            observe=unobserved,
-            stop_requested=lambda: False,
         )
         self.progress = Progress(0, 1000, 1000)
         self.clock = Stopwatch(group.device)
-        self._statistics = BatchStatistics(self.training.engine.network, group)
+        self._statistics = BatchStatistics(self.training.state.engine.network, group)
 
     def __call__(self) -> None:
         self.clock.restart()

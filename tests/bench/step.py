@@ -17,6 +17,7 @@ import torch
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import make_deterministic
 from pipeline.models.pruning.masked_weight import Masked
+from pipeline.models.pruning.scores import Scores
 from pipeline.models.pruning.topk import kept_count
 from tests.bench.alternate import alternate, device, folder_asked_for, ratio, write
 from tests.bench.baseline import candidates
@@ -49,7 +50,7 @@ def _sorting_at_every_forward() -> Iterator[None]:
     with (
         mock.patch.object(Masked, "forward", forward),
         mock.patch("pipeline.robustness.attacks.cached_weights", return_value=nullcontext()),
-        mock.patch("pipeline.training.loop.refresh_masks"),
+        mock.patch.object(Scores, "refresh"),
     ):
         yield
 

@@ -20,7 +20,7 @@ from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.measures.autoattack import Ensemble
 from pipeline.models import build_network
 from pipeline.models.export import write_model
-from pipeline.models.pruning.scores import effective_state
+from pipeline.models.state import effective_state
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
@@ -28,7 +28,7 @@ from pipeline.run.files import atomic_write_text, read_json
 from pipeline.run.layout import evaluation_path, unevaluated
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage_evaluation import evaluate_stage
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
@@ -69,16 +69,16 @@ def _evaluate(group: Group, folder: Path, token: str, kill_at: int | None = None
     def stop_requested() -> bool:
         return stop_at is not None and group.rank == group.world - 1 and counts["pass"] >= stop_at
 
-    job = Job(recipe, folder, token, group, observe, stop_requested)
+    context = RunContext(recipe, folder, token, group, observe, stop_requested)
     stage = _stage(recipe)
     labels = group.broadcast(unevaluated(folder, stage))
     try:
-        for _ in evaluate_stage(job, stage, labels):
+        for _ in evaluate_stage(context, stage, labels):
             pass
     except (StopRequested, Killed) as ended:
         return type(ended).__name__
     finally:
-        job.close()
+        context.close()
     return "done"
 
 

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
-from pipeline.models.pruning.scores import masks_of, trained_parameters
+from pipeline.models.state import trained_parameters
 from tests.bench.real_step import RealStep, Trains, recipe_of
 from tests.support.processes import run_group
 
@@ -41,12 +41,13 @@ def _batch() -> Batch:
 def _trained(group: Group, trains: Trains, precision: str, mode: str) -> Trained:
     counters.clear()
     step = RealStep(recipe_of("small_cnn", "pgd-3", MICRO, PARTS, precision, mode=mode), group, _batch(), trains)
-    network, masks = step.training.network, []
+    state, masks = step.training.state, []
+    scores = state.network.scores
     for _ in range(STEPS):
         step()
-        masks.append({name: mask.clone() for name, mask in masks_of(network).items()})
-    parameters = {name: tensor.detach().clone() for name, tensor in trained_parameters(network).items()}
-    step.training.engine.close()
+        masks.append({name: mask.clone() for name, mask in scores.masks().items()} if scores is not None else {})
+    parameters = {name: tensor.detach().clone() for name, tensor in trained_parameters(state.network.network).items()}
+    state.engine.close()
     return Trained(parameters, masks, counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
 
 

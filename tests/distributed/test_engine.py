@@ -14,16 +14,11 @@ from torch.nn import functional as F
 
 from pipeline.distributed import Group
 from pipeline.models import build_network
-from pipeline.models.pruning.scores import (
-    attach_scores,
-    load_state,
-    named_state,
-    refresh_masks,
-    train_only,
-    trained_parameters,
-)
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import load_state, named_state, train_only, trained_parameters
 from pipeline.recipe.sections import Phase
 from pipeline.training.batchnorm import BatchStatistics
+from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
@@ -51,12 +46,13 @@ def _batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(images, labels, strict=True))
 
 
-def _network(recipe: Any, trains: str) -> Any:
-    network = build_network(recipe.model, seed=3)
+def _network(recipe: Any, trains: str) -> tuple[Any, Scores | None]:
+    network, scores = build_network(recipe.model, seed=3), None
     if trains != "weights":
-        attach_scores(network, recipe.sparsity.keep_fractions[0], "learned" if trains == "rates" else "uniform")
+        allocation = "learned" if trains == "rates" else "uniform"
+        scores = Scores.attach(network, recipe.sparsity.keep_fractions[0], allocation)
     train_only(network, "weights" if trains.endswith("weights") else "scores")
-    return network.train()
+    return network.train(), scores
 
 
 def _train(
@@ -76,13 +72,12 @@ def _train(
         sparsity={"score_weight_decay": SCORE_DECAY.get(optimizer)},
         deepspeed=deepspeed or {},
     )
-    network = _network(recipe, trains)
+    network, scores = _network(recipe, trains)
     if start is not None:
-        load_state(network, start[0])
-        refresh_masks(network)
-    engine = Engine(network, trained_parameters(network), PHASES[optimizer], recipe, group)
+        load_state(network, start[0], scores)
+    engine = Engine(network, scores, PHASES[optimizer], RunContext(recipe, Path("."), "token", group))
     if start is not None:
-        engine.load_optimizer_state(start[1])
+        engine.load(start[1])
     statistics = BatchStatistics(network, group)
     local = COUNT // group.world
     for step in steps:
@@ -90,10 +85,11 @@ def _train(
             engine.backward(F.cross_entropy(engine.forward(images).float(), labels))
             engine.advance()
         statistics.fold_in(torch.zeros(1, dtype=torch.float64))
-        refresh_masks(network)
+        if scores is not None:
+            scores.refresh()
     statistics.close()
     state = {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
-    optimizer_state = engine.optimizer_state()
+    optimizer_state = engine.state()
     engine.close()
     return state, optimizer_state
 
@@ -124,7 +120,8 @@ def _reference(trained_by: str, trains: str, memory: torch.memory_format) -> Sta
     Sums round as the weights lie in memory, and Adam's first steps are the signs of even the smallest gradients.
     """
     recipe = small_recipe(Path("."))
-    network = _network(recipe, trains).to(memory_format=memory)
+    network, scores = _network(recipe, trains)
+    network.to(memory_format=memory)
     optimizer = _torch_optimizer(trained_by, network)
     layers = {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     buffers = {n: dict(m.named_buffers()) for n, m in layers.items()}
@@ -147,7 +144,8 @@ def _reference(trained_by: str, trains: str, memory: torch.memory_format) -> Sta
             old_mean, old_variance = running[name]
             running[name] = (0.9 * old_mean + 0.1 * mean, 0.9 * old_variance + 0.1 * variance)
         optimizer.step()
-        refresh_masks(network)
+        if scores is not None:
+            scores.refresh()
     for name, buffer in buffers.items():
         buffer["running_mean"].copy_(running[name][0])
         buffer["running_var"].copy_(running[name][1])
@@ -264,7 +262,7 @@ def test_adam_counts_its_steps(trained: dict[str, Trained], setting: tuple[str, 
 @pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting[:2] == ("adam", "weights")])
 def test_adam_moves_in_pytorchs_direction(trained: dict[str, Trained], setting: tuple[str, str, int, str]) -> None:
     """Its steps are short, so that in bf16 the way that they go says more than where they end."""
-    network = _network(small_recipe(Path(".")), "weights")
+    network, _ = _network(small_recipe(Path(".")), "weights")
     end, reference = trained["two"][setting][0], _reference("adam", "weights", _memory(2, setting[2]))
     for name, start in trained_parameters(network).items():
         ways = [(state[name] - start.detach()).flatten() for state in (end, reference)]
@@ -298,12 +296,12 @@ def _poisoned(group: Group, zero: int, precision: str, odd: float) -> tuple[list
     parameters and momenta stood still in that one."""
     batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
     recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero, "precision": precision})
-    network = _network(recipe, "weights")
+    network, scores = _network(recipe, "weights")
     parameters = trained_parameters(network)
-    engine = Engine(network, parameters, PHASES["sgd"], recipe, group)
+    engine = Engine(network, scores, PHASES["sgd"], RunContext(recipe, Path("."), "token", group))
 
     def state() -> State:
-        return {**{name: p.detach().clone() for name, p in parameters.items()}, **engine.optimizer_state()}
+        return {**{name: p.detach().clone() for name, p in parameters.items()}, **engine.state()}
 
     def take(step: int, spoiled: int | None) -> list[bool]:
         answers, local = [], COUNT // group.world

@@ -17,7 +17,7 @@ from pipeline.run.files import atomic_write_text, read_json, read_rows
 from pipeline.run.layout import evaluation_path
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage import run_stages
 from tests.fault.final_state import differences, final_state
 from tests.support.processes import run_group
@@ -153,7 +153,7 @@ def _run(group: Group, recipe: Recipe, folder: Path, token: str, stops: tuple[in
 
     while True:
         try:
-            run_stages(Job(recipe, folder, token, group, observe, stop_requested), stages_of(recipe))
+            run_stages(RunContext(recipe, folder, token, group, observe, stop_requested), stages_of(recipe))
             return stopped
         except StopRequested:
             left.pop(0)

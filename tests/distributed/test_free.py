@@ -16,22 +16,18 @@ from torch.nn import functional as F
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
 from pipeline.models import Network, build_network
-from pipeline.models.pruning.scores import (
-    attach_scores,
-    load_state,
-    refresh_masks,
-    train_only,
-    trained_parameters,
-)
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import train_only, trained_parameters
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.robustness.objectives import build_objective
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.progress import Progress
-from pipeline.training.context import never
+from pipeline.training.batches import NOISE, FreeNoise, replayed
+from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine
-from pipeline.training.loop import Training, train, unobserved
-from pipeline.training.replays import NOISE, own_noise, replayed, start_noise
+from pipeline.training.loop import Training, train
+from pipeline.training.stage_state import NetworkState, StageState, restored
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
 
@@ -78,12 +74,12 @@ def _stage(recipe: Recipe, setting: Setting) -> Stage:
     return next(stage for stage in stages_of(recipe) if stage.trains == setting.trains)
 
 
-def _network(recipe: Recipe, setting: Setting) -> Network:
-    network = build_network(recipe.model, seed=3)
+def _network(recipe: Recipe, setting: Setting) -> tuple[Network, Scores | None]:
+    network, scores = build_network(recipe.model, seed=3), None
     if setting.trains == "scores":
-        attach_scores(network, recipe.sparsity.keep_fractions[0])
+        scores = Scores.attach(network, recipe.sparsity.keep_fractions[0])
     train_only(network, "scores" if setting.trains == "scores" else "weights")
-    return network.train()
+    return network.train(), scores
 
 
 def _batch(number: int) -> list[Batch]:
@@ -98,15 +94,14 @@ def _batch(number: int) -> list[Batch]:
 def _train(group: Group, setting: Setting, start: Snapshot | None = None) -> dict[int, Snapshot]:
     """From the beginning, or from where a snapshot was taken, to the end; step -> what a checkpoint would hold."""
     recipe = _recipe(setting)
-    stage, network = _stage(recipe, setting), _network(recipe, setting)
-    progress, noise = Progress(0, PER_EPOCH, STEPS), start_noise(recipe, group)
-    if start is not None:
-        load_state(network, start.model)
-        refresh_masks(network)
-        progress, noise = start.progress, own_noise(start.carried, group)
-    engine = Engine(network, trained_parameters(network), stage.optimisation, recipe, group)
-    if start is not None:
-        engine.load_optimizer_state(start.optimizer)
+    stage, (network, scores) = _stage(recipe, setting), _network(recipe, setting)
+    progress = start.progress if start is not None else Progress(0, PER_EPOCH, STEPS)
+    context = RunContext(recipe, Path("."), "token", group)
+    state = StageState(
+        network=restored(NetworkState(network, scores), start),
+        engine=restored(Engine(network, scores, stage.optimisation, context), start),
+        noise=restored(FreeNoise(context), start),
+    )
     local = COUNT // group.world
     saved: dict[int, Snapshot] = {}
 
@@ -119,23 +114,16 @@ def _train(group: Group, setting: Setting, start: Snapshot | None = None) -> dic
 
     training = Training(
         stage=stage,
-        recipe=recipe,
-        group=group,
-        network=network,
-        engine=engine,
+        context=context,
+        state=state,
         objective=build_objective(stage.objective, recipe.threat_model, stage.phase),
         micro_batches=replayed(reading(), local, REPLAYS, progress.step),
         rows=None,
         validate=lambda strength: {},
         save=save,
-        observe=unobserved,
-        average={},
-        noise=noise,
-        drift=None,
-        stop_requested=never,
     )
     assert train(training, progress).finished
-    engine.close()
+    state.engine.close()
     return saved
 
 
@@ -143,7 +131,7 @@ def _train(group: Group, setting: Setting, start: Snapshot | None = None) -> dic
 def _by_hand(setting: Setting) -> dict[str, Tensor]:
     """Algorithm 1 of Shafahi et al. with SGD written out: state, momenta and noise after all steps."""
     recipe = _recipe(setting)
-    network = _network(recipe, setting)
+    network, scores = _network(recipe, setting)
     parameters = trained_parameters(network)
     velocity = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     noise = torch.zeros(COUNT, MICRO, 3, 28, 28)
@@ -172,7 +160,8 @@ def _by_hand(setting: Setting) -> dict[str, Tensor]:
                     for name, parameter in parameters.items():
                         velocity[name] = 0.9 * velocity[name] + total[name] + 1e-3 * parameter
                         parameter -= lr * velocity[name]
-                refresh_masks(network)
+                if scores is not None:
+                    scores.refresh()
                 step += 1
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     return weights | {f"optim/{name}/momentum_buffer": v for name, v in velocity.items()} | {NOISE: noise}
@@ -202,7 +191,7 @@ def trained() -> dict[str, Ends]:
 
 
 def _everything(snapshot: Snapshot) -> dict[str, Tensor]:
-    return snapshot.model | snapshot.optimizer | snapshot.carried
+    return snapshot.model | snapshot.train_state
 
 
 @pytest.mark.parametrize("workers", ["one", "two", "moved"])

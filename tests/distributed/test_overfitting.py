@@ -23,7 +23,7 @@ from pipeline.run import checkpoint
 from pipeline.run.files import atomic_write_text, read_rows
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage import run_stages
 from tests.fault.final_state import differences
 from tests.support.processes import run_group
@@ -86,9 +86,9 @@ def _run(group: Group, recipe: Recipe, folder: Path, token: str, watch: Watch) -
         mock.patch("pipeline.training.loop.overfits", watch.overfits),
     ):
         while True:
-            job = Job(recipe, folder, token, group, watch.observe, watch.stop_requested)
+            context = RunContext(recipe, folder, token, group, watch.observe, watch.stop_requested)
             try:
-                run_stages(job, stages_of(recipe)[:1])
+                run_stages(context, stages_of(recipe)[:1])
                 return watch.events
             except Crash:
                 pass
@@ -145,7 +145,7 @@ def _left(folder: Path) -> dict[str, Any]:
     assert snapshot is not None
     rows = [{k: v for k, v in row.items() if k != "timing"} for row in read_rows(folder / "metrics.jsonl")]
     texts = {name: (folder / name).read_text() for name in ("result.json", "evaluate/pgd.json")}
-    state = {**snapshot.model, **snapshot.optimizer, **snapshot.carried}
+    state = {**snapshot.model, **snapshot.train_state}
     return state | texts | {"progress": snapshot.progress, "rows": rows}
 
 

@@ -13,18 +13,14 @@ import torch
 from torch import nn
 
 from pipeline.distributed import Group
-from pipeline.models.pruning.scores import (
-    attach_scores,
-    named_state,
-    refresh_masks,
-    train_only,
-    trained_parameters,
-)
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import named_state, train_only, trained_parameters
 from pipeline.recipe.objective import Objective as Settings
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Phase
 from pipeline.rng import sample_keys
-from pipeline.robustness.objectives import Given, Objective, build_objective
+from pipeline.robustness.objectives import Objective, ObjectiveInput, build_objective
+from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
@@ -49,37 +45,39 @@ def _objective(name: str) -> Objective:
     return build_objective(settings, ThreatModel(norm="linf", eps=Fraction(1, 20)), "pretrain")
 
 
-def _network(trains: str) -> nn.Module:
+def _network(trains: str) -> tuple[nn.Module, Scores | None]:
+    scores = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         network = nn.Sequential(
             nn.Conv2d(3, 4, 4, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10)
         )
     if trains == "scores":
-        attach_scores(network, Decimal("0.5"))
+        scores = Scores.attach(network, Decimal("0.5"))
     train_only(network, "scores" if trains == "scores" else "weights")
-    return network.train()
+    return network.train(), scores
 
 
-def _given(network: nn.Module, forward: Any, autocast: Any, step: int, number: int) -> Given:
+def _given(network: nn.Module, forward: Any, autocast: Any, step: int, number: int) -> ObjectiveInput:
     generator = torch.Generator().manual_seed(100 * step + number)
     images = torch.rand(MICRO, 3, SIDE, SIDE, generator=generator)
     labels = torch.randint(0, 10, (MICRO,), generator=generator)
     keys = torch.from_numpy(sample_keys(torch.arange(MICRO).numpy(), step, "attack", number).view("int64"))
-    return Given(network, forward, images, labels, keys, autocast, elapsed=step / STEPS)
+    return ObjectiveInput(network, forward, images, labels, keys, autocast, elapsed=step / STEPS)
 
 
 def _train(group: Group, name: str, trains: str, zero: int, precision: str) -> dict[str, torch.Tensor]:
     batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
     recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero, "precision": precision})
-    network, objective = _network(trains), _objective(name)
-    engine = Engine(network, trained_parameters(network), PHASE, recipe, group)
+    (network, scores), objective = _network(trains), _objective(name)
+    engine = Engine(network, scores, PHASE, RunContext(recipe, Path("."), "token", group))
     local = COUNT // group.world
     for step in range(STEPS):
         for number in range(group.rank * local, (group.rank + 1) * local):
             engine.backward(objective(_given(network, engine.forward, engine.autocast, step, number)).loss)
             engine.advance()
-        refresh_masks(network)
+        if scores is not None:
+            scores.refresh()
     parameters = {name: tensor.detach().clone() for name, tensor in trained_parameters(network).items()}
     engine.close()
     return parameters
@@ -99,7 +97,7 @@ def trained() -> dict[Any, dict[str, torch.Tensor]]:
 
 def _reference(name: str, trains: str) -> dict[str, torch.Tensor]:
     """The same steps in plain PyTorch, on one network without an engine, in one process."""
-    network, objective = _network(trains), _objective(name)
+    (network, scores), objective = _network(trains), _objective(name)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=PHASE.lr, momentum=PHASE.momentum, weight_decay=PHASE.weight_decay)
     for step in range(STEPS):
@@ -108,14 +106,15 @@ def _reference(name: str, trains: str) -> dict[str, torch.Tensor]:
             given = _given(network, network, nullcontext, step, number)
             (objective(given).loss / COUNT).backward()
         optimizer.step()
-        refresh_masks(network)
+        if scores is not None:
+            scores.refresh()
     return {name: tensor.detach().clone() for name, tensor in trained_parameters(network).items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_workers_equal_plain_pytorch(trained: dict[Any, dict[str, torch.Tensor]], case: Any) -> None:
     name, trains, _, precision = case
-    reference, start = _reference(name, trains), named_state(_network(trains))
+    reference, start = _reference(name, trains), named_state(_network(trains)[0])
     relative, absolute = (1e-4, 2e-6) if precision == "fp32" else (0.05, 0.02)
     for key, tensor in reference.items():
         assert not torch.equal(tensor, start[key]), f"{key} was not trained"

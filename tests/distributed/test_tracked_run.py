@@ -21,7 +21,7 @@ from pipeline.run.layout import is_done
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import PARTS
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage import run_stages
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
@@ -51,7 +51,7 @@ def _run(group: Group, recipe: Recipe, folder: Path, token: str, stops: dict[str
     stages = stages_of(recipe)[:2]
     while not all(is_done(folder, stage) and (folder / stage.name / "result.json").exists() for stage in stages):
         try:
-            run_stages(Job(recipe, folder, token, group, observe, stop_requested), stages)
+            run_stages(RunContext(recipe, folder, token, group, observe, stop_requested), stages)
         except StopRequested:
             at.update(stage=None, step=0)
 

@@ -16,7 +16,7 @@ from pipeline.recipe.stages import stages_of
 from pipeline.run import checkpoint
 from pipeline.run.files import atomic_write_text, read_json
 from pipeline.run.lease import Leases
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage import run_stages
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
@@ -36,7 +36,7 @@ def _run(group: Group, recipe: Recipe, folder: Path, token: str, stage_names: li
             fed[facts["stage"], facts["step"], group.rank * local + facts["micro_batch"]] = digest.hexdigest()
 
     stages = [stage for stage in stages_of(recipe) if stage.name in stage_names]
-    run_stages(Job(recipe, folder, token, group, observe), stages)
+    run_stages(RunContext(recipe, folder, token, group, observe), stages)
     return fed
 
 
@@ -119,7 +119,7 @@ def test_every_world_size_feeds_the_same_tensors(trained: tuple[Path, dict[int, 
 def test_one_step_agrees_within_rounding(trained: tuple[Path, dict[int, dict[str, Fed]]], objective: str) -> None:
     snapshots = [_final(trained[0], objective, world) for world in WORLDS]
     assert all(snapshot.progress.step == 1 for snapshot in snapshots)
-    first, *others = [snapshot.model | snapshot.optimizer for snapshot in snapshots]
+    first, *others = [snapshot.model | snapshot.train_state for snapshot in snapshots]
     for other in others:
         assert other.keys() == first.keys()
         for name, tensor in first.items():

@@ -29,7 +29,7 @@ def final_state(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
         snapshot = checkpoint.read_newest_checkpoint(stage)
         assert snapshot is not None
         assert snapshot.progress.finished
-        for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.optimizer, snapshot.carried):
+        for part in (load_file(stage / "model.safetensors"), snapshot.model, snapshot.train_state):
             state |= {f"{name}: {key}": tensor for key, tensor in part.items()}
         state[f"{name}: metrics"] = _rows(stage)
         state[f"{name}: result"] = read_json(stage / "result.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.run import checkpoint
-from pipeline.run.stop import read_failures
+from pipeline.run.failures import read_failures
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.support.commands import Command
 from tests.support.small_recipe import small_recipe

@@ -13,7 +13,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.layout import progress_marks
 from pipeline.run.lease import Leases
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage import run_stages
 from tests.fault.final_state import unlike
 from tests.support.failing_calls import Faults, build_library
@@ -36,7 +36,7 @@ def _start(group: Group, recipe: Recipe, folder: Path, token: str, full_from: li
         faults.begin(folder, number, errno.ENOSPC, True)
         said, code = "", None
         try:
-            run_stages(Job(recipe, folder, token, group), stages_of(recipe))
+            run_stages(RunContext(recipe, folder, token, group), stages_of(recipe))
         except Exception as error:
             said, code = f"{type(error).__name__}: {error}", getattr(error, "errno", None)
         attempts.append((faults.end(), said, code))

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
-from pipeline.robustness.objectives import Given, Outcome
+from pipeline.robustness.objectives import ObjectiveInput, ObjectiveOutput
 from pipeline.run import checkpoint
 from pipeline.training.loop import NonFinite
 from tests.bench.real_step import RealStep, recipe_of
@@ -59,7 +59,7 @@ def test_once_is_mended_and_always_stops_the_run(fashion_data: Path, tmp_path: P
     newest = checkpoint.read_newest_checkpoint(folder / PRUNE)
     assert newest is not None
     assert newest.progress.step == 9
-    for name, tensor in {**newest.model, **newest.optimizer, **newest.carried}.items():
+    for name, tensor in {**newest.model, **newest.train_state}.items():
         assert bool(torch.isfinite(tensor).all()), name
 
     resumed = _do(folder, "launch", "resume", str(folder))  # on another machine, say
@@ -82,9 +82,9 @@ class _Infinite(torch.autograd.Function):
 def _spoiled_step(group: Group) -> str:
     """What a step says whose loss is finite on every rank, and whose gradient is not on rank 1."""
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         loss = given.forward(given.x).float().logsumexp(dim=1).mean()
-        return Outcome(_Infinite.apply(loss) if group.rank == 1 else loss, None, None)  # pyright: ignore[reportArgumentType]
+        return ObjectiveOutput(_Infinite.apply(loss) if group.rank == 1 else loss, None, None)  # pyright: ignore[reportArgumentType]
 
     ids = torch.arange(4) + 100 * group.rank
     batch = Batch(torch.randint(256, (4, 3, 28, 28), dtype=torch.uint8), torch.arange(4), ids)

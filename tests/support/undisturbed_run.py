@@ -9,8 +9,7 @@ from pipeline.distributed import Group
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.lease import Leases
-from pipeline.training.context import Job
-from pipeline.training.loop import Observer, unobserved
+from pipeline.training.context import Observer, RunContext
 from pipeline.training.stage import run_stages
 from tests.support.processes import run_group
 
@@ -29,7 +28,7 @@ def calm_run(folder: Path, recipe: Recipe) -> Path:
     return folder
 
 
-def finish(folder: Path, recipe: Recipe, observer: Observer = unobserved) -> None:
+def finish(folder: Path, recipe: Recipe, observer: Observer | None = None) -> None:
     """Begin a run, or go on with it, to its end."""
     leases = Leases([folder / stage.name for stage in stages_of(recipe)])
     try:
@@ -38,5 +37,5 @@ def finish(folder: Path, recipe: Recipe, observer: Observer = unobserved) -> Non
         leases.release()
 
 
-def _work(group: Group, recipe: Recipe, folder: Path, token: str, observer: Observer) -> None:
-    run_stages(Job(recipe, folder, token, group, observer), stages_of(recipe))
+def _work(group: Group, recipe: Recipe, folder: Path, token: str, observer: Observer | None) -> None:
+    run_stages(RunContext(recipe, folder, token, group, observer), stages_of(recipe))

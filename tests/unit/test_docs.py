@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from launch.__main__ import build_parser
 from pipeline.models import build_network
 from pipeline.models.export import write_model
-from pipeline.models.pruning.scores import effective_state
+from pipeline.models.state import effective_state
 from pipeline.recipe.file import load_recipe, parse_yaml
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.sections import Model

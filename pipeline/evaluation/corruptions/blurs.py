@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.corruptions.resampling import levels, mirrored_at_centre, moved, smooth, zoomed
-from pipeline.robustness.attacks import uniform_noise
+from pipeline.robustness.noise import uniform_noise
 
 MOTION_ANGLES = (-45.0, 45.0)
 DISK_RADIUS = 8

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.evaluation.corruptions.resampling import between, smooth, streams
-from pipeline.robustness.attacks import uniform_noise
+from pipeline.robustness.noise import uniform_noise
 
 
 def brightness(x: Tensor, keys: Tensor, more: float) -> Tensor:

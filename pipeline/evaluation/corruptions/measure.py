@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.evaluation.corruptions import blurs, digital, noises, weather
 from pipeline.evaluation.corruptions.resampling import levels
 from pipeline.evaluation.measures.base import hits, ranked
-from pipeline.robustness.attacks import device_keys
+from pipeline.robustness.noise import device_keys
 
 SMALL_SIDE = 64
 Corrupt = Callable[[Tensor, Tensor, Any], Tensor]

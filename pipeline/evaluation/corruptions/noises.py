@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.robustness.attacks import gaussian_noise, uniform_noise
+from pipeline.robustness.noise import gaussian_noise, uniform_noise
 
 
 def gaussian(x: Tensor, keys: Tensor, deviation: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import derived_keys, uniform_noise
+from pipeline.robustness.noise import derived_keys, uniform_noise
 
 
 def streams(keys: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.evaluation.corruptions.resampling import levels, moved, smooth, streams, zoomed
-from pipeline.robustness.attacks import gaussian_noise, uniform_noise
+from pipeline.robustness.noise import gaussian_noise, uniform_noise
 
 GREY = (0.299, 0.587, 0.114)
 SNOW_ANGLES = (-135.0, -45.0)

@@ -23,7 +23,8 @@ from pipeline.evaluation.measures.base import ranked
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.recipe.objective import ThreatModel
 from pipeline.rng import scope_key
-from pipeline.robustness.attacks import Ball, L2Ball, LinfBall, ball_of, device_keys, pgd
+from pipeline.robustness.attacks import Ball, L2Ball, LinfBall, ball_of, pgd
+from pipeline.robustness.noise import device_keys
 
 MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
 """Radii of the curve, in eps; 0 and a radius at which nothing can be robust join them."""

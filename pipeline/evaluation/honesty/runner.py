@@ -19,7 +19,8 @@ from pipeline.models import Network, build_network
 from pipeline.models.ema import overlaid
 from pipeline.models.export import load_model
 from pipeline.models.pruning.score_init import zero
-from pipeline.models.pruning.scores import attach_scores, load_state
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import load_state
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.run import checkpoint
@@ -72,9 +73,9 @@ def trained_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | Non
         log.warning("%s: the exported file is not compared with the trained network: %s", stage.name, error)
         return None
     network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
-    if stage.keep_fraction is not None:
-        attach_scores(network, stage.keep_fraction, recipe.sparsity.allocation, zero)
-    load_state(network, overlaid(snapshot.model, snapshot.carried))
+    keep = stage.keep_fraction
+    scores = None if keep is None else Scores.attach(network, keep, recipe.sparsity.allocation, zero)
+    load_state(network, overlaid(snapshot.model, snapshot.train_state), scores)
     return network
 
 

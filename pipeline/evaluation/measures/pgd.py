@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from pipeline.evaluation.measures.base import hits, ranked
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Evaluation
-from pipeline.robustness.attacks import ball_of, device_keys, pgd
+from pipeline.robustness.attacks import ball_of, pgd
+from pipeline.robustness.noise import device_keys
 
 
 @dataclass(frozen=True)

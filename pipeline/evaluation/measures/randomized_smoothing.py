@@ -24,7 +24,8 @@ from pipeline.evaluation.measures.base import ranked
 from pipeline.evaluation.statistics import clopper_pearson_lower
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Evaluation
-from pipeline.robustness.attacks import crafting, derived_keys, device_keys, gaussian_noise
+from pipeline.robustness.attacks import crafting
+from pipeline.robustness.noise import derived_keys, device_keys, gaussian_noise
 
 ABSTAIN = -1
 """The class of an image for which nothing is answered."""

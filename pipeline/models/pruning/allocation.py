@@ -1,4 +1,4 @@
-"""How a budget of connections is dealt to layers: from scores to masks, by pure functions of shapes and scores.
+"""How a budget of connections is allocated to layers: from scores to masks, by pure functions of shapes and scores.
 
 Every allocation keeps at least one connection of each layer, so that signal can pass, and an exact total.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.models.pruning.topk import kept_count, kth_largest, topk_mask
 from pipeline.recipe.sections import Allocation
 
-Deal = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 """Scores of every layer, and rates where the allocation is learned -> bool masks of the scores' shapes.
 
 Errors: ValueError for NaN, naming the layer.
@@ -27,15 +27,22 @@ LARGEST_RATE = 30.0
 """A layer whose rate is this much above the mean has the budget before the others do; exp must not overflow."""
 
 
-def deal_of(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocation: Allocation) -> Deal:
-    """What makes the masks of a network whose weights have `shapes`, by an allocation's rule."""
+def mask_rule(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocation: Allocation) -> MaskRule:
+    """The rule that makes the masks of a network whose weights have `shapes`; it can be pickled."""
     counts = (erdos_renyi_kernel if allocation == "erk" else uniform)(shapes, keep_fraction)
     budget = total_kept(shapes, keep_fraction)
     if allocation == "learned":
         return partial(learned_masks, counts=counts, budget=budget)
     if allocation == "global":
-        return lambda scores, rates: global_masks(scores, budget)
-    return lambda scores, rates: layer_masks(scores, counts)
+        return partial(_by_scores, partial(global_masks, budget=budget))
+    return partial(_by_scores, partial(layer_masks, counts=counts))
+
+
+def _by_scores(
+    make: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], scores: Mapping[str, Tensor], rates: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    assert not rates, "only the learned allocation has rates"
+    return make(scores)
 
 
 def uniform(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:

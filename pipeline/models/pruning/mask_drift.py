@@ -8,57 +8,53 @@ number of workers, which all have the same masks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.models.pruning.score_init import FirstScore
-from pipeline.models.pruning.scores import first_masks, masks_of
+from pipeline.models.pruning.scores import Scores
 
 PREFIX = "row_mask/"
 
 
-@dataclass
-class Drift:
-    """Measures one network in training."""
+class MaskDrift:
+    """Measures the masks of one network in training."""
 
-    network: nn.Module
-    start: Mapping[str, Tensor]
-    """Plain weight name -> bool mask, on the network's device."""
-    row: Mapping[str, Tensor] | None
-    """The masks of the last row, or of the start; None if an older version of the project wrote the checkpoint."""
+    prefix = PREFIX
 
-    @staticmethod
-    def begin(
-        network: nn.Module, first: FirstScore, carried: Mapping[str, Tensor] | None, device: torch.device
-    ) -> Drift:
-        """`first` is where the phase's scores begin; `carried` is what the checkpoint has if it goes on from one.
+    def __init__(self, scores: Scores, init: FirstScore, device: torch.device) -> None:
+        """`init` is where the phase's scores begin; `device` is where the network trains.
 
-        To be called before the network goes to its device, as its first masks were made before that, too.
+        Made before the network goes to its device, because its first masks were made before that, too.
         """
-        start = {name: mask.to(device) for name, mask in first_masks(network, first).items()}
-        if carried is None:
-            return Drift(network, start, start)
-        if any(PREFIX + name not in carried for name in start):
-            return Drift(network, start, None)
-        return Drift(network, start, {name: _unpacked(carried[PREFIX + name], mask) for name, mask in start.items()})
+        self._scores = scores
+        self.start: Mapping[str, Tensor] = {n: mask.to(device) for n, mask in scores.first_masks(init).items()}
+        """Plain weight name -> bool mask, on the network's device."""
+        self._row: Mapping[str, Tensor] | None = self.start
+        """The masks of the last row, or of the start; None if an older version of the project wrote the checkpoint."""
 
     def measured(self) -> dict[str, float | None]:
         """For a row: the share of the connections kept at the start, and of those kept at the last row, that are not
         kept now. As many are kept in their place. One transfer from the device."""
-        now = {name: mask.clone() for name, mask in masks_of(self.network).items()}
-        counts = [_counts(self.start, now)] + ([_counts(self.row, now)] if self.row is not None else [])
+        now = {name: mask.clone() for name, mask in self._scores.masks().items()}
+        counts = [_counts(self.start, now)] + ([_counts(self._row, now)] if self._row is not None else [])
         shares = [gone / kept for gone, kept in torch.stack(counts).tolist()]
-        self.row = now
+        self._row = now
         return {"since_start": shares[0], "since_row": shares[1] if len(shares) > 1 else None}
 
-    def carried(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: 'row_mask/<name>' -> uint8, eight connections in each, on the CPU."""
-        row = self.row or {}
+        row = self._row or {}
         bits = {name: np.packbits(mask.cpu().contiguous().numpy()) for name, mask in row.items()}
         return {PREFIX + name: torch.from_numpy(packed) for name, packed in bits.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` returned, or from a checkpoint that has no masks of its last row."""
+        start = self.start.items()
+        whole = all(PREFIX + name in tensors for name in self.start)
+        self._row = {name: _unpacked(tensors[PREFIX + name], mask) for name, mask in start} if whole else None
 
 
 def _counts(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 RATE_STEP = 0.1
-"""Largest gradient of a rate. With 1.0 and the paper's learning rate, 20 steps dealt most of a budget anew."""
+"""Largest gradient of a rate. With 1.0 and the paper's learning rate, 20 steps reallocated most of the budget."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -46,7 +49,7 @@ class _StraightThrough(torch.autograd.Function):
 class Masked(nn.Module):
     """Parametrization of a weight: `score` (a parameter of the weight's shape) and the bool `mask` made from it.
 
-    The mask is no part of the state dict, because the scores and what deals them say all of it.
+    The mask is no part of the state dict, because scores and mask rule determine it.
     """
 
     mask: Tensor
@@ -61,7 +64,7 @@ class Masked(nn.Module):
         self._product = torch.empty(0)
         self._made_from: tuple[Any, ...] = ()
 
-    def weight_moved(self) -> None:
+    def weight_changed(self) -> None:
         """To be called when an optimizer has moved the weight: fused ones and ZeRO do so behind torch's back."""
         self._made_from = ()
 
@@ -84,3 +87,32 @@ class Masked(nn.Module):
             torch.mul(weight, self.mask, out=self._product)
             self._made_from = made_from
         return self._product
+
+
+def masked_layers(network: nn.Module) -> list[nn.Module]:
+    """The layers whose weight is masked, so that reading `layer.weight` computes it."""
+    return [module for module in network.modules() if parametrization_of(module) is not None]
+
+
+def parametrization_of(layer: nn.Module) -> Masked | None:
+    """The parametrization that masks a layer's weight."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    first = layer.parametrizations["weight"][0]  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
+    return first if isinstance(first, Masked) else None
+
+
+@contextmanager
+def cached_weights(
+    network: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Iterator[None]:
+    """Compute every masked weight once, and without a graph, for all forwards inside the context.
+
+    Under `autocast` they are in its precision, so that no forward has to cast them. An attack's forwards then build no
+    graph to weights or scores; gradients to the input flow as ever. Without scores there is nothing to compute.
+    """
+    with parametrize.cached():
+        with torch.no_grad(), autocast():
+            weights = [layer.weight for layer in masked_layers(network)]
+        assert not any(weight.requires_grad for weight in weights), "a graph was cached before this context"
+        yield

@@ -9,7 +9,7 @@ from pipeline.recipe.objective import PROVING
 from pipeline.recipe.schedules import strength_at
 from pipeline.robustness.attacks import L2Ball, LinfBall, ball_of
 from pipeline.robustness.objectives.adversarial import adversarial_training, clean_training, nfgsm_training
-from pipeline.robustness.objectives.base import Autocast, Forward, Given, Objective, Outcome
+from pipeline.robustness.objectives.base import Autocast, Forward, Objective, ObjectiveInput, ObjectiveOutput
 from pipeline.robustness.objectives.crown_ibp import certified_training
 from pipeline.robustness.objectives.free import free_training
 from pipeline.robustness.objectives.mixtrain import mixtrain_training
@@ -17,7 +17,16 @@ from pipeline.robustness.objectives.smoothing import noise_training, smoothadv_t
 from pipeline.robustness.objectives.trades import trades_training
 from pipeline.robustness.overfitting import stronger
 
-__all__ = ["COUNTS", "Autocast", "Forward", "Given", "Objective", "Outcome", "attack_strength", "build_objective"]
+__all__ = [
+    "COUNTS",
+    "Autocast",
+    "Forward",
+    "Objective",
+    "ObjectiveInput",
+    "ObjectiveOutput",
+    "attack_strength",
+    "build_objective",
+]
 
 COUNTS = {
     "clean": (True, False),
@@ -67,7 +76,7 @@ def build_objective(
     if phase != "pretrain" or not objective.eps_warmup:
         return _with_attack(objective, threat_model, 1.0, level)
 
-    def warming_up(given: Given) -> Outcome:
+    def warming_up(given: ObjectiveInput) -> ObjectiveOutput:
         strength = attack_strength(objective, phase, given.elapsed)
         return _with_attack(objective, threat_model, strength, level)(given)
 
@@ -113,7 +122,7 @@ def _proving(objective: schema.Objective, eps: float) -> Objective:
 
 
 def _settled(objective: Objective) -> Objective:
-    def settled(given: Given) -> Outcome:
+    def settled(given: ObjectiveInput) -> ObjectiveOutput:
         return objective(replace(given, elapsed=1.0))
 
     return settled

@@ -8,14 +8,21 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import Ball, LinfBall, crafting, pgd, uniform_noise
-from pipeline.robustness.objectives.base import Given, Objective, Outcome, count_correct, craft_forward
+from pipeline.robustness.attacks import Ball, LinfBall, crafting, pgd
+from pipeline.robustness.noise import uniform_noise
+from pipeline.robustness.objectives.base import (
+    Objective,
+    ObjectiveInput,
+    ObjectiveOutput,
+    count_correct,
+    craft_forward,
+)
 
 
-def clean_training(given: Given) -> Outcome:
+def clean_training(given: ObjectiveInput) -> ObjectiveOutput:
     """Empirical risk minimisation: cross-entropy on the images as they are."""
     logits = given.forward(given.x).float()
-    return Outcome(F.cross_entropy(logits, given.y), count_correct(logits, given.y), None)
+    return ObjectiveOutput(F.cross_entropy(logits, given.y), count_correct(logits, given.y), None)
 
 
 def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
@@ -25,7 +32,7 @@ def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
     (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
     """
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         return _attacked(given, ball, steps, step_size, lambda: ball.random_start(given.x, given.keys))
 
     return objective
@@ -38,7 +45,7 @@ def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Object
     example may lie magnitude * eps + step_size away; noisy image and example are clipped to [0, 1].
     """
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         def start() -> Tensor:
             noise = 2.0 * uniform_noise(given.keys, given.x.shape[1:]) - 1.0
             return (given.x + magnitude * ball.eps * noise).clamp_(0.0, 1.0)
@@ -48,7 +55,9 @@ def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Object
     return objective
 
 
-def _attacked(given: Given, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]) -> Outcome:
+def _attacked(
+    given: ObjectiveInput, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]
+) -> ObjectiveOutput:
     """Cross-entropy on what PGD makes of the start, which is part of the attack."""
     y = given.y
     with given.attacking(), crafting(given.network, given.autocast):
@@ -62,4 +71,4 @@ def _attacked(given: Given, ball: Ball, steps: int, step_size: float, start: Cal
             start=start(),
         )
     logits = given.forward(x_adv).float()
-    return Outcome(F.cross_entropy(logits, y), None, count_correct(logits, y))
+    return ObjectiveOutput(F.cross_entropy(logits, y), None, count_correct(logits, y))

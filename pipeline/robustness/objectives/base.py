@@ -21,7 +21,7 @@ def nothing_left() -> None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ObjectiveOutput:
     """The loss of a micro-batch, a float32 scalar with its graph, and counts of correct predictions, scalar int64.
 
     The counts are of the forwards that the loss is made of; None where the objective has no such forward.
@@ -36,7 +36,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Given:
+class ObjectiveInput:
     """One micro-batch, and what an objective may do with it.
 
     `network` is the bare module that adversarial examples are crafted on; `forward` is what the update's forwards go
@@ -64,7 +64,7 @@ class Given:
 class Objective(Protocol):
     """A robust training technique, as a function."""
 
-    def __call__(self, given: Given) -> Outcome:
+    def __call__(self, given: ObjectiveInput) -> ObjectiveOutput:
         """The loss of one micro-batch. The caller calls backward, once."""
         ...
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.recipe.schedules import ramp_at
 from pipeline.robustness.bounds import batch_statistics_of, interval_bounds, linf_box, proved, trace
-from pipeline.robustness.objectives.base import Given, Objective, Outcome, count_correct
+from pipeline.robustness.objectives.base import Objective, ObjectiveInput, ObjectiveOutput, count_correct
 
 
 def worst_case_loss(margins: Tensor, y: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def certified_training(eps: float, ramp: float, kappa: tuple[float, float], crow
     """
     graph_of = lru_cache(maxsize=1)(trace)
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         y = given.y
         with batch_statistics_of(given.network) as statistics:
             clean = given.forward(given.x).float()
@@ -50,6 +50,6 @@ def certified_training(eps: float, ramp: float, kappa: tuple[float, float], crow
             margins = beta * linear + (1.0 - beta) * margins
         natural = ramp_at(*kappa, ramp, given.elapsed)
         loss = natural * F.cross_entropy(clean, y) + (1.0 - natural) * worst_case_loss(margins, y)
-        return Outcome(loss, count_correct(clean, y), proved(best, y).sum())
+        return ObjectiveOutput(loss, count_correct(clean, y), proved(best, y).sum())
 
     return objective

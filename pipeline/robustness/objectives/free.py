@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.robustness.attacks import Ball
-from pipeline.robustness.objectives.base import Given, Objective, Outcome, count_correct
+from pipeline.robustness.objectives.base import Objective, ObjectiveInput, ObjectiveOutput, count_correct
 
 
 def free_training(ball: Ball, step_size: float) -> Objective:
@@ -15,10 +15,10 @@ def free_training(ball: Ball, step_size: float) -> Objective:
     One steepest step up the loss, then back into the ball: the noise is ready for the next step, on the same images or
     the next ones. Nothing is crafted, so a step costs what a clean one does, and BatchNorm is in training mode in its
     one forward, whose predictions are the robust count. A pixel that clipping holds at 0 or 1 has no gradient, and
-    leaves its noise as it is. Who replays the images is the loop; see `pipeline.training.replays`.
+    leaves its noise as it is. Who replays the images is the loop; see `pipeline.training.batches`.
     """
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         carried = given.noise
         assert carried is not None, "free training carries its noise from step to step"
         noise = carried.detach().requires_grad_(True)
@@ -29,6 +29,6 @@ def free_training(ball: Ball, step_size: float) -> Objective:
             assert noise.grad is not None
             carried.copy_(ball.confine(ball.step(carried, noise.grad, step_size)))
 
-        return Outcome(F.cross_entropy(logits, given.y), None, count_correct(logits, given.y), move)
+        return ObjectiveOutput(F.cross_entropy(logits, given.y), None, count_correct(logits, given.y), move)
 
     return objective

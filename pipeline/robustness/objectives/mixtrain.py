@@ -7,9 +7,9 @@ from functools import lru_cache
 from torch.nn import functional as F
 
 from pipeline.recipe.schedules import ramp_at, weight_at
-from pipeline.robustness.attacks import uniform_noise
 from pipeline.robustness.bounds import batch_statistics_of, linf_box, symbolic_bounds, trace
-from pipeline.robustness.objectives.base import Given, Objective, Outcome, count_correct
+from pipeline.robustness.noise import uniform_noise
+from pipeline.robustness.objectives.base import Objective, ObjectiveInput, ObjectiveOutput, count_correct
 from pipeline.robustness.objectives.crown_ibp import worst_case_loss
 
 
@@ -31,7 +31,7 @@ def mixtrain_training(
     """
     graph_of = lru_cache(maxsize=1)(trace)
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         with batch_statistics_of(given.network) as statistics:
             clean = given.forward(given.x).float()
         natural = F.cross_entropy(clean, given.y)
@@ -39,12 +39,12 @@ def mixtrain_training(
         order, coin = uniform_noise(given.keys, (2,)).unbind(dim=1)
         w = weight_at(*weight, ramp, given.elapsed)
         if float(coin[0]) >= probability:
-            return Outcome(natural / (1.0 + w), correct, None)
+            return ObjectiveOutput(natural / (1.0 + w), correct, None)
         chosen = order.topk(min(samples, len(order))).indices
         box = linf_box(given.x[chosen], ramp_at(0.0, eps, ramp, given.elapsed))
         bounds = symbolic_bounds(graph_of(given.network), box, statistics)
         y = given.y[chosen]
         robust = worst_case_loss(bounds.linear_margins(y, parallel=True), y)
-        return Outcome((natural + w * robust) / (1.0 + w), correct, None)
+        return ObjectiveOutput((natural + w * robust) / (1.0 + w), correct, None)
 
     return objective

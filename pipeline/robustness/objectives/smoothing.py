@@ -13,21 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import L2Ball, crafting, derived_keys, gaussian_noise, pgd
-from pipeline.robustness.objectives.base import Given, Objective, Outcome, count_correct, craft_forward
+from pipeline.robustness.attacks import L2Ball, crafting, pgd
+from pipeline.robustness.noise import derived_keys, gaussian_noise
+from pipeline.robustness.objectives.base import (
+    Objective,
+    ObjectiveInput,
+    ObjectiveOutput,
+    count_correct,
+    craft_forward,
+)
 from pipeline.robustness.objectives.trades import kl_divergence
 
 
-def _noisy(given: Given, sigma: float) -> Tensor:
+def _noisy(given: ObjectiveInput, sigma: float) -> Tensor:
     return given.x + sigma * gaussian_noise(given.keys, given.x.shape[1:])
 
 
 def noise_training(sigma: float) -> Objective:
     """Cross-entropy on noisy images (Cohen et al., ICML 2019, section 3.3)."""
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         logits = given.forward(_noisy(given, sigma)).float()
-        return Outcome(F.cross_entropy(logits, given.y), None, count_correct(logits, given.y))
+        return ObjectiveOutput(F.cross_entropy(logits, given.y), None, count_correct(logits, given.y))
 
     return objective
 
@@ -38,11 +45,11 @@ def stability_training(sigma: float, beta: float) -> Objective:
     The gradient flows through both sides, and clean and noisy images are two forwards, for the reasons that TRADES has.
     """
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         clean, noisy = given.forward(given.x).float(), given.forward(_noisy(given, sigma)).float()
         divergence = kl_divergence(clean.log_softmax(dim=1), noisy.log_softmax(dim=1))
         loss = F.cross_entropy(clean, given.y) + beta * divergence.mean()
-        return Outcome(loss, count_correct(clean, given.y), count_correct(noisy, given.y))
+        return ObjectiveOutput(loss, count_correct(clean, given.y), count_correct(noisy, given.y))
 
     return objective
 
@@ -55,7 +62,7 @@ def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float,
     one forward of n * samples images. An image counts as correct if the averaged probability is highest at y.
     """
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         x, y = given.x, given.y
         keys = derived_keys(given.keys, torch.arange(samples, device=x.device))
         noise = sigma * gaussian_noise(keys.flatten(), x.shape[1:]).unflatten(0, (len(x), samples))
@@ -80,6 +87,6 @@ def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float,
             )
         logits = given.forward(noisy(x_adv)).float()
         loss = F.cross_entropy(logits, y.repeat_interleave(samples))
-        return Outcome(loss, None, count_correct(log_average(logits.detach()), y))
+        return ObjectiveOutput(loss, None, count_correct(log_average(logits.detach()), y))
 
     return objective

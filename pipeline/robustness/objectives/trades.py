@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import Ball, crafting, gaussian_noise, pgd
-from pipeline.robustness.objectives.base import Given, Objective, Outcome, count_correct, craft_forward
+from pipeline.robustness.attacks import Ball, crafting, pgd
+from pipeline.robustness.noise import gaussian_noise
+from pipeline.robustness.objectives.base import (
+    Objective,
+    ObjectiveInput,
+    ObjectiveOutput,
+    count_correct,
+    craft_forward,
+)
 
 START_SIGMA = 0.001
 """Standard deviation of the start's noise, in pixels (algorithm 1). At x itself the KL has no gradient."""
@@ -26,7 +33,7 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
     not by those of a mixture that no evaluation ever sees.
     """
 
-    def objective(given: Given) -> Outcome:
+    def objective(given: ObjectiveInput) -> ObjectiveOutput:
         x, y = given.x, given.y
         with given.attacking(), crafting(given.network, given.autocast):
             logits_of = craft_forward(given.network, given.autocast)
@@ -44,6 +51,6 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
         clean, adversarial = given.forward(x).float(), given.forward(x_adv).float()
         divergence = kl_divergence(clean.log_softmax(dim=1), adversarial.log_softmax(dim=1))
         loss = F.cross_entropy(clean, y) + beta * divergence.mean()
-        return Outcome(loss, count_correct(clean, y), count_correct(adversarial, y))
+        return ObjectiveOutput(loss, count_correct(clean, y), count_correct(adversarial, y))
 
     return objective

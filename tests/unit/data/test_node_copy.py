@@ -35,7 +35,7 @@ from pipeline.distributed import Group
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import RecipeError
 from pipeline.run.stop import StopRequested
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from tests.support.commands import wait_until
 from tests.support.small_recipe import ROOT, small_recipe
 from tests.unit.data.test_manifest import build, overwrite
@@ -485,47 +485,49 @@ class Rank(Group):
         self.exchange.barrier.wait()
 
 
-def job_of(folder: Path, scratch: Path | None, group: Group, **more: Any) -> Job:
+def context_of(folder: Path, scratch: Path | None, group: Group, **more: Any) -> RunContext:
     data = {"image_size": SIDE, "stage_to": str(scratch) if scratch else None}
-    return Job(small_recipe(folder, data=data, model={"num_classes": 2}), folder, "token", group, **more)
+    return RunContext(small_recipe(folder, data=data, model={"num_classes": 2}), folder, "token", group, **more)
 
 
 def alone() -> Group:
     return Group(0, 1, torch.device("cpu"))
 
 
-def test_a_job_reads_the_copy_if_the_recipe_says_so(original: Path, scratch: Path) -> None:
+def test_a_worker_reads_the_copy_if_the_recipe_says_so(original: Path, scratch: Path) -> None:
     for where in (None, scratch):
-        job = job_of(original.parent, where, alone())
-        loader = job.loader(str(original))
-        assert loader is job.loader(str(original))
+        context = context_of(original.parent, where, alone())
+        loader = context.loader(str(original))
+        assert loader is context.loader(str(original))
         assert isinstance(loader, NodeCopyLoader) == (where is not None)
         assert loader.path == original
-        job.close()
+        context.close()
     assert same_file(next(private(scratch).glob("*.beton")), original)
 
 
-def test_messages_of_a_job_name_the_original(original: Path, scratch: Path) -> None:
-    job = job_of(original.parent, scratch, alone())
-    job.recipe = job.recipe.model_copy(update={"model": job.recipe.model.model_copy(update={"num_classes": 3})})
+def test_messages_of_a_worker_name_the_original(original: Path, scratch: Path) -> None:
+    context = context_of(original.parent, scratch, alone())
+    context.recipe = context.recipe.model_copy(
+        update={"model": context.recipe.model.model_copy(update={"num_classes": 3})}
+    )
     with pytest.raises(ValueError, match=f"model.num_classes 3: {original} has 2 classes"):
-        job.loader(str(original))
-    job.close()
+        context.loader(str(original))
+    context.close()
 
 
-def two_jobs(original: Path, scratches: list[Path], **more: Any) -> list[Job]:
+def two_contexts(original: Path, scratches: list[Path], **more: Any) -> list[RunContext]:
     exchange = Exchange()
     device = torch.device("cpu")
-    return [job_of(original.parent, scratches[rank], Rank(rank, 2, device, exchange), **more) for rank in (0, 1)]
+    return [context_of(original.parent, scratches[rank], Rank(rank, 2, device, exchange), **more) for rank in (0, 1)]
 
 
-def outcomes(jobs: list[Job], path: Path) -> list[Path | BaseException]:
+def outcomes(contexts: list[RunContext], path: Path) -> list[Path | BaseException]:
     """What `loader` gave or raised, per rank."""
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(job.loader, str(path)) for job in jobs]
+        futures = [pool.submit(context.loader, str(path)) for context in contexts]
         found = [future.exception(DEADLINE_S) or future.result().path for future in futures]
-    for job in jobs:
-        job.close()
+    for context in contexts:
+        context.close()
     return found
 
 
@@ -533,7 +535,6 @@ def test_workers_wait_for_the_copies_of_all_nodes(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one node copies; and while nothing moves, nobody tells the watchdog that it does."""
-    monkeypatch.setattr("pipeline.training.context.LOOK_S", 0.05)
     scratches = [tmp_path / "node0", tmp_path / "node1"]
     events: list[tuple[str, dict[str, Any]]] = []
     seen_at_round: list[int] = []
@@ -548,9 +549,13 @@ def test_workers_wait_for_the_copies_of_all_nodes(
         return gather(self, value)
 
     monkeypatch.setattr(Rank, "gather", watched_gather)
-    jobs = two_jobs(original, scratches, observe=lambda event, facts: events.append((event, facts)))
+
+    def observer(event: str, facts: dict[str, Any]) -> None:
+        events.append((event, facts))
+
+    contexts = two_contexts(original, scratches, observer=observer, staging_poll_s=0.05)
     with a_copier_at_work(original, scratches[1]) as (_, go), ThreadPoolExecutor(1) as pool:
-        both = pool.submit(outcomes, jobs, original)
+        both = pool.submit(outcomes, contexts, original)
         assert quiet.wait(DEADLINE_S)
         assert list(private(scratches[0]).glob("*.beton")), "the first node has its copy"
         assert not both.done()
@@ -561,7 +566,7 @@ def test_workers_wait_for_the_copies_of_all_nodes(
 
 def test_workers_fail_together(original: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    found = outcomes(two_jobs(original, [tmp_path / "node0", tmp_path / "file"]), original)
+    found = outcomes(two_contexts(original, [tmp_path / "node0", tmp_path / "file"]), original)
     for error in found:
         assert isinstance(error, DataError)
         assert f"{platform.node()}: data.stage_to = {tmp_path}/file cannot be used" in str(error)
@@ -574,21 +579,21 @@ def test_what_a_restart_may_mend_is_no_users_error(
         raise OSError(errno.EIO, "broken")
 
     monkeypatch.setattr(node_copy, "copy_verified", fails)
-    for error in outcomes(two_jobs(original, [tmp_path / "node0", tmp_path / "node1"]), original):
+    for error in outcomes(two_contexts(original, [tmp_path / "node0", tmp_path / "node1"]), original):
         assert isinstance(error, NodeCopyFailed)
         assert f"{original} was not copied to" in str(error)
 
 
 def test_a_run_can_be_stopped_while_it_waits_for_a_copy(original: Path, scratch: Path) -> None:
     asked = threading.Event()
-    job = job_of(original.parent, scratch, alone(), stop_requested=asked.is_set)
+    context = context_of(original.parent, scratch, alone(), stop=asked.is_set)
     with a_copier_at_work(original, scratch) as (copying, go), ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(job.loader, str(original))
+        loading = pool.submit(context.loader, str(original))
         asked.set()
         assert isinstance(loading.exception(DEADLINE_S), StopRequested)
         assert not copying.done()
         go.set()
-    job.close()
+    context.close()
 
 
 def test_the_recipe_key_decides_no_result_and_is_absolute(original: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.evaluation.corruptions.measure import CORRUPTIONS, EXTRA, SEVERITI
 from pipeline.evaluation.corruptions.resampling import streams, zoomed
 from pipeline.evaluation.corruptions.weather import spatter
 from pipeline.evaluation.measures.base import summarise
-from pipeline.robustness.attacks import device_keys, gaussian_noise, uniform_noise
+from pipeline.robustness.noise import device_keys, gaussian_noise, uniform_noise
 from tests.support.synthetic_data import draw, trained_network
 
 LEVELS, SEED = 255, 7

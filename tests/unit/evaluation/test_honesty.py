@@ -27,7 +27,8 @@ from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.evaluation.result import Check
 from pipeline.models import Network, build_network
 from pipeline.models.export import load_model, write_model
-from pipeline.models.pruning.scores import attach_scores, effective_state
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import effective_state
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Model
 from pipeline.robustness.attacks import ball_of, crafting, pgd
@@ -166,7 +167,7 @@ QUICK = Pgd(LINF, steps=1, step_size=0.1, restarts=1, seed=0)
 
 def live_network() -> Network:
     network = build_network(TINY, seed=0, image_size=14)
-    attach_scores(network, Decimal("0.1"))
+    Scores.attach(network, Decimal("0.1"))
     return network.eval()
 
 

@@ -18,11 +18,11 @@ from pipeline.evaluation.measures import randomized_smoothing as module
 from pipeline.evaluation.measures.base import summarise
 from pipeline.evaluation.measures.randomized_smoothing import ABSTAIN, Certified, Noisy, Smoothing
 from pipeline.evaluation.statistics import clopper_pearson_lower
-from pipeline.models.pruning import scores
+from pipeline.models.pruning.scores import Scores
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Evaluation
 from pipeline.rng import sample_keys
-from pipeline.robustness.attacks import derived_keys, gaussian_noise
+from pipeline.robustness.noise import derived_keys, gaussian_noise
 
 SIDE = 4
 PIXELS = 3 * SIDE * SIDE
@@ -156,7 +156,7 @@ def masked_network() -> nn.Module:
         network = nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(32, 3)
         )
-    scores.attach_scores(network, Decimal("0.5"))
+    Scores.attach(network, Decimal("0.5"))
     return network.train()
 
 

@@ -32,7 +32,7 @@ from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.models import build_network
 from pipeline.models.export import write_model
 from pipeline.models.load import load_network
-from pipeline.models.pruning.scores import effective_state, named_state
+from pipeline.models.state import effective_state, named_state
 from pipeline.recipe.file import load_recipe
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot

@@ -22,9 +22,9 @@ from launch.slurm.submit import SubmittedJob
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
+from pipeline.run.failures import Failure, record_failure
 from pipeline.run.files import atomic_write_json
 from pipeline.run.lease import HEARTBEAT_S, STALE_AFTER_S, Leases
-from pipeline.run.stop import Failure, record_failure
 from pipeline.run.tracking.metrics import Tracker
 
 DEMO = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from decimal import Decimal
 from fractions import Fraction
 from typing import get_args
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.models import build_network
-from pipeline.models.pruning import scores as scores_module
-from pipeline.models.pruning.allocation import erdos_renyi_kernel, global_masks, total_kept, uniform
+from pipeline.models.pruning.allocation import erdos_renyi_kernel, global_masks, mask_rule, total_kept, uniform
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import layer_counts, named_state
 from pipeline.recipe.sections import Allocation, Model
 
 dimension = st.integers(1, 12)
@@ -94,8 +96,8 @@ def test_every_layer_of_a_network_keeps_something_and_the_total_is_exact(
 ) -> None:
     """The first convolution among them: of wrn_28_4's 432 connections, 1 % is 4.3."""
     network = build_network(Model(arch=arch, num_classes=10), 0, 32)
-    scores_module.attach_scores(network, Decimal(keep), allocation)
-    counts = scores_module.layer_counts(network)
+    Scores.attach(network, Decimal(keep), allocation)
+    counts = layer_counts(network)
     assert min(entry["kept"] for entry in counts) >= 1
     n = sum(entry["total"] for entry in counts)
     if allocation == "uniform":
@@ -106,14 +108,23 @@ def test_every_layer_of_a_network_keeps_something_and_the_total_is_exact(
 
 def test_a_global_mask_follows_the_scores_from_layer_to_layer() -> None:
     network = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
-    scores_module.attach_scores(network, Decimal("0.5"), "global")
-    state = scores_module.named_state(network)
+    scores = Scores.attach(network, Decimal("0.5"), "global")
+    state = named_state(network)
     with torch.no_grad():
         state["score/0.weight"].fill_(2.0)
         state["score/1.weight"].fill_(1.0)
-    scores_module.refresh_masks(network)
-    assert [entry["kept"] for entry in scores_module.layer_counts(network)] == [99, 1]
+    scores.refresh()
+    assert [entry["kept"] for entry in layer_counts(network)] == [99, 1]
     with torch.no_grad():
         state["score/1.weight"][3, 4] = math.nan
     with pytest.raises(ValueError, match=r"^1\.weight: scores contain NaN"):
-        scores_module.refresh_masks(network)
+        scores.refresh()
+
+
+@pytest.mark.parametrize("allocation", get_args(Allocation))
+def test_a_mask_rule_can_be_pickled(allocation: Allocation) -> None:
+    scores = {"a": torch.linspace(-1, 1, 20).view(4, 5), "b": torch.linspace(0, 3, 12).view(3, 4)}
+    rates = {name: torch.zeros(1) for name in scores} if allocation == "learned" else {}
+    rule = mask_rule({name: score.shape for name, score in scores.items()}, Decimal("0.3"), allocation)
+    expected, found = rule(scores, rates), pickle.loads(pickle.dumps(rule))(scores, rates)
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.models.ema import averaged, start_average, update_average
-from pipeline.models.pruning import scores
+from pipeline.models.ema import Ema
+from pipeline.models.pruning.scores import Scores
 from pipeline.models.pruning.topk import topk_mask
+from pipeline.models.state import effective_state, named_state, train_only, trained_parameters
 
 
 def small_network() -> nn.Module:
@@ -24,27 +25,29 @@ def small_network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4))
 
 
-def training(network: nn.Module, steps: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+def training(network: nn.Module, scores: Scores | None, steps: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
     """Moves everything that a phase moves, by chance, and yields copies of the state after every step."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         with torch.no_grad():
-            for parameter in scores.trained_parameters(network).values():
+            for parameter in trained_parameters(network).values():
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
         network.train()(torch.randn(8, 3, 5, 5, generator=generator))  # BatchNorm's statistics
-        scores.refresh_masks(network)
-        yield {name: tensor.detach().clone() for name, tensor in scores.named_state(network).items()}
+        if scores is not None:
+            scores.refresh()
+        yield {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.integers(1, 30))
 def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, steps: int) -> None:
     network = small_network()
-    average = start_average(network)
+    ema = Ema(network, decay)
     seen = []
-    for step, state in enumerate(training(network, steps), start=1):
+    for step, state in enumerate(training(network, None, steps), start=1):
         seen.append(state)
-        update_average(average, network, decay, step)
+        ema.update(step)
+    average = ema.state()
     weights = torch.tensor([decay ** (steps - i) for i in range(1, steps + 1)], dtype=torch.float64)
     assert {name for name in average if name.startswith("ema/buffer/")} == {
         f"ema/buffer/1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
@@ -61,33 +64,35 @@ def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, steps: int) 
 
 def test_a_long_average_of_constant_weights_is_those_weights() -> None:
     network = small_network()
-    average = start_average(network)
+    ema = Ema(network, 0.9999)
     for step in (1, 2, 10_000, 10**9):
-        update_average(average, network, 0.9999, step)
-        for name, tensor in scores.named_state(network).items():
+        ema.update(step)
+        average = ema.state()
+        for name, tensor in named_state(network).items():
             assert torch.equal(average[f"ema/{name}"], tensor)
 
 
-def phase_of(trains: str) -> nn.Module:
+def phase_of(trains: str) -> tuple[nn.Module, Scores]:
     network = small_network()
-    scores.attach_scores(network, Decimal("0.3"))
-    scores.train_only(network, "scores" if trains == "scores" else "weights")
-    return network
+    scores = Scores.attach(network, Decimal("0.3"))
+    train_only(network, "scores" if trains == "scores" else "weights")
+    return network, scores
 
 
 @pytest.mark.parametrize("trains", ["scores", "weights"])
 def test_masks_are_made_from_the_average_and_nothing_is_left_behind(trains: str) -> None:
-    network = phase_of(trains)
-    average = start_average(network)
-    for step, _ in enumerate(training(network, 6), start=1):
-        update_average(average, network, 0.8, step)
+    network, scores = phase_of(trains)
+    ema = Ema(network, 0.8, scores)
+    for step, _ in enumerate(training(network, scores, 6), start=1):
+        ema.update(step)
+    average = ema.state()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    effective, mask_hash = scores.effective_state(network), scores.mask_sha256(network)
-    live = {name: id(tensor) for name, tensor in scores.named_state(network).items()}
+    effective, mask_hash = effective_state(network), scores.mask_sha256()
+    live = {name: id(tensor) for name, tensor in named_state(network).items()}
 
-    with averaged(network, average):
-        inside = scores.effective_state(network)
-        state = scores.named_state(network)
+    with ema.applied():
+        inside = effective_state(network)
+        state = named_state(network)
         assert {name: id(tensor) for name, tensor in state.items()} == live, "the engine holds these very tensors"
         for name, kept in (("0.weight", 49), ("4.weight", 65)):  # n - floor(0.7 n) of 162 and of 216
             own = f"{name[:2]}parametrizations.weight"
@@ -95,25 +100,25 @@ def test_masks_are_made_from_the_average_and_nothing_is_left_behind(trains: str)
             weight = average[f"ema/weight/{name}"] if trains == "weights" else before[f"{own}.original"]
             assert torch.equal(inside[name], torch.where(topk_mask(score, kept), weight, 0.0))
         assert torch.equal(inside["1.running_var"], average["ema/buffer/1.running_var"])
-        same_masks = scores.mask_sha256(network) == mask_hash
+        same_masks = scores.mask_sha256() == mask_hash
         assert same_masks == (trains == "weights"), "frozen scores keep their masks, averaged ones make their own"
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert scores.mask_sha256(network) == mask_hash
-    assert all(torch.equal(tensor, effective[name]) for name, tensor in scores.effective_state(network).items())
+    assert scores.mask_sha256() == mask_hash
+    assert all(torch.equal(tensor, effective[name]) for name, tensor in effective_state(network).items())
     kinds = {name.split("/")[1] for name in average}
     assert kinds == ({"score", "weight", "buffer"} if trains == "scores" else {"weight", "buffer"})
 
 
 def test_the_network_is_put_back_after_an_error() -> None:
     network = small_network()
-    average = start_average(network)
-    list(training(network, 2))
-    update_average(average, network, 0.5, 1)
-    list(training(network, 1, seed=1))
+    ema = Ema(network, 0.5)
+    list(training(network, None, 2))
+    ema.update(1)
+    list(training(network, None, 1, seed=1))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
     def fail_inside() -> None:
-        with averaged(network, average):
+        with ema.applied():
             assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
             raise RuntimeError("amid a validation")
 
@@ -124,14 +129,15 @@ def test_the_network_is_put_back_after_an_error() -> None:
 
 def test_the_average_goes_on_from_a_file_as_if_it_had_never_been_one(tmp_path: Path) -> None:
     def train(save_after: int | None) -> dict[str, Tensor]:
-        network = phase_of("scores")
-        average = start_average(network)
-        for step, _ in enumerate(training(network, 8), start=1):
-            update_average(average, network, 0.7, step)
+        network, scores = phase_of("scores")
+        ema = Ema(network, 0.7, scores)
+        for step, _ in enumerate(training(network, scores, 8), start=1):
+            ema.update(step)
             if step == save_after:
-                save_file(average, tmp_path / "ema.safetensors")
-                average = load_file(tmp_path / "ema.safetensors")
-        return average
+                save_file(ema.state(), tmp_path / "ema.safetensors")
+                ema = Ema(network, 0.7, scores)
+                ema.load(load_file(tmp_path / "ema.safetensors"))
+        return ema.state()
 
     whole, resumed = train(None), train(3)
     assert whole.keys() == resumed.keys()
@@ -140,15 +146,15 @@ def test_the_average_goes_on_from_a_file_as_if_it_had_never_been_one(tmp_path: P
 
 def test_half_precision_weights_are_averaged_in_float32() -> None:
     network = nn.Linear(4, 4).bfloat16()
-    average = start_average(network)
-    update_average(average, network, 0.9, 1)
-    assert average["ema/weight/weight"].dtype == torch.float32
-    with averaged(network, average):
+    ema = Ema(network, 0.9)
+    ema.update(1)
+    assert ema.state()["ema/weight/weight"].dtype == torch.float32
+    with ema.applied():
         assert network.weight.dtype == torch.bfloat16
 
 
-def other_average(network: nn.Module) -> dict[str, Tensor]:
-    average = start_average(network)
+def average_of_others(network: nn.Module) -> dict[str, Tensor]:
+    average = Ema(network, 0.9).state()
     average["ema/weight/9.weight"] = average.pop("ema/weight/4.weight")
     return average
 
@@ -156,10 +162,9 @@ def other_average(network: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("act", "words"),
     [
-        (lambda network: update_average(start_average(network), network, 1.0, 1), r"decay 1\.0 must lie in \[0, 1\)"),
-        (lambda network: update_average(start_average(network), network, 0.9, 0), r"step 0 count from 1"),
-        (lambda network: update_average(other_average(network), network, 0.9, 1), r"difference: ema/weight/4\.weight"),
-        (lambda network: averaged(network, other_average(network)).__enter__(), r"difference: ema/weight/4\.weight"),
+        (lambda network: Ema(network, 1.0), r"decay 1\.0 must lie in \[0, 1\)"),
+        (lambda network: Ema(network, 0.9).update(0), r"step 0 must count from 1"),
+        (lambda network: Ema(network, 0.9).load(average_of_others(network)), r"difference: ema/weight/4\.weight"),
     ],
 )
 def test_what_fits_not_is_refused(act: Callable[[nn.Module], object], words: str) -> None:

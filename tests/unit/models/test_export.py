@@ -15,7 +15,8 @@ from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
 from pipeline.models import Network, build_network, export
-from pipeline.models.pruning.scores import attach_scores, effective_state, layer_counts
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import effective_state, layer_counts
 from pipeline.recipe.sections import Model
 
 RESNET = Model(arch="resnet18", num_classes=7, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -26,7 +27,7 @@ FACTS: dict[str, Any] = {"keep_fraction": "0.1", "mask_sha256": "m" * 64, "recip
 def pruned_network(model: Model) -> Network:
     """At 10 %, with running statistics that are not those of a fresh network."""
     network = build_network(model, seed=1)
-    attach_scores(network, Decimal("0.1"))
+    Scores.attach(network, Decimal("0.1"))
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

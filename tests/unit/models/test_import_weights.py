@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pipeline.models import Network, build_network
 from pipeline.models.export import write_model
 from pipeline.models.import_weights import load_foreign
-from pipeline.models.pruning.scores import effective_state
+from pipeline.models.state import effective_state
 from pipeline.recipe.sections import Model
 
 State = dict[str, Tensor]

@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models import build_network
-from pipeline.models.ema import averaged, start_average, update_average
+from pipeline.models.ema import Ema
 from pipeline.models.pruning import score_init
-from pipeline.models.pruning import scores as scores_module
 from pipeline.models.pruning.allocation import learned_masks, total_kept
+from pipeline.models.pruning.scores import Scores, maskable
 from pipeline.models.pruning.topk import kept_count
+from pipeline.models.state import (
+    effective_state,
+    layer_counts,
+    load_state,
+    named_state,
+    train_only,
+    trained_parameters,
+)
 from pipeline.recipe.sections import Model
 
 HALF = Decimal("0.5")
@@ -30,13 +38,13 @@ def two_layers(keep: Decimal = HALF) -> tuple[nn.Module, dict[str, Tensor]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
-        scores_module.attach_scores(network, keep, "learned")
-        state = scores_module.named_state(network)
+        scores = Scores.attach(network, keep, "learned")
+        state = named_state(network)
         with torch.no_grad():
             for name, tensor in state.items():
                 if name.startswith(("score/", "rate/")):
                     tensor.copy_(torch.randn_like(tensor))  # scores whose signs differ from the weights'
-        scores_module.refresh_masks(network)
+        scores.refresh()
         return network, state
 
 
@@ -69,7 +77,7 @@ def test_the_mask_is_the_global_ranking_of_scores_over_thresholds_times_rates() 
     network, state = two_layers()
     expected = half_of(state)
     assert int(expected["2.weight"].sum()) not in (0, 8, 15)
-    for name, weight in scores_module.effective_state(network).items():
+    for name, weight in effective_state(network).items():
         assert torch.equal(weight != 0, expected[name])
 
 
@@ -138,13 +146,13 @@ def test_it_begins_with_the_uniform_allocation_but_for_roundings(
     shapes: list[tuple[int, int]], keep: Decimal, seed: int
 ) -> None:
     network, plain = layers_of(shapes, seed), layers_of(shapes, seed)
-    scores_module.attach_scores(network, keep, "learned")
-    scores_module.attach_scores(plain, keep, "uniform")
+    Scores.attach(network, keep, "learned")
+    Scores.attach(plain, keep, "uniform")
     sizes = [inputs * outputs for inputs, outputs in shapes]
     n = sum(sizes)
     budget = max(n - math.floor((1 - Fraction(keep)) * n), len(shapes))
-    assert sum(entry["kept"] for entry in scores_module.layer_counts(network)) == budget
-    uniform, learned = scores_module.effective_state(plain), scores_module.effective_state(network)
+    assert sum(entry["kept"] for entry in layer_counts(network)) == budget
+    uniform, learned = effective_state(plain), effective_state(network)
     lifted = (
         sum(kept_count(size, keep) for size in sizes) - budget
     )  # what rounding up per layer keeps beyond the budget
@@ -161,37 +169,37 @@ def test_whatever_is_learnt_the_total_is_exact_and_no_layer_empty(
     data: st.DataObject, shapes: list[tuple[int, int]], keep: Decimal
 ) -> None:
     network = layers_of(shapes, 0)
-    scores_module.attach_scores(network, keep, "learned")
-    before = scores_module.mask_sha256(network)
-    state = scores_module.named_state(network)
+    scores = Scores.attach(network, keep, "learned")
+    before = scores.mask_sha256()
+    state = named_state(network)
     rates = [tensor for name, tensor in state.items() if name.startswith("rate/")]
     common = data.draw(st.floats(-1000, 1000))
     with torch.no_grad():
         for rate in rates:
             rate += common
-    scores_module.refresh_masks(network)
-    assert scores_module.mask_sha256(network) == before, "only differences count"
-    uniform = [entry["kept"] for entry in scores_module.layer_counts(network)]
+    scores.refresh()
+    assert scores.mask_sha256() == before, "only differences count"
+    uniform = [entry["kept"] for entry in layer_counts(network)]
     with torch.no_grad():
         for rate in rates:
             rate += data.draw(st.floats(-100, 100))
-    scores_module.refresh_masks(network)
-    counts = [entry["kept"] for entry in scores_module.layer_counts(network)]
+    scores.refresh()
+    counts = [entry["kept"] for entry in layer_counts(network)]
     assert sum(counts) == sum(uniform) == total_kept({str(i): torch.Size(s) for i, s in enumerate(shapes)}, keep)
     assert min(counts) >= 1
     if len(shapes) == 1:
-        assert scores_module.mask_sha256(network) == before, "a layer alone has nobody to share with"
+        assert scores.mask_sha256() == before, "a layer alone has nobody to share with"
 
 
 def test_a_rate_that_grows_takes_connections_from_the_others() -> None:
     network = build_network(Model(arch="small_cnn", num_classes=10), 0)
-    scores_module.attach_scores(network, Decimal("0.01"), "learned")
-    before = {entry["name"]: entry["kept"] for entry in scores_module.layer_counts(network)}
+    scores = Scores.attach(network, Decimal("0.01"), "learned")
+    before = {entry["name"]: entry["kept"] for entry in layer_counts(network)}
     assert before["conv1.weight"] in (8, 9)
     with torch.no_grad():
-        scores_module.named_state(network)["rate/conv1.weight"] += 1.0
-    scores_module.refresh_masks(network)
-    after = {entry["name"]: entry["kept"] for entry in scores_module.layer_counts(network)}
+        named_state(network)["rate/conv1.weight"] += 1.0
+    scores.refresh()
+    after = {entry["name"]: entry["kept"] for entry in layer_counts(network)}
     assert after["conv1.weight"] > 100
     assert all(after[name] <= kept for name, kept in before.items() if name != "conv1.weight")
     assert sum(after.values()) == sum(before.values())
@@ -203,18 +211,18 @@ def test_the_scale_of_a_layers_scores_gives_it_nothing(
     shapes: list[tuple[int, int]], keep: Decimal, exponents: list[int]
 ) -> None:
     network = layers_of(shapes, 0)
-    scores_module.attach_scores(network, keep, "learned")
-    state = scores_module.named_state(network)
+    scores = Scores.attach(network, keep, "learned")
+    state = named_state(network)
     with torch.no_grad():
-        for index, name in enumerate(scores_module.maskable(network)):
+        for index, name in enumerate(maskable(network)):
             state[f"rate/{name}"] += 0.3 * index
-    scores_module.refresh_masks(network)
-    before = scores_module.mask_sha256(network)
+    scores.refresh()
+    before = scores.mask_sha256()
     with torch.no_grad():
-        for exponent, name in zip(exponents, scores_module.maskable(network), strict=False):
+        for exponent, name in zip(exponents, maskable(network), strict=False):
             state[f"score/{name}"] *= 2.0**exponent  # exact in floating point
-    scores_module.refresh_masks(network)
-    assert scores_module.mask_sha256(network) == before
+    scores.refresh()
+    assert scores.mask_sha256() == before
 
 
 @pytest.mark.parametrize("zeros", [0, 900, 1000])
@@ -229,34 +237,34 @@ def test_layers_of_few_nonzero_scores_have_masks_too(zeros: int) -> None:
 
 def test_rates_are_state_that_trains_with_the_scores_and_is_averaged() -> None:
     network = build_network(Model(arch="small_cnn", num_classes=10), 0)
-    scores_module.attach_scores(network, Decimal("0.1"), "learned")
-    names = {f"rate/{name}" for name in scores_module.maskable(network)}
-    state = scores_module.named_state(network)
+    scores = Scores.attach(network, Decimal("0.1"), "learned")
+    names = {f"rate/{name}" for name in maskable(network)}
+    state = named_state(network)
     assert {name for name in state if name.startswith("rate/")} == names
-    assert not [name for name in scores_module.effective_state(network) if "rate" in name or "score" in name]
-    scores_module.train_only(network, "weights")
-    assert not names & scores_module.trained_parameters(network).keys()
-    scores_module.train_only(network, "scores")
-    assert names < scores_module.trained_parameters(network).keys()
+    assert not [name for name in effective_state(network) if "rate" in name or "score" in name]
+    train_only(network, "weights")
+    assert not names & trained_parameters(network).keys()
+    train_only(network, "scores")
+    assert names < trained_parameters(network).keys()
 
-    average = start_average(network)
-    assert {f"ema/{name}" for name in names} < average.keys()
+    ema = Ema(network, 0.9, scores)
+    assert {f"ema/{name}" for name in names} < ema.state().keys()
     own = {name: tensor.detach().clone() for name, tensor in state.items()}
-    own_masks = scores_module.mask_sha256(network)
+    own_masks = scores.mask_sha256()
     with torch.no_grad():
         state["rate/conv1.weight"] += 3.0
-    scores_module.refresh_masks(network)
-    moved = scores_module.mask_sha256(network)
+    scores.refresh()
+    moved = scores.mask_sha256()
     assert moved != own_masks
-    update_average(average, network, 0.9, 1)
-    scores_module.load_state(network, own)
-    with averaged(network, average):
-        assert scores_module.mask_sha256(network) == moved, "masks follow the averaged rates"
-    assert scores_module.mask_sha256(network) == own_masks
+    ema.update(1)
+    load_state(network, own, scores)
+    with ema.applied():
+        assert scores.mask_sha256() == moved, "masks follow the averaged rates"
+    assert scores.mask_sha256() == own_masks
 
     again = build_network(Model(arch="small_cnn", num_classes=10), 1)
-    scores_module.attach_scores(again, Decimal("0.1"), "learned", score_init.zero)
-    scores_module.load_state(again, own)
-    assert scores_module.mask_sha256(again) == own_masks
+    again_scores = Scores.attach(again, Decimal("0.1"), "learned", score_init.zero)
+    load_state(again, own, again_scores)
+    assert again_scores.mask_sha256() == own_masks
     with pytest.raises(ValueError, match=r"missing \['rate/conv1\.weight'"):
-        scores_module.load_state(again, {name: t for name, t in own.items() if name not in names})
+        load_state(again, {name: t for name, t in own.items() if name not in names}, again_scores)

@@ -18,7 +18,8 @@ from torchvision.transforms.v2.functional import normalize
 from pipeline.models import build_network
 from pipeline.models.export import write_model
 from pipeline.models.load import load_network
-from pipeline.models.pruning.scores import attach_scores, effective_state
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import effective_state
 from pipeline.recipe.file import dump_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
@@ -35,7 +36,7 @@ def finish(run: Path, stage: Stage, recipe: Recipe, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     network = build_network(recipe.model, seed, recipe.data.image_size)
     if stage.keep_fraction is not None:
-        attach_scores(network, stage.keep_fraction)
+        Scores.attach(network, stage.keep_fraction)
     write_model(folder / "model.safetensors", effective_state(network), recipe.model, {"image_size": 28})
     atomic_write_json(folder / "result.json", {"model_sha256": sha256_of(folder / "model.safetensors")})
 

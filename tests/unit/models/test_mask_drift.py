@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.models.pruning.mask_drift import PREFIX, Drift
+from pipeline.models.pruning.mask_drift import PREFIX, MaskDrift
 from pipeline.models.pruning.score_init import DRAWS, first_scores, zero
-from pipeline.models.pruning.scores import attach_scores, load_state, masks_of, named_state, refresh_masks
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import load_state, named_state
 from pipeline.recipe.sections import Allocation
 
 CPU = torch.device("cpu")
@@ -26,34 +26,38 @@ def small_network(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 7))
 
 
-def kept(network: nn.Module) -> set[tuple[str, int]]:
-    return {(name, int(i)) for name, mask in masks_of(network).items() for i in mask.flatten().nonzero()}
+def kept(scores: Scores) -> set[tuple[str, int]]:
+    return kept_by(scores.masks())
 
 
-def move_scores(network: nn.Module, amount: float) -> None:
+def kept_by(masks: dict[str, Tensor]) -> set[tuple[str, int]]:
+    return {(name, int(i)) for name, mask in masks.items() for i in mask.flatten().nonzero()}
+
+
+def move_scores(network: nn.Module, scores: Scores, amount: float) -> None:
     for name, tensor in named_state(network).items():
         if name.startswith(("score/", "rate/")):
             tensor.data += amount * torch.randn_like(tensor)
-    refresh_masks(network)
+    scores.refresh()
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_masks_are_made_again_from_the_weights(kind: str, allocation: Allocation) -> None:
     network, first = small_network(), first_scores(kind, seed=3)
-    attach_scores(network, Decimal("0.2"), allocation, first)
-    begun = {name: mask.clone() for name, mask in masks_of(network).items()}
-    move_scores(network, 1.0)
-    assert kept(network) != {(name, int(i)) for name, mask in begun.items() for i in mask.flatten().nonzero()}
+    scores = Scores.attach(network, Decimal("0.2"), allocation, first)
+    begun = {name: mask.clone() for name, mask in scores.masks().items()}
+    move_scores(network, scores, 1.0)
+    assert kept(scores) != kept_by(begun)
     state = {name: tensor.clone() for name, tensor in named_state(network).items()}
 
     resumed = small_network(seed=9)  # as a stage is resumed: other weights, then the checkpoint's
-    attach_scores(resumed, Decimal("0.2"), allocation, zero)
-    load_state(resumed, state)
-    drift = Drift.begin(resumed, first, {}, CPU)
+    resumed_scores = Scores.attach(resumed, Decimal("0.2"), allocation, zero)
+    load_state(resumed, state, resumed_scores)
+    drift = MaskDrift(resumed_scores, first, CPU)
     assert all(torch.equal(drift.start[name], mask) for name, mask in begun.items())
     assert all(torch.equal(tensor, state[name]) for name, tensor in named_state(resumed).items())
-    assert kept(resumed) == kept(network)
+    assert kept(resumed_scores) == kept(scores)
 
 
 @settings(deadline=None, max_examples=25)
@@ -67,31 +71,31 @@ def test_shares_are_those_counted_and_survive_interruptions(
 ) -> None:
     first = first_scores("scaled", 0)
     network = small_network()
-    attach_scores(network, Decimal("0.3"), allocation, first)
-    drift = Drift.begin(network, first, None, CPU)
-    start = row = kept(network)
+    scores = Scores.attach(network, Decimal("0.3"), allocation, first)
+    drift = MaskDrift(scores, first, CPU)
+    start = row = kept(scores)
     torch.manual_seed(seed)
     for event in [*events, "row"]:
         if event == "step":
-            move_scores(network, 0.3)
+            move_scores(network, scores, 0.3)
         elif event == "row":
-            now, measured = kept(network), drift.measured()
+            now, measured = kept(scores), drift.measured()
             assert measured["since_start"] == pytest.approx(len(start - now) / len(start), abs=1e-12)
             assert measured["since_row"] == pytest.approx(len(row - now) / len(row), abs=1e-12)
             row = now
         else:
             state: dict[str, Tensor] = {name: t.clone() for name, t in named_state(network).items()}
-            carried: dict[str, Any] = drift.carried()
+            carried = drift.state()
             network = small_network(seed=1)
-            attach_scores(network, Decimal("0.3"), allocation, zero)
-            load_state(network, state)
-            drift = Drift.begin(network, first, carried, CPU)
+            scores = Scores.attach(network, Decimal("0.3"), allocation, zero)
+            load_state(network, state, scores)
+            drift = MaskDrift(scores, first, CPU)
+            drift.load(carried)
 
 
-def test_a_checkpoint_holds_a_bit_per_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = small_network()
-    attach_scores(network, Decimal("0.3"))
-    carried = Drift.begin(network, first_scores("scaled", 0), None, CPU).carried()
+def test_a_checkpoint_holds_a_bit_per_connection() -> None:
+    scores = Scores.attach(small_network(), Decimal("0.3"))
+    carried = MaskDrift(scores, first_scores("scaled", 0), CPU).state()
     assert {name: (len(t), t.dtype) for name, t in carried.items()} == {
         f"{PREFIX}0.weight": (17, torch.uint8),  # 135 connections
         f"{PREFIX}2.weight": (18, torch.uint8),  # 140
@@ -105,16 +109,18 @@ def test_memory_formats_agree() -> None:
         convolution = network[0]
         assert isinstance(convolution, nn.Conv2d)
         convolution.weight = nn.Parameter(convolution.weight.detach().contiguous(memory_format=memory))
-        attach_scores(network, Decimal("0.3"))
+        scores = Scores.attach(network, Decimal("0.3"))
         first = first_scores("scaled", 0)
-        drift = Drift.begin(network, first, None, CPU)
+        drift = MaskDrift(scores, first, CPU)
         torch.manual_seed(5)
         for name, tensor in sorted(named_state(network).items()):
             if name.startswith("score/"):
                 tensor.data += torch.randn(tensor.shape)
-        refresh_masks(network)
+        scores.refresh()
         drift.measured()
-        drift = Drift.begin(network, first, drift.carried(), CPU)
+        carried = drift.state()
+        drift = MaskDrift(scores, first, CPU)
+        drift.load(carried)
         shares.append(drift.measured())
     assert shares[0] == shares[1]
     assert shares[0]["since_row"] == 0.0
@@ -122,9 +128,8 @@ def test_memory_formats_agree() -> None:
 
 
 def test_a_checkpoint_of_before_has_no_masks_of_its_last_row() -> None:
-    network, first = small_network(), first_scores("scaled", 0)
-    attach_scores(network, Decimal("0.3"))
-    drift = Drift.begin(network, first, {"ema/score": torch.zeros(1)}, CPU)
-    assert drift.carried() == {}
+    drift = MaskDrift(Scores.attach(small_network(), Decimal("0.3")), first_scores("scaled", 0), CPU)
+    drift.load({})
+    assert drift.state() == {}
     assert drift.measured() == {"since_start": 0.0, "since_row": None}
     assert drift.measured() == {"since_start": 0.0, "since_row": 0.0}

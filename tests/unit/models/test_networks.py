@@ -24,7 +24,8 @@ from pipeline.models.architectures.verified_cnn import cnn_small
 from pipeline.models.architectures.vgg_cifar import WIDTHS
 from pipeline.models.architectures.wide_resnet import WideResNet
 from pipeline.models.network import BACKBONES, BACKBONES_OF_ONE_SIZE
-from pipeline.models.pruning.scores import attach_scores, layer_counts, maskable
+from pipeline.models.pruning.scores import Scores, maskable
+from pipeline.models.state import layer_counts
 from pipeline.recipe.architectures import OWN, REFUSED, TORCHVISION, known_architecture
 from pipeline.recipe.sections import Model
 
@@ -318,7 +319,7 @@ TINY = {
 def test_pruned_networks_train_repeatably_under_deterministic_algorithms(name: str) -> None:
     torch.manual_seed(0)
     network = TINY[name](3)
-    attach_scores(network, Decimal("0.1"))
+    Scores.attach(network, Decimal("0.1"))
     assert all(layer["kept"] == -(-layer["total"] // 10) for layer in layer_counts(network))
     before = {key: value.clone() for key, value in network.state_dict().items()}
     images = torch.rand(4, 3, 16, 16)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import build_network
-from pipeline.models.pruning import score_init, scores
+from pipeline.models.pruning import score_init
+from pipeline.models.pruning.scores import Scores, maskable
+from pipeline.models.state import effective_state
 from pipeline.recipe.sections import Model, ScoreInit
 from pipeline.rng import sample_keys, uniforms
 
@@ -66,9 +68,9 @@ def test_a_layer_drawn_in_blocks_is_the_layer_drawn_at_once(monkeypatch: pytest.
 
 def random_masks(seed: int, keep: str) -> dict[str, Tensor]:
     network = build_network(Model(arch="small_cnn", num_classes=10), 0)
-    scores.attach_scores(network, Decimal(keep), "global", score_init.drawn("random", seed))
-    state = scores.effective_state(network)
-    return {name: state[name] != 0 for name in scores.maskable(network)}
+    Scores.attach(network, Decimal(keep), "global", score_init.drawn("random", seed))
+    state = effective_state(network)
+    return {name: state[name] != 0 for name in maskable(network)}
 
 
 def test_a_random_network_keeps_any_connection_as_likely_as_another() -> None:

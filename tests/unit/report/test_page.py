@@ -36,7 +36,7 @@ from pipeline.report.history import passes_per_step, read_history, spent
 from pipeline.report.pictures import cards
 from pipeline.report.results import NetworkResult, compare_all, read_runs
 from pipeline.report.run_charts import MOST_POINTS, training_charts
-from pipeline.robustness.objectives import Given, build_objective
+from pipeline.robustness.objectives import ObjectiveInput, build_objective
 from tests.unit.report.test_report import ACCURACY, IMAGES, RECIPE, edit, evaluation, verdicts, write_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -454,7 +454,7 @@ def test_passes_are_those_that_the_objective_makes(name: str, level: int) -> Non
     threat_model = ThreatModel.model_validate({"norm": "l2" if name == "smoothadv" else "linf", "eps": "1/10"})
     network, x = Counted(), torch.rand(6, 3, 4, 4)
     noise = torch.from_numpy(rng.sample_keys(np.arange(6), 0, "attack").view(np.int64))
-    given = Given(network, network, x, torch.arange(6) % 5, noise, noise=torch.zeros_like(x))
+    given = ObjectiveInput(network, network, x, torch.arange(6) % 5, noise, noise=torch.zeros_like(x))
     outcome = build_objective(objective, threat_model, "pretrain", level)(given)
     outcome.loss.backward()
     assert passes_per_step(objective, level) == network.passes / 6

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pipeline import rng
 from pipeline.models import build_network
-from pipeline.models.pruning import scores
+from pipeline.models.state import train_only
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Model
 from pipeline.robustness import attacks
@@ -227,7 +227,7 @@ def test_crafting_restores_every_training_flag(fails: bool) -> None:
     network.train()
     bn2 = network.get_submodule("backbone.bn2")
     bn2.eval()  # one module that differs from its parent
-    scores.train_only(network, "weights")
+    train_only(network, "weights")
     flags = [module.training for module in network.modules()]
     statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from pipeline.models import Network, build_network
 from pipeline.models.architectures.vgg_cifar import CifarVGG
 from pipeline.models.architectures.wide_resnet import WideResNet
-from pipeline.models.pruning import scores
-from pipeline.models.pruning.scores import maskable
+from pipeline.models.pruning.scores import Scores, maskable
+from pipeline.models.state import effective_state, named_state, train_only
 from pipeline.recipe.architectures import OWN
 from pipeline.recipe.sections import Model
 from pipeline.robustness.attacks import LinfBall, pgd
@@ -106,7 +106,7 @@ def network_named(name: str, seed: int = 0) -> Network:
         for parameter in network.parameters():  # the last layer starts small: bounds would be near anything
             parameter.mul_(1.5)
     if masked:
-        scores.attach_scores(network, Decimal("0.1"))
+        Scores.attach(network, Decimal("0.1"))
     return network.eval()
 
 
@@ -529,7 +529,7 @@ def loss_of(bounds: Bounds, kind: str, y: Tensor) -> Tensor:
 def test_gradients_reach_scores_as_finite_differences_say(kind: str) -> None:
     """dL/ds = dL/dw_eff * w * sign(s), and dL/dw_eff by differences of a plain network with the effective weights."""
     network = network_named("small_cnn masked").double()
-    scores.train_only(network, "scores")
+    train_only(network, "scores")
     x, y = image(6, 2).double(), torch.tensor([0, 3])
     propagate = symbolic_bounds if kind == "symbolic" else interval_bounds
 
@@ -537,12 +537,12 @@ def test_gradients_reach_scores_as_finite_differences_say(kind: str) -> None:
         return loss_of(propagate(graphs[some], linf_box(x, 0.03)), kind, y)
 
     plain = network_named("small_cnn").double().requires_grad_(False)
-    plain.backbone.load_state_dict(scores.effective_state(network))
+    plain.backbone.load_state_dict(effective_state(network))
     graphs = {some: trace(some) for some in (network, plain)}
     loss(network).backward()
-    state, live = scores.named_state(network), scores.named_state(plain)
+    state, live = named_state(network), named_state(plain)
     compared = 0
-    for name in scores.maskable(plain):
+    for name in maskable(plain):
         effective, score = live[f"weight/{name}"].view(-1), state[f"score/{name}"]
         assert score.grad is not None
         steepest = score.grad.view(-1).abs()
@@ -562,14 +562,15 @@ def test_gradients_reach_scores_as_finite_differences_say(kind: str) -> None:
 
 
 def test_a_graph_serves_after_weights_masks_and_mode_have_changed() -> None:
-    network, box, y = network_named("residual masked"), linf_box(image(), 0.02), torch.tensor([0])
+    network, box, y = network_named("residual"), linf_box(image(), 0.02), torch.tensor([0])
+    scores = Scores.attach(network, Decimal("0.1"))
     graph = trace(network)
     before = interval_bounds(graph, box).linear_margins(y)
     with torch.no_grad():
-        for name, tensor in scores.named_state(network).items():
+        for name, tensor in named_state(network).items():
             if name.startswith("score/"):
                 tensor.copy_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)))
-    scores.refresh_masks(network)
+    scores.refresh()
     after = interval_bounds(graph, box).linear_margins(y)
     assert not torch.allclose(before, after)
     assert torch.equal(after, interval_bounds(trace(network), box).linear_margins(y))

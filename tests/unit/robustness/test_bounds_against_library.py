@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.architectures.verified_cnn import cnn_large, cnn_small
-from pipeline.models.pruning.scores import attach_scores
+from pipeline.models.pruning.scores import Scores
 from pipeline.robustness.bounds import linf_box
 from tests.unit.robustness.test_bounds import CLASSES, all_margins, dense_form, image
 
@@ -77,7 +77,7 @@ def test_the_shipped_cnns_dense_and_masked(build: Any, keep: str | None, eps: fl
     torch.manual_seed(0)
     network, x, y = build(CLASSES, 8), image(), 2
     if keep is not None:
-        attach_scores(network, Decimal(keep))
+        Scores.attach(network, Decimal(keep))
     low, high = (bound.flatten().double() for bound in linf_box(x, eps))
     agree(all_margins(network, x, torch.tensor([y]), eps), theirs(as_their_layers(network, y, x.shape[1:]), low, high))
 

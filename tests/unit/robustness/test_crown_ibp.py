@@ -17,14 +17,15 @@ from torch.nn import functional as F
 from pipeline import rng
 from pipeline.evaluation.measures.verified_bounds import verified
 from pipeline.models import Network, build_network
-from pipeline.models.pruning import scores
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import named_state, train_only, trained_parameters
 from pipeline.recipe.objective import Objective as ObjectiveRecipe
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.schedules import ramp_at, weight_at
 from pipeline.recipe.schema import RecipeError, parse_recipe
 from pipeline.recipe.sections import Model
 from pipeline.robustness.bounds import batch_statistics_of, interval_bounds, linf_box, symbolic_bounds, trace
-from pipeline.robustness.objectives import Given, Objective, Outcome, build_objective
+from pipeline.robustness.objectives import Objective, ObjectiveInput, ObjectiveOutput, build_objective
 from pipeline.robustness.objectives.crown_ibp import worst_case_loss
 from tests.support.small_recipe import small_values
 
@@ -41,13 +42,13 @@ def objective_named(name: str, phase: str = "pretrain", **options: Any) -> Objec
 
 def scored_network() -> Network:
     network = build_network(Model(arch="small_cnn", num_classes=10), 0)
-    scores.attach_scores(network, Decimal("0.5"))
-    scores.train_only(network, "scores")
+    Scores.attach(network, Decimal("0.5"))
+    train_only(network, "scores")
     return network.train()
 
 
-def run(objective: Objective, network: nn.Module, elapsed: float = 0.5) -> Outcome:
-    return objective(Given(network, network, X, Y, KEYS, elapsed=elapsed))
+def run(objective: Objective, network: nn.Module, elapsed: float = 0.5) -> ObjectiveOutput:
+    return objective(ObjectiveInput(network, network, X, Y, KEYS, elapsed=elapsed))
 
 
 def parts(network: nn.Module, eps: float, symbolic: bool = False) -> dict[str, Tensor]:
@@ -94,13 +95,15 @@ def test_certified_losses_are_their_formula(name: str, elapsed: float, eps: floa
 
 
 def test_proofs_are_counted_at_the_eps_of_the_moment() -> None:
-    network = scored_network()
+    network = build_network(Model(arch="small_cnn", num_classes=10), 0)
+    scores = Scores.attach(network, Decimal("0.5"))
+    train_only(network.train(), "scores")
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.05)
     for _ in range(30):
         optimizer.zero_grad()
         F.cross_entropy(network(X), Y).backward()
         optimizer.step()
-        scores.refresh_masks(network)
+        scores.refresh()
     counts = [run(objective_named("crown_ibp", eps_ramp=1.0), network, e).robust_correct for e in (0.0, 0.999)]
     assert counts[0] == 8
     assert 0 <= int(counts[1] if counts[1] is not None else -1) < 8
@@ -131,7 +134,7 @@ def test_mixtrain_is_its_formula_on_the_images_that_the_keys_choose() -> None:
         ((clean["clean"] + weight * per_image[list(c)].mean()) / (1 + weight)).item() for c in combinations(range(8), 3)
     ]
     assert min(abs(outcome.loss.item() - loss) for loss in losses) < 1e-3
-    other = Given(network := scored_network(), network, X, Y, KEYS + 1, elapsed=0.8)
+    other = ObjectiveInput(network := scored_network(), network, X, Y, KEYS + 1, elapsed=0.8)
     assert objective_named("mixtrain", **options)(other).loss.item() != outcome.loss.item()
     again = run(objective_named("mixtrain", **options), scored_network(), 0.8)
     assert torch.equal(again.loss, outcome.loss)
@@ -149,7 +152,7 @@ def test_mixtrain_leaves_the_robust_term_out_as_often_as_it_is_told() -> None:
     robust, weight = 0, weight_at(0.1, 50.0, 0.0, 0.9)
     for trial in range(400):
         stream = torch.from_numpy(rng.sample_keys(np.arange(2), trial, "attack").view(np.int64))
-        loss = (1 + weight) * objective(Given(network, network, x, y, stream, elapsed=0.9)).loss.item()
+        loss = (1 + weight) * objective(ObjectiveInput(network, network, x, y, stream, elapsed=0.9)).loss.item()
         robust += abs(loss - float(np.log(2))) > 1e-3
     assert 0.7 * 400 - 40 < robust < 0.7 * 400 + 40
 
@@ -161,9 +164,9 @@ def test_gradients_reach_exactly_what_trains(name: str) -> None:
     assert outcome.loss.dtype == torch.float32
     assert all(parameter.grad is None for parameter in network.parameters())
     outcome.loss.backward()
-    state = scores.named_state(network)
+    state = named_state(network)
     grads = {n: tensor.grad for n, tensor in state.items() if tensor.grad is not None}
-    assert grads.keys() == scores.trained_parameters(network).keys()
+    assert grads.keys() == trained_parameters(network).keys()
     assert all(bool(torch.isfinite(grad).all()) for grad in grads.values())
     assert int(state["buffer/bn1.num_batches_tracked"]) == 1, "bounds take no statistics"
 
@@ -179,7 +182,7 @@ def test_the_loss_contains_the_clean_forward_even_where_it_weighs_nothing(name: 
         return logits
 
     objective = objective_named(name, kappa_start=0.0, kappa_end=0.0, robust_probability=1.0)
-    objective(Given(network, forward, X, Y, KEYS, elapsed=0.9)).loss.backward()
+    objective(ObjectiveInput(network, forward, X, Y, KEYS, elapsed=0.9)).loss.backward()
     assert len(seen) == 1
 
 

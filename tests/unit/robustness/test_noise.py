@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline import rng
-from pipeline.robustness.attacks import derived_keys, gaussian_noise, uniform_noise
+from pipeline.robustness.noise import derived_keys, gaussian_noise, uniform_noise
 
 
 def keys_of(count: int, *scope: int | str) -> Tensor:

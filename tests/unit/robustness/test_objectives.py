@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from pipeline import rng
 from pipeline.models import Network, build_network
-from pipeline.models.pruning import scores
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import named_state, train_only, trained_parameters
 from pipeline.recipe.objective import Objective as ObjectiveRecipe
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Model
 from pipeline.robustness.attacks import LinfBall
-from pipeline.robustness.objectives import COUNTS, Given, Objective, Outcome, build_objective
+from pipeline.robustness.objectives import COUNTS, Objective, ObjectiveInput, ObjectiveOutput, build_objective
 from pipeline.robustness.objectives.trades import kl_divergence as kl_of_log_probabilities
 
 NAMES = ["clean", "pgd", "fgsm", "nfgsm", "free", "trades", "noise", "stability", "smoothadv"]
@@ -41,8 +42,8 @@ def objective_named(name: str, norm: str = "linf", phase: str = "pretrain", **va
 
 def scored_network(seed: int = 0) -> Network:
     network = build_network(Model(arch="small_cnn", num_classes=10), seed)
-    scores.attach_scores(network, Decimal("0.1"))
-    scores.train_only(network, "scores")
+    Scores.attach(network, Decimal("0.1"))
+    train_only(network, "scores")
     return network
 
 
@@ -61,9 +62,9 @@ class Recorder:
         return self.logits[-1]
 
 
-def run(objective: Objective, network: nn.Module, elapsed: float = 0.0) -> tuple[Outcome, Recorder]:
+def run(objective: Objective, network: nn.Module, elapsed: float = 0.0) -> tuple[ObjectiveOutput, Recorder]:
     forward = Recorder(network)
-    return objective(Given(network, forward, X, Y, KEYS, elapsed=elapsed, noise=NOISE.clone())), forward
+    return objective(ObjectiveInput(network, forward, X, Y, KEYS, elapsed=elapsed, noise=NOISE.clone())), forward
 
 
 def count(logits: Tensor) -> int:
@@ -115,7 +116,7 @@ def test_nfgsm_steps_from_noise_and_leaves_the_ball() -> None:
     """On a linear network every gradient is known: the example is two clips written out here."""
     network, weight = linear_network(classes=2)
     labels, forward = Y % 2, Recorder(network)
-    outcome = objective_named("nfgsm", noise_magnitude=1.5)(Given(network, forward, X, labels, KEYS))
+    outcome = objective_named("nfgsm", noise_magnitude=1.5)(ObjectiveInput(network, forward, X, labels, KEYS))
     noise = torch.from_numpy(rng.uniforms(KEYS.numpy().view(np.uint64), X[0].numel())).view_as(X)
     towards_the_other = (weight[1] - weight[0]).sign().view_as(X[0]) * torch.where(labels == 0, 1, -1).view(-1, 1, 1, 1)
     start = (X + 1.5 * 0.1 * (2 * noise - 1)).clip(0, 1)
@@ -131,7 +132,7 @@ def test_free_training_moves_its_noise_by_the_gradient_of_the_one_backward(norm:
     """On a linear network the gradient is known: (p - onehot(y)) W / n, and none where the sum leaves [0, 1]."""
     network, weight = linear_network(classes=10)
     carried, forward = NOISE.clone(), Recorder(network)
-    outcome = objective_named("free", norm)(Given(network, forward, X, Y, KEYS, noise=carried))
+    outcome = objective_named("free", norm)(ObjectiveInput(network, forward, X, Y, KEYS, noise=carried))
     (fed,) = forward.fed
     assert torch.equal(fed, (X + NOISE).clip(0, 1))
     assert outcome.loss.item() == pytest.approx(cross_entropy_by_hand(forward.logits[0]), rel=1e-5)
@@ -160,7 +161,7 @@ def test_the_noise_of_free_training_warms_up_with_eps() -> None:
     ascent = (weight[1] - weight[0]).sign().view_as(X[0]) * torch.where(labels == 0, 1, -1).view(-1, 1, 1, 1)
     for elapsed, strength in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0)):
         carried, forward = torch.full_like(X, 0.02), Recorder(network)
-        outcome = objective(Given(network, forward, X * 0.9, labels, KEYS, elapsed=elapsed, noise=carried))
+        outcome = objective(ObjectiveInput(network, forward, X * 0.9, labels, KEYS, elapsed=elapsed, noise=carried))
         outcome.loss.backward()
         outcome.after_backward()
         expected = (0.02 + 0.05 * strength * ascent).clip(-0.1 * strength, 0.1 * strength)
@@ -235,7 +236,7 @@ def test_trades_loss_is_that_of_torch_distributions() -> None:
 def test_trades_maximises_the_divergence_from_near_the_image() -> None:
     network = scored_network()
     with torch.no_grad():  # an untrained network's predictions hardly differ from one another
-        scores.named_state(network)["weight/fc2.weight"].mul_(100)
+        named_state(network)["weight/fc2.weight"].mul_(100)
     _, forward = run(objective_named("trades"), network)
     x_adv = forward.fed[1]
     assert float((x_adv - X).abs().max()) <= 0.1 + 1e-6
@@ -259,14 +260,14 @@ def test_kl_divergence_of_confident_networks_is_finite() -> None:
 def test_the_attack_touches_neither_gradients_nor_statistics(name: str) -> None:
     network = scored_network()
     objective = objective_named(name)
-    tracked = scores.named_state(network)["buffer/bn1.num_batches_tracked"]
+    tracked = named_state(network)["buffer/bn1.num_batches_tracked"]
     outcome, forward = run(objective, network)
     assert all(parameter.grad is None for parameter in network.parameters())
     assert int(tracked) == len(forward.fed), "only the update's forwards move BatchNorm's statistics"
     assert network.training
     outcome.loss.backward()
-    with_grad = {name for name, tensor in scores.named_state(network).items() if tensor.grad is not None}
-    assert with_grad == set(scores.trained_parameters(network))
+    with_grad = {name for name, tensor in named_state(network).items() if tensor.grad is not None}
+    assert with_grad == set(trained_parameters(network))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,7 +275,7 @@ def test_the_noise_is_a_function_of_the_keys(name: str) -> None:
     def fed(some_keys: Tensor) -> Tensor:
         network = scored_network()
         forward = Recorder(network)
-        objective_named(name)(Given(network, forward, X, Y, some_keys, noise=NOISE.clone()))
+        objective_named(name)(ObjectiveInput(network, forward, X, Y, some_keys, noise=NOISE.clone()))
         return forward.fed[-1]
 
     first = fed(KEYS)
@@ -296,12 +297,12 @@ def test_under_autocast_losses_are_float32_and_near(name: str) -> None:
         dtypes.append(logits.dtype)
         return logits
 
-    outcome = objective_named(name)(Given(network, forward, X, Y, KEYS, autocast, noise=NOISE.clone()))
+    outcome = objective_named(name)(ObjectiveInput(network, forward, X, Y, KEYS, autocast, noise=NOISE.clone()))
     assert set(dtypes) == {torch.bfloat16}
     assert outcome.loss.dtype == torch.float32
     outcome.loss.backward()
-    with_grad = {name for name, tensor in scores.named_state(network).items() if tensor.grad is not None}
-    assert with_grad == set(scores.trained_parameters(network))
+    with_grad = {name for name, tensor in named_state(network).items() if tensor.grad is not None}
+    assert with_grad == set(trained_parameters(network))
     full_precision, _ = run(objective_named(name), scored_network())
     assert outcome.loss.item() == pytest.approx(full_precision.loss.item(), rel=0.1)
 

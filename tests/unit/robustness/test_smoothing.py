@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pipeline import rng
 from pipeline.robustness.attacks import L2Ball
-from pipeline.robustness.objectives import Given, Objective, Outcome
+from pipeline.robustness.objectives import Objective, ObjectiveInput, ObjectiveOutput
 from pipeline.robustness.objectives.smoothing import noise_training, smoothadv_training, stability_training
 
 IMAGES, SHAPE, SIGMA = 12, (3, 5, 5), 0.25
@@ -63,8 +63,8 @@ def small_network(classes: int = 3) -> Watched:
     return Watched(nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), last))
 
 
-def run(objective: Objective, network: nn.Module, y: Tensor = Y) -> Outcome:
-    return objective(Given(network, network, X, y, KEYS))
+def run(objective: Objective, network: nn.Module, y: Tensor = Y) -> ObjectiveOutput:
+    return objective(ObjectiveInput(network, network, X, y, KEYS))
 
 
 def count(probabilities: Tensor, y: Tensor = Y) -> int:
@@ -150,7 +150,7 @@ def test_smoothadv_finds_the_worst_point_of_the_ball_of_a_linear_network() -> No
     x = 0.25 + 0.5 * X  # the ball lies within [0, 1]
     labels = Y % 2
     objective = smoothadv_training(L2Ball(eps), 4, 0.1, SIGMA, samples)
-    outcome = objective(Given(network, network, x, labels, KEYS))
+    outcome = objective(ObjectiveInput(network, network, x, labels, KEYS))
     side = torch.where(labels == 1, 1.0, -1.0).double()
     noise = SIGMA * draws_of_each(samples)
     margins = (x.double()[:, None] + noise).flatten(2) @ weight.double() * side[:, None] - eps * weight.norm().double()

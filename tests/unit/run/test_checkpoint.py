@@ -49,7 +49,7 @@ def same(a: Snapshot, b: Snapshot) -> bool:
     def equal(x: checkpoint.Tensors, y: checkpoint.Tensors) -> bool:
         return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) and x[k].dtype == y[k].dtype for k in x)
 
-    return equal(a.model, b.model) and equal(a.optimizer, b.optimizer) and a.progress == b.progress
+    return equal(a.model, b.model) and equal(a.train_state, b.train_state) and a.progress == b.progress
 
 
 def newest(stage: Path) -> int | None:

@@ -10,22 +10,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.run import stop as stop_module
-from pipeline.run.stop import (
-    EXIT_HUNG,
-    Failure,
-    StopFile,
-    Watchdog,
-    read_failures,
-    record_failure,
-    repeated_failure,
-)
+from pipeline.run.failures import Failure, read_failures, record_failure, repeated_failure
+from pipeline.run.stop import StopFile
+from pipeline.training.watchdog import EXIT_HUNG, Watchdog
 from tests.support.commands import ROOT
 
 
-def test_a_stop_file_is_found_and_stays_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_module, "LOOK_S", 0.0)
+def test_a_stop_file_is_found_and_stays_found(tmp_path: Path) -> None:
     path = tmp_path / "stop"
-    stop = StopFile(path)
+    stop = StopFile(path, poll_s=0.0)
     assert not stop.requested()
     path.touch()
     assert stop.requested()
@@ -34,15 +27,16 @@ def test_a_stop_file_is_found_and_stays_found(tmp_path: Path, monkeypatch: pytes
     assert not StopFile(None).requested()
 
 
-def test_looking_is_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_checked_for_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop_module.time, "monotonic", lambda: now)
     path = tmp_path / "stop"
-    stop = StopFile(path)
+    stop = StopFile(path, poll_s=3.0)
     assert not stop.requested()
     path.touch()
-    assert not stop.requested(), "it looked again at once"
-    now += stop_module.LOOK_S
+    now += 2.0
+    assert not stop.requested(), "it checked again at once"
+    now += 1.0
     assert stop.requested()
 
 
@@ -50,7 +44,7 @@ def test_the_watchdog_ends_a_process_that_is_stuck_and_says_where(tmp_path: Path
     code = textwrap.dedent(f"""
         import threading
         from pathlib import Path
-        from pipeline.run.stop import Watchdog
+        from pipeline.training.watchdog import Watchdog
         watchdog = Watchdog(0.4, Path({str(tmp_path / "log")!r}))
         def the_place_where_it_hangs():
             threading.Event().wait(60)

@@ -13,7 +13,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.lease import Leases
 from pipeline.training.batches import micro_batches
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage import run_stages
 from tests.support.small_recipe import small_recipe
 
@@ -34,13 +34,13 @@ def growing(data: Path, **sections: object) -> Recipe:
 
 
 def fed(recipe: Recipe, stage_number: int, start: int, stop: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    job = Job(recipe, Path(), "token", Group(rank, world, CPU))
+    context = RunContext(recipe, Path(), "token", Group(rank, world, CPU))
     try:
-        loader = job.loader(recipe.data.train_file)
-        train_ids, _ = job.training_samples(loader)
-        return list(micro_batches(job, stages_of(recipe)[stage_number], loader, train_ids, start, stop))
+        loader = context.loader(recipe.data.train_file)
+        train_ids, _ = context.training_samples(loader)
+        return list(micro_batches(context, stages_of(recipe)[stage_number], loader, train_ids, start, stop))
     finally:
-        job.close()
+        context.close()
 
 
 def same(some: list[Batch], others: list[Batch]) -> bool:
@@ -78,6 +78,6 @@ def test_images_that_are_too_small_for_the_network_are_refused_by_their_key(fash
     )
     try:
         with pytest.raises(ValueError, match=words):
-            run_stages(Job(recipe, tmp_path, leases.token, Group(0, 1, CPU)), stages)
+            run_stages(RunContext(recipe, tmp_path, leases.token, Group(0, 1, CPU)), stages)
     finally:
         leases.release()

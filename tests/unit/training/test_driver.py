@@ -20,8 +20,8 @@ from ray.train.v2._internal.exceptions import (
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
+from pipeline.run.failures import Failure, record_failure
 from pipeline.run.layout import evaluation_path
-from pipeline.run.stop import Failure, record_failure
 from pipeline.training import driver
 from pipeline.training.driver import Cluster, RunFailed, RunRequest
 from tests.support.small_recipe import small_recipe

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.data.manifest import DataError
 from pipeline.distributed import Group
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.health import Unhealthy, check_bounds, check_device, check_worker
 from tests.support.small_recipe import small_recipe
 
@@ -32,8 +32,8 @@ class Peers(Group):
         return [value, *(other(value) for other in self.others)]
 
 
-def job_among(data: Path, *others: Callable[[Answer], Answer]) -> Job:
-    return Job(small_recipe(data), data, "token", Peers(0, 1 + len(others), CPU, others))
+def context_among(data: Path, *others: Callable[[Answer], Answer]) -> RunContext:
+    return RunContext(small_recipe(data), data, "token", Peers(0, 1 + len(others), CPU, others))
 
 
 def like(answer: Answer) -> Answer:
@@ -68,14 +68,14 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 
 def test_equal_workers_may_begin(fashion_data: Path) -> None:
-    check_worker(job_among(fashion_data, like, like))
+    check_worker(context_among(fashion_data, like, like))
 
 
 @pytest.mark.parametrize("key", ["recipe", "data.train_file", "data.test_file", "torch", "python", "device", "threads"])
 def test_the_odd_one_is_named_with_its_host(fashion_data: Path, key: str) -> None:
-    job = job_among(fashion_data, like, unlike("node-7", **{key: "another"}))
+    context = context_among(fashion_data, like, unlike("node-7", **{key: "another"}))
     with pytest.raises(Unhealthy, match=f"the workers differ in {key}: most have .*, node-7 has another"):
-        check_worker(job)
+        check_worker(context)
 
 
 def test_what_another_worker_found_stops_all(fashion_data: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_another_worker_found_stops_all(fashion_data: Path) -> None:
         return "node-3", "node-3: cuda:0 computes wrongly", None, answer[3]
 
     with pytest.raises(Unhealthy, match="node-3: cuda:0 computes wrongly"):
-        check_worker(job_among(fashion_data, like, broken))
+        check_worker(context_among(fashion_data, like, broken))
 
 
 def test_data_that_one_node_lacks_is_the_users_to_mend_and_its_host_named(fashion_data: Path, tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_data_that_one_node_lacks_is_the_users_to_mend_and_its_host_named(fashio
         return "node-3", None, "node-3: train.beton: no such file", {}
 
     with pytest.raises(DataError, match=r"^node-3: train.beton: no such file$"):
-        check_worker(job_among(fashion_data, like, without))
-    here = Job(small_recipe(tmp_path), tmp_path, "token", Peers(0, 2, CPU, (like,)))
+        check_worker(context_among(fashion_data, like, without))
+    here = RunContext(small_recipe(tmp_path), tmp_path, "token", Peers(0, 2, CPU, (like,)))
     with pytest.raises(DataError, match=rf"^{platform.node()}: .*train.beton"):
         check_worker(here)
 
@@ -105,8 +105,10 @@ def test_a_network_without_bounds_is_refused_before_it_is_trained_for_nothing(fa
     without = {"arch": "squeezenet1_1", "num_classes": 10}
     small = {"image_size": 32, "augmentation": "none"}
     words = r"^objective.name crown_ibp needs bounds of model.arch squeezenet1_1: .*MaxPool2d.*; choose another network"
-    job = Job(small_recipe(fashion_data, **search, model=without, data=small), fashion_data, "token", Peers(0, 1, CPU))
+    context = RunContext(
+        small_recipe(fashion_data, **search, model=without, data=small), fashion_data, "token", Peers(0, 1, CPU)
+    )
     with pytest.raises(ValueError, match=words):
-        check_worker(job)
+        check_worker(context)
     check_bounds(small_recipe(fashion_data, **search))
     check_bounds(small_recipe(fashion_data, model=without, data=small))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
-from pipeline.training.replays import NOISE, carried_noise, own_noise, replayed, start_noise
+from pipeline.training.batches import NOISE, FreeNoise, replayed
+from pipeline.training.context import RunContext
 from tests.support.small_recipe import small_recipe
 
 CPU = torch.device("cpu")
@@ -53,22 +54,34 @@ def test_each_micro_batch_is_read_once_and_not_before_it_is_needed() -> None:
     assert read == list(range(6))
 
 
-def test_noise_is_dealt_in_the_order_of_the_steps_micro_batches() -> None:
+def noise_of(group: Group) -> FreeNoise:
     recipe = small_recipe(Path("."), batch={"batch_per_step": 24, "micro_batch": 4}, data={"image_size": 5})
+    return FreeNoise(RunContext(recipe, Path("."), "token", group))
+
+
+def test_noise_is_dealt_in_the_order_of_the_steps_micro_batches() -> None:
     whole = torch.arange(6 * 4 * 3 * 25, dtype=torch.float32).view(6, 4, 3, 5, 5)
+    before = whole.clone()
     for world in (1, 2, 3, 6):
-        parts = [own_noise({NOISE: whole, "ema/weight/a": whole[0]}, Group(rank, world, CPU)) for rank in range(world)]
+        parts = []
+        for rank in range(world):
+            noise, local = noise_of(Group(rank, world, CPU)), range(6 // world)
+            begun = torch.stack([noise.of(number) for number in local])
+            noise.load({NOISE: whole})
+            parts.append(torch.stack([noise.of(number) for number in local]))
+            assert (begun.shape, begun.dtype, bool(begun.any())) == (parts[-1].shape, torch.float32, False)
+            for number in local:
+                noise.of(number).zero_()
         assert torch.equal(torch.cat(parts), whole)
-        for rank, part in enumerate(parts):
-            begun = start_noise(recipe, Group(rank, world, CPU))
-            assert (begun.shape, begun.dtype, bool(begun.any())) == (part.shape, torch.float32, False)
-    parts[0].zero_()
-    assert bool((whole[0, 0, 0, 0, 1:] > 0).all()), "a part is a copy"
+    assert torch.equal(whole, before), "a part is a copy"
 
 
 def test_a_checkpoints_noise_is_a_copy() -> None:
-    noise = torch.rand(2, 4, 3, 5, 5)
-    carried = carried_noise(noise, Group(0, 1, CPU))
-    assert torch.equal(carried[NOISE], noise)
-    noise.zero_()
-    assert bool(carried[NOISE].any())
+    noise = noise_of(Group(0, 1, CPU))
+    expected = torch.rand(6, 4, 3, 5, 5)
+    for number in range(6):
+        noise.of(number).copy_(expected[number])
+    state = noise.state()
+    noise.of(0).zero_()
+    assert state.keys() == {NOISE}
+    assert torch.equal(state[NOISE], expected)

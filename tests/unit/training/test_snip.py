@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
 from pipeline.models import Network, build_network
-from pipeline.models.pruning.scores import maskable, named_state
+from pipeline.models.pruning.scores import maskable
+from pipeline.models.state import named_state
 from pipeline.recipe.sections import Model
 from pipeline.rng import sample_keys
-from pipeline.robustness.attacks import LinfBall, uniform_noise
-from pipeline.robustness.objectives import Given, Outcome
+from pipeline.robustness.attacks import LinfBall
+from pipeline.robustness.noise import uniform_noise
+from pipeline.robustness.objectives import ObjectiveInput, ObjectiveOutput
 from pipeline.robustness.objectives.adversarial import adversarial_training
 from pipeline.training.snip import connection_sensitivity
 
@@ -43,11 +45,11 @@ def small_network() -> nn.Module:
         return nn.Sequential(*layers)
 
 
-def noisy(given: Given) -> Outcome:
+def noisy(given: ObjectiveInput) -> ObjectiveOutput:
     """An objective whose loss depends on images, labels and keys."""
     noise = uniform_noise(given.keys, given.x.shape[1:])
     logits = given.forward((given.x + 0.1 * noise).to(next(given.network.parameters()).dtype))
-    return Outcome(F.cross_entropy(logits, given.y), None, None)
+    return ObjectiveOutput(F.cross_entropy(logits, given.y), None, None)
 
 
 def test_it_is_how_fast_the_loss_changes_as_a_connection_fades_out() -> None:

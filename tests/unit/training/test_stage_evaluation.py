@@ -20,7 +20,8 @@ from pipeline.distributed import Group
 from pipeline.evaluation.honesty.runner import trained_network
 from pipeline.models import Network, build_network
 from pipeline.models.export import write_model
-from pipeline.models.pruning.scores import attach_scores, effective_state, named_state
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import effective_state, named_state
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run import checkpoint
@@ -29,7 +30,7 @@ from pipeline.run.files import atomic_write_json, read_json, sha256_of
 from pipeline.run.lease import LeaseHeld, Leases
 from pipeline.run.progress import Progress
 from pipeline.run.stop import StopRequested
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage_evaluation import check_honesty
 from tests.conftest import TEST_IMAGES
 from tests.support.small_recipe import small_recipe
@@ -79,9 +80,9 @@ class Finished:
     def target(self) -> Path:
         return self.folder / "honesty.json"
 
-    def job(self, stop: Callable[[], bool] = lambda: False) -> Job:
+    def job(self, stop: Callable[[], bool] = lambda: False) -> RunContext:
         group = Group(0, 1, torch.device("cpu"))
-        job = Job(self.recipe, self.run, self.leases.token, group, self.observe, stop)
+        job = RunContext(self.recipe, self.run, self.leases.token, group, self.observe, stop)
         job._loaders[self.recipe.data.test_file] = self.loader
         return job
 
@@ -111,7 +112,7 @@ def finished(tmp_path: Path, loader: Any, fashion_data: Path) -> Iterator[Finish
     leases = Leases([tmp_path / stage.name])
     live = build_network(recipe.model, 5, 28)
     assert stage.keep_fraction is not None
-    attach_scores(live, stage.keep_fraction)
+    Scores.attach(live, stage.keep_fraction)
     finish(tmp_path / stage.name, recipe, live)
     yield Finished(loader, tmp_path, recipe, stage, leases)
     leases.release()

@@ -16,7 +16,7 @@ from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.files import atomic_write_json
 from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.hardware import hardware_of
 from pipeline.training.loop import NonFinite
 from pipeline.training.stage import run_stages
@@ -30,7 +30,7 @@ SECRET = "hunter2-hunter2-hunter2"
 HOST = "node-of-nobody"
 
 
-def make_run(folder: Path, **sections: Any) -> Job:
+def make_run(folder: Path, **sections: Any) -> RunContext:
     """A run directory as the command line makes it, on data that nobody reads here."""
     slurm = {"setup": [f"export WANDB_API_KEY={SECRET}"], "nodes": 2}
     recipe = small_recipe(folder / "data", tracking={"wandb": "offline"}, slurm=slurm, **sections)
@@ -47,23 +47,23 @@ def make_run(folder: Path, **sections: Any) -> Job:
             "versions": {"torch": "2.11.0"},
         },
     )
-    return Job(recipe, run, "token", Group(0, 1, torch.device("cpu")))
+    return RunContext(recipe, run, "token", Group(0, 1, torch.device("cpu")))
 
 
-def stage_of(job: Job, name: str) -> Stage:
-    stage = next(stage for stage in stages_of(job.recipe) if stage.name == name)
-    job.folder(stage).mkdir(parents=True, exist_ok=True)
+def stage_of(context: RunContext, name: str) -> Stage:
+    stage = next(stage for stage in stages_of(context.recipe) if stage.name == name)
+    context.folder(stage).mkdir(parents=True, exist_ok=True)
     return stage
 
 
 def test_the_config_is_the_recipe_its_origin_and_the_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_TEST_SECRET", SECRET)
-    job = make_run(tmp_path)
-    with stage_tracker(job, stage_of(job, "keep-0.1/finetune")):
+    context = make_run(tmp_path)
+    with stage_tracker(context, stage_of(context, "keep-0.1/finetune")):
         pass
     (found,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
     config = found.config
-    recipe: dict[str, Any] = job.recipe.model_dump(mode="json", exclude={"slurm"})
+    recipe: dict[str, Any] = context.recipe.model_dump(mode="json", exclude={"slurm"})
     assert {key: config[key] for key in recipe} == recipe
     assert config["stage"] == {
         "name": "keep-0.1/finetune",
@@ -94,11 +94,11 @@ def test_the_config_is_the_recipe_its_origin_and_the_hardware(tmp_path: Path, mo
 
 
 def test_summaries_are_named_so_that_a_panel_finds_them(tmp_path: Path) -> None:
-    job = make_run(tmp_path)
+    context = make_run(tmp_path)
     rng = np.random.default_rng(0)
     facts = evaluation(rng.random(100) < 0.9, rng.random(100) < 0.5, "sha")
-    stage = stage_of(job, "keep-0.1/finetune")
-    with stage_tracker(job, stage) as tracker:
+    stage = stage_of(context, "keep-0.1/finetune")
+    with stage_tracker(context, stage) as tracker:
         assert tracker is not None
         tracker.summary(summary_of(stage, "pgd", EvaluationResult.parse(facts)))
         tracker.summary(summary_of(stage, "autoattack", EvaluationResult.parse(facts | {"attack": "autoattack"})))
@@ -116,9 +116,9 @@ def test_summaries_are_named_so_that_a_panel_finds_them(tmp_path: Path) -> None:
 
 def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start before this one trained, finished `test`, and was preempted in AutoAttack."""
-    job = make_run(tmp_path, evaluation={"attacks": [{"name": "autoattack"}]})
-    stage = stage_of(job, "pretrain")
-    folder = job.folder(stage)
+    context = make_run(tmp_path, evaluation={"attacks": [{"name": "autoattack"}]})
+    stage = stage_of(context, "pretrain")
+    folder = context.folder(stage)
     rng = np.random.default_rng(0)
     facts = evaluation(rng.random(100) < 0.9, rng.random(100) < 0.5, "m")
     (folder / "evaluate").mkdir()
@@ -126,13 +126,13 @@ def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     atomic_write_json(folder / "evaluate" / f"{stage.evaluations[0]}.json", facts)
     sent: list[str] = []
     monkeypatch.setattr(Tracker, "produces", lambda self, artifact, files, metadata: sent.append(artifact))
-    monkeypatch.setattr("pipeline.training.stage.check_worker", lambda job: None)
-    monkeypatch.setattr("pipeline.training.stage.check_honesty", lambda job, stage: None)
+    monkeypatch.setattr("pipeline.training.stage.check_worker", lambda context: None)
+    monkeypatch.setattr("pipeline.training.stage.check_honesty", lambda context, stage: None)
     result = EvaluationResult.parse(facts)
     monkeypatch.setattr(
-        "pipeline.training.stage.evaluate_stage", lambda job, stage, labels: iter([(labels[0], result)])
+        "pipeline.training.stage.evaluate_stage", lambda context, stage, labels: iter([(labels[0], result)])
     )
-    run_stages(job, [stage])
+    run_stages(context, [stage])
     assert sent == ["demo-pretrain"]
     (found,) = recorded(folder)
     assert found.summary["robust_accuracy"] == facts["robust_accuracy"]["value"]
@@ -148,8 +148,8 @@ def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_people_are_told_how_a_stage_ended(tmp_path: Path, error: Exception, title: str, level: str) -> None:
-    job = make_run(tmp_path)
-    with pytest.raises(type(error)), stage_tracker(job, stage_of(job, "pretrain")):
+    context = make_run(tmp_path)
+    with pytest.raises(type(error)), stage_tracker(context, stage_of(context, "pretrain")):
         raise error
     (found,) = recorded(tmp_path / "demo" / "pretrain")
     ((said_title, text, said_level),) = found.alerts
@@ -161,16 +161,16 @@ def test_people_are_told_how_a_stage_ended(tmp_path: Path, error: Exception, tit
 
 
 def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
-    job = make_run(tmp_path, sparsity={"baselines": []})
-    stages = [stage_of(job, stage.name) for stage in stages_of(job.recipe)]
+    context = make_run(tmp_path, sparsity={"baselines": []})
+    stages = [stage_of(context, stage.name) for stage in stages_of(context.recipe)]
     alerts = []
     for stage in stages:
-        folder = job.folder(stage)
-        with stage_tracker(job, stage) as tracker:
+        folder = context.folder(stage)
+        with stage_tracker(context, stage) as tracker:
             facts = {"steps": 40, "model_sha256": "m", "mask_sha256": None}
             (folder / "evaluate").mkdir()
             atomic_write_json(folder / "result.json", facts)
-            tell_kept(job, stage, tracker)
+            tell_kept(context, stage, tracker)
             for name in stage.evaluations:
                 atomic_write_json(folder / "evaluate" / f"{name}.json", {})
         alerts.append(recorded(folder)[0].alerts)
@@ -178,17 +178,21 @@ def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
 
 
 def test_only_the_first_worker_tracks_and_disabled_is_disabled(tmp_path: Path) -> None:
-    job = make_run(tmp_path)
-    quiet = job.recipe.model_copy(update={"tracking": job.recipe.tracking.model_copy(update={"wandb": "disabled"})})
-    stage = stage_of(job, "pretrain")
-    with stage_tracker(Job(quiet, job.run_folder, "token", Group(1, 2, torch.device("cpu"))), stage) as tracker:
+    context = make_run(tmp_path)
+    quiet = context.recipe.model_copy(
+        update={"tracking": context.recipe.tracking.model_copy(update={"wandb": "disabled"})}
+    )
+    stage = stage_of(context, "pretrain")
+    with stage_tracker(
+        RunContext(quiet, context.run_folder, "token", Group(1, 2, torch.device("cpu"))), stage
+    ) as tracker:
         assert tracker is None
-    with stage_tracker(Job(quiet, job.run_folder, "token", job.group), stage) as tracker:
+    with stage_tracker(RunContext(quiet, context.run_folder, "token", context.group), stage) as tracker:
         assert tracker is not None
         tracker.alert("title", "text", "INFO")
         keep = {"kind": "train", "step": 1}
         tracker.log(keep)
-    assert [entry.name for entry in job.folder(stage).iterdir()] == ["metrics.jsonl"]
+    assert [entry.name for entry in context.folder(stage).iterdir()] == ["metrics.jsonl"]
 
 
 def test_hardware_tells_models_apart_and_names_no_host() -> None:

@@ -1,0 +1,61 @@
+"""What a stage begins with: weights of another stage, of others or from the seed, and its first scores."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from pipeline.models import Network
+from pipeline.models.ema import overlaid
+from pipeline.models.import_weights import load_foreign
+from pipeline.models.pruning.score_init import FirstScore, first_scores, zero
+from pipeline.models.pruning.scores import Scores
+from pipeline.models.state import load_state
+from pipeline.recipe.stages import Stage
+from pipeline.robustness.objectives import build_objective
+from pipeline.run import checkpoint
+from pipeline.run.files import read_json
+from pipeline.training.batches import micro_batches
+from pipeline.training.context import RunContext
+from pipeline.training.engine import autocast_of
+from pipeline.training.snip import connection_sensitivity
+
+
+def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | None:
+    """Load the weights that a stage begins with, and attach its scores. Collective.
+
+    The selected checkpoint of the stage it starts from; or the foreign weights that the recipe names; or the network
+    stays as it was initialised from the seed.
+    """
+    recipe = context.recipe
+    if stage.starts_from is None:
+        if recipe.model.weights is not None:
+            load_foreign(network, Path(recipe.model.weights), recipe.model)
+        return None
+    source = context.run_folder / stage.starts_from
+    snapshot = checkpoint.read_checkpoint(
+        checkpoint.folder_of(source, read_json(source / "result.json")["selected_step"])
+    )
+    tensors = overlaid(snapshot.model, snapshot.train_state)
+    assert stage.keep_fraction is not None
+    if stage.scores_from == "source":
+        scores = Scores.attach(network, stage.keep_fraction, recipe.sparsity.allocation, zero)
+        load_state(network, tensors, scores)
+        return scores
+    load_state(network, tensors)
+    init = _score_init(context, stage, network)
+    return Scores.attach(network, stage.keep_fraction, recipe.sparsity.allocation, init)
+
+
+def _score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:
+    """Where a stage's own scores begin; a checkpoint of it has them. SNIP uses the images of the first step."""
+    recipe, group = context.recipe, context.group
+    if stage.scores_from != "snip":
+        return first_scores(stage.scores_from, recipe.seed)
+    loader = context.loader(recipe.data.train_file)
+    train_ids, _ = context.training_samples(loader)
+    objective = build_objective(stage.objective, recipe.threat_model, stage.phase)
+    with closing(micro_batches(context, stage, loader, train_ids, 0, 1)) as batches:
+        dense, autocast = network.to(group.device), autocast_of(recipe, group.device)
+        scores = connection_sensitivity(dense, batches, objective, autocast, group, seed=recipe.seed, stage=stage.name)
+    return lambda name, weight: scores[name]

@@ -1,0 +1,43 @@
+"""Ends a worker that hangs. Wall-clock time is used here only to notice silence; it decides nothing else."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from pathlib import Path
+
+EXIT_HUNG = 70
+"""Exit code of a worker that ended itself because it hung (EX_SOFTWARE)."""
+
+
+class Watchdog:
+    """Ends this process, stacks in its log, when `beat` has not been called for `deadline_s`: Ray then replaces it.
+
+    A process that is frozen as a whole cannot do this; it is noticed by Ray, whose questions it leaves unanswered.
+    """
+
+    def __init__(self, deadline_s: float, stacks: Path) -> None:
+        self._deadline_s = deadline_s
+        self._stacks = stacks
+        self._beat_at = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        self._beat_at = time.monotonic()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(5.0, self._deadline_s / 4)):
+            silent_s = time.monotonic() - self._beat_at
+            if silent_s > self._deadline_s:
+                with self._stacks.open("a") as stream:
+                    print(f"no step for {silent_s:.0f} s (workers.hang_timeout_s); where every thread is:", file=stream)
+                    faulthandler.dump_traceback(stream, all_threads=True)
+                os._exit(EXIT_HUNG)
