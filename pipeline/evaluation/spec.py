@@ -19,6 +19,7 @@ from pipeline.evaluation.result import EvaluationHeader
 from pipeline.models.export import load_model
 from pipeline.recipe.attacks import Attack
 from pipeline.recipe.schema import Recipe
+from pipeline.recipe.technique import Smoothing
 from pipeline.run.files import sha256_of
 
 
@@ -53,9 +54,8 @@ class EvaluationSpec:
 
 def recipe_measure(recipe: Recipe) -> Measure:
     """How the finished networks of a recipe are evaluated in any case."""
-    if recipe.objective.measure == "certified":
+    if isinstance(recipe.objective, Smoothing):
         assert recipe.threat_model is not None
-        assert recipe.objective.sigma is not None
         return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
     if recipe.objective.measure == "verified":
         assert recipe.threat_model is not None

@@ -7,7 +7,9 @@ from typing import Literal, get_args
 from pydantic import Field, model_validator
 
 from pipeline.recipe.fields import Pixels, Section
-from pipeline.recipe.objective import SMOOTHING, Objective, ThreatModel
+from pipeline.recipe.objective import Objective
+from pipeline.recipe.technique import Smoothing
+from pipeline.recipe.threat_model import ThreatModel
 
 AttackName = Literal["pgd", "apgd", "autoattack", "square", "transfer", "corruptions"]
 ATTACKS: tuple[AttackName, ...] = get_args(AttackName)
@@ -62,7 +64,7 @@ def check_attack(
         raise ValueError(
             f"{key} {attack.name} needs a threat_model, the ball that images may be moved in; add one, or leave it out"
         )
-    if objective.name in SMOOTHING:
+    if isinstance(objective, Smoothing):
         raise ValueError(
             f"{key} {attack.name} would judge the network without its noise, which is not what {objective.name} "
             "trains; leave it out: certificates bound every attack"

@@ -1,8 +1,7 @@
-"""What recipe sections are made of: strict models, exact numbers, and error messages that name key, value and fix."""
+"""What recipe sections consist of: strict models and exact numbers."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
@@ -15,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     PlainSerializer,
-    ValidationError,
     field_validator,
 )
 
@@ -113,40 +111,3 @@ def _check_deepspeed(options: dict[str, Any]) -> dict[str, Any]:
 
 DeepSpeedOptions = Annotated[dict[str, Any], AfterValidator(_check_deepspeed)]
 """What is passed through to DeepSpeed."""
-
-
-def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys of the section of `root` that lies at `location`."""
-    section = root
-    for part in location:
-        if isinstance(part, int):  # a place in a list of sections
-            continue
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]  # Section, or Section | None
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(section.model_fields)
-
-
-def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
-    """One line per problem: where it is, the value, and what to do about it."""
-    lines = []
-    for item in error.errors(include_url=False):
-        location = tuple(item["loc"])
-        key = ".".join(str(part) for part in location) or "recipe"
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(root, location[:-1])
-            near = difflib.get_close_matches(str(location[-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"{origin}: {key} = {item['input']!r}: unknown key; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{origin}: {key}: missing; add it")
-        elif item["type"] == "model_type":
-            keys = ", ".join(_known_keys(root, location))
-            lines.append(f"{origin}: {key} = {item['input']!r}: expected a section with the keys {keys}")
-        elif item["type"] == "tuple_type":
-            lines.append(f"{origin}: {key} = {item['input']!r}: expected a list; write [{item['input']}]")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
-            lines.append(f"{origin}: {key}{shown}: {message}")
-    return "\n".join(lines)

@@ -15,6 +15,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import Resolver, VersionedResolver
 
+from pipeline.recipe.flat_objective import from_flat, to_flat
 from pipeline.recipe.schema import Recipe, RecipeError, parse_recipe
 
 NOT_DECIDING = ("workers", "checkpoint", "tracking", "slurm")
@@ -171,6 +172,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 def load_recipe(path: str | Path, overrides: list[str] | None = None, cluster: str | Path | None = None) -> Recipe:
     """Read, override and check a recipe file. `cluster` holds defaults for its slurm section. Errors: RecipeError."""
     values = _read_mapping(Path(path), "a recipe is a mapping of sections", "the recipes shipped are in recipes/")
+    values = from_flat(values)
     if cluster is not None:
         profile = _read_mapping(Path(cluster), "a cluster profile is a mapping of slurm keys", "see docs/slurm.md")
         own = values.get("slurm") or {}
@@ -208,5 +210,5 @@ def deciding_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of what decides the result."""
-    return hashlib.sha256(json.dumps(deciding_values(recipe), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what decides the result, the same for a recipe of any time (see `pipeline.recipe.flat_objective`)."""
+    return hashlib.sha256(json.dumps(to_flat(deciding_values(recipe)), sort_keys=True).encode()).hexdigest()

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.recipe.attacks import check_attack
-from pipeline.recipe.fields import DeepSpeedOptions, Section, explain
-from pipeline.recipe.objective import PROVING, SMOOTHING, Objective, ThreatModel
+from pipeline.recipe.errors import explain
+from pipeline.recipe.fields import DeepSpeedOptions, Section
+from pipeline.recipe.objective import Objective
 from pipeline.recipe.sections import (
     Batch,
     Checkpoint,
@@ -29,6 +30,8 @@ from pipeline.recipe.sections import (
     divisors,
 )
 from pipeline.recipe.slurm import Slurm
+from pipeline.recipe.technique import Bounding
+from pipeline.recipe.threat_model import ThreatModel
 
 
 class RecipeError(ValueError):
@@ -76,13 +79,9 @@ class Recipe(Section):
         return {key: resolution for key, resolution in phases.items() if resolution is not None}
 
     @model_validator(mode="after")
-    def _objectives_have_their_threat(self) -> Recipe:
+    def _objectives_fit_the_threat_model(self) -> Recipe:
         for key, objective in self.objectives.items():
-            if self.threat_model is None and objective.name not in ("clean", *SMOOTHING):
-                raise ValueError(
-                    f"{key}.name {objective.name} needs a threat_model; "
-                    f"add threat_model: {{norm: linf, eps: 4/255}} or use {key}.name=clean"
-                )
+            objective.check_threat_model(key, self.threat_model)
         return self
 
     @model_validator(mode="after")
@@ -95,30 +94,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _objectives_fit_the_norm(self) -> Recipe:
-        norm = self.threat_model.norm if self.threat_model else None
-        for key, objective in self.objectives.items():
-            if objective.name in SMOOTHING and norm != "l2":
-                raise ValueError(
-                    f"{key}.name {objective.name} is for randomized smoothing, which certifies l2 radii, and "
-                    f"threat_model.norm is {norm}; set threat_model={{norm: l2, eps: 1/4}} with the radius that counts "
-                    "as robust"
-                )
-            if objective.name in PROVING and norm != "linf":
-                raise ValueError(
-                    f"{key}.name {objective.name} bounds networks over linf balls, and threat_model.norm is {norm}; "
-                    "use threat_model.norm=linf"
-                )
-            if objective.name == "nfgsm" and norm != "linf":
-                raise ValueError(
-                    f"{key}.name nfgsm is defined for linf, and threat_model.norm is {norm}; use {key}.name=fgsm"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _bounds_look_into_the_network(self) -> Recipe:
         for key, objective in self.objectives.items():
-            if self.engine.mode == "compiled" and objective.name in PROVING:
+            if self.engine.mode == "compiled" and isinstance(objective, Bounding):
                 raise ValueError(
                     f"engine.mode compiled: {key}.name {objective.name} bounds the network layer by layer, where a "
                     "compiled one has no layers; set engine.mode=eager"
@@ -137,7 +115,7 @@ class Recipe(Section):
                     f"{key}: data.augmentation {self.data.augmentation} takes images as they are, so that they cannot "
                     f"be smaller; use random_resized_crop or remove {key}"
                 )
-            if any(objective.name == "free" for objective in self.objectives.values()):
+            if any(objective.carries_noise for objective in self.objectives.values()):
                 raise ValueError(
                     f"{key}: free training goes on with a perturbation of the last images, which must have the size of "
                     f"the next; remove {key}"
@@ -182,7 +160,7 @@ class Recipe(Section):
         for key, objective in self.objectives.items():
             if objective.guarded and steps < 2:
                 raise ValueError(
-                    f"{key}.overfitting_guard {objective.overfitting_guard} compares PGD with one step on the held-out "
+                    f"{key}.overfitting_guard {objective.smallest_ratio} compares PGD with one step on the held-out "
                     f"images, and evaluation.validation_steps {steps} is no more than one; set "
                     f"evaluation.validation_steps=5 or {key}.overfitting_guard=null"
                 )

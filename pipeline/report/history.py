@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.recipe.objective import PROVING, Objective
+from pipeline.recipe.objective import Objective
 from pipeline.recipe.stages import Stage, stages_of
+from pipeline.recipe.technique import OneStep
 from pipeline.report.results import RunResult
 from pipeline.robustness.overfitting import stronger
 from pipeline.run.files import read_json_if_there, read_rows
@@ -61,24 +62,10 @@ def read_history(run: RunResult) -> list[History]:
 
 
 def passes_per_step(objective: Objective, level: int = 0) -> int | None:
-    """Forward and backward passes that an image of one optimizer step goes through; a forward alone is not counted.
-
-    `level` is that of `pipeline.robustness.overfitting`. None where bounds are propagated.
-    """
-    if objective.name in PROVING:
-        return None
-    if level > 0:
+    """The objective's own; from `level` 1 on, one-step training is PGD (see `pipeline.robustness.overfitting`)."""
+    if level > 0 and isinstance(objective, OneStep):
         return stronger(level, 1.0, 1.0)[0] + 1
-    match objective.name:
-        case "clean" | "noise" | "free":
-            return 1
-        case "stability":
-            return 2
-        case "trades":
-            return objective.steps + 2
-        case "smoothadv":
-            return (objective.steps + 1) * objective.noise_samples
-    return objective.steps + 1
+    return objective.passes_per_step
 
 
 def spent(history: History) -> Spent:

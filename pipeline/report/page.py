@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.evaluation.result import KINDS
 from pipeline.recipe.file import dump_yaml
+from pipeline.recipe.technique import Attacking
 from pipeline.report.chart_style import legend_key, method_colours
 from pipeline.report.charts import accuracy_chart, certified_charts, difference_chart
 from pipeline.report.comparison import SIGNIFICANT, differences, headline, signed
@@ -106,7 +107,7 @@ def _facts(runs: list[RunResult]) -> list[tuple[str, str]]:
     """What was run, in a few words."""
     recipe = runs[0].recipe
     threat, objective = recipe.threat_model, recipe.objective
-    attack = f", {objective.steps} steps of {objective.step_size}" if objective.step_size is not None else ""
+    attack = f", {objective.steps} steps of {objective.step_size}" if isinstance(objective, Attacking) else ""
     return [
         ("Recipe", recipe.name),
         ("Data set", f"{recipe.data.dataset}, {recipe.data.image_size} pixels a side"),

@@ -1,7 +1,7 @@
 """Adversarial examples: balls, projected gradient descent, and the mode that a network is in while they are crafted.
 
-Images are [n, ...] float32 in [0, 1] and eps is in pixels. Random starts are keyed (`pipeline.robustness.noise`): sample
-i's is a function of keys[i] alone.
+Images are [n, ...] float32 in [0, 1] and eps is in pixels. Random starts are keyed (`pipeline.robustness.noise`):
+sample i's is a function of keys[i] alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.pruning.masked_weight import cached_weights
-from pipeline.recipe.objective import ThreatModel
+from pipeline.recipe.threat_model import ThreatModel
 from pipeline.robustness.noise import box_muller, uniform_noise, uniform_stream
 
 TINY = torch.finfo(torch.float32).tiny

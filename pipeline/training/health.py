@@ -16,8 +16,8 @@ import torch
 from pipeline.data.manifest import DataError, open_checked
 from pipeline.models import build_network
 from pipeline.recipe.file import recipe_hash
-from pipeline.recipe.objective import PROVING
 from pipeline.recipe.schema import Recipe
+from pipeline.recipe.technique import Bounding
 from pipeline.robustness.bounds import trace
 from pipeline.training.context import RunContext
 
@@ -47,7 +47,7 @@ def check_device(device: torch.device) -> None:
 
 def check_bounds(recipe: Recipe) -> None:
     """Refuse a network without bounds where an objective trains or judges by them. Errors: ValueError."""
-    proving = [f"{key}.name {found.name}" for key, found in recipe.objectives.items() if found.name in PROVING]
+    proving = [f"{key}.name {found.name}" for key, found in recipe.objectives.items() if isinstance(found, Bounding)]
     if not proving:
         return
     try:

@@ -22,7 +22,7 @@ from pipeline.data.loading.loader import Batch
 from pipeline.recipe.schedules import image_size_at, lr_at
 from pipeline.recipe.stages import Stage
 from pipeline.robustness.noise import device_keys
-from pipeline.robustness.objectives import COUNTS, Objective, ObjectiveInput, ObjectiveOutput, attack_strength
+from pipeline.robustness.objectives import Objective, ObjectiveInput, ObjectiveOutput, attack_strength
 from pipeline.robustness.overfitting import CatastrophicOverfitting, overfits
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.progress import Progress, Window
@@ -218,7 +218,7 @@ def _log_window(
         return
     seconds = sum(seconds_in.values())
     window, recipe, drift = progress.window, training.context.recipe, training.state.drift
-    counts_clean, counts_robust = COUNTS[training.stage.objective.name]
+    objective = training.stage.objective
     training.rows.log(
         {
             "kind": "train",
@@ -226,8 +226,8 @@ def _log_window(
             "epoch": progress.step / progress.steps_per_epoch,
             "lr": lr_at(training.stage.optimisation, progress.step - 1, progress.steps_per_epoch),
             "loss": window.loss_sum / (window.steps * recipe.batch.micro_batches_per_step),
-            "clean_accuracy": window.clean_correct / window.images if counts_clean else None,
-            "robust_accuracy": window.robust_correct / window.images if counts_robust else None,
+            "clean_accuracy": window.clean_correct / window.images if objective.counts_clean else None,
+            "robust_accuracy": window.robust_correct / window.images if objective.counts_robust else None,
             "images": window.images,
             "timing": {
                 "images_per_s": window.images / max(seconds, 1e-9),
@@ -268,8 +268,8 @@ def _validated(training: Training, progress: Progress) -> Progress:
         timing = {"seconds": time.monotonic() - started}
         level = _level(training, progress)
         training.rows.log({"kind": "validation", **position, **accuracies, "timing": timing, **level})
-    smallest = stage.objective.overfitting_guard
-    if stage.objective.guarded and smallest is not None:
+    smallest = stage.objective.smallest_ratio
+    if smallest is not None:
         right = accuracies["probe"]["pgd_correct"], accuracies["probe"]["one_step_correct"]
         if overfits(*right, smallest):
             raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, right)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from pipeline.recipe.stages import Stage
+from pipeline.recipe.technique import OneStep
 from pipeline.robustness.overfitting import STRONGEST, CatastrophicOverfitting, StillOverfitting, stronger
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot
@@ -31,7 +32,7 @@ def go_back(
     if level > STRONGEST:
         raise StillOverfitting(
             f"{found}, although training was with PGD of {2**STRONGEST} steps; lower objective.overfitting_guard "
-            f"{stage.objective.overfitting_guard} if such a ratio is to be expected, or eps or the learning rate, in a "
+            f"{stage.objective.smallest_ratio} if such a ratio is to be expected, or eps or the learning rate, in a "
             "new run"
         )
     own = None
@@ -41,10 +42,10 @@ def go_back(
         own = checkpoint.read_newest_checkpoint(folder)
         step = own.progress.step if own is not None else 0
         checkpoint.delete_checkpoints_after(folder, step)
-        threat_model = context.recipe.threat_model
-        assert threat_model is not None
-        assert stage.objective.step_size is not None
-        steps, size = stronger(level, float(threat_model.eps), float(stage.objective.step_size))
+        objective, threat_model = stage.objective, context.recipe.threat_model
+        assert isinstance(objective, OneStep), objective.name
+        assert threat_model is not None, objective.name
+        steps, size = stronger(level, float(threat_model.eps), float(objective.step_size))
         said = f"{found}; going on from step {step} with PGD of {steps} steps of {size:.4g} (level {level})"
         log.warning("%s", said)
         tracker.alert("Catastrophic overfitting", f"{context.run_folder.name}: {said}", "WARN")

@@ -155,7 +155,7 @@ class StageTrainer:
             network=network_state,
             engine=restored(engine, own),
             ema=restored(Ema(network, decay, scores), own) if decay is not None else None,
-            noise=restored(FreeNoise(context), own) if stage.objective.name == "free" else None,
+            noise=restored(FreeNoise(context), own) if stage.objective.carries_noise else None,
             drift=drift,
         )
 

@@ -24,9 +24,10 @@ from pipeline.evaluation.runner import EvaluationHooks, Evaluator
 from pipeline.evaluation.spec import evaluation_spec, recipe_measure
 from pipeline.models import Network
 from pipeline.models.ema import Ema
-from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
+from pipeline.recipe.technique import Smoothing
+from pipeline.recipe.threat_model import ThreatModel
 from pipeline.run.files import atomic_write_json
 from pipeline.run.layout import honesty_path
 from pipeline.run.lease import check_token
@@ -163,8 +164,7 @@ def _test_images(context: RunContext) -> EvaluationImages:
 def _validation_measure(recipe: Recipe) -> Measure:
     """The recipe's measure on held-out images, as cheap as it must be between epochs."""
     steps = recipe.evaluation.validation_steps
-    if recipe.objective.measure == "certified":
-        assert recipe.objective.sigma is not None
+    if isinstance(recipe.objective, Smoothing):
         return Noisy(float(recipe.objective.sigma), steps, recipe.seed)
     if recipe.objective.measure == "verified":
         assert recipe.threat_model is not None

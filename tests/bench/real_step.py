@@ -35,7 +35,7 @@ PHASES: dict[Trains, PhaseName] = {"weights": "pretrain", "scores": "prune", "ke
 KEEP = Decimal("0.01")
 OBJECTIVES = {
     "clean": {"name": "clean"},
-    "fgsm": {"name": "fgsm", "steps": 1, "step_size": "5/255"},
+    "fgsm": {"name": "fgsm", "step_size": "5/255"},
     "pgd-3": {"name": "pgd", "steps": 3, "step_size": "8/765"},
     "trades-3": {"name": "trades", "steps": 3, "step_size": "8/765"},
 }

@@ -60,7 +60,7 @@ def _recipe(setting: Setting) -> Recipe:
     step_size = f"1/{round(1 / STEP_SIZE[setting.norm])}"
     return small_recipe(
         Path("."),
-        objective={"name": "free", "steps": 1, "step_size": step_size, "replays": REPLAYS, "overfitting_guard": None},
+        objective={"name": "free", "step_size": step_size, "replays": REPLAYS, "overfitting_guard": None},
         threat_model={"norm": setting.norm, "eps": EPS[setting.norm]},
         phases={"pretrain": PHASE, "prune": PHASE},
         batch={"batch_per_step": MICRO * COUNT, "micro_batch": MICRO},

@@ -117,7 +117,7 @@ def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("overfitting")
     recipe = small_recipe(
         fashion_data,
-        objective={"name": "fgsm", "steps": 1, "step_size": "1/8"},
+        objective={"name": "fgsm", "step_size": "1/8"},
         phases={"pretrain": {"epochs": EPOCHS, "lr": 0.1, "ema_decay": 0.5}},
         batch={"batch_per_step": 16, "micro_batch": 8},
         data={"train_images": 16 * PER_EPOCH, "validation_images": HELD_OUT},

@@ -15,15 +15,15 @@ from torch import nn
 from pipeline.distributed import Group
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import named_state, train_only, trained_parameters
-from pipeline.recipe.objective import Objective as Settings
-from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Phase
+from pipeline.recipe.threat_model import ThreatModel
 from pipeline.rng import sample_keys
 from pipeline.robustness.objectives import Objective, ObjectiveInput, build_objective
 from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
+from tests.support.techniques import objective_of
 
 PHASE = Phase(epochs=1, lr=0.05, momentum=0.9, weight_decay=1e-3)
 MICRO, COUNT, STEPS, SIDE = 4, 4, 3, 8
@@ -41,8 +41,9 @@ CASES = [
 
 
 def _objective(name: str) -> Objective:
-    settings = Settings(name=name, **OBJECTIVES[name])  # pyright: ignore[reportArgumentType]
-    return build_objective(settings, ThreatModel(norm="linf", eps=Fraction(1, 20)), "pretrain")
+    return build_objective(
+        objective_of(name, **OBJECTIVES[name]), ThreatModel(norm="linf", eps=Fraction(1, 20)), "pretrain"
+    )
 
 
 def _network(trains: str) -> tuple[nn.Module, Scores | None]:

@@ -38,7 +38,7 @@ def recipe_on(data: Path, place: Path, nodes: str) -> Recipe:
     return small_recipe(
         data,
         threat_model={"norm": "l2", "eps": 0.25},
-        objective={"name": "noise", "steps": 1, "step_size": None, "sigma": 0.25},
+        objective={"name": "noise", "sigma": 0.25},
         evaluation={"steps": 1, "step_size": None, "images": 400, "n0": 10, "n": 100},
         phases={"pretrain": {"epochs": EPOCHS, "lr": 0.05}, "prune": phase, "finetune": phase},
         data={**small_values(data)["data"], "stage_to": str(place / "local")},

@@ -8,6 +8,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.recipe.schema import Recipe, parse_recipe
+from tests.support.techniques import own_values
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,8 +37,13 @@ def small_values(data: Path) -> dict[str, Any]:
 
 
 def small_recipe(folder: Path, /, **sections: Any) -> Recipe:
-    """`small_values` with whole sections replaced or, where both are mappings, updated."""
+    """`small_values` with whole sections replaced or, where both are mappings, updated.
+
+    Of the objective's values another technique keeps those whose keys it has.
+    """
     values = small_values(folder)
+    if technique := sections.get("objective", {}).get("name"):
+        values["objective"] = own_values(technique, values["objective"])
     for key, value in sections.items():
         values[key] = (
             {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value

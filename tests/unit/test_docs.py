@@ -16,11 +16,15 @@ from launch.__main__ import build_parser
 from pipeline.models import build_network
 from pipeline.models.export import write_model
 from pipeline.models.state import effective_state
+from pipeline.recipe.errors import sections_in
 from pipeline.recipe.file import load_recipe, parse_yaml
+from pipeline.recipe.objective import TECHNIQUES
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.sections import Model
+from pipeline.recipe.technique import Technique
+from pipeline.recipe.threat_model import ThreatModel
+from tests.support.commands import ROOT
 
-ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEY_ROW = re.compile(r"^\| `([a-z0-9_.<>]+)` \| [^|]+ \| `?([^|]*?)`? \|", re.MULTILINE)
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -31,19 +35,24 @@ COMMAND = re.compile(r"python -m launch\b([^`\n]*)")
 REQUIRED = "required"
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    candidates = (annotation, *getattr(annotation, "__args__", ()))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+TECHNIQUE_ROW = re.compile(r"^\| (\w+) \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", re.MULTILINE)
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> default as plain YAML value, or REQUIRED, for every key that holds a value."""
     keys: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
+        inner = sections_in(field.annotation)
         repeats_another = bool(prefix) and not field.is_required() and field.default is None
-        if inner is not None and not repeats_another:
-            keys |= keys_of(inner, f"{prefix}{name}.")
+        if inner and not repeats_another:
+            for section in inner:  # the members of a union
+                own = keys_of(section, f"{prefix}{name}.")
+                if len(inner) > 1:
+                    own[f"{prefix}{name}.name"] = REQUIRED
+                assert own == own | {key: keys[key] for key in keys.keys() & own.keys()}, (
+                    "they agree in what they share"
+                )
+                keys |= own
         else:
             default = field.get_default(call_default_factory=True)
             keys[prefix + name] = REQUIRED if field.is_required() else default
@@ -71,6 +80,29 @@ def test_documented_defaults_are_the_models_defaults():
     said = {key: default if default == REQUIRED else parse_yaml(default, key) for key, default in documented().items()}
     true = {key: list(value) if isinstance(value, tuple) else value for key, value in keys_of(Recipe).items()}
     assert said == true
+
+
+def test_the_table_of_techniques_is_true():
+    rows = {
+        name: (keys, norms) for name, keys, norms in TECHNIQUE_ROW.findall((ROOT / "docs" / "recipes.md").read_text())
+    }
+    assert list(rows)[1:] == list(TECHNIQUES), "after the heading"
+    for name, technique in TECHNIQUES.items():
+        fields = [(key, field.is_required()) for key, field in technique.model_fields.items() if key != "name"]
+        keys = ", ".join(f"**`{key}`**" if required else f"`{key}`" for key, required in fields)
+        values = {"name": name, **{key: "1/8" for key, required in fields if required}}
+        legal = {norm: trains(technique.model_validate(values), norm) for norm in (None, "linf", "l2")}
+        norms = "any" if legal["linf"] and legal["l2"] else "`linf`" if legal["linf"] else "`l2`"
+        assert rows[name] == (keys or "none", f"{norms}, or null" if legal[None] else norms)
+
+
+def trains(technique: Technique, norm: str | None) -> bool:
+    threat_model = None if norm is None else ThreatModel.model_validate({"norm": norm, "eps": "1/8"})
+    try:
+        technique.check_threat_model("objective", threat_model)
+    except ValueError:
+        return False
+    return True
 
 
 def test_the_table_of_recipes_is_true():

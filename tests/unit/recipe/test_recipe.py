@@ -25,7 +25,7 @@ from pipeline.recipe.file import (
     parse_yaml,
     recipe_hash,
 )
-from pipeline.recipe.objective import Objective
+from pipeline.recipe.objective import TECHNIQUES, Clean, Pgd
 from pipeline.recipe.schema import Recipe, RecipeError, parse_recipe
 from pipeline.recipe.sections import Batch
 from pipeline.recipe.stages import stages_of
@@ -87,6 +87,7 @@ def test_a_dump_loses_no_digit(
     again = parse_recipe(parse_yaml(dump_recipe(recipe), "the dump"), "there")
     assert again == recipe
     assert recipe.threat_model is not None
+    assert isinstance(recipe.objective, Pgd)
     assert (recipe.threat_model.eps, recipe.objective.step_size) == (eps, step_size)
     assert recipe.phases.prune.lr == lr
     assert list(recipe.sparsity.keep_fractions) == keeps
@@ -116,7 +117,11 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["phases=null"], "phases = None: expected a section with the keys pretrain, prune, finetune"),
         (["threat_model=linf"], "threat_model = 'linf': expected a section with the keys norm, eps"),
         (["phases.prune={lr: 0.1}"], "phases.prune.epochs: missing; add it"),
-        (["threat_model=null"], "objective.name pgd needs a threat_model; add threat_model: {norm: linf, eps: 4/255}"),
+        (
+            ["threat_model=null"],
+            "objective.name pgd needs a threat_model; add threat_model: {norm: linf, eps: 4/255} or use "
+            "objective={name: clean}",
+        ),
         (
             ["threat_model=null", "objective={name: clean}", "phases.prune.objective={name: fgsm, step_size: 1/10}"],
             "phases.prune.objective.name fgsm needs a threat_model",
@@ -127,19 +132,38 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["sparsity.score_weight_decay=-1"], "score_weight_decay = -1: Input should be greater than or equal to 0"),
         (["sparsity.baselines=[grasp]"], "Input should be 'magnitude', 'random' or 'snip'"),
         (["threat_model.eps=4"], "eps 4 lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"),
-        (["threat_model.eps=0"], "eps 0 must be positive; use objective.name=clean"),
+        (["threat_model.eps=0"], "eps 0 must be positive; use objective={name: clean}"),
         (["threat_model.eps=1/0"], "threat_model.eps = '1/0': expected a number or a fraction such as 4/255"),
         (["threat_model.norm=l1"], "threat_model.norm = 'l1': Input should be 'linf' or 'l2'"),
-        (["objective.step_size=null"], "objective: pgd needs step_size, for example 1/255"),
-        (["objective.step_size=-1/255"], "step_size -1/255 must be positive"),
-        (["objective.name=fgsm"], "fgsm takes one step, got steps=3; use name: pgd for more"),
-        (["objective.name=nfgsm"], "nfgsm takes one step, got steps=3; use name: pgd for more"),
+        (["objective.step_size=null"], "objective.step_size = None: expected a number or a fraction such as 4/255"),
+        (["objective.step_size=-1/255"], "objective.step_size = -1/255: Input should be greater than 0"),
+        (
+            ["objective.name=fgsm"],
+            "objective.steps = 3: a key of pgd, trades, smoothadv, not of fgsm, which has step_size, eps_warmup, "
+            "overfitting_guard; remove it, or override the section as a whole: objective={name: fgsm, ...}",
+        ),
+        (["objective.name=nfgsm"], "objective.steps = 3: a key of pgd, trades, smoothadv, not of nfgsm, which has"),
+        (["objective.stepz=3"], "objective.stepz = 3: unknown key; did you mean 'steps'?"),
+        (["objective.colour=1"], "objective.colour = 1: unknown key of pgd, which has steps, step_size, eps_warmup"),
+        (["objective={name: clean, colour: 1}"], "objective.colour = 1: unknown key of clean, which has none"),
+        (
+            ["phases.prune.objective={name: clean, beta: 6.0}"],
+            "phases.prune.objective.beta = 6.0: a key of trades, stability, not of clean, which has none; remove it, "
+            "or override the section as a whole: phases.prune.objective={name: clean}",
+        ),
+        (["objective.name=grasp"], f"objective.name = 'grasp': expected one of {', '.join(TECHNIQUES)}"),
+        (["phases.prune.objective={name: 3}"], "phases.prune.objective.name = 3: expected one of clean, pgd, fgsm"),
+        (["objective.name=yes"], "objective.name = True: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
+        (["objective.name=null"], "objective.name = None: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
+        (["objective={steps: 3}"], "objective.name: missing; add it, one of clean, pgd, fgsm, nfgsm, free, trades"),
+        (["objective=pgd"], "objective = 'pgd': expected a section with a name, which is one of clean, pgd, fgsm"),
+        (["objective.steps=yes"], "objective.steps = True: true and false fit no key"),
         (
             ["objective={name: nfgsm, step_size: 1/10}", "threat_model={norm: l2, eps: 1/2}"],
             "nfgsm is defined for linf, and threat_model.norm is l2; use objective.name=fgsm",
         ),
-        (["objective.name=free"], "free takes one step, got steps=3; use name: pgd for more"),
-        (["objective={name: free}"], "objective: free needs step_size, for example 1/255"),
+        (["objective.name=free"], "objective.steps = 3: a key of pgd, trades, smoothadv, not of free, which has"),
+        (["objective={name: free}"], "objective.step_size: missing; add it, for example 1/255"),
         (["objective={name: free, step_size: 1/10, replays: 0}"], "objective.replays = 0: Input should be greater"),
         (
             ["objective={name: fgsm, step_size: 1/10}", "evaluation.validation_steps=1"],
@@ -151,12 +175,15 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             ["phases.prune.objective={name: free, step_size: 1/10}", "evaluation.validation_steps=0"],
             "phases.prune.objective.overfitting_guard=null",
         ),
-        (["objective.overfitting_guard=0"], "objective.overfitting_guard = 0: Input should be greater than 0"),
+        (
+            ["objective={name: fgsm, step_size: 1/10, overfitting_guard: 0}"],
+            "objective.overfitting_guard = 0: Input should be greater than 0",
+        ),
         (["objective.eps_warmup=1"], "objective.eps_warmup = 1: Input should be less than 1"),
-        (["objective={name: clean, eps_warmup: 0.1}"], "eps_warmup 0.1: clean has no attack to warm up; remove"),
-        (["objective.name=noise"], "objective: noise needs sigma, for example 1/4"),
-        (["objective={name: noise, sigma: 0}"], "sigma 0 must be positive"),
-        (["objective={name: smoothadv, sigma: 1/4}"], "smoothadv needs step_size, for example 1/255"),
+        (["objective={name: clean, eps_warmup: 0.1}"], "objective.eps_warmup = 0.1: a key of pgd, fgsm,"),
+        (["objective={name: noise}"], "objective.sigma: missing; add it, for example 1/4"),
+        (["objective={name: noise, sigma: 0}"], "objective.sigma = 0: Input should be greater than 0"),
+        (["objective={name: smoothadv, sigma: 1/4}"], "objective.step_size: missing; add it, for example 1/255"),
         (
             ["objective={name: stability, sigma: 1/4}"],
             "which certifies l2 radii, and threat_model.norm is linf; set threat_model={norm: l2, eps: 1/4}",
@@ -205,7 +232,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["workers.count=3", "batch.micro_batch=16"], "legal counts: [1, 2, 4, 8]"),
         (["phases.prune.warmup_epochs=9"], "must be less than epochs"),
         (["engine.zero_stage=3"], "zero_stage 3 is refused"),
-        (["engine.mode=compiled", "objective.name=crown_ibp"], "compiled one has no layers; set engine.mode=eager"),
+        (["engine.mode=compiled", "objective={name: crown_ibp}"], "compiled one has no layers; set engine.mode=eager"),
         (["engine.precision=fp16"], "engine.precision = 'fp16': Input should be 'fp32' or 'bf16'"),
         (["deepspeed.train_batch_size=8"], "train_batch_size = 8: batch.batch_per_step decides it; remove this key"),
         (["deepspeed.bf16.enabled=true"], "bf16 = {'enabled': True}: engine.precision decides it; remove this key"),
@@ -275,7 +302,7 @@ def test_every_problem_is_listed_at_once() -> None:
 @pytest.mark.parametrize("threat_model", ["null", "{norm: l2, eps: 128/255}"])
 def test_clean_training_may_be_attacked_at_the_end_or_not(threat_model: str) -> None:
     recipe = load_recipe(DEMO, ["objective={name: clean}", f"threat_model={threat_model}", "evaluation.attacks=[]"])
-    assert recipe.objective == Objective(name="clean")
+    assert recipe.objective == Clean()
     assert (recipe.threat_model is None) == (threat_model == "null")
 
 

@@ -26,8 +26,10 @@ from pipeline.evaluation.statistics import paired_interval, wilson_interval
 from pipeline.models import build_network
 from pipeline.models.export import write_model
 from pipeline.recipe.file import dump_recipe, load_recipe
-from pipeline.recipe.objective import PROVING, Objective, ThreatModel
+from pipeline.recipe.objective import TECHNIQUES
 from pipeline.recipe.stages import stages_of
+from pipeline.recipe.technique import Bounding
+from pipeline.recipe.threat_model import ThreatModel
 from pipeline.report.build import PAGE, build_report
 from pipeline.report.charts import accuracy_chart
 from pipeline.report.comparison import headline, within_noise
@@ -37,6 +39,7 @@ from pipeline.report.pictures import cards
 from pipeline.report.results import NetworkResult, compare_all, read_runs
 from pipeline.report.run_charts import MOST_POINTS, training_charts
 from pipeline.robustness.objectives import ObjectiveInput, build_objective
+from tests.support.techniques import usual_objective
 from tests.unit.report.test_report import ACCURACY, IMAGES, RECIPE, edit, evaluation, verdicts, write_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -448,9 +451,7 @@ class Counted(nn.Module):
     ],
 )
 def test_passes_are_those_that_the_objective_makes(name: str, level: int) -> None:
-    steps = 1 if name in ("fgsm", "nfgsm", "free") else 3
-    spec = {"name": name, "steps": steps, "step_size": "1/20", "sigma": "1/4", "noise_samples": 2}
-    objective = Objective.model_validate(spec)
+    objective = usual_objective(name)
     threat_model = ThreatModel.model_validate({"norm": "l2" if name == "smoothadv" else "linf", "eps": "1/10"})
     network, x = Counted(), torch.rand(6, 3, 4, 4)
     noise = torch.from_numpy(rng.sample_keys(np.arange(6), 0, "attack").view(np.int64))
@@ -461,7 +462,9 @@ def test_passes_are_those_that_the_objective_makes(name: str, level: int) -> Non
 
 
 def test_bounds_are_no_passes() -> None:
-    assert [passes_per_step(Objective.model_validate({"name": name})) for name in PROVING] == [None] * 3
+    bounding = [name for name, technique in TECHNIQUES.items() if issubclass(technique, Bounding)]
+    assert bounding == ["ibp", "crown_ibp", "mixtrain"]
+    assert [passes_per_step(usual_objective(name)) for name in bounding] == [None] * 3
 
 
 def test_a_stage_that_made_its_attack_stronger_costs_more(tmp_path: Path) -> None:

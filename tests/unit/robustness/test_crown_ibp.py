@@ -19,15 +19,15 @@ from pipeline.evaluation.measures.verified_bounds import verified
 from pipeline.models import Network, build_network
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import named_state, train_only, trained_parameters
-from pipeline.recipe.objective import Objective as ObjectiveRecipe
-from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.schedules import ramp_at, weight_at
 from pipeline.recipe.schema import RecipeError, parse_recipe
 from pipeline.recipe.sections import Model
+from pipeline.recipe.threat_model import ThreatModel
 from pipeline.robustness.bounds import batch_statistics_of, interval_bounds, linf_box, symbolic_bounds, trace
 from pipeline.robustness.objectives import Objective, ObjectiveInput, ObjectiveOutput, build_objective
 from pipeline.robustness.objectives.crown_ibp import worst_case_loss
 from tests.support.small_recipe import small_values
+from tests.support.techniques import objective_of, own_values
 
 EPS = 0.02
 X, Y = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
@@ -37,7 +37,7 @@ NAMES = ["ibp", "crown_ibp", "mixtrain"]
 
 def objective_named(name: str, phase: str = "pretrain", **options: Any) -> Objective:
     threat_model = ThreatModel.model_validate({"norm": "linf", "eps": EPS})
-    return build_objective(ObjectiveRecipe.model_validate({"name": name, **options}), threat_model, phase)
+    return build_objective(objective_of(name, **own_values(name, options)), threat_model, phase)
 
 
 def scored_network() -> Network:
@@ -251,7 +251,7 @@ def test_mixtrains_weight_grows_by_the_same_factor_in_the_same_time() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_of_certified_training(name: str, tmp_path: Any) -> None:
     values = small_values(tmp_path) | {"objective": {"name": name}}
-    assert parse_recipe(values, "r").objective.step_size is None
+    assert parse_recipe(values, "r").objective == objective_of(name)
     values["threat_model"] = {"norm": "l2", "eps": "1/2"}
     with pytest.raises(
         RecipeError, match=f"objective.name {name} .*threat_model.norm is l2; use threat_model.norm=linf"

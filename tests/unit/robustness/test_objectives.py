@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from pipeline import rng
 from pipeline.models import Network, build_network
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import named_state, train_only, trained_parameters
-from pipeline.recipe.objective import Objective as ObjectiveRecipe
-from pipeline.recipe.objective import ThreatModel
+from pipeline.recipe.objective import TECHNIQUES
 from pipeline.recipe.sections import Model
+from pipeline.recipe.threat_model import ThreatModel
 from pipeline.robustness.attacks import LinfBall
-from pipeline.robustness.objectives import COUNTS, Objective, ObjectiveInput, ObjectiveOutput, build_objective
+from pipeline.robustness.objectives import Objective, ObjectiveInput, ObjectiveOutput, build_objective
 from pipeline.robustness.objectives.trades import kl_divergence as kl_of_log_probabilities
+from tests.support.techniques import objective_of, usual_objective
 
 NAMES = ["clean", "pgd", "fgsm", "nfgsm", "free", "trades", "noise", "stability", "smoothadv"]
 SMOOTHING = NAMES[-3:]
@@ -33,11 +34,9 @@ NOISE = 0.2 * torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(2
 
 
 def objective_named(name: str, norm: str = "linf", phase: str = "pretrain", **values: Any) -> Objective:
-    steps = 1 if name in ("clean", "fgsm", "nfgsm", "free") else 3
-    spec = {"name": name, "steps": steps, "step_size": "1/20", "sigma": "1/4", "noise_samples": 2, **values}
     norm = "l2" if name in SMOOTHING else norm
     threat_model = ThreatModel.model_validate({"norm": norm, "eps": "1/10"})
-    return build_objective(ObjectiveRecipe.model_validate(spec), None if name == "clean" else threat_model, phase)
+    return build_objective(usual_objective(name, **values), None if name == "clean" else threat_model, phase)
 
 
 def scored_network(seed: int = 0) -> Network:
@@ -177,10 +176,8 @@ def test_eps_warms_up_over_its_share_of_pretraining(name: str) -> None:
         return run(objective_named(name, phase=phase, **values), network, elapsed)[1].fed[-1]
 
     def at_once(eps: Fraction, step_size: Fraction) -> Tensor:
-        spec = {"name": name, "step_size": step_size, "steps": 1 if "fgsm" in name else 3}
-        spec |= {"sigma": "1/4", "noise_samples": 2}
         threat_model = ThreatModel(norm="l2" if name == "smoothadv" else "linf", eps=eps)
-        objective = build_objective(ObjectiveRecipe.model_validate(spec), threat_model, "pretrain")
+        objective = build_objective(usual_objective(name, step_size=step_size), threat_model, "pretrain")
         return run(objective, network)[1].fed[-1]
 
     whole = at_once(Fraction(1, 10), Fraction(1, 20))
@@ -201,7 +198,7 @@ def test_from_level_one_on_one_step_objectives_are_pgd(name: str) -> None:
     threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10))
 
     def fed(spec: dict[str, Any], level: int, elapsed: float = 0.0) -> Tensor:
-        objective = build_objective(ObjectiveRecipe.model_validate(spec), threat_model, "pretrain", level)
+        objective = build_objective(objective_of(**spec), threat_model, "pretrain", level)
         return run(objective, network, elapsed)[1].fed[-1]
 
     own = {"name": name, "step_size": "1/8"}
@@ -321,7 +318,9 @@ def test_a_few_steps_lower_the_loss(name: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", get_args(ObjectiveRecipe.model_fields["name"].annotation))
+@pytest.mark.parametrize("name", TECHNIQUES)
 def test_what_an_objective_counts_is_what_the_metrics_take_from_it(name: str) -> None:
     outcome, _ = run(objective_named(name), scored_network())
-    assert COUNTS[name] == (outcome.clean_correct is not None, outcome.robust_correct is not None)
+    technique = TECHNIQUES[name]
+    counted = outcome.clean_correct is not None, outcome.robust_correct is not None
+    assert (technique.counts_clean, technique.counts_robust) == counted
