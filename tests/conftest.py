@@ -72,17 +72,22 @@ def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensio
     (target / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes(), compresslevel=1))
 
 
-@pytest.fixture(scope="session")
-def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with train.beton and test.beton: the first 3,000 and 500 images of Fashion-MNIST."""
+def write_fashion_data(folder: Path) -> None:
+    """Make train.beton and test.beton in a folder: the first 3,000 and 500 images of Fashion-MNIST."""
     from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist
     from pipeline.data.writing.write import WriteOptions, write_dataset
 
-    folder = tmp_path_factory.mktemp("fashion")
     source, slices = find_fashion_mnist(None), folder / "idx"
     slices.mkdir()
     for (image_file, label_file), count in zip(IDX_FILES.values(), (TRAIN_IMAGES, TEST_IMAGES), strict=True):
         _write_idx_slice(source, slices, image_file, count, 3)
         _write_idx_slice(source, slices, label_file, count, 1)
     write_dataset("fashion_mnist", slices, folder, WriteOptions(workers=1), False, lambda stage, done, total: None)
+
+
+@pytest.fixture(scope="session")
+def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `write_fashion_data`."""
+    folder = tmp_path_factory.mktemp("fashion")
+    write_fashion_data(folder)
     return folder

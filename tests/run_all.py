@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 LANES: dict[str, list[list[str]]] = {
     "slurm": [["tests/slurm"]],
     "rest": [
-        ["tests/distributed", "tests/end_to_end", "tests/fault"],  # one at a time: most of them start several processes
+        # One at a time: most of them start several processes.
+        ["tests/distributed", "tests/end_to_end", "tests/fault", "tests/golden"],
         ["tests/unit", "-n", "logical", "--maxprocesses=8", "--dist=loadfile"],
     ],
 }

@@ -1,0 +1,118 @@
+"""Takes the golden steps and records their losses in losses.json: `python -m tests.golden.record`.
+
+For after a change that is meant to change numbers, and for a processor model that has no section yet. A section belongs
+to one processor model, because the vector instructions decide in which order floating-point numbers are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline.distributed import Group
+from pipeline.recipe.file import dump_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.stages import stages_of
+from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, read_json_if_there, read_rows
+from pipeline.run.lease import Leases
+from pipeline.run.provenance import CPUS, processor_model
+from pipeline.training.context import Job
+from pipeline.training.stage import run_stages
+from tests.conftest import write_fashion_data
+from tests.golden.recipes import RECIPES, golden_recipe
+from tests.support.processes import run_group
+
+FILE = Path(__file__).with_name("losses.json")
+DEADLINE_S = 1200
+"""Of all steps, on a machine that does ten times as much at the same time."""
+
+Facts = dict[str, str]
+"""One stage: its `losses`, a hexadecimal float per step; SHA-256 of its final `weights`, and `masks` if pruned."""
+Golden = dict[str, dict[str, Facts]]
+"""Recipe -> stage -> facts."""
+
+
+def processor() -> str:
+    """The name of this machine's section. Virtual machines hide the model's name, so more than that is in it."""
+    first = CPUS.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0] if CPUS.exists() else ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model", "cache size") if key in fields]
+    vectors = sorted(flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "amx", "fma")))
+    return ", ".join([processor_model(), *numbers, *vectors])
+
+
+def take_steps(data: Path, root: Path) -> Golden:
+    """Run every golden recipe in the folder `root` with one worker, all in one process."""
+    recipes = {name: golden_recipe(data, name) for name in RECIPES}
+    leases: list[Leases] = []
+    try:
+        for name, recipe in recipes.items():
+            (root / name).mkdir()
+            atomic_write_text(root / name / "recipe.yaml", dump_recipe(recipe))
+            leases.append(Leases([root / name / stage.name for stage in stages_of(recipe)]))
+        jobs = [
+            (recipe, root / name, lease.token) for (name, recipe), lease in zip(recipes.items(), leases, strict=True)
+        ]
+        run_group(1, _run, jobs, deadline_s=DEADLINE_S)
+    finally:
+        for lease in leases:
+            lease.release()
+    return {
+        name: {stage.name: _facts(root / name / stage.name) for stage in stages_of(recipe)}
+        for name, recipe in recipes.items()
+    }
+
+
+def _run(group: Group, jobs: list[tuple[Recipe, Path, str]]) -> None:
+    for recipe, folder, token in jobs:
+        run_stages(Job(recipe, folder, token, group), stages_of(recipe))
+
+
+def _facts(stage: Path) -> Facts:
+    weights = hashlib.sha256()
+    for name, tensor in sorted(load_file(stage / "model.safetensors").items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+    losses = [float(row["loss"]).hex() for row in read_rows(stage / "metrics.jsonl") if row["kind"] == "train"]
+    masks = read_json(stage / "result.json")["mask_sha256"]
+    return {"losses": " ".join(losses), "weights": weights.hexdigest(), **({} if masks is None else {"masks": masks})}
+
+
+def updated(sections: dict[str, Any], name: str, section: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The sections of losses.json with one recorded again, and what that changes in words.
+
+    Where numbers have changed, sections of other processor models are those of earlier code, and are dropped.
+    """
+    before = sections.get(name)
+    if before is None:
+        return {**sections, name: section}, f"new section for {name}"
+    if before["recipes"] == section["recipes"]:
+        return {**sections, name: section}, f"the same numbers for {name}"
+    changed = [
+        f"{recipe}: {stage}"
+        for recipe, stages in section["recipes"].items()
+        for stage, facts in stages.items()
+        if before["recipes"].get(recipe, {}).get(stage) != facts
+    ]
+    dropped = [f"dropped, as it is of earlier code: {other}" for other in sections if other != name]
+    return {name: section}, "\n  ".join([f"changed numbers for {name}", *changed, *dropped])
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data, root = Path(folder) / "data", Path(folder) / "runs"
+        data.mkdir()
+        root.mkdir()
+        write_fashion_data(data)
+        section = {"torch": torch.__version__, "recipes": take_steps(data, root)}
+    sections, change = updated(read_json_if_there(FILE) or {}, processor(), section)
+    atomic_write_json(FILE, sections)
+    print(f"{FILE}: {change}")
+
+
+if __name__ == "__main__":
+    main()
