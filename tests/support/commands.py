@@ -95,7 +95,7 @@ def _hear_ctrl_c() -> None:
 
 
 @cache
-def _require_installed() -> None:
+def require_installed() -> None:
     """The command runs in another folder, where Python finds the installed project: it must be this checkout."""
     try:
         installed = json.loads(distribution("hydra-pipeline").read_text("direct_url.json") or "{}").get("url")
@@ -119,7 +119,7 @@ class Command:
         self._value = secrets.token_hex(8)
         self._started = time.time()
         self._streams = [place / f".{self._value}.{name}" for name in ("out", "err")]
-        _require_installed()
+        require_installed()
         environment = {**os.environ, MARK: self._value}
         environment.pop("PYTHONPATH", None)  # what is started must find the project because it is installed
         program = [str(INSTALLED)] if module is None else [sys.executable, "-m", module]

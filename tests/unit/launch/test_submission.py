@@ -15,7 +15,7 @@ from launch.slurm import report_job, sbatch, submit
 from launch.slurm.control_files import ControlFiles, JobFailed
 from launch.slurm.report_job import REPORT, Report
 from pipeline.run.locks import exclusive
-from tests.support.commands import ROOT
+from tests.support.commands import require_installed
 from tests.support.small_recipe import small_recipe
 
 SECTION = {"cpus_per_task": 1, "time": 30, "signal_s": 30}
@@ -61,7 +61,9 @@ def test_what_is_submitted_is_tiny_and_needs_no_torch(programs: Programs, run: P
     jobs = submit.submit_run(run)
     pickles = [run / "jobs" / f"{job.id}_submitted.pkl" for job in jobs]
     assert max(path.stat().st_size for path in pickles) < 1000
-    done = subprocess.run([sys.executable, "-c", LOAD, *pickles], cwd=ROOT, capture_output=True, text=True, check=True)
+    require_installed()
+    place = programs.place  # a job begins where it was submitted, which is not the project's folder
+    done = subprocess.run([sys.executable, "-c", LOAD, *pickles], cwd=place, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:-1] == [*["JobPayload"] * (len(jobs) - 1), "Report", "[]"]
 
 

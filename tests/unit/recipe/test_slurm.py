@@ -74,6 +74,10 @@ def test_impossible_sections_are_refused(values: dict[str, Any], words: str) -> 
         Slurm(**values)
 
 
+def test_a_job_may_begin_in_another_folder() -> None:
+    assert Slurm(options={"chdir": "/scratch"}).options == {"chdir": "/scratch"}
+
+
 def test_a_profile_is_under_the_recipe_and_the_recipe_under_the_command_line(tmp_path: Path) -> None:
     profile = tmp_path / "cluster.yaml"
     profile.write_text("partition: gpu\naccount: us\nmem: 10G\n")

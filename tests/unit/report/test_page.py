@@ -493,6 +493,13 @@ def test_provenance_parents_and_recipe(tmp_path: Path) -> None:
         assert hidden not in page.text
 
 
+def test_a_commit_that_is_not_known_is_called_that(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    write_history(run)
+    edit(run / "provenance.json", lambda values: values.update(commit=None))
+    assert "unknown: not run from a git checkout" in page_of([run]).text
+
+
 def test_layers_share_a_column_where_networks_keep_the_same(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     page = page_of([run])
