@@ -21,7 +21,7 @@ from pipeline.recipe.stages import stages_of
 from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, read_json_if_there, read_rows
 from pipeline.run.lease import Leases
 from pipeline.run.provenance import CPUS, processor_model
-from pipeline.training.context import Job
+from pipeline.training.context import RunContext
 from pipeline.training.stage import run_stages
 from tests.conftest import write_fashion_data
 from tests.golden.recipes import RECIPES, golden_recipe
@@ -70,7 +70,7 @@ def take_steps(data: Path, root: Path) -> Golden:
 
 def _run(group: Group, jobs: list[tuple[Recipe, Path, str]]) -> None:
     for recipe, folder, token in jobs:
-        run_stages(Job(recipe, folder, token, group), stages_of(recipe))
+        run_stages(RunContext(recipe, folder, token, group), stages_of(recipe))
 
 
 def _facts(stage: Path) -> Facts:
