@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from pipeline.evaluation.chunks import write_verdicts
 from pipeline.evaluation.honesty.runner import honesty_spec, log_checks, run_honesty_checks, trained_network
 from pipeline.evaluation.images import EvaluationImages
 from pipeline.evaluation.measures.pgd import Pgd
-from pipeline.evaluation.result import EvaluationHeader, EvaluationResult, HonestyResult, HonestySummary
+from pipeline.evaluation.result import EvaluationHeader, EvaluationResult, HonestyResult, HonestySummary, Result
 from pipeline.evaluation.runner import EvaluationHooks, Evaluator
 from pipeline.evaluation.spec import EvaluationSpec
 from pipeline.models import Network
@@ -40,45 +39,41 @@ class EvaluationCache:
     group: Group
 
     def evaluate(self, file: Path, spec: EvaluationSpec, honesty: HonestySummary | None) -> EvaluationResult:
-        """The result of a network, by whichever command it was made, with `honesty`.
+        """The result for a network, from an earlier evaluation if there is one, with `honesty`.
 
         Errors: ValueError; LoaderError for images that do not come.
         """
         header = spec.header(self.images, file)
-        with self._locked(file, spec, header) as (name, current):
-            if current is None:
+        with self._locked(file, spec, header) as name:
+            result = _find(file.parent / "evaluate", header, EvaluationResult)
+            if result is None:
                 with self._bar(file, spec, header) as bar:
                     return Evaluator(self.images, self.group, bar).evaluate(spec, file, name, honesty)
-            result = EvaluationResult.parse(current)
         return result if honesty is None else result.model_copy(update={"honesty": honesty})
 
     def check_honesty(self, file: Path, pgd: Pgd, images: int | None) -> HonestySummary:
         """The honesty checks of a network that `pgd` attacks; warnings of new ones are logged. Errors: the same."""
         spec = honesty_spec(self.recipe, pgd, images or len(self.images.ids))
-        header = spec.header(self.images, file)
-        current = header.read_if_current(honesty_path(file.parent))
-        if current is not None:
-            return HonestyResult.parse(current).summary()
-        with self._locked(file, spec, header) as (name, current):
-            if current is not None:
-                return HonestyResult.parse(current).summary()
-            path = file.parent / "evaluate" / f"{name}.json"
-            with self._bar(file, spec, header) as bar:
-                evaluator, trained = Evaluator(self.images, self.group, bar), self._trained(file)
-                result, verdicts, store = run_honesty_checks(
-                    evaluator, spec, file, trained, path.with_suffix(".chunks")
-                )
-            log_checks(self._stage_name(file), result.checks)
-            write_verdicts(path.with_suffix(".parquet"), verdicts)
-            atomic_write_json(path, result.to_json())
-            store.remove()
+        header, folder = spec.header(self.images, file), file.parent / "evaluate"
+        result = header.read_if_current(honesty_path(file.parent), HonestyResult)
+        if result is not None:
+            return result.summary()
+        with self._locked(file, spec, header) as name:
+            result = _find(folder, header, HonestyResult)
+            if result is None:
+                with self._bar(file, spec, header) as bar:
+                    evaluator, trained = Evaluator(self.images, self.group, bar), self._trained(file)
+                    chunks = folder / f"{name}.chunks"
+                    result, verdicts, store = run_honesty_checks(evaluator, spec, file, trained, chunks)
+                log_checks(self._stage_name(file), result.checks)
+                write_verdicts(folder / f"{name}.parquet", verdicts)
+                atomic_write_json(folder / f"{name}.json", result.to_json())
+                store.remove()
         return result.summary()
 
     @contextmanager
-    def _locked(
-        self, file: Path, spec: EvaluationSpec, header: EvaluationHeader
-    ) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        """What an evaluation's files are called, and its values if it was made before; one process at a time."""
+    def _locked(self, file: Path, spec: EvaluationSpec, header: EvaluationHeader) -> Iterator[str]:
+        """What the files of an evaluation are called, for one process at a time. Errors: ValueError."""
         folder = file.parent / "evaluate"
         if not os.access(file.parent, os.W_OK):
             raise ValueError(f"{file.parent} cannot be written, and verdicts are kept there; make a copy of the run")
@@ -87,8 +82,7 @@ class EvaluationCache:
         digest = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode()).hexdigest()
         name = f"{spec.label}-{digest[:8]}"
         with exclusive(folder / f".{name}.lock"):
-            whole = (path for path in sorted(folder.glob("*.json")) if path.with_suffix(".parquet").exists())
-            yield name, next((values for path in whole if (values := header.read_if_current(path))), None)
+            yield name
 
     def _bar(self, file: Path, spec: EvaluationSpec, header: EvaluationHeader) -> ProgressBar:
         return ProgressBar(f"{file.parent.name}: {spec.label}", header.images, spec.chunk, spec.passes)
@@ -103,6 +97,12 @@ class EvaluationCache:
 
     def _stage_name(self, file: Path) -> str:
         return file.parent.resolve().relative_to(self.run_folder.resolve()).as_posix()
+
+
+def _find(folder: Path, header: EvaluationHeader, kind: type[Result]) -> Result | None:
+    """The result of an earlier evaluation with this header whose verdicts are there, too."""
+    whole = (path for path in sorted(folder.glob("*.json")) if path.with_suffix(".parquet").exists())
+    return next((result for path in whole if (result := header.read_if_current(path, kind))), None)
 
 
 class ProgressBar(EvaluationHooks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,6 +11,9 @@ from pipeline.run.files import read_json
 
 Kind = Literal["clean", "robust"]
 KINDS: tuple[Kind, ...] = ("clean", "robust")
+
+
+Result = TypeVar("Result", bound="EvaluationHeader")
 
 
 class _Record(BaseModel):
@@ -64,15 +67,13 @@ class EvaluationHeader(_Record):
     image_list_sha256: str | None = None
     images: int
 
-    def read_if_current(self, path: Path) -> dict[str, Any] | None:
-        """The values of a JSON file whose own header is this one; None for any other file, and for a damaged one."""
+    def read_if_current(self, path: Path, kind: type[Result]) -> Result | None:
+        """The record in a file whose header is this one; None for any other file, and for a damaged one."""
         try:
-            values = read_json(path)
+            result = kind.read(path)
         except ValueError:
             return None
-        if not isinstance(values, dict):
-            return None
-        return values if all(values.get(name) == value for name, value in self.to_json().items()) else None
+        return result if all(getattr(result, name) == value for name, value in self) else None
 
 
 class CheckSummary(_Record):

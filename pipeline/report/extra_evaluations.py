@@ -18,7 +18,7 @@ def kept_evaluations(network: NetworkResult) -> list[tuple[Path, EvaluationResul
     """Files and results of every evaluation of a network, its measure's own among them, by file name.
 
     Files that cannot be read are left out, as are those of another `model_sha256`: of the network before it was trained
-    anew. Honesty checks are no evaluation.
+    again. Honesty checks are no evaluation.
     """
     result = network.folder / "result.json"
     model = read_json(result)["model_sha256"] if result.exists() else None

@@ -19,7 +19,7 @@ from pipeline.evaluation.measures.overfitting_probe import WithOverfittingProbe
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.evaluation.measures.randomized_smoothing import Noisy
 from pipeline.evaluation.measures.verified_bounds import Proved
-from pipeline.evaluation.result import EvaluationResult
+from pipeline.evaluation.result import EvaluationResult, HonestyResult
 from pipeline.evaluation.runner import EvaluationHooks, Evaluator
 from pipeline.evaluation.spec import evaluation_spec, recipe_measure
 from pipeline.models import Network
@@ -143,7 +143,7 @@ def check_honesty(context: RunContext, stage: Stage) -> None:
         return
     file, target, images = folder / "model.safetensors", honesty_path(folder), _test_images(context)
     spec = honesty_spec(recipe, pgd, recipe.evaluation.images or len(images.ids))
-    if group.broadcast(group.is_first and spec.header(images, file).read_if_current(target) is not None):
+    if group.broadcast(group.is_first and spec.header(images, file).read_if_current(target, HonestyResult) is not None):
         return
     trained, chunks = trained_network(recipe, folder, stage), folder / "evaluate" / "honesty.chunks"
     result, _, store = run_honesty_checks(

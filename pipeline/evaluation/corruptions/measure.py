@@ -3,7 +3,7 @@
 Eighteen of their nineteen corruptions, at their five severities; frost is missing, as `weather` says. The constants are
 CIFAR-10-C's for images up to 64 px and ImageNet-C's for larger ones, lengths in pixels as they stand: those are made
 for 32 and 224 px, and nothing is scaled for other sizes. Results have 8 bits, cut as there, but are not saved as JPEGs
-in between. Noise is keyed by sample, so that an image is corrupted alike wherever it is judged.
+in between. Noise is keyed by sample, so that an image is corrupted alike on every worker.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Corrupted:
 
     @torch.no_grad()
     def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Columns right_<corruption>_<severity> besides, or extra_ for EXTRA."""
+        """Adds columns right_<corruption>_<severity>, or extra_ for EXTRA."""
         clean = ranked(network(x))
         top1, top5 = hits(clean, y)
         columns = {"clean_prediction": clean[:, 0], "clean_correct": top1, "clean_top5": top5}

@@ -2,7 +2,7 @@
 
 A chunk is one call of the library, whose random numbers start from (seed, first image of the chunk), so that verdicts
 equal those of a direct call. The library attacks only what its attacks so far have left, in fp32 and in eval mode.
-What it says about a defence that it may not be judging rightly is kept as columns flag_<what>.
+Its warnings about a defence that it may not evaluate correctly are kept as columns flag_<what>.
 """
 
 from __future__ import annotations

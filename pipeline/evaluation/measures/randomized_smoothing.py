@@ -5,7 +5,7 @@ often from below, and the bound proves a radius in l2 in which the answer stays 
 all channels of what the network is fed. Noisy images are not clipped to [0, 1].
 
 An image goes through alone, `batch` noises at a time, and draw j of image i has a stream of random numbers of its own.
-So a verdict depends on neither the other images nor who judges it; on the size of the batches only through rounding.
+So a verdict depends on neither the other images nor the worker; on the size of the batches only through rounding.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Certified:
 
 @dataclass(frozen=True)
 class Noisy:
-    """A cheap look at a smoothed network while it trains: robust is right in a vote over a few noisy copies."""
+    """A cheap measure of a smoothed network while it trains: robust is right in a vote over a few noisy copies."""
 
     sigma: float
     draws: int

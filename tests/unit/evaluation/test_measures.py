@@ -68,7 +68,7 @@ def first_images(loader: Loader, count: int = IMAGES) -> EvaluationImages:
 
 
 class Hooks(EvaluationHooks):
-    """Keeps what it is told; stops after the chunk, or before the pass, with the number that is given."""
+    """Keeps what is reported; stops after the chunk, or before the pass, with the number that is given."""
 
     def __init__(self, stop_after_chunk: int | None = None, stop_at_pass: int | None = None) -> None:
         self.chunks: list[tuple[int, int]] = []

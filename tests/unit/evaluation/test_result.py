@@ -73,14 +73,21 @@ def test_a_damaged_result_is_named(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_only_a_file_with_the_same_header_is_current(tmp_path: Path) -> None:
-    header = EvaluationHeader.parse(HEADER | {"images": 4})
+    values = HEADER | {"images": 4, "checks": [CHECK]}
+    header = EvaluationHeader.parse(values)
     path = tmp_path / "pgd.json"
-    assert header.read_if_current(path) is None
-    for change, current in (({}, True), ({"chunk": 1}, False), ({"settings": {}}, False), ({"more": 1}, True)):
-        atomic_write_json(path, HEADER | {"images": 4} | change)
-        assert (header.read_if_current(path) is not None) == current
+    assert header.read_if_current(path, HonestyResult) is None
+    for change, current in (
+        ({}, True),
+        ({"chunk": 1}, False),
+        ({"settings": {}}, False),
+        ({"more": 1}, True),
+        ({"checks": 1}, False),
+    ):
+        atomic_write_json(path, values | change)
+        assert (header.read_if_current(path, HonestyResult) is not None) == current
     path.write_text("[]")
-    assert header.read_if_current(path) is None
+    assert header.read_if_current(path, HonestyResult) is None
 
 
 @pytest.mark.parametrize(("count", "expected"), [(None, 10), (10, 10), (11, 10), (3, [0, 3, 6]), (1, [0])])

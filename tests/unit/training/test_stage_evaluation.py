@@ -1,4 +1,4 @@
-"""Honesty checks inside a run: made once, of the network that was trained, whoever asks and whoever is interrupted."""
+"""Honesty checks inside a run: made once, of the network that was trained, also after interruptions."""
 
 from __future__ import annotations
 
