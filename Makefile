@@ -1,13 +1,14 @@
 # Everything starts here; `make` alone says how. The set-up itself is .ci/setup.sh.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench soak clean
+.PHONY: help setup demo check test lint bench soak clean
 PY := .venv/bin/python
 
 help:
 	@echo 'Small neural networks that withstand adversarial examples.'
 	@echo
 	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the picture'
-	@echo '  make test    every test'
+	@echo '  make check   after every change: lint, and types and quick unit tests of what changed; about a minute'
+	@echo '  make test    every test: about 20 minutes on two cores'
 	@echo '  make lint    ruff (lint and format), import contracts, spelling, white space; basedpyright (types)'
 	@echo '  make bench   measurements as ratios, into docs/benchmarks/: some 30 minutes, on a quiet machine'
 	@echo '  make soak    50 random faults on one run, on a real SLURM on this machine: about an hour'
@@ -32,6 +33,9 @@ demo: setup
 	$(PY) -m launch run recipes/fashion_mnist.yaml --name demo
 	$(PY) -m launch report runs/demo
 	@echo 'The pictures, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
+
+check: setup
+	$(PY) -m tests.check
 
 test: setup
 	$(PY) -m tests.run_all

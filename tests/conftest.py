@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+from tests.run_all import LONGEST
 from tests.support.commands import marked, wait_for_end
+from tests.support.shared import made_once, shared_folder
+
+if TYPE_CHECKING:
+    from pipeline.recipe.schema import Recipe
 
 MARK = "HYDRA_TEST_SESSION"
 """Every process that a test starts inherits it, so that orphans are found whoever adopted them."""
 LINGER_S = 20
 """How long after the last test a process may take to end."""
 TRAIN_IMAGES, TEST_IMAGES = 3000, 500
+NOTHING_SKIPPED = "HYDRA_TEST_NOTHING_SKIPPED"
+"""Set where tests that need an installed program must not be skipped for its lack, as in CI."""
+NEEDS_PROGRAMS = ("test_page_in_browser.py",)
 
 # Set before torch, wandb and Ray are imported, here and in every process that tests start.
 os.environ |= {
     MARK: secrets.token_hex(8),
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # torch.compile would start compilers for GPUs, and in every process build and load something for each of the
+    # processor's instruction sets, to see whether the compiler knows them.
+    "TORCH_WARM_POOL": "0",
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that processes that share the tests end together."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and NOTHING_SKIPPED in os.environ and item.path.name in NEEDS_PROGRAMS:
+        report.outcome, report.longrepr = "failed", f"skipped, though {NOTHING_SKIPPED} is set: {report.longrepr}"
+    return report
+
+
 def _started_processes() -> list[psutil.Process]:
-    """Living processes that this session started, however indirectly, but for Python's trackers, which end with us."""
+    """Living processes that this session started, however indirectly, but for Python's own, which end with us: resource
+    trackers, and the server that workers are forked from, whose children have its command line."""
     found = []
     for process in marked({MARK: os.environ[MARK]}):
         try:
-            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
+            command = " ".join(process.cmdline())
+            server = "multiprocessing.forkserver" in command and process.ppid() == os.getpid()
+            if not server and "multiprocessing.resource_tracker" not in command:
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -77,6 +108,7 @@ def write_fashion_data(folder: Path) -> None:
     from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist
     from pipeline.data.writing.write import WriteOptions, write_dataset
 
+    folder.mkdir(exist_ok=True)
     source, slices = find_fashion_mnist(None), folder / "idx"
     slices.mkdir()
     for (image_file, label_file), count in zip(IDX_FILES.values(), (TRAIN_IMAGES, TEST_IMAGES), strict=True):
@@ -87,7 +119,18 @@ def write_fashion_data(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of `write_fashion_data`."""
-    folder = tmp_path_factory.mktemp("fashion")
-    write_fashion_data(folder)
-    return folder
+    """Folder with train.beton and test.beton: the first 3,000 and 500 images of Fashion-MNIST. Not to be changed."""
+    return made_once(shared_folder(tmp_path_factory) / "fashion", write_fashion_data)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """Recipe -> the folder of its finished run, without Ray and without disturbance. Not to be changed."""
+    from pipeline.recipe.file import dump_recipe
+    from tests.support.undisturbed_run import calm_run
+
+    def run_of(recipe: Recipe) -> Path:
+        name = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16]
+        return made_once(shared_folder(tmp_path_factory) / f"run-{name}", lambda folder: calm_run(folder, recipe))
+
+    return run_of

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from launch.local import run_here
 from pipeline.recipe.file import load_recipe
-from pipeline.training.worker import resolve_observer
 from tests.support.undisturbed_run import finish
 
 if __name__ == "__main__":
     folder, observer = Path(sys.argv[1]), sys.argv[2]
     if sys.argv[3:] == ["without-ray"]:
-        finish(folder, load_recipe(folder / "recipe.yaml"), resolve_observer(observer))
+        finish(folder, load_recipe(folder / "recipe.yaml"), observer)
     else:
         sys.exit(run_here(folder, observer=observer))

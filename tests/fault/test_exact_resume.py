@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,24 +16,13 @@ from pipeline.recipe.schema import Recipe
 from pipeline.run import checkpoint
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.fault.final_state import differences, final_state
-from tests.support.small_recipe import ROOT, small_recipe
-from tests.support.undisturbed_run import calm_run, new_run
+from tests.support.small_recipe import ROOT, two_worker_recipe
+from tests.support.undisturbed_run import new_run
 
 DEADLINE_S = 420
 STAGES = ["pretrain", "keep-0.1/prune", "keep-0.1/finetune"]
 CUT = "tests.fault.cuts:cut"
 STEPS = 40  # of every stage; an epoch has 20
-
-
-def _recipe(data: Path) -> Recipe:
-    """Checkpoints every 9 steps, so that cuts fall between them; two workers, ZeRO 1."""
-    return small_recipe(
-        data,
-        sparsity={"baselines": []},
-        data={"augmentation": "pad_crop_flip"},
-        workers={"count": 2},
-        checkpoint={"every_steps": 9, "keep": 2},
-    )
 
 
 def _start(folder: Path, *module: str) -> int:
@@ -76,9 +66,12 @@ where it has a part in what comes next; a run may change between the two."""
 
 
 @pytest.mark.timeout(1800)
-def test_killed_workers_and_runs_go_on_exactly(fashion_data: Path, tmp_path: Path) -> None:
+def test_killed_workers_and_runs_go_on_exactly(
+    fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path]
+) -> None:
     """SIGKILL of a worker, which is replaced, and at five places of the whole run, then resumed."""
-    folder = new_run(tmp_path / "run", _recipe(fashion_data))
+    recipe = two_worker_recipe(fashion_data)
+    folder = new_run(tmp_path / "run", recipe)
     set_cuts(folder, [cut for _, cuts in STARTS for cut in cuts])
     for number, (where, cuts) in enumerate(STARTS):
         module = ("tests.fault.run_observed", str(folder), CUT, *(() if where == "ray" else (where,)))
@@ -90,5 +83,4 @@ def test_killed_workers_and_runs_go_on_exactly(fashion_data: Path, tmp_path: Pat
             assert not (unfinished / "MANIFEST.json").exists()
     assert (folder / "logs" / "restarts.log").read_text().count(" failed: ") == 1
     assert _start(folder, "launch", "resume", str(folder)) == 0
-    undisturbed = calm_run(tmp_path / "undisturbed", _recipe(fashion_data))
-    assert differences(*(final_state(run, STAGES) for run in (undisturbed, folder))) == []
+    assert differences(*(final_state(run, STAGES) for run in (undisturbed(recipe), folder))) == []

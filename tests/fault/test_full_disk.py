@@ -29,28 +29,31 @@ Attempt = tuple[int, str, int | None]
 """(calls about files of the run, what the start ended with, its errno)"""
 
 
-def _start(group: Group, recipe: Recipe, folder: Path, token: str, full_from: list[int]) -> list[Attempt]:
-    """Starts of a run in one process, each with a disk that is full from a call on; there is room between them."""
-    faults, attempts = Faults(), []
-    for number in full_from:
-        faults.begin(folder, number, errno.ENOSPC, True)
-        said, code = "", None
-        try:
-            run_stages(RunContext(recipe, folder, token, group), stages_of(recipe))
-        except Exception as error:
-            said, code = f"{type(error).__name__}: {error}", getattr(error, "errno", None)
-        attempts.append((faults.end(), said, code))
-        if not said:
-            break
-    return attempts
-
-
-def _starts(folder: Path, recipe: Recipe, full_from: list[int]) -> list[Attempt]:
-    leases = Leases([folder / stage.name for stage in stages_of(recipe)])
+def _start(faults: Faults, context: RunContext, full_from: int) -> Attempt:
+    """A start of a run with a disk that is full from a call on; there is room again after it."""
+    faults.begin(context.run_folder, full_from, errno.ENOSPC, True)
+    said, code = "", None
     try:
-        return run_group(1, _start, recipe, folder, leases.token, full_from)[0]
-    finally:
-        leases.release()
+        run_stages(context, stages_of(context.recipe))
+    except Exception as error:
+        said, code = f"{type(error).__name__}: {error}", getattr(error, "errno", None)
+    return faults.end(), said, code
+
+
+def _starts(
+    group: Group, recipe: Recipe, token: str, counted: Path, full: Path
+) -> tuple[Attempt, list[Attempt], list[list[int]]]:
+    """In one process: a start of `counted` with room for all, and starts of `full` until one finishes; what was
+    committed before and after each of those."""
+    faults, chance = Faults(), random.Random(SEED)
+    first = _start(faults, RunContext(recipe, counted, token, group), NEVER)
+    attempts: list[Attempt] = []
+    committed = [_committed(full, recipe)]
+    while len(attempts) < 4 * PARTS and (not attempts or attempts[-1][1]):
+        full_from = chance.randrange(2 * first[0] // PARTS)
+        attempts.append(_start(faults, RunContext(recipe, full, token, group), full_from))
+        committed.append(_committed(full, recipe))
+    return first, attempts, committed
 
 
 def _committed(folder: Path, recipe: Recipe) -> list[int]:
@@ -73,19 +76,19 @@ def test_a_full_disk_at_any_moment_loses_nothing(
     )
     calm = calm_run(tmp_path / "calm", recipe)
     monkeypatch.setenv("LD_PRELOAD", str(build_library(tmp_path)))
-    counted = new_run(tmp_path / "counted", recipe)
-    ((calls, said, _),) = _starts(counted, recipe, [NEVER])
+    counted, folder = (new_run(tmp_path / name, recipe) for name in ("counted", "full"))
+    leases = Leases([run / stage.name for run in (counted, folder) for stage in stages_of(recipe)])
+    try:
+        (first, attempts, committed), *_ = run_group(
+            1, _starts, recipe, leases.token, counted, folder, deadline_s=500, fresh=True
+        )
+    finally:
+        leases.release()
+    calls, said, _ = first
     assert (calls > 100, said) == (True, "")
     assert unlike(recipe, calm, counted) == []
-
-    chance = random.Random(SEED)
-    folder = new_run(tmp_path / "full", recipe)
-    attempts: list[Attempt] = []
-    while len(attempts) < 4 * PARTS and (not attempts or attempts[-1][1]):
-        before = _committed(folder, recipe)
-        attempts += _starts(folder, recipe, [chance.randrange(2 * calls // PARTS) for _ in range(3)])
-        after = _committed(folder, recipe)
-        assert all(now >= then for now, then in zip(after, before, strict=True)), (before, after, attempts[-2:])
+    for attempt, before, after in zip(attempts, committed, committed[1:], strict=False):
+        assert all(now >= then for now, then in zip(after, before, strict=True)), (before, after, attempt)
     *full, (_, last, _) = attempts
     assert last == ""
     assert len(full) >= PARTS // 2

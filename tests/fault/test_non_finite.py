@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ import torch
 
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
+from pipeline.recipe.schema import Recipe
 from pipeline.robustness.objectives import ObjectiveInput, ObjectiveOutput
 from pipeline.run import checkpoint
 from pipeline.training.loop import NonFinite
@@ -22,8 +24,8 @@ from tests.bench.real_step import RealStep, recipe_of
 from tests.fault.final_state import unlike
 from tests.fault.poison import given, set_doses
 from tests.support.processes import run_group
-from tests.support.small_recipe import ROOT, small_recipe
-from tests.support.undisturbed_run import calm_run, new_run
+from tests.support.small_recipe import ROOT, two_worker_recipe
+from tests.support.undisturbed_run import new_run
 
 PRUNE = "keep-0.1/prune"
 
@@ -35,14 +37,11 @@ def _do(folder: Path, *module: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(1200)
-def test_once_is_mended_and_always_stops_the_run(fashion_data: Path, tmp_path: Path) -> None:
+def test_once_is_mended_and_always_stops_the_run(
+    fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path]
+) -> None:
     """A worker of two computes nonsense: once amid pretraining, and twice at the same step of pruning."""
-    recipe = small_recipe(
-        fashion_data,
-        sparsity={"baselines": []},
-        workers={"count": 2},
-        checkpoint={"every_steps": 9, "keep": 2},
-    )
+    recipe = two_worker_recipe(fashion_data)
     folder = new_run(tmp_path / "run", recipe)
     set_doses(folder, [("pretrain", 13, 1), (PRUNE, 12, 2)])
     done = _do(folder, "tests.fault.run_observed", str(folder), "tests.fault.poison:spoil")
@@ -64,7 +63,7 @@ def test_once_is_mended_and_always_stops_the_run(fashion_data: Path, tmp_path: P
 
     resumed = _do(folder, "launch", "resume", str(folder))  # on another machine, say
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert unlike(recipe, calm_run(tmp_path / "calm", recipe), folder) == []
+    assert unlike(recipe, undisturbed(recipe), folder) == []
 
 
 class _Infinite(torch.autograd.Function):

@@ -21,14 +21,14 @@ WITHOUT_PROGRESS = 2
 """Faults in a row that the run is let recover from without a checkpoint in between."""
 
 
-def two_node_recipe(data: Path, faults: int) -> Recipe:
-    """A pretrain phase that is long enough for so many faults, and three sparsities after it. An epoch has 20 steps."""
+def two_node_recipe(data: Path, faults: int, keep_fractions: Sequence[float] = (0.5, 0.1, 0.05)) -> Recipe:
+    """A pretrain phase that is long enough for so many faults, and the sparsities after it. An epoch has 20 steps."""
     short = {"epochs": 1, "lr": 0.05, "weight_decay": 1.0e-4}
     epochs = -(-faults * STEPS_PER_FAULT // 20)
     return small_recipe(
         data,
         phases={"pretrain": {**short, "epochs": epochs, "lr": 0.02}, "prune": short, "finetune": short},
-        sparsity={"keep_fractions": [0.5, 0.1, 0.05], "baselines": []},
+        sparsity={"keep_fractions": [*keep_fractions], "baselines": []},
         workers={"count": 2, "hang_timeout_s": 20},
         checkpoint={"every_steps": 9, "keep": 2},
         tracking={"log_every_steps": 1},

@@ -18,7 +18,6 @@ from launch.slurm.submit import submit_run
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json
 from tests.slurm.faults import Victim
-from tests.slurm.record import fed
 from tests.slurm.struck import cancel, job_of
 from tests.slurm.throttle import FOLDER
 from tests.support.commands import Command, launch, wait_until
@@ -27,6 +26,7 @@ from tests.support.small_recipe import small_recipe, small_values
 from tests.support.undisturbed_run import calm_run, finish
 
 pytestmark = pytest.mark.timeout(900)
+FED = "tests.slurm.record:fed"
 EPOCHS, STEPS_PER_EPOCH, BATCH = 5, 20, 64
 NODES = {"1-2": 2, "1-3": 1, "1-4": 4}
 """What is asked for, and what there is."""
@@ -71,7 +71,7 @@ def test_two_then_one_then_four_nodes_and_back(
         recipe = recipe_on(fashion_data, tmp_path, nodes)
         run_folder.write_run_folder(folder, recipe, run_folder.check_data(recipe))
         with _others_on(slurm, 3 if given == 1 else 0):
-            submit_run(folder, observer="tests.slurm.record:fed")
+            submit_run(folder, observer=FED)
             jobs.append(job_of(folder, "pretrain"))
             victim = Victim(slurm, folder, jobs[-1], "pretrain")
             victim.wait_for_step(victim.step() + 8)
@@ -86,7 +86,7 @@ def test_two_then_one_then_four_nodes_and_back(
     (tmp_path / "full-speed").touch()
     recipe = recipe_on(fashion_data, tmp_path, "1")
     run_folder.write_run_folder(folder, recipe, run_folder.check_data(recipe))
-    finish(folder, recipe, fed)
+    finish(folder, recipe, FED)
 
     starts = [start["nodes"] for start in StartLog.of(folder).read() if start["group"] == "pretrain"]
     assert starts == list(NODES.values())

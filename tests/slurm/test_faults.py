@@ -4,44 +4,63 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launch.slurm.submit import living, read_jobs
+from pipeline.recipe.schema import Recipe
 from tests.fault.final_state import unlike
 from tests.slurm.faults import KINDS, as_row
 from tests.slurm.struck import cancel, job_of, strike_in_turn, two_node_recipe
 from tests.slurm.throttle import FOLDER
 from tests.support.commands import launch, wait_until
 from tests.support.slurm_cluster import SlurmCluster
-from tests.support.undisturbed_run import calm_run, new_run
+from tests.support.undisturbed_run import new_run
 
 SEED = 20261122
+WORKERS_AND_STEPS = ("unwarned_preemption", "kill_worker", "stop_worker", "kill_step", "kill_driver")
+NODES_AND_JOBS = ("warning", "preemption", "time_limit", "node_down", "kill_raylet", "kill_head")
+"""Kinds of faults in two halves that take the same time, so that two processes with a cluster each can share them."""
 pytestmark = pytest.mark.timeout(1800)
 
 
+def test_all_kinds_of_faults_strike() -> None:
+    assert {*WORKERS_AND_STEPS, *NODES_AND_JOBS, "requeue"} == set(KINDS)  # that test_races has
+
+
+@pytest.mark.parametrize(
+    ("kinds", "keep_fractions"),
+    [(WORKERS_AND_STEPS, (0.1,)), (NODES_AND_JOBS, (0.5, 0.1, 0.05))],
+    ids=["workers and steps", "nodes and jobs"],
+)
 def test_faults_are_survived(
-    slurm_cluster: SlurmCluster, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm_cluster: SlurmCluster,
+    fashion_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[[Recipe], Path],
+    kinds: tuple[str, ...],
+    keep_fractions: tuple[float, ...],
 ) -> None:
-    """One run is struck by every kind of fault at random steps; then three sparsities, two at a time, and a report."""
+    """Two runs are struck by every kind of fault at random steps; then the sparsities, two at a time, and a report."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
     chance = random.Random(SEED)
-    kinds = [kind for kind in KINDS if kind != "requeue"]  # which test_races has
-    chance.shuffle(kinds)
-    recipe = two_node_recipe(fashion_data, len(kinds))
+    order = chance.sample(kinds, len(kinds))
+    recipe = two_node_recipe(fashion_data, len(kinds), keep_fractions)
     folder = new_run(tmp_path / "runs" / "struck", recipe)
-    for outcome in strike_in_turn(slurm_cluster, folder, kinds, chance):
+    for outcome in strike_in_turn(slurm_cluster, folder, order, chance):
         print(json.dumps(as_row(outcome)))
     (tmp_path / "full-speed").touch()
     wait_until(lambda: not living(read_jobs(folder)), 600, "the end of all jobs")
     assert slurm_cluster.job_state(job_of(folder, "report")) == "COMPLETED"
     assert (folder / "report" / "robust_accuracy.png").exists()
-    assert len((folder / "report" / "robust_accuracy.csv").read_text().splitlines()) == 1 + 4
+    assert len((folder / "report" / "robust_accuracy.csv").read_text().splitlines()) == 2 + len(keep_fractions)
     said = launch(tmp_path, "status", str(folder)).out
-    assert "finished, 7 of 7 stages finished" in said, said
-    calm = calm_run(tmp_path / "runs" / "calm", recipe)
-    assert unlike(recipe, calm, folder) == []
+    stages = 1 + 2 * len(keep_fractions)
+    assert f"finished, {stages} of {stages} stages finished" in said, said
+    assert unlike(recipe, undisturbed(recipe), folder) == []
     wait_until(lambda: not _left(slurm_cluster), 30, "the end of all that the jobs started")
 
 

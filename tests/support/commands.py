@@ -64,13 +64,17 @@ def _killed(process: psutil.Process) -> str | None:
     return said
 
 
-def wait_until(condition: Callable[[], bool], deadline_s: float, what: str, every_s: float = 0.1) -> None:
-    """Return once `condition()` holds, asked every `every_s`. Errors: TimeoutError naming `what`."""
-    end, pause = time.monotonic() + deadline_s, threading.Event()
+def wait_until(condition: Callable[[], bool], deadline_s: float, what: str, every_s: float | None = None) -> None:
+    """Return once `condition()` holds. Errors: TimeoutError naming `what`.
+
+    It is asked every `every_s`; or every tenth of a second, and less and less often, as it may take a while to answer.
+    """
+    began, pause = time.monotonic(), threading.Event()
     while not condition():
-        if time.monotonic() > end:
+        waited = time.monotonic() - began
+        if waited > deadline_s:
             raise TimeoutError(f"not within {deadline_s} s: {what}")
-        pause.wait(every_s)
+        pause.wait(every_s if every_s is not None else min(max(0.1, waited / 50), 0.5))
 
 
 def _unused_shared_memory(since: float) -> set[str]:

@@ -1,4 +1,8 @@
-"""Runs a function in several processes that form a gloo group, without Ray, and returns what each returned."""
+"""Runs a function in several processes that form a gloo group, without Ray, and returns what each returned.
+
+They are forked from one process per session that has imported everything (`warm`); it ends with the last of those that
+can ask it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, SpawnContext
 from queue import Empty
 from typing import Any
 
-DEADLINE_S = 240
+DEADLINE_S = 480
+WARM = "tests.support.warm"
 
 
 def _free_port() -> int:
@@ -20,10 +26,27 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _context(fresh: bool) -> SpawnContext | ForkServerContext:
+    if fresh:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([WARM])
+    return context
+
+
 def _enter(
-    rank: int, world: int, port: int, threads: int, function: Callable[..., Any], arguments: tuple, out: Any
+    environment: dict[str, str],
+    rank: int,
+    world: int,
+    port: int,
+    threads: int,
+    function: Callable[..., Any],
+    arguments: tuple,
+    out: Any,
 ) -> None:
+    os.environ.clear()
     os.environ.update(
+        environment,
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         RANK=str(rank),
@@ -51,14 +74,22 @@ def _enter(
 
 
 def run_group(
-    world: int, function: Callable[..., Any], *arguments: Any, threads: int = 1, deadline_s: float = DEADLINE_S
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    threads: int = 1,
+    deadline_s: float = DEADLINE_S,
+    fresh: bool = False,
 ) -> list[Any]:
-    """`function(group, *arguments)` in `world` processes; their results in rank order. Results are plain values."""
-    context = multiprocessing.get_context("spawn")
+    """`function(group, *arguments)` in `world` processes; their results in rank order. Results are plain values.
+
+    `fresh`: by new interpreters, for what must be there before an interpreter starts, such as LD_PRELOAD.
+    """
+    context = _context(fresh)
     out = context.Queue()
     port = _free_port()
     workers = [
-        context.Process(target=_enter, args=(rank, world, port, threads, function, arguments, out))
+        context.Process(target=_enter, args=(dict(os.environ), rank, world, port, threads, function, arguments, out))
         for rank in range(world)
     ]
     for worker in workers:

@@ -170,7 +170,8 @@ class SlurmCluster:
         """Return once every node is idle."""
 
         def ready() -> bool:
-            return all(self.node_state(node) == "idle" for node in self.nodes)
+            states = self._node_states(",".join(self.nodes))
+            return len(states) == len(self.nodes) and set(states) == {"idle"}
 
         self._wait("slurmctld", lambda: self._answers("scontrol", "ping") and ready(), "every node is idle")
 
@@ -265,8 +266,11 @@ class SlurmCluster:
 
     def node_state(self, node: str) -> str:
         """As sinfo says, without its marks: idle, mixed, allocated, completing, down, ..."""
-        said = self.client("sinfo", "--noheader", "--Node", "--partition=low", f"--nodes={node}", "--format=%T")
-        return re.sub("[^a-z]", "", said.strip())
+        return "".join(self._node_states(node))
+
+    def _node_states(self, nodes: str) -> list[str]:
+        said = self.client("sinfo", "--noheader", "--Node", "--partition=low", f"--nodes={nodes}", "--format=%T")
+        return [re.sub("[^a-z]", "", line) for line in said.splitlines()]
 
     def wait_for_node(self, node: str, state: str, deadline_s: float = 60) -> None:
         wait_until(lambda: self.node_state(node) == state, deadline_s, f"node {node} is {state}")

@@ -49,3 +49,14 @@ def small_recipe(folder: Path, /, **sections: Any) -> Recipe:
             {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value
         )
     return parse_recipe(values, "small")
+
+
+def two_worker_recipe(data: Path) -> Recipe:
+    """For runs that are disturbed: ZeRO 1, and checkpoints every 9 steps, so that an epoch's end has none."""
+    return small_recipe(
+        data,
+        sparsity={"baselines": []},
+        data={"augmentation": "pad_crop_flip"},
+        workers={"count": 2},
+        checkpoint={"every_steps": 9, "keep": 2},
+    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import run_folder
-from pipeline.distributed import Group
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.lease import Leases
-from pipeline.training.context import Observer, RunContext
-from pipeline.training.stage import run_stages
 from tests.support.processes import run_group
+
+if TYPE_CHECKING:
+    from pipeline.distributed import Group
 
 DEADLINE_S = 500
 
@@ -28,8 +30,8 @@ def calm_run(folder: Path, recipe: Recipe) -> Path:
     return folder
 
 
-def finish(folder: Path, recipe: Recipe, observer: Observer | None = None) -> None:
-    """Begin a run, or go on with it, to its end."""
+def finish(folder: Path, recipe: Recipe, observer: str | None = None) -> None:
+    """Begin a run, or go on with it, to its end. `observer`, 'module:function', watches every worker."""
     leases = Leases([folder / stage.name for stage in stages_of(recipe)])
     try:
         run_group(recipe.workers.count, _work, recipe, folder, leases.token, observer, deadline_s=DEADLINE_S)
@@ -37,5 +39,10 @@ def finish(folder: Path, recipe: Recipe, observer: Observer | None = None) -> No
         leases.release()
 
 
-def _work(group: Group, recipe: Recipe, folder: Path, token: str, observer: Observer | None) -> None:
-    run_stages(RunContext(recipe, folder, token, group, observer), stages_of(recipe))
+def _work(group: Group, recipe: Recipe, folder: Path, token: str, observer: str | None) -> None:
+    # What takes seconds to import, the process that starts the workers has no use for.
+    from pipeline.training.context import RunContext
+    from pipeline.training.stage import run_stages
+
+    watched = pkgutil.resolve_name(observer) if observer else None
+    run_stages(RunContext(recipe, folder, token, group, watched), stages_of(recipe))

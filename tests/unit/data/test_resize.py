@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import cv2
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ def shrunk(image: NDArray[np.uint8], top: int, left: int, high: int, wide: int, 
     return smaller
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # the first call compiles
 @given(st.data())
 def test_each_new_pixel_is_the_mean_of_what_it_covers(data):

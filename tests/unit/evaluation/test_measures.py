@@ -108,6 +108,7 @@ def differing(a: Verdicts, b: Verdicts) -> list[str]:
     return [name for name in a if not np.array_equal(a[name], b[name])]
 
 
+@pytest.mark.slow
 def test_verdicts_do_not_depend_on_the_number_of_workers(network: nn.Module, loader: Loader) -> None:
     expected = evaluate(network, loader)
     meeting, values = threading.Barrier(WORLD), {}

@@ -583,6 +583,7 @@ def under_faults(library: Path, call: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_from_any_call_on_leaves_every_older_checkpoint(library: Path, tmp_path: Path) -> None:
     found = under_faults(library, f"all_calls(Path({str(tmp_path)!r}), errno.ENOSPC, True)")
     assert len(found) > 20
@@ -591,11 +592,13 @@ def test_a_disk_that_is_full_from_any_call_on_leaves_every_older_checkpoint(libr
     assert [10, False] in found
 
 
+@pytest.mark.slow
 def test_a_file_system_that_fails_for_a_moment_at_any_call_costs_a_pause(library: Path, tmp_path: Path) -> None:
     found = under_faults(library, f"all_calls(Path({str(tmp_path)!r}), errno.EIO, False)")
     assert len(found) > 30
     assert found == [[10, True]] * len(found)
 
 
+@pytest.mark.slow
 def test_reading_waits_out_what_passes(library: Path, tmp_path: Path) -> None:
     assert under_faults(library, f"all_reads(Path({str(tmp_path)!r}), errno.ESTALE)") > 8
