@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.run.files import parse_row, read_json
-from pipeline.run.layout import evaluation_path
+from pipeline.run.layout import StageFolder
 
 Row = dict[str, Any]
 Value = TypeVar("Value")
@@ -45,9 +45,9 @@ def follow(
     stages = [_Stage(name, run_folder / name, list(evaluations)) for name in stage_names]
     show = _Bars(stream) if stream.isatty() else _Lines(stream, line_every_s)
     for stage in stages:
-        if (stage.folder / "result.json").exists():
+        if StageFolder(stage.folder).result.exists():
             stage.finished = True
-            stage.left = [name for name in evaluations if not evaluation_path(stage.folder, name).exists()]
+            stage.left = [name for name in evaluations if not StageFolder(stage.folder).evaluation(name).exists()]
             show.say(f"{stage.name}  already finished")
         stage.tail.read()  # what was written before is not news
     stopping = False
@@ -100,7 +100,7 @@ class _Stage:
     tail: _Tail = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tail = _Tail(self.folder / "metrics.jsonl")
+        self.tail = _Tail(StageFolder(self.folder).metrics)
 
 
 class _Lines:
@@ -175,9 +175,9 @@ def _look(stage: _Stage, show: _Lines | _Bars) -> None:
     if not stage.finished:
         _look_at_training(stage, show)
     else:
-        progress = _read_if_whole(stage.folder / "evaluate" / "progress.json", read_json)
+        progress = _read_if_whole(StageFolder(stage.folder).evaluation_progress, read_json)
         for name in list(stage.left):
-            evaluation = _read_if_whole(evaluation_path(stage.folder, name), EvaluationResult.read)
+            evaluation = _read_if_whole(StageFolder(stage.folder).evaluation(name), EvaluationResult.read)
             if evaluation is not None:
                 stage.left.remove(name)
                 show.end(stage.name)
@@ -188,12 +188,14 @@ def _look(stage: _Stage, show: _Lines | _Bars) -> None:
 
 def _look_at_training(stage: _Stage, show: _Lines | _Bars) -> None:
     if stage.plan is None:
-        stage.plan = _read_if_whole(stage.folder / "stage.json", read_json)
+        stage.plan = _read_if_whole(StageFolder(stage.folder).plan, read_json)
         if stage.plan is None:
             return
         steps, batch = stage.plan["total_steps"], stage.plan["batch_per_step"]
         show.say(f"{stage.name}  {steps:,} steps of {batch:,} images")
-    result = _read_if_whole(stage.folder / "result.json", read_json)  # before the rows, so that none of them is missed
+    result = _read_if_whole(
+        StageFolder(stage.folder).result, read_json
+    )  # before the rows, so that none of them is missed
     rows, anew = stage.tail.read()
     if anew:
         show.say(f"{stage.name}  resumed, at step {rows[-1]['step'] if rows else 0}")

@@ -11,6 +11,7 @@ from launch.display import follow
 from launch.run_folder import check_same_data
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
+from pipeline.run.layout import RunFolder
 
 if TYPE_CHECKING:
     from pipeline.training.driver import Connect, RunRequest
@@ -23,7 +24,7 @@ def run_here(folder: Path, observer: str | None = None) -> int:
     from pipeline.training.driver import RunFailed, RunRequest, stages_left
 
     order = RunRequest(folder, observer=observer)
-    if not stages_left(order, load_recipe(folder / "recipe.yaml")):
+    if not stages_left(order, load_recipe(RunFolder(folder).recipe)):
         print(f"{folder}: finished already; see: python -m launch report {folder}")
         return 0
     try:
@@ -38,7 +39,7 @@ def run_and_show(order: RunRequest, connect: Connect) -> None:
     """Do the order with bars or lines on standard error. Errors: as `pipeline.training.driver.run_driver`."""
     from pipeline.training.driver import run_driver
 
-    recipe = load_recipe(order.run_folder / "recipe.yaml")
+    recipe = load_recipe(RunFolder(order.run_folder).recipe)
     stop = threading.Event()
     names = [stage.name for stage in stages_of(recipe) if order.stages is None or stage.name in order.stages]
     evaluations = [recipe.objective.measure, *(attack.label for attack in recipe.evaluation.attacks)]

@@ -11,6 +11,7 @@ from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, reci
 from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, sha256_of
+from pipeline.run.layout import RunFolder
 from pipeline.run.lease import refuse_if_held
 from pipeline.run.provenance import collect_provenance
 
@@ -55,7 +56,7 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
         raise ValueError(f"--name {name}: a run's name is 1 to 64 letters, digits, dots, dashes and underscores")
     recipe = _with_absolute_paths(recipe)
     folder = RUNS / (name or recipe.name)
-    path = folder / "recipe.yaml"
+    path = RunFolder(folder).recipe
     if path.exists():
         old = load_recipe(path)
         if recipe_hash(old) != recipe_hash(recipe):
@@ -72,9 +73,9 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
 def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
     """Make a run directory, or bring the recipe of one up to date."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "provenance.json").exists():
-        atomic_write_json(folder / "provenance.json", collect_provenance(recipe, data_sha256))
-    atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    if not RunFolder(folder).provenance.exists():
+        atomic_write_json(RunFolder(folder).provenance, collect_provenance(recipe, data_sha256))
+    atomic_write_text(RunFolder(folder).recipe, dump_recipe(recipe))
 
 
 def check_data(recipe: Recipe) -> dict[str, str]:
@@ -113,8 +114,8 @@ def check_data(recipe: Recipe) -> dict[str, str]:
 
 def check_same_data(folder: Path) -> None:
     """Raise ValueError unless the data files are the ones that the run was begun with."""
-    began = read_json(folder / "provenance.json")["data_sha256"]
-    for key, found in check_data(load_recipe(folder / "recipe.yaml")).items():
+    began = read_json(RunFolder(folder).provenance)["data_sha256"]
+    for key, found in check_data(load_recipe(RunFolder(folder).recipe)).items():
         if found != began[key]:
             raise ValueError(
                 f"{key} was replaced since {folder} was begun (sha256 {began[key][:12]}... -> {found[:12]}...); "
@@ -125,7 +126,7 @@ def check_same_data(folder: Path) -> None:
 def find_run(reference: str) -> Path:
     """'runs/demo' or 'demo' -> the run directory. Errors: ValueError listing the runs there are."""
     for folder in (Path(reference), RUNS / reference):
-        if (folder / "recipe.yaml").exists():
+        if RunFolder(folder).recipe.exists():
             return folder
     known = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
     raise ValueError(f"{reference}: no such run; runs here: {', '.join(known) or 'none'} (in {RUNS}/)")

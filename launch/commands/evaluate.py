@@ -17,6 +17,7 @@ from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.files import sha256_of
+from pipeline.run.layout import RunFolder, StageFolder
 
 if TYPE_CHECKING:
     from pipeline.data.loading.image_list import ListedImages
@@ -68,7 +69,7 @@ def _pixels(text: str) -> Fraction:
 
 def _run_of(path: Path) -> Path:
     for folder in path.resolve().parents:
-        if (folder / "recipe.yaml").exists():
+        if RunFolder(folder).recipe.exists():
             return folder
     raise ValueError(f"{path} is not inside a run: no recipe.yaml above it names its threat model and data")
 
@@ -81,8 +82,8 @@ def _targets(target: str) -> tuple[Path, list[Path]]:
             raise ValueError(f"{path} does not exist")
         return _run_of(path), [path]
     folder = run_folder.find_run(target)
-    stages = [stage for stage in stages_of(load_recipe(folder / "recipe.yaml")) if stage.measure is not None]
-    files = [path for stage in stages if (path := folder / stage.name / "model.safetensors").exists()]
+    stages = [stage for stage in stages_of(load_recipe(RunFolder(folder).recipe)) if stage.measure is not None]
+    files = [path for stage in stages if (path := StageFolder(folder / stage.name).network).exists()]
     if not files:
         raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
     return folder, files
@@ -121,7 +122,7 @@ def _attack_each(arguments: argparse.Namespace) -> None:
     """Print the result of every network that is meant. Errors: ValueError; LoaderError for images that do not come."""
     folder, files = _targets(arguments.target)
     run_folder.check_same_data(folder)
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(RunFolder(folder).recipe)
     attacks = [_attack(name, arguments, recipe) for name in arguments.attack]
 
     from launch.commands.evaluation_cache import EvaluationCache
@@ -129,7 +130,7 @@ def _attack_each(arguments: argparse.Namespace) -> None:
     from pipeline.evaluation.images import EvaluationImages
     from pipeline.evaluation.spec import evaluation_spec
 
-    source = arguments.source or folder / "pretrain" / "model.safetensors"
+    source = arguments.source or StageFolder(folder / "pretrain").network
     device = pick_device(recipe.workers.device)
     with _open_images(arguments, recipe) as loader:
         make_deterministic(recipe.workers.threads)  # also back to the thread count that importing FFCV changed

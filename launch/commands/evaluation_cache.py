@@ -25,7 +25,7 @@ from pipeline.models import Network
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.files import atomic_write_json
-from pipeline.run.layout import honesty_path
+from pipeline.run.layout import StageFolder
 from pipeline.run.locks import exclusive
 
 
@@ -45,7 +45,7 @@ class EvaluationCache:
         """
         header = spec.header(self.images, file)
         with self._locked(file, spec, header) as name:
-            result = _find(file.parent / "evaluate", header, EvaluationResult)
+            result = _find(StageFolder(file.parent).evaluations, header, EvaluationResult)
             if result is None:
                 with self._bar(file, spec, header) as bar:
                     return Evaluator(self.images, self.group, bar).evaluate(spec, file, name, honesty)
@@ -54,8 +54,8 @@ class EvaluationCache:
     def check_honesty(self, file: Path, pgd: Pgd, images: int | None) -> HonestySummary:
         """The honesty checks of a network that `pgd` attacks; warnings of new ones are logged. Errors: the same."""
         spec = honesty_spec(self.recipe, pgd, images or len(self.images.ids))
-        header, folder = spec.header(self.images, file), file.parent / "evaluate"
-        result = header.read_if_current(honesty_path(file.parent), HonestyResult)
+        header, folder = spec.header(self.images, file), StageFolder(file.parent).evaluations
+        result = header.read_if_current(StageFolder(file.parent).honesty, HonestyResult)
         if result is not None:
             return result.summary()
         with self._locked(file, spec, header) as name:
@@ -74,7 +74,7 @@ class EvaluationCache:
     @contextmanager
     def _locked(self, file: Path, spec: EvaluationSpec, header: EvaluationHeader) -> Iterator[str]:
         """What the files of an evaluation are called, for one process at a time. Errors: ValueError."""
-        folder = file.parent / "evaluate"
+        folder = StageFolder(file.parent).evaluations
         if not os.access(file.parent, os.W_OK):
             raise ValueError(f"{file.parent} cannot be written, and verdicts are kept there; make a copy of the run")
         folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ class EvaluationCache:
         """The network that a file was written from, where that is a finished stage's."""
         name = self._stage_name(file)
         stage = next((stage for stage in stages_of(self.recipe) if stage.name == name), None)
-        if stage is None or not (file.parent / "result.json").exists():
+        if stage is None or not StageFolder(file.parent).result.exists():
             return None
         return trained_network(self.recipe, file.parent, stage)
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from launch import run_folder
+from pipeline.run.layout import RunFolder
 
 ID = r"[A-Za-z0-9-]+"
 EXAMPLE = """\
@@ -40,7 +41,7 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
 
     folder = run_folder.find_run(arguments.run)
     paper = Paper(arguments.id, arguments.title, arguments.authors, arguments.link, arguments.venue)
-    files, left_out = write_leaderboards(read_runs([folder])[0], paper, folder / "report" / "leaderboards")
+    files, left_out = write_leaderboards(read_runs([folder])[0], paper, RunFolder(folder).report / "leaderboards")
     for path in files:
         print(path)
     for reason in left_out:

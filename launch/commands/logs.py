@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TextIO
 from launch import run_folder
 from launch.slurm.submit import read_jobs, stages_by_job
 from pipeline.recipe.file import load_recipe
-from pipeline.run.layout import is_done
+from pipeline.run.layout import RunFolder, is_done
 
 POLL_S = 0.5
 BLOCK = 64 * 1024
@@ -72,7 +72,7 @@ class _Logs:
         self.files: dict[Path, _Log] = {}
         self._folder = folder
         self._stream = stream
-        self._stages_by_job = stages_by_job(load_recipe(folder / "recipe.yaml"))
+        self._stages_by_job = stages_by_job(load_recipe(RunFolder(folder).recipe))
         self._last_shown: Path | None = None
 
     def run_is_finished(self) -> bool:
@@ -99,7 +99,7 @@ class _Logs:
         return of_these or [path for path, job in job_of.items() if job in newest.values()]
 
     def _of_workers(self) -> list[Path]:
-        folder = self._folder / "logs"
+        folder = RunFolder(self._folder).logs
         return [*sorted(folder.glob("worker-*.log"), key=_in_order), *folder.glob("restarts.log")]
 
     def show_news(self, partial: bool) -> bool:

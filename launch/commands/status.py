@@ -24,7 +24,7 @@ from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import Stage
 from pipeline.report.text_table import text_table
 from pipeline.run.files import read_json, read_rows
-from pipeline.run.layout import evaluation_path, is_done
+from pipeline.run.layout import RunFolder, StageFolder, is_done
 from pipeline.run.lease import Holder, is_stale
 
 Value = TypeVar("Value")
@@ -94,12 +94,12 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: list[str] = []
-        recipe = load_recipe(folder / "recipe.yaml")
+        recipe = load_recipe(RunFolder(folder).recipe)
         self.batch = recipe.batch.batch_per_step
         jobs = self._read(folder / "jobs.json", parse_jobs)
         self.jobs = {job.job_name: job for job in jobs or []}  # the last of a name counts
         self.starts = _rows(StartLog.of(folder).path, lambda row: (row["group"], int(row["job"])))
-        self.failures = _rows(folder / "logs" / "failures.jsonl", _failure)
+        self.failures = _rows(RunFolder(folder).logs / "failures.jsonl", _failure)
         stages = stages_by_job(recipe)
         self.parts_by_job = {name: [self._part(stage) for stage in job] for name, job in stages.items()}
         self.parts = [part for parts in self.parts_by_job.values() for part in parts]
@@ -121,18 +121,20 @@ class _Run:
     def _part(self, stage: Stage) -> _Part:
         folder = self.folder / stage.name
         done = is_done(self.folder, stage)
-        signs = (folder / "stage.json", folder / "evaluate")
-        rows = _rows(folder / "metrics.jsonl", _metric)
+        signs = (StageFolder(folder).plan, StageFolder(folder).evaluations)
+        rows = _rows(StageFolder(folder).metrics, _metric)
         held_out = [f"{100 * value:.1f} held-out" for kind, _, value in rows if kind == "validation"]
-        tested = self._read(evaluation_path(folder, stage.measure), _interval) if stage.measure else None
-        attacked = self._read(folder / "evaluate" / "progress.json", lambda row: (int(row["done"]), int(row["total"])))
+        tested = self._read(StageFolder(folder).evaluation(stage.measure), _interval) if stage.measure else None
+        attacked = self._read(
+            StageFolder(folder).evaluation_progress, lambda row: (int(row["done"]), int(row["total"]))
+        )
         return _Part(
             stage,
             done,
-            trained=(folder / "result.json").exists(),
+            trained=StageFolder(folder).result.exists(),
             token=None if done else self._read(folder / "lease.json", _living_token),
             begun=max((path.stat().st_mtime for path in signs if path.exists()), default=None),
-            total=self._read(folder / "stage.json", lambda plan: int(plan["total_steps"])) or 0,
+            total=self._read(StageFolder(folder).plan, lambda plan: int(plan["total_steps"])) or 0,
             step=max((step for _, step, _ in rows), default=0),
             speed=next((value for kind, _, value in reversed(rows) if kind == "train"), 0.0),
             robust=tested or (held_out[-1] if held_out else "-"),
@@ -222,7 +224,7 @@ class _Run:
         if running and left and speeds:
             together = ", one stage after the other" if self.jobs else ""
             facts.append(f"about {_duration(left / speeds[-1][1])} of training left{together}")
-        log = self.folder / "logs" / "restarts.log"
+        log = RunFolder(self.folder).logs / "restarts.log"
         failed = len(re.findall(rb"(?m)^attempt \w+ failed", log.read_bytes())) if log.exists() else 0
         if failed:
             facts.append(f"{failed} failed attempt{'s' * (failed > 1)} (logs/restarts.log)")
@@ -275,3 +277,7 @@ def _interval(evaluation: Any) -> str:
 
 def _living_token(lease: Any) -> str | None:
     return None if is_stale(holder := Holder(**lease)) else holder.token
+
+
+def _images_done(progress: dict[str, Any]) -> tuple[int, int]:
+    return int(progress["done"]), int(progress["total"])

@@ -27,7 +27,7 @@ from launch.slurm.nodes import look_at
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.slurm import Slurm
-from pipeline.run.layout import progress_marks
+from pipeline.run.layout import RunFolder, progress_marks
 
 POLL_S = 0.5
 STOPPED = 75
@@ -71,7 +71,7 @@ class _Task:
         self.run_folder = Path(payload.run_folder)
         self.node = int(os.environ["SLURM_PROCID"])
         self.control = ControlFiles.of(self.run_folder, *start_of_job())
-        self.recipe: Recipe = load_recipe(self.run_folder / "recipe.yaml")
+        self.recipe: Recipe = load_recipe(RunFolder(self.run_folder).recipe)
         assert self.recipe.slurm is not None
         self.slurm: Slurm = self.recipe.slurm
         self.hosts = list(submitit.JobEnvironment().hostnames)

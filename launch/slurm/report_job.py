@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.slurm.control_files import ControlFiles, JobFailed, begin, start_of_job
 from pipeline.recipe.file import load_recipe
+from pipeline.run.layout import RunFolder
 
 REPORT = "report"
 """Its job_name. It needs one node and no GPU."""
@@ -25,7 +26,7 @@ class Report:
         folder = Path(self.run_folder)
         control = ControlFiles.of(folder, *start_of_job())
         control.create()
-        limit = load_recipe(folder / "recipe.yaml").workers.restarts_without_progress
+        limit = load_recipe(RunFolder(folder).recipe).workers.restarts_without_progress
         begin(folder, REPORT, 1, [], limit)
         code = subprocess.run([sys.executable, "-m", "launch", "report", self.run_folder]).returncode
         control.end(code, "" if code == 0 else "the report could not be written; its reason is above")

@@ -23,7 +23,7 @@ from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.files import atomic_write_json, read_json
-from pipeline.run.layout import is_done
+from pipeline.run.layout import RunFolder, is_done
 from pipeline.run.locks import exclusive
 
 SUBMIT_S = 6 * CLIENT_S
@@ -155,7 +155,7 @@ def submit_run(run_folder: Path, after: str | None = None, observer: str | None 
 
 
 def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | None) -> list[SubmittedJob]:
-    recipe = load_recipe(run_folder / "recipe.yaml")
+    recipe = load_recipe(RunFolder(run_folder).recipe)
     section_of(recipe).workers_of_a_node(recipe.workers.threads)
     known = read_jobs(run_folder)
     alive = {job.job_name: job for job in living(known)}

@@ -25,6 +25,7 @@ from pipeline.evaluation.spec import EvaluationSpec
 from pipeline.models.export import load_model
 from pipeline.robustness.attacks import crafting
 from pipeline.run.files import atomic_write_json
+from pipeline.run.layout import StageFolder
 from pipeline.run.stop import StopRequested
 
 
@@ -65,7 +66,7 @@ class Evaluator:
         Rank 0 keeps verdicts and result as `evaluate/<name>` beside the file, and finished chunks in
         `evaluate/<name>.chunks/` until then. Errors: those of `verdicts` and of `load_model`.
         """
-        header, folder = spec.header(self.images, file), file.parent / "evaluate"
+        header, folder = spec.header(self.images, file), StageFolder(file.parent).evaluations
         store = ChunkStore(folder / f"{name}.chunks", header.to_json())
         part = replace(self, images=self.images.spread(spec.images))
         verdicts = part.verdicts(load_model(file).to(self.group.device), spec.measure, spec.chunk, store)

@@ -20,6 +20,7 @@ from pipeline.recipe.fields import canonical_decimal
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
 from pipeline.run.files import read_json, sha256_of
+from pipeline.run.layout import RunFolder, StageFolder
 
 DENSE = Decimal(1)
 """The keep_fraction of the network before pruning."""
@@ -51,14 +52,14 @@ def load_network(
         if odd := [key for key, value in given.items() if value is not None]:
             raise ValueError(f"{path} is one network; leave {odd[0]} out, or give the run's folder")
         return load_model(path).eval()
-    if not (path / "recipe.yaml").is_file():
+    if not RunFolder(path).recipe.is_file():
         raise ValueError(f"{path} is not a run (it has no recipe.yaml); give its folder, such as runs/demo, or a file")
-    chosen = _chosen(path, stages_of(load_recipe(path / "recipe.yaml")), keep_fraction, method, stage)
+    chosen = _chosen(path, stages_of(load_recipe(RunFolder(path).recipe)), keep_fraction, method, stage)
     folder = path / chosen.name
-    if not (folder / "result.json").is_file():
+    if not StageFolder(folder).result.is_file():
         raise ValueError(f"{folder} is not finished; python -m launch resume {path}")
-    network = load_model(folder / "model.safetensors")
-    if sha256_of(folder / "model.safetensors") != read_json(folder / "result.json").get("model_sha256"):
+    network = load_model(StageFolder(folder).network)
+    if sha256_of(StageFolder(folder).network) != read_json(StageFolder(folder).result).get("model_sha256"):
         raise ValueError(
             f"{folder / 'model.safetensors'} is not the network that the stage ended with (its sha256 is not the one "
             "in result.json); bring that file back, or load this one by its own name"

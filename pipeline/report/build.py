@@ -30,6 +30,7 @@ from pipeline.report.results import (
 )
 from pipeline.report.run_charts import draw_layers
 from pipeline.report.text_table import text_table
+from pipeline.run.layout import RunFolder
 
 PAGE = "report.html"
 LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "total", "kept_fraction")
@@ -46,7 +47,7 @@ def build_report(run_folders: list[Path]) -> str:
     """
     runs = read_runs(run_folders)
     comparisons = compare_all(runs)
-    folder = runs[0].folder / "report"
+    folder = RunFolder(runs[0].folder).report
     folder.mkdir(exist_ok=True)
     accuracies = _accuracy_rows(runs, comparisons)
     _write_csv(folder / "robust_accuracy.csv", tuple(accuracies[0]), accuracies)

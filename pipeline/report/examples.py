@@ -19,6 +19,7 @@ from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.models.export import load_model
 from pipeline.report.results import NetworkResult, RunResult
 from pipeline.robustness.attacks import crafting
+from pipeline.run.layout import StageFolder
 
 COUNT = 8
 MOST_S = 10.0
@@ -86,7 +87,7 @@ def examples(
 def examples_of(run: RunResult) -> Shown | str:
     """Images spread evenly over the test file, attacked on the run's sparsest finished HYDRA network, or why not."""
     recipe = run.recipe
-    finished = [n for n in run.networks if n.name == "HYDRA" and (n.folder / "model.safetensors").is_file()]
+    finished = [n for n in run.networks if n.name == "HYDRA" and StageFolder(n.folder).network.is_file()]
     if not finished:
         return "no pruned network is finished"
     if recipe.objective.measure != "pgd" or recipe.threat_model is None:
@@ -102,7 +103,7 @@ def examples_of(run: RunResult) -> Shown | str:
         with Loader(path, image_size=recipe.data.image_size, threads=1) as loader:
             some = EvaluationImages.all_of(loader, recipe.data.augmentation).spread(COUNT)
             batch = loader.read(some.ids, some.crops(some.ids))
-        module = load_model(network.folder / "model.safetensors")
+        module = load_model(StageFolder(network.folder).network)
     except (DataError, LoaderError, ValueError) as error:
         return str(error)
     # On the CPU, also where there is a GPU: a run may be training on it.

@@ -10,6 +10,7 @@ from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.report.results import NetworkResult, RunResult
 from pipeline.report.text_table import text_table
 from pipeline.run.files import read_json
+from pipeline.run.layout import StageFolder
 
 WITHOUT_SEVERITIES = [None] * len(SEVERITIES)
 
@@ -20,10 +21,10 @@ def kept_evaluations(network: NetworkResult) -> list[tuple[Path, EvaluationResul
     Files that cannot be read are left out, as are those of another `model_sha256`: of the network before it was trained
     again. Honesty checks are no evaluation.
     """
-    result = network.folder / "result.json"
+    result = StageFolder(network.folder).result
     model = read_json(result)["model_sha256"] if result.exists() else None
     found = []
-    for path in sorted((network.folder / "evaluate").glob("*.json")):
+    for path in sorted(StageFolder(network.folder).evaluations.glob("*.json")):
         try:
             evaluation = EvaluationResult.read(path)
         except ValueError:

@@ -11,6 +11,7 @@ from pipeline.recipe.technique import OneStep
 from pipeline.report.results import RunResult
 from pipeline.robustness.overfitting import stronger
 from pipeline.run.files import read_json_if_there, read_rows
+from pipeline.run.layout import StageFolder
 from pipeline.run.tracking.metrics import PARTS
 
 
@@ -54,8 +55,8 @@ def read_history(run: RunResult) -> list[History]:
     found = []
     for stage in stages_of(run.recipe):
         folder = run.folder / stage.name
-        described, rows = read_json_if_there(folder / "stage.json"), read_rows(folder / "metrics.jsonl")
-        result = read_json_if_there(folder / "result.json")
+        described, rows = read_json_if_there(StageFolder(folder).plan), read_rows(StageFolder(folder).metrics)
+        result = read_json_if_there(StageFolder(folder).result)
         if described or rows or result:
             found.append(History(stage, rows, described or {}, result))
     return found

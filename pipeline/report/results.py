@@ -17,7 +17,7 @@ from pipeline.recipe.file import load_recipe, recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
 from pipeline.run.files import read_json, read_json_if_there
-from pipeline.run.layout import evaluation_path, honesty_path
+from pipeline.run.layout import RunFolder, StageFolder
 
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """What must agree, beside the attack's settings, before two accuracies may stand in one table."""
@@ -89,7 +89,7 @@ def compare(run: RunResult, keep_fraction: Decimal, baseline: str) -> McNemar | 
         network = run.find(name, keep_fraction)
         if network is None or network.evaluation is None:
             return None
-        path = network.folder / "evaluate" / f"{network.evaluation.attack}.parquet"
+        path = StageFolder(network.folder).evaluations / f"{network.evaluation.attack}.parquet"
         if not path.exists():
             return None
         table = pq.read_table(path, columns=["sample_id", "robust_correct"])
@@ -140,7 +140,7 @@ def certified_curves(runs: list[RunResult]) -> CertifiedCurves:
     found = {}
     for i, run in enumerate(runs):
         for network in run.networks:
-            path = evaluation_path(network.folder, "certified").with_suffix(".parquet")
+            path = StageFolder(network.folder).evaluation("certified").with_suffix(".parquet")
             if network.evaluation is not None and network.evaluation.attack == "certified" and path.exists():
                 table = pq.read_table(path, columns=["clean_correct", "radius"])
                 columns = [table[column].to_numpy() for column in table.column_names]
@@ -163,7 +163,7 @@ def honesty_checks(network: NetworkResult) -> list[dict[str, str]]:
 
     Errors: ValueError naming the file.
     """
-    path = honesty_path(network.folder)
+    path = StageFolder(network.folder).honesty
     if not network.evaluation or not path.exists():
         return []
     again = f"delete it and {network.folder / 'evaluate'}, and resume the run, which checks and evaluates again"
@@ -204,7 +204,7 @@ def attack_text(runs: list[RunResult]) -> str:
 
 
 def _read_run(folder: Path) -> RunResult:
-    path = folder / "recipe.yaml"
+    path = RunFolder(folder).recipe
     if not path.is_file():
         raise ValueError(f"{folder} is not a run (it has no recipe.yaml); give a run's name or its folder under runs/")
     recipe = load_recipe(path)
@@ -213,9 +213,9 @@ def _read_run(folder: Path) -> RunResult:
         if stage.measure is None:
             continue
         stage_folder = folder / stage.name
-        evaluated = evaluation_path(stage_folder, stage.measure)
+        evaluated = StageFolder(stage_folder).evaluation(stage.measure)
         evaluation = EvaluationResult.read(evaluated) if evaluated.exists() else None
-        result = read_json_if_there(stage_folder / "result.json")
+        result = read_json_if_there(StageFolder(stage_folder).result)
         if evaluation and result and evaluation.model_sha256 != result["model_sha256"]:
             raise ValueError(
                 f"{evaluated} is of another model than {stage_folder / 'result.json'}; "

@@ -23,6 +23,7 @@ from pipeline.report.extra_evaluations import extra_rows
 from pipeline.report.pictures import amplified, answers, pixels_of
 from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
 from pipeline.run.files import atomic_write_text
+from pipeline.run.layout import RunFolder
 from pipeline.run.provenance import config_of
 from pipeline.run.tracking.wandb_ids import forget_run
 from pipeline.run.tracking.wandb_mirror import Label, Mirror
@@ -45,7 +46,7 @@ def log_report(run_folder: Path, alone: bool) -> None:
     tracking = run.recipe.tracking
     if tracking.wandb == "disabled" or not any(network.evaluation for network in run.networks):
         return
-    folder, name = run_folder / "report", run_folder.name
+    folder, name = RunFolder(run_folder).report, run_folder.name
     folder.mkdir(exist_ok=True)
     rows, tables, said, page = rows_of(run), tables_of(run), folder / "wandb" / "said", folder / PAGE
     numbers, paged = _digest(json.dumps([rows, tables])), _digest(page.read_text(encoding="utf-8")) if alone else ""

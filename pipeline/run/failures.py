@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from pipeline.run.files import read_rows
+from pipeline.run.layout import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def append_to_log(run_folder: Path, name: str, text: str) -> None:
     Where that fails, as on a full disk, it is said with the text: what happened must not be hidden by it.
     """
     try:
-        with (run_folder / "logs" / name).open("a") as stream:
+        with (RunFolder(run_folder).logs / name).open("a") as stream:
             stream.write(text)
     except OSError as error:
         log.error("%s: logs/%s cannot be written: %s: %s", run_folder.name, name, error, text.rstrip())
@@ -51,7 +52,7 @@ def record_failure(run_folder: Path, failure: Failure) -> None:
 def read_failures(run_folder: Path) -> list[Failure]:
     """All recorded failures of a run, oldest first; damaged lines are left out."""
     names = [field.name for field in fields(Failure)]
-    rows = read_rows(run_folder / "logs" / FAILURES)
+    rows = read_rows(RunFolder(run_folder).logs / FAILURES)
     return [Failure(**{name: row[name] for name in names}) for row in rows if row.keys() >= set(names)]
 
 

@@ -1,39 +1,100 @@
-"""What of a run is done, told from the files that are written last. No torch: login nodes and watchers ask too."""
+"""Every path of a run directory, and which stages and evaluations are complete, by the files that commit them.
+
+No torch: login nodes and `launch status` ask too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.recipe.stages import Stage
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run that belong to no stage."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; a folder that has it is a run directory."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The files of a stage; checkpoints are `pipeline.run.checkpoint`'s."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        """What the stage is going to do: steps, batch, phase. Written when it begins."""
+        return self.path / "stage.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def network(self) -> Path:
+        """The exported network."""
+        return self.path / "model.safetensors"
+
+    @property
+    def result(self) -> Path:
+        """Commits the stage: it exists if and only if training is finished."""
+        return self.path / "result.json"
+
+    @property
+    def honesty(self) -> Path:
+        return self.path / "honesty.json"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluate"
+
+    @property
+    def evaluation_progress(self) -> Path:
+        """How far the evaluation under way is."""
+        return self.evaluations / "progress.json"
+
+    def evaluation(self, name: str) -> Path:
+        """Commits an evaluation; its verdicts lie beside it as parquet."""
+        return self.evaluations / f"{name}.json"
+
+
 def is_done(run_folder: Path, stage: Stage) -> bool:
-    """Whether nothing of a stage is left to do, its evaluations included."""
-    return not unevaluated(run_folder, stage) and (run_folder / stage.name / "result.json").exists()
+    """Whether a stage is complete, its evaluations included."""
+    return not unevaluated(run_folder, stage) and StageFolder(run_folder / stage.name).result.exists()
 
 
 def unevaluated(run_folder: Path, stage: Stage) -> list[str]:
-    """Those of `stage.evaluations` that are not done."""
-    return [name for name in stage.evaluations if not evaluation_path(run_folder / stage.name, name).exists()]
-
-
-def evaluation_path(stage_folder: Path, evaluation: str) -> Path:
-    """Where the counts of a finished evaluation are; its verdicts lie beside it as parquet."""
-    return stage_folder / "evaluate" / f"{evaluation}.json"
-
-
-def honesty_path(stage_folder: Path) -> Path:
-    """Where the honesty checks of a stage's network are."""
-    return stage_folder / "honesty.json"
+    """Those of `stage.evaluations` that are not complete."""
+    folder = StageFolder(run_folder / stage.name)
+    return [name for name in stage.evaluations if not folder.evaluation(name).exists()]
 
 
 def progress_marks(run_folder: Path, stage_names: Iterable[str]) -> list[int]:
-    """Changes whenever something of these stages was committed: a checkpoint, a result, a chunk of an evaluation."""
+    """Numbers that change whenever these stages commit something: a checkpoint, a result, a chunk of an evaluation."""
     marks = []
-    for name in stage_names:
-        folder = run_folder / name
-        steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/MANIFEST.json")]
-        marks += [max(steps, default=0), int((folder / "result.json").exists())]
-        marks += [len(list((folder / "evaluate").glob(pattern))) for pattern in ("*.parquet", "*.chunks/*.parquet")]
+    for folder in (StageFolder(run_folder / name) for name in stage_names):
+        steps = [int(path.parent.name.removeprefix("step-")) for path in folder.path.glob("step-*/MANIFEST.json")]
+        marks += [max(steps, default=0), int(folder.result.exists())]
+        marks += [len(list(folder.evaluations.glob(pattern))) for pattern in ("*.parquet", "*.chunks/*.parquet")]
     return marks

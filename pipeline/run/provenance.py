@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json_if_there
+from pipeline.run.layout import RunFolder
 
 OF_PROVENANCE = (
     *("commit", "created", "machine", "processor", "cores", "gpus", "python"),
@@ -34,7 +35,7 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 def public_provenance(run: Path) -> dict[str, Any]:
     """What may be told of a run directory's provenance.json; empty for a run that has none. Errors: ValueError for a
     damaged file."""
-    origin = read_json_if_there(run / "provenance.json") or {}
+    origin = read_json_if_there(RunFolder(run).provenance) or {}
     return {key: origin[key] for key in OF_PROVENANCE if key in origin}
 
 

@@ -26,7 +26,7 @@ from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.failures import append_to_log, repeated_failure
-from pipeline.run.layout import is_done, progress_marks
+from pipeline.run.layout import RunFolder, is_done, progress_marks
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
 
@@ -80,13 +80,13 @@ def run_driver(order: RunRequest, connect: Connect) -> None:
 
     Errors: ValueError for what the user must mend, LeaseHeld, RunFailed, StopRequested once it has stopped as asked.
     """
-    recipe = load_recipe(order.run_folder / "recipe.yaml")
+    recipe = load_recipe(RunFolder(order.run_folder).recipe)
     stages = stages_left(order, recipe)
     if not stages:
         return
     leases = Leases([order.run_folder / stage.name for stage in stages], order.lease_patience_s)
     try:
-        (order.run_folder / "logs").mkdir(exist_ok=True)
+        RunFolder(order.run_folder).logs.mkdir(exist_ok=True)
         # Ray's own deadlines, for workers that do not answer, such as one that was frozen, and for those that start.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.workers.hang_timeout_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKERS_START_S)

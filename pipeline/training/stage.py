@@ -25,7 +25,7 @@ from pipeline.robustness.overfitting import CatastrophicOverfitting
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot, Writer
 from pipeline.run.files import atomic_write_json, sha256_of
-from pipeline.run.layout import unevaluated
+from pipeline.run.layout import StageFolder, unevaluated
 from pipeline.run.lease import check_token
 from pipeline.run.progress import Progress
 from pipeline.run.stop import StopRequested
@@ -59,7 +59,7 @@ def run_stages(context: RunContext, stages: list[Stage]) -> None:
 
 def _run_stage(context: RunContext, stage: Stage) -> None:
     folder = context.folder(stage)
-    to_train = context.group.broadcast(not (folder / "result.json").exists())
+    to_train = context.group.broadcast(not StageFolder(folder).result.exists())
     to_evaluate = context.group.broadcast(unevaluated(context.run_folder, stage))
     if not to_train and not to_evaluate:
         return
@@ -92,7 +92,7 @@ def _own_checkpoint(folder: Path, token: str) -> Snapshot | None:
             "then resume"
         )
     checkpoint.delete_checkpoints_after(folder, own.progress.step if own else 0)
-    cut_rows(folder / "metrics.jsonl", own.progress.step if own else 0)
+    cut_rows(StageFolder(folder).metrics, own.progress.step if own else 0)
     return own
 
 
@@ -182,7 +182,7 @@ class StageTrainer:
         progress, replays = self._progress, stage.objective.steps_per_batch
         if context.group.is_first:
             described = {**stage.describe(progress.steps_per_epoch), "batch_per_step": recipe.batch.batch_per_step}
-            atomic_write_json(self._folder / "stage.json", described)
+            atomic_write_json(StageFolder(self._folder).plan, described)
         log.info("%s: starting at step %d of %d", stage.name, progress.step, progress.total_steps)
         loader = context.loader(recipe.data.train_file)
         train_ids, held_out_ids = context.training_samples(loader)
@@ -238,7 +238,7 @@ class StageTrainer:
                 "recipe_sha256": recipe_hash(recipe),
                 "image_size": recipe.data.image_size,
             }
-            write_model(folder / "model.safetensors", effective_state(network), recipe.model, facts)
+            write_model(StageFolder(folder).network, effective_state(network), recipe.model, facts)
             check_token(folder, context.token)
             result = {
                 "stage": stage.name,
@@ -246,11 +246,11 @@ class StageTrainer:
                 "keep_fraction": keep,
                 "steps": progress.step,
                 "selected_step": selected,
-                "model_sha256": sha256_of(folder / "model.safetensors"),
+                "model_sha256": sha256_of(StageFolder(folder).network),
                 "mask_sha256": facts["mask_sha256"],
                 "layers": layer_counts(network),
             }
-            atomic_write_json(folder / "result.json", result)
+            atomic_write_json(StageFolder(folder).result, result)
         context.group.barrier()
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from pipeline.recipe.stages import Stage
 from pipeline.recipe.technique import Smoothing
 from pipeline.recipe.threat_model import ThreatModel
 from pipeline.run.files import atomic_write_json
-from pipeline.run.layout import honesty_path
+from pipeline.run.layout import StageFolder
 from pipeline.run.lease import check_token
 from pipeline.training.context import RunContext
 
@@ -117,15 +117,15 @@ def evaluate_stage(context: RunContext, stage: Stage, labels: list[str]) -> Iter
     Collective. Errors: those of `Evaluator.evaluate`; LeaseHeld.
     """
     recipe, folder = context.recipe, context.folder(stage)
-    progress = folder / "evaluate" / "progress.json"
+    progress = StageFolder(folder).evaluation_progress
     progress.parent.mkdir(exist_ok=True)
     images = _test_images(context)
-    dense = context.run_folder / "pretrain" / "model.safetensors"
+    dense = StageFolder(context.run_folder / "pretrain").network
     for label in labels:
         attack = next((attack for attack in stage.attacks if attack.label == label), None)
         spec = evaluation_spec(recipe, attack, dense, context.group.device)
         hooks = _TestSetHooks(context, stage, progress, label, len(images.spread(spec.images).ids))
-        result = Evaluator(images, context.group, hooks).evaluate(spec, folder / "model.safetensors", label)
+        result = Evaluator(images, context.group, hooks).evaluate(spec, StageFolder(folder).network, label)
         if context.group.is_first:
             progress.unlink(missing_ok=True)
         yield label, result
@@ -141,11 +141,11 @@ def check_honesty(context: RunContext, stage: Stage) -> None:
     pgd = recipe_measure(recipe)
     if not isinstance(pgd, Pgd) or pgd.threat_model is None or not recipe.evaluation.honesty_images:
         return
-    file, target, images = folder / "model.safetensors", honesty_path(folder), _test_images(context)
+    file, target, images = StageFolder(folder).network, StageFolder(folder).honesty, _test_images(context)
     spec = honesty_spec(recipe, pgd, recipe.evaluation.images or len(images.ids))
     if group.broadcast(group.is_first and spec.header(images, file).read_if_current(target, HonestyResult) is not None):
         return
-    trained, chunks = trained_network(recipe, folder, stage), folder / "evaluate" / "honesty.chunks"
+    trained, chunks = trained_network(recipe, folder, stage), StageFolder(folder).evaluations / "honesty.chunks"
     result, _, store = run_honesty_checks(
         Evaluator(images, group, _StageHooks(context, stage)), spec, file, trained, chunks
     )

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
 from pipeline.run.files import read_json
-from pipeline.run.layout import evaluation_path, is_done, unevaluated
+from pipeline.run.layout import StageFolder, is_done, unevaluated
 from pipeline.run.provenance import config_of
 from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker
@@ -72,13 +72,13 @@ def tell_kept(context: RunContext, stage: Stage, tracker: Tracker | None) -> Non
     if tracker is None:
         return
     folder = context.folder(stage)
-    result = read_json(folder / "result.json")
+    result = read_json(StageFolder(folder).result)
     metadata = facts_of(stage) | {key: result[key] for key in ("steps", "model_sha256", "mask_sha256")}
-    files = [folder / "model.safetensors", folder / "result.json"]
+    files = [StageFolder(folder).network, StageFolder(folder).result]
     tracker.produces(artifact_of(context.run_folder, stage.name), files, metadata)
     left = unevaluated(context.run_folder, stage)
     for label in (label for label in stage.evaluations if label not in left):
-        tracker.summary(summary_of(stage, label, EvaluationResult.read(evaluation_path(folder, label))))
+        tracker.summary(summary_of(stage, label, EvaluationResult.read(StageFolder(folder).evaluation(label))))
 
 
 def facts_of(stage: Stage) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pipeline.distributed import Group, make_deterministic, pick_device
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import Failure, record_failure
+from pipeline.run.layout import RunFolder
 from pipeline.run.stop import StopFile, StopRequested
 from pipeline.training.context import Observer, RunContext
 from pipeline.training.engine import prepare_deepspeed
@@ -32,7 +33,7 @@ def resolve_observer(reference: str) -> Observer:
 
 def log_to(run_folder: Path, rank: int) -> None:
     """Everything this worker says goes to logs/worker-<rank>.log of the run."""
-    folder = run_folder / "logs"
+    folder = RunFolder(run_folder).logs
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"worker-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -49,7 +50,7 @@ def work(
     `stages` are names; the run stops once `stop_file` is there; `observer`, 'module:function', watches every rank.
     """
     folder = Path(run_folder)
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(RunFolder(folder).recipe)
     device = pick_device(recipe.workers.device)
     train_context = ray.train.get_context()
     group = Group(train_context.get_world_rank(), train_context.get_world_size(), device)
@@ -58,7 +59,7 @@ def work(
     make_deterministic(recipe.workers.threads)
     mine = [stage for stage in stages_of(recipe) if stage.name in stages]
     watching = resolve_observer(observer) if observer is not None else None
-    watchdog = Watchdog(recipe.workers.hang_timeout_s, folder / "logs" / f"worker-{group.rank}.log")
+    watchdog = Watchdog(recipe.workers.hang_timeout_s, RunFolder(folder).logs / f"worker-{group.rank}.log")
     place: dict[str, Any] = {"stage": None, "step": None}
 
     def observe(event: str, facts: dict[str, Any]) -> None:

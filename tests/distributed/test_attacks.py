@@ -25,7 +25,7 @@ from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.files import atomic_write_text, read_json
-from pipeline.run.layout import evaluation_path, unevaluated
+from pipeline.run.layout import StageFolder, unevaluated
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
 from pipeline.training.context import RunContext
@@ -126,7 +126,7 @@ def test_workers_and_interruptions_do_not_change_a_verdict(run: Path, monkeypatc
             lease.release()
     assert ended == [["StopRequested", "StopRequested", "done"]] * WORLD
     for label in ("pgd", "apgd", "square", "transfer-2x2"):
-        paths = [evaluation_path(folder / STAGE, label) for folder in (alone, shared)]
+        paths = [StageFolder(folder / STAGE).evaluation(label) for folder in (alone, shared)]
         facts, others = (read_json(path) for path in paths)
         assert facts == others
         expected, found = (read_verdicts(path.with_suffix(".parquet")) for path in paths)

@@ -16,7 +16,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.recipe.technique import MultiStep
 from pipeline.run.files import atomic_write_text, read_json, read_rows
-from pipeline.run.layout import evaluation_path
+from pipeline.run.layout import StageFolder
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
 from pipeline.training.context import RunContext
@@ -237,7 +237,7 @@ def test_every_shipped_recipe_takes_two_steps_of_each_phase(runs: Path, fashion_
             read_json(folder / "result.json")["steps"]
             == 2 * stage.objective.steps_per_batch * stage.optimisation.epochs
         )
-        assert stage.measure is None or read_json(evaluation_path(folder, stage.measure))["images"] == 2
+        assert stage.measure is None or read_json(StageFolder(folder).evaluation(stage.measure))["images"] == 2
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -245,7 +245,7 @@ def test_networks_are_judged_by_what_they_were_trained_for(runs: Path, fashion_d
     recipe = variant(fashion_data, name)
     for stage in stages_of(recipe):
         if stage.measure is not None:
-            facts = read_json(evaluation_path(runs / name / "straight" / stage.name, stage.measure))
+            facts = read_json(StageFolder(runs / name / "straight" / stage.name).evaluation(stage.measure))
             assert facts["images"] == 40
             assert 0 <= facts["robust_correct"] <= facts["clean_correct"] <= 40
             assert facts["settings"]["norm"] == (recipe.threat_model.norm if recipe.threat_model else None)

@@ -26,6 +26,7 @@ from pipeline.recipe.stages import Stage
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointDamaged
 from pipeline.run.files import read_json
+from pipeline.run.layout import StageFolder
 
 CHUNK = 50
 """Images in one forward, or evaluation.chunk if that is less: few, as each takes as long as hundreds of PGD's steps."""
@@ -67,7 +68,7 @@ def trained_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | Non
     """
     try:
         snapshot = checkpoint.read_checkpoint(
-            checkpoint.folder_of(folder, read_json(folder / "result.json")["selected_step"])
+            checkpoint.folder_of(folder, read_json(StageFolder(folder).result)["selected_step"])
         )
     except CheckpointDamaged as error:
         log.warning("%s: the exported file is not compared with the trained network: %s", stage.name, error)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.run.files import atomic_write_text, naming, parse_row, read_rows
+from pipeline.run.layout import StageFolder
 from pipeline.run.tracking.wandb_ids import forget_run
 from pipeline.run.tracking.wandb_mirror import Label, Level, Mirror, WandbMode
 
@@ -72,7 +73,7 @@ class Tracker:
         What is in the file already is true: wandb is given what it lacks of it. After a change of `log_every_steps` or
         `project` that is all of it, in another wandb run.
         """
-        self._path = stage_folder / "metrics.jsonl"
+        self._path = StageFolder(stage_folder).metrics
         self._batch_per_step = batch_per_step
         self._mirror: Mirror | None = None
         rows = f"every {log_every_steps} steps, {project}"

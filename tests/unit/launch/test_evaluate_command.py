@@ -37,7 +37,7 @@ from pipeline.recipe.file import load_recipe
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.files import atomic_write_json, sha256_of
-from pipeline.run.layout import evaluation_path, honesty_path
+from pipeline.run.layout import StageFolder
 from pipeline.run.progress import Progress
 from tests.support.small_recipe import small_recipe
 
@@ -152,7 +152,7 @@ def test_a_network_is_checked_once_for_each_pgd(
     (made,) = [
         p for p in file.parent.glob("evaluate/honesty-*.json") if json.loads(p.read_text())["settings"]["steps"] == 2
     ]
-    made.rename(honesty_path(file.parent))  # as the run's own
+    made.rename(StageFolder(file.parent).honesty)  # as the run's own
     made.with_suffix(".parquet").unlink()
     assert evaluate(capsys, file, "--images", 6)[1] == [first]
     assert len(chunks) == 4
@@ -240,7 +240,7 @@ def test_the_runs_own_evaluation_is_taken_and_left_alone(
 ) -> None:
     file = run / STAGES[1] / "model.safetensors"
     _, (usual,), _ = evaluate(capsys, file, "--images", IMAGES)
-    own = evaluation_path(file.parent, "pgd")
+    own = StageFolder(file.parent).evaluation("pgd")
     for suffix in (".json", ".parquet"):
         (made,) = own.parent.glob(f"pgd-*{suffix}")
         made.rename(own.with_suffix(suffix))  # as the run's own

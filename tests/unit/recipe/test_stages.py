@@ -11,7 +11,7 @@ import pytest
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
-from pipeline.run.layout import evaluation_path, is_done, unevaluated
+from pipeline.run.layout import StageFolder, is_done, unevaluated
 
 DEMO = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"
 PHASES = [
@@ -68,7 +68,7 @@ def test_a_stage_is_done_when_all_its_evaluations_are(tmp_path: Path) -> None:
     (folder.parent / "result.json").touch()
     for name, left in (("pgd", ["square"]), ("square", [])):
         assert not is_done(tmp_path, stage)
-        evaluation_path(folder.parent, name).touch()
+        StageFolder(folder.parent).evaluation(name).touch()
         assert unevaluated(tmp_path, stage) == left
     assert is_done(tmp_path, stage)
 

@@ -21,7 +21,7 @@ from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import Failure, record_failure
-from pipeline.run.layout import evaluation_path
+from pipeline.run.layout import StageFolder
 from pipeline.training import driver
 from pipeline.training.driver import Cluster, RunFailed, RunRequest
 from tests.support.small_recipe import small_recipe
@@ -61,7 +61,7 @@ def finishes(folder: Path, name: str) -> None:
     for stage in stages_of(load_recipe(folder / "recipe.yaml")):
         (folder / stage.name / "result.json").touch()
         for evaluation in stage.evaluations:
-            path = evaluation_path(folder / stage.name, evaluation)
+            path = StageFolder(folder / stage.name).evaluation(evaluation)
             path.parent.mkdir(exist_ok=True)
             path.touch()
 
