@@ -1,7 +1,7 @@
 """What to run after every change, in about a minute: `python -m tests.check`, which `make check` calls.
 
-Lint, types, and the quick unit tests of what changed, side by side. What changed is what differs from the last commit,
-or, where nothing does, what the last commit changed. Types are those of changed files and of the files that import
+Lint, import contracts, types, and the quick unit tests of what changed, side by side. What changed is what differs from
+the last commit or, where nothing does, what the last commit changed. Types are those of changed files and of the files that import
 them; tests are those that import what changed, or name the folder of a changed file that is not Python. Exit code: 0 if
 all is well, and 1 otherwise.
 """
@@ -84,10 +84,7 @@ def main() -> int:
     python = {path for path in paths if path.suffix == ".py"}
     concerned = importing(python)
     tests = sorted({path for path in concerned if _is_unit_test(path)} | naming(paths - python))
-    checks = {
-        "ruff check": ["ruff", "check", "--quiet"],
-        "ruff format": ["ruff", "format", "--check", "--quiet"],
-    }
+    checks = {"lint and import contracts": ["pre_commit", "run", "--all-files"]}
     if concerned:
         checks["types"] = ["basedpyright", *map(str, sorted(concerned))]
     if tests:
