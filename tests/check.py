@@ -1,9 +1,9 @@
 """What to run after every change, in about a minute: `python -m tests.check`, which `make check` calls.
 
 Lint, import contracts, types, and the quick unit tests of what changed, side by side. What changed is what differs from
-the last commit or, where nothing does, what the last commit changed. Types are those of changed files and of the files that import
-them; tests are those that import what changed, or name the folder of a changed file that is not Python. Exit code: 0 if
-all is well, and 1 otherwise.
+the last commit or, where nothing does, what the last commit changed. Types are those of changed files and of the files
+that import them; tests are those that import what changed, or name the folder of a changed file that is not Python.
+Exit code: 0 if all is well, and 1 otherwise.
 """
 
 from __future__ import annotations
