@@ -168,8 +168,8 @@ def test_the_loading_snippet_gives_the_networks_own_logits(tmp_path: Path, monke
 
 
 def test_every_test_file_is_collected(request: pytest.FixtureRequest) -> None:
-    """pytest leaves out folders of some names, dist among them, unless it is told not to."""
+    """pytest leaves out folders of some names, such as dist and build, unless it is configured otherwise."""
     left_out = request.config.getini("norecursedirs")
     folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
-    assert "dist" in folders
+    assert "distributed" in folders
     assert [name for name in folders for pattern in left_out if fnmatch(name, pattern)] == []

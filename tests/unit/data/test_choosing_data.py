@@ -135,6 +135,7 @@ def test_extra_files_that_are_none_are_named(batches: Path, tmp_path: Path) -> N
     assert "allow_pickle=False" in refusal("a.npz")
 
 
+@pytest.mark.slow
 def test_a_choice_with_extra_images_is_written_and_dealt_in_the_stated_share(
     batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -404,6 +404,7 @@ def test_resized_crops_must_stay_in_the_image(files, crop):
             loader.read(np.array([5, 6]), np.array([[0, 0, 28, 28, 0]]))
 
 
+@pytest.mark.slow
 def test_importing_the_loader_leaves_torch_threads_and_numba_alone():
     code = (
         "import numba, torch; torch.set_num_threads(3); import pipeline.data.loading.loader; "

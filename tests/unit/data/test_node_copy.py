@@ -410,6 +410,7 @@ staging.staged(Path(sys.argv[1]), Path(sys.argv[2]), heard)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_copier_leaves_the_way_free(original: Path, scratch: Path, copyings: list[Path]) -> None:
     command = [sys.executable, "-c", KILLED_HALF_WAY, str(original), str(scratch), str(PAGE)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as copier:

@@ -145,7 +145,7 @@ def test_imagenet_shape_with_broken_images(tmp_path: Path) -> None:
 def writer_processes() -> list[psutil.Process]:
     """The writer first, then all that it started; not what other tests have left to this process."""
     for child in psutil.Process().children():
-        if "write_worker" in " ".join(child.cmdline()):
+        if "pipeline.data.writing.worker" in " ".join(child.cmdline()):
             return [child, *child.children(recursive=True)]
     return []
 
@@ -159,7 +159,7 @@ def is_worker(process: psutil.Process) -> bool:
     """A forked one that is alive: neither the writer itself, nor the resource tracker that it started, nor a zombie."""
     try:
         command = " ".join(process.cmdline())
-        return process.ppid() != os.getpid() and "write_worker" in command and process.status() != psutil.STATUS_ZOMBIE
+        return process.ppid() != os.getpid() and "pipeline.data.writing.worker" in command and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

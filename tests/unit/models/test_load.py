@@ -180,6 +180,7 @@ def test_a_file_is_one_network(finished: tuple[Path, dict[str, int]]) -> None:
         load_network("nowhere.safetensors")
 
 
+@pytest.mark.slow
 def test_loading_imports_nothing_of_training() -> None:
     heavy = ["ray", "deepspeed", "ffcv", "numba", "cv2", "wandb", "matplotlib", "submitit", "pyautoattack", "pyarrow"]
     code = f"import sys, pipeline; pipeline.load; print([name for name in {heavy} if name in sys.modules])"

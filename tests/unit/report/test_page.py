@@ -614,6 +614,7 @@ def test_examples_stop_in_time_and_nobody_attacks_without_a_threat() -> None:
     assert examples(network, x, y, ids, attack(None)).adversarial == pytest.approx(x.numpy())
 
 
+@pytest.mark.slow
 def test_examples_of_a_run_are_on_its_page(tmp_path: Path, fashion_data: Path) -> None:
     test_file = fashion_data / "test.beton"
     overrides = (f"data.test_file={test_file}", "evaluation.steps=2")

@@ -227,6 +227,7 @@ def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
         assert not (run / "report").exists()
 
 
+@pytest.mark.slow
 def test_reporting_imports_nothing_of_training() -> None:
     """DeepSpeed would write on standard output, where the report's table is."""
     heavy = ["ray", "deepspeed"]

@@ -574,7 +574,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def under_faults(library: Path, call: str) -> Any:
     """What a function of this file prints in a process with the library."""
-    code = f"import errno; from pathlib import Path; from tests.unit import test_checkpoint as t; t.{call}"
+    code = f"import errno; from pathlib import Path; from tests.unit.run import test_checkpoint as t; t.{call}"
     environment = {**os.environ, "LD_PRELOAD": str(library)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
