@@ -48,7 +48,7 @@ SIDE = 10
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that files of a few kilobytes have several pages."""
-    for module in ("manifest", "verify", "verified_copy"):
+    for module in ("manifest", "writing.verify", "loading.copy_file"):
         monkeypatch.setattr(f"pipeline.data.{module}.HASH_PAGE_BYTES", PAGE)
 
 

@@ -142,10 +142,14 @@ def test_imagenet_shape_with_broken_images(tmp_path: Path) -> None:
         assert np.abs(np.asarray(found, float) - np.asarray(expected, float)).mean() < 4
 
 
+WRITER = "pipeline.data.writing.worker"
+"""The module that the writer and its workers run."""
+
+
 def writer_processes() -> list[psutil.Process]:
     """The writer first, then all that it started; not what other tests have left to this process."""
     for child in psutil.Process().children():
-        if "pipeline.data.writing.worker" in " ".join(child.cmdline()):
+        if WRITER in " ".join(child.cmdline()):
             return [child, *child.children(recursive=True)]
     return []
 
@@ -159,7 +163,7 @@ def is_worker(process: psutil.Process) -> bool:
     """A forked one that is alive: neither the writer itself, nor the resource tracker that it started, nor a zombie."""
     try:
         command = " ".join(process.cmdline())
-        return process.ppid() != os.getpid() and "pipeline.data.writing.worker" in command and process.status() != psutil.STATUS_ZOMBIE
+        return process.ppid() != os.getpid() and WRITER in command and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
