@@ -396,9 +396,10 @@ def test_a_slow_copier_is_not_given_up(original: Path, scratch: Path, monkeypatc
 KILLED_HALF_WAY = """
 import sys
 from pathlib import Path
-from pipeline.data import manifest, staging, verified_copy
+from pipeline.data import manifest
+from pipeline.data.loading import copy_file, node_copy
 
-manifest.HASH_PAGE_BYTES = verified_copy.HASH_PAGE_BYTES = int(sys.argv[3])
+manifest.HASH_PAGE_BYTES = copy_file.HASH_PAGE_BYTES = int(sys.argv[3])
 
 def heard(doing, seen=[]):
     seen.append(doing)
@@ -406,7 +407,7 @@ def heard(doing, seen=[]):
         print("half", flush=True)
         sys.stdin.read()
 
-staging.staged(Path(sys.argv[1]), Path(sys.argv[2]), heard)
+node_copy.copy_to_node(Path(sys.argv[1]), Path(sys.argv[2]), heard)
 """
 
 
