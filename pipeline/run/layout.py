@@ -1,4 +1,4 @@
-"""What of a run is done, told from the files that are written last. No torch: login nodes and watchers ask too."""
+"""Which stages and evaluations of a run are complete, as their commit files show. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pipeline.recipe.stages import Stage
 
 
 def is_done(run_folder: Path, stage: Stage) -> bool:
-    """Whether nothing of a stage is left to do, its evaluations included."""
+    """Whether a stage is complete, including its evaluations."""
     return not unevaluated(run_folder, stage) and (run_folder / stage.name / "result.json").exists()
 
 
 def unevaluated(run_folder: Path, stage: Stage) -> list[str]:
-    """Those of `stage.evaluations` that are not done."""
+    """The elements of `stage.evaluations` without a result, in their order."""
     return [name for name in stage.evaluations if not evaluation_path(run_folder / stage.name, name).exists()]
 
 
 def evaluation_path(stage_folder: Path, evaluation: str) -> Path:
-    """Where the counts of a finished evaluation are; its verdicts lie beside it as parquet."""
+    """Path of a finished evaluation's counts; its verdicts are next to it, as parquet."""
     return stage_folder / "evaluate" / f"{evaluation}.json"
 
 
 def honesty_path(stage_folder: Path) -> Path:
-    """Where the honesty checks of a stage's network are."""
+    """Path of the honesty checks of a stage's network."""
     return stage_folder / "honesty.json"
 
 
 def progress_marks(run_folder: Path, stage_names: Iterable[str]) -> list[int]:
-    """Changes whenever something of these stages was committed: a checkpoint, a result, a chunk of an evaluation."""
+    """A value that changes with every commit of these stages: a checkpoint, a result, or a chunk of an evaluation."""
     marks = []
     for name in stage_names:
         folder = run_folder / name

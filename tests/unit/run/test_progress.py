@@ -70,7 +70,7 @@ def test_the_best_step_is_the_first_of_the_highest(accuracies: list[float]) -> N
 
 
 def test_a_good_step_stays_until_the_next_one() -> None:
-    progress = Progress(5, 5, 10, level=2).found_good()
+    progress = Progress(5, 5, 10, level=2).with_good_step()
     assert progress == Progress(5, 5, 10, level=2, good_step=5)
     assert progress.after_step(Window()).with_best(0.5).good_step == 5
 
