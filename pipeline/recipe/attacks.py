@@ -63,7 +63,7 @@ def check_attack(
     """Raise ValueError, naming `key`, if the attack does not fit the objective. `step`: evaluation.step_size."""
     if threat_model is None and attack.name != "corruptions":
         raise ValueError(
-            f"{key} {attack.name} needs a threat_model, the ball to search around each image; add one or remove the attack"
+            f"{key} {attack.name} needs a threat_model, the ball to search around each image; add one or remove it"
         )
     if isinstance(objective, Smoothing):
         raise ValueError(

@@ -63,7 +63,7 @@ class Mirror:
         self._used: list[str] = []
         # A daemon, so that waiting for items does not keep the process alive.
         self._thread = threading.Thread(
-            target=_mirror, args=(self._items, label, mode, self._ended), name="wandb-mirror", daemon=True
+            target=_process_items, args=(self._items, label, mode, self._ended), name="wandb-mirror", daemon=True
         )
         self._thread.start()
         self._begin(None)
@@ -140,7 +140,9 @@ class Mirror:
             self._items.put((kind, value))
 
 
-def _mirror(items: queue.SimpleQueue[tuple[str, Any]], label: Label, mode: WandbMode, ended: threading.Event) -> None:
+def _process_items(
+    items: queue.SimpleQueue[tuple[str, Any]], label: Label, mode: WandbMode, ended: threading.Event
+) -> None:
     """Body of the mirror's thread."""
     try:
         resolved_mode = _choose_mode() if mode == "auto" else mode
