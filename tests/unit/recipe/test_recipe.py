@@ -153,11 +153,11 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         ),
         (["objective.name=grasp"], f"objective.name = 'grasp': expected one of {', '.join(TECHNIQUES)}"),
         (["phases.prune.objective={name: 3}"], "phases.prune.objective.name = 3: expected one of clean, pgd, fgsm"),
-        (["objective.name=yes"], "objective.name = True: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
+        (["objective.name=true"], "objective.name = True: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
         (["objective.name=null"], "objective.name = None: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
         (["objective={steps: 3}"], "objective.name: missing; add it, one of clean, pgd, fgsm, nfgsm, free, trades"),
         (["objective=pgd"], "objective = 'pgd': expected a section whose name is one of clean, pgd, fgsm"),
-        (["objective.steps=yes"], "objective.steps = True: no key of a recipe takes true or false"),
+        (["objective.steps=true"], "objective.steps = True: no key of a recipe takes true or false"),
         (
             ["objective={name: nfgsm, step_size: 1/10}", "threat_model={norm: l2, eps: 1/2}"],
             "nfgsm is defined for linf, and threat_model.norm is l2; use objective.name=fgsm",
