@@ -273,7 +273,7 @@ class Evaluation(Section):
     honesty_images: int = Field(default=100, ge=0)
     """Test images for the honesty checks of networks that PGD evaluates; 0: no checks."""
     validation_steps: int = Field(default=5, ge=0)
-    """PGD steps, or noise draws, on the held-out images after every epoch; 0: no robust accuracy there."""
+    """PGD steps, or noise draws, on the held-out images after every epoch; 0: no validation."""
     attacks: tuple[Attack, ...] = ()
     """Additional attacks on finished networks."""
 
