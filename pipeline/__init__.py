@@ -6,7 +6,7 @@ This package knows nothing of SLURM or of the command line. Its public API is on
 
     network = pipeline.load("runs/first", keep_fraction=0.1)
 
-which is `pipeline.models.load.load_network`; it is imported when it is first asked for, since it brings torch.
+which is `pipeline.models.load.load_network`; it is imported on first access, since it needs torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Random keys: what a random number depends on, and on nothing else.
+"""Counter-based random numbers: each one is a function of its key alone.
 
-A number is a function of (seed, purpose, phase, step, sample id). It never depends on rank, worker count or a carried
-generator, so a resumed or rescaled run draws the same numbers. SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) is the
-generator: each key starts a stream of its own, and the n-th number of a stream needs none of those before it.
+The key is (seed, purpose, phase, step, sample id). Rank, number of workers and generator state play no part, so a
+resumed or rescaled run draws the same numbers. SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) is the
+generator: each key starts its own stream, and the n-th number of a stream is computed without those before it.
 
 numpy only; `pipeline.robustness.noise` continues the same streams on the device.
 """
@@ -29,8 +29,8 @@ def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def scope_key(seed: int, purpose: str, *scope: int | str) -> int:
     """One uint64 for (seed, purpose, scope...), for example `scope_key(0, "crop", epoch)`.
 
-    The parts are hashed with their lengths (BLAKE2b), so that ("a", "bc") and ("ab", "c") differ, as do seed 0 with
-    epoch 1 and seed 1 with epoch 0.
+    The parts are hashed with their types and lengths (BLAKE2b), so that ("a", "bc") and ("ab", "c") differ, as do 1
+    and "1".
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in (seed, purpose, *scope):

@@ -1,6 +1,6 @@
-"""The names that `model.arch` may have, without torch: a login node reads recipes.
+"""The legal values of `model.arch`. Imports no torch, since login nodes read recipes.
 
-`pipeline.models` holds the constructors; a test keeps the two lists equal. docs/recipes.md has sizes and sources.
+`pipeline.models` holds the constructors; a test keeps the two in sync. docs/recipes.md has sizes and sources.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ TORCHVISION = (
 """torchvision's classifiers, under its names."""
 
 REFUSED = ("vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32")
-"""torchvision's classifiers that cannot be pruned."""
+"""torchvision's classifiers that have too many weights outside Conv2d and Linear layers to be pruned."""
 
 
 def known_architecture(name: str) -> str:
-    """`name` itself. Errors: ValueError with the nearest names, or with the reason why this one is refused."""
+    """`name` itself. Errors: ValueError with the closest names, or with the reason for which this one is refused."""
     if name in REFUSED:
         raise ValueError("its attention holds a quarter of the weights in no Conv2d or Linear, so they have no scores")
     if name not in OWN + TORCHVISION:

@@ -1,4 +1,4 @@
-"""Errors of recipes in words that name key, value and fix. No torch here."""
+"""Turns pydantic's errors into messages that name key, value and fix. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from pydantic_core import ErrorDetails
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a key may hold: one for `Section | None` and a tuple of them, all members for a union."""
+    """Section classes that a key may hold: one for `Section | None` or a tuple of sections, all members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 def _name_of(section: type[BaseModel]) -> str:
-    """What tells a member of a union from the others."""
+    """The tag of a member of a union."""
     return section.model_fields["name"].default
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an error is."""
+    """The place in a recipe that an error refers to."""
 
     key: str
-    """Dotted; without the tags that pydantic puts behind the key of a union."""
+    """Dotted; without the tags that pydantic appends to the key of a union."""
     sections: list[type[BaseModel]]
-    """What may lie there: nothing for a plain value, all members of a union unless the error is of a certain one."""
+    """Classes allowed there: none for a plain value, all members of a union unless the error is in one of them."""
     union: list[type[BaseModel]]
-    """All members of the union that the section belongs to."""
+    """All members of the union that the section belongs to; empty outside unions."""
     examples: list[Any]
-    """Values that a key may have, where its field gives some."""
+    """Examples that the key's field gives."""
 
 
 def _place(root: type[BaseModel], location: tuple[Any, ...]) -> _Place:
@@ -44,7 +44,7 @@ def _place(root: type[BaseModel], location: tuple[Any, ...]) -> _Place:
             union, sections = sections, [section for section in sections if _name_of(section) == part]
             continue
         keys.append(str(part))
-        if isinstance(part, int):  # a place in a list of sections
+        if isinstance(part, int):  # index into a list of sections
             continue
         field = sections[0].model_fields.get(str(part)) if sections else None
         sections, union = sections_in(field.annotation) if field is not None else [], []
@@ -53,18 +53,18 @@ def _place(root: type[BaseModel], location: tuple[Any, ...]) -> _Place:
 
 
 def _unknown_key(holder: _Place, key: str) -> str:
-    """Why the section at `holder` has no such key, and what to do about it."""
-    known = list(holder.sections[0].model_fields)
-    near = difflib.get_close_matches(key, known, n=1)
+    """Message for a key that the section at `holder` does not have."""
+    keys = list(holder.sections[0].model_fields)
+    near = difflib.get_close_matches(key, keys, n=1)
     if not holder.union:
-        return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known keys: {', '.join(known)}"
-    name, own = _name_of(holder.sections[0]), [one for one in known if one != "name"]
-    has = f"{name}, which has {', '.join(own) or 'none'}"
+        return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known keys: {', '.join(keys)}"
+    name, own = _name_of(holder.sections[0]), [one for one in keys if one != "name"]
+    owner = f"{name}, which has {', '.join(own) or 'none'}"
     owners = [_name_of(section) for section in holder.union if key in section.model_fields]
     if owners:
         whole = f"{holder.key}={{name: {name}{', ...' if own else ''}}}"
-        return f"a key of {', '.join(owners)}, not of {has}; remove it, or override the section as a whole: {whole}"
-    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key of {has}"
+        return f"a key of {', '.join(owners)}, not of {owner}; remove it, or override the section as a whole: {whole}"
+    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key of {owner}"
 
 
 def _problem(item: ErrorDetails, root: type[BaseModel]) -> str:
@@ -81,7 +81,7 @@ def _problem(item: ErrorDetails, root: type[BaseModel]) -> str:
         case "union_tag_invalid" | "union_tag_not_found":
             names = ", ".join(_name_of(section) for section in place.sections)
             if not isinstance(value, dict):
-                return f"{place.key} = {value!r}: expected a section with a name, which is one of {names}"
+                return f"{place.key} = {value!r}: expected a section whose name is one of {names}"
             if "name" not in value:
                 return f"{place.key}.name: missing; add it, one of {names}"
             return f"{place.key}.name = {value['name']!r}: expected one of {names}"
@@ -90,10 +90,10 @@ def _problem(item: ErrorDetails, root: type[BaseModel]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if isinstance(value, dict):
         return f"{place.key}: {message}"
-    shown = str(value) if isinstance(value, Fraction) else repr(value)  # 1/255, as it is written
-    return f"{place.key} = {shown}: {message}"
+    text = str(value) if isinstance(value, Fraction) else repr(value)  # 1/255, as in the file
+    return f"{place.key} = {text}: {message}"
 
 
 def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
-    """One line per problem: where it is, the value, and what to do about it."""
+    """One line per problem: key, value and fix."""
     return "\n".join(f"{origin}: {_problem(item, root)}" for item in error.errors(include_url=False))

@@ -1,4 +1,4 @@
-"""What recipe sections consist of: strict models and exact numbers."""
+"""Building blocks of recipe sections: a strict base model and exact numbers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Section(BaseModel):
         frozen=True,
         protected_namespaces=(),
         allow_inf_nan=False,
-        coerce_numbers_to_str=True,  # as they are written in the file: `name: 0123`
+        coerce_numbers_to_str=True,  # as written in the file: `name: 0123`
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _not_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # an int to Python: `epochs: yes` would be one epoch
-            raise ValueError("true and false fit no key of a recipe")
+        if isinstance(value, bool):  # a subclass of int: `epochs: true` would be one epoch
+            raise ValueError("no key of a recipe takes true or false")
         return value
 
 
@@ -46,7 +46,7 @@ def parse_fraction(value: Any) -> Fraction:
 
 
 def _parse_share(value: Any, example: str, fits: Callable[[Decimal], bool], rule: str) -> Decimal:
-    """The exact number as written. Errors: ValueError with `rule` for one that does not fit, NaN and infinity."""
+    """The exact number as written. Errors: ValueError, with `rule` if `fits` rejects it or it is not finite."""
     try:
         number = Decimal(str(value))
     except InvalidOperation:
@@ -67,7 +67,7 @@ def _parse_extra_fraction(value: Any) -> Decimal:
 
 
 def canonical_decimal(number: Decimal) -> str:
-    """The one spelling of a decimal: 0.10 and 1E-1 are both '0.1'. Folder names use it."""
+    """The one spelling of a decimal: 0.10 and 1E-1 are both '0.1'. Used in folder names."""
     return format(number.normalize(), "f")
 
 
@@ -94,9 +94,9 @@ DECIDED_ELSEWHERE = {
     "amp": "engine.precision decides it",
     "data_types": "engine.precision decides it",
     "zero_allow_untested_optimizer": "the engine sets it",
-    "gradient_clipping": "training here is without clipping",
+    "gradient_clipping": "gradients are not clipped here",
 }
-"""Keys that a `deepspeed:` section may not have, and why."""
+"""Keys that are refused in a `deepspeed:` section -> why."""
 
 
 def _check_deepspeed(options: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def _check_deepspeed(options: dict[str, Any]) -> dict[str, Any]:
     zero = options.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"zero_optimization = {zero!r}: expected a section; engine.zero_stage turns ZeRO on")
-    return json.loads(json.dumps(options))  # plain numbers, without the text of the file
+    return json.loads(json.dumps(options))  # drops the number types of recipe.file
 
 
 DeepSpeedOptions = Annotated[dict[str, Any], AfterValidator(_check_deepspeed)]
-"""What is passed through to DeepSpeed."""
+"""Options passed to DeepSpeed unchanged."""

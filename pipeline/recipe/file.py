@@ -1,4 +1,4 @@
-"""Recipes as files: YAML in, `key=value` overrides, YAML out, and the hash of what decides a result."""
+"""Recipes as files: YAML in, `key=value` overrides, YAML out, and the hash of the values that determine a result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_DECIDING = ("workers", "checkpoint", "tracking", "slurm")
 
 
 class _WrittenInt(int):
-    """An integer whose `str` is the text of the file: a key that holds text takes 0123 as it is written."""
+    """An integer whose `str` is the text of the file, so that a text key keeps 0123 as written."""
 
     written: str
 
@@ -46,7 +46,7 @@ _RULES = {
     first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":value"))]
     for first, rules in Resolver.yaml_implicit_resolvers.items()
 }
-"""First character of a plain scalar -> what it may be. Dates are text."""
+"""First character of a plain scalar -> (tag, pattern) to try. Dates stay text."""
 
 
 class _Resolver(VersionedResolver):
@@ -62,7 +62,7 @@ class _Resolver(VersionedResolver):
 
 
 class _Constructor(SafeConstructor):
-    """Builds the types that JSON has, and nothing else. Errors: ConstructorError for other tags and double keys."""
+    """Builds JSON's types and nothing else. Errors: ConstructorError for other tags and for duplicate keys."""
 
     yaml_constructors: ClassVar = {
         tag: construct
@@ -81,13 +81,13 @@ class _Constructor(SafeConstructor):
         return number
 
     def flatten_mapping(self, node: MappingNode) -> None:
-        """Make every key text and refuse one that is there twice, then put in what << merges."""
+        """Make every key a string, refuse duplicates, then apply the << merges."""
         seen: set[str] = set()
-        for key, _ in node.value if getattr(node, "merge", None) is None else ():  # not yet merged
+        for key, _ in node.value if getattr(node, "merge", None) is None else ():  # before merging
             if not isinstance(key, ScalarNode):
-                raise ConstructorError(None, None, "a key must be a word", key.start_mark)
+                raise ConstructorError(None, None, "a key must be a scalar", key.start_mark)
             if key.value in seen:
-                raise ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+                raise ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
             if key.tag != _MERGE:
                 key.tag = self.resolver.DEFAULT_SCALAR_TAG
@@ -111,14 +111,14 @@ _Representer.add_representer(float, _Representer.represent_float)
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML 1.2 document, of the types that JSON has; no two parts of it are one object.
+    """The value of a YAML 1.2 document in JSON's types; aliases become copies.
 
-    Numbers are read as such and keep their text as `str`. Errors: RecipeError, beginning with `origin`.
+    Numbers keep their text as `str`. Errors: RecipeError, beginning with `origin`.
     """
     reader = YAML(typ="safe", pure=True)
     reader.Resolver, reader.Constructor = _Resolver, _Constructor
     try:
-        return _copied(reader.load(text))
+        return _deep_copy(reader.load(text))
     except RecursionError:
         raise RecipeError(f"{origin}: not YAML: an alias inside its own anchor, or nested too deep") from None
     except MarkedYAMLError as error:
@@ -127,19 +127,19 @@ def parse_yaml(text: str, origin: str) -> Any:
         reason = " ".join(filter(None, [error.context, error.problem]))
         raise RecipeError(f"{origin}: not YAML: {reason}{line}") from None
     except Exception as error:
-        # For tags and directives that do not fit, the reader raises what int() and its own assertions do.
+        # Malformed tags and directives surface as errors of int() and as failed assertions of the reader.
         raise RecipeError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _copied(value: Any) -> Any:
-    """A deep copy in which aliases are objects of their own."""
+def _deep_copy(value: Any) -> Any:
+    """A deep copy in which aliases are separate objects."""
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _deep_copy(inner) for key, inner in value.items()}
+    return [_deep_copy(inner) for inner in value] if isinstance(value, list) else value
 
 
 def dump_yaml(value: Any) -> str:
-    """Plain values as YAML in block style, keys in their order."""
+    """Plain values as YAML in block style, keys in insertion order."""
     writer, stream = YAML(typ="safe", pure=True), io.StringIO()
     writer.Representer = _Representer
     writer.default_flow_style = writer.allow_unicode = False
@@ -150,7 +150,7 @@ def dump_yaml(value: Any) -> str:
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return `values` with every 'a.b=value' applied; values are read as YAML. Errors: RecipeError."""
-    result = _copied(values)
+    result = _deep_copy(values)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -163,22 +163,22 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             if child is None:
                 child = node[part] = {}
             if not isinstance(child, dict):
-                raise RecipeError(f"override {override!r}: {part} = {child!r} is a value and has no keys inside")
+                raise RecipeError(f"override {override!r}: {part} = {child!r} is a value, not a section")
             node = child
         node[leaf] = value
     return result
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, cluster: str | Path | None = None) -> Recipe:
-    """Read, override and check a recipe file. `cluster` holds defaults for its slurm section. Errors: RecipeError."""
-    values = _read_mapping(Path(path), "a recipe is a mapping of sections", "the recipes shipped are in recipes/")
+    """Read, override and validate a recipe file. `cluster`: a file of slurm defaults. Errors: RecipeError."""
+    values = _read_mapping(Path(path), "a recipe is a mapping of sections", "shipped recipes are in recipes/")
     values = from_flat(values)
     if cluster is not None:
         profile = _read_mapping(Path(cluster), "a cluster profile is a mapping of slurm keys", "see docs/slurm.md")
-        own = values.get("slurm") or {}
-        if not isinstance(own, dict):
-            raise RecipeError(f"{path}: slurm = {own!r}: expected keys and values, for example slurm: {{nodes: 2}}")
-        values["slurm"] = {**profile, **own}
+        section = values.get("slurm") or {}
+        if not isinstance(section, dict):
+            raise RecipeError(f"{path}: slurm = {section!r}: expected keys and values, for example slurm: {{nodes: 2}}")
+        values["slurm"] = {**profile, **section}
     return parse_recipe(apply_overrides(values, overrides or []), str(path))
 
 
@@ -199,9 +199,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def deciding_values(recipe: Recipe) -> dict[str, Any]:
-    """The plain values that decide a run's result.
+    """The plain values that determine a run's result.
 
-    Workers, checkpoint cadence, tracking, ZeRO stage, compilation and where data files are copied to do not.
+    Excluded: workers, checkpoint cadence, tracking, slurm, ZeRO stage, compilation and where data files are copied to.
     """
     values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in NOT_DECIDING}
     del values["engine"]["zero_stage"], values["engine"]["mode"]
@@ -210,5 +210,5 @@ def deciding_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of what decides the result, the same for a recipe of any time (see `pipeline.recipe.flat_objective`)."""
+    """SHA-256 of the values that determine the result; stable across recipe formats (see `recipe.flat_objective`)."""
     return hashlib.sha256(json.dumps(to_flat(deciding_values(recipe)), sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""The flat form of objectives, from the time when all techniques shared one set of keys. No torch here.
+"""The earlier, flat form of objectives, in which all techniques shared one set of keys. Imports no torch.
 
-Runs of that time have it in their recipe.yaml: all keys, those of other techniques at their defaults. And hashes of
-recipes are of this form, so that a run keeps the hash that its files name.
+The recipe.yaml of older runs has all of these keys, those of other techniques at their defaults. Recipe hashes are
+computed from this form, so that the hashes recorded in older runs stay valid.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ DEFAULTS: dict[str, Any] = {
     "robust_weight_start": 0.1,
     "robust_weight_end": 50.0,
 }
-"""Key -> default, of every key that the form had besides the name. A key that a technique gets later is not in it."""
-MARKS = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
-"""Keys that the form always had, and no technique has together."""
+"""Key -> default, for every key of the flat form except the name. Keys added to techniques later do not belong here."""
+SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
+"""Keys that every flat objective has and no single technique has together: they identify the form."""
 
 
 def from_flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's plain values, its flat objectives without the keys of other techniques that are at their default.
+    """A recipe's plain values; flat objectives lose the keys of other techniques that are at their default.
 
-    A key that is not stays, for the check to refuse. Objectives in any other form are as they were.
+    Any other value stays, for validation to refuse. Objectives that are not flat are left unchanged.
     """
     return _with_objectives(recipe, _own_keys)
 
 
 def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A checked recipe's plain values, with every objective in the flat form."""
+    """A valid recipe's plain values, with every objective in the flat form."""
     return _with_objectives(recipe, lambda objective: DEFAULTS | objective)
 
 
 def _own_keys(objective: dict[str, Any]) -> dict[str, Any]:
     technique = TECHNIQUES.get(str(objective.get("name")))
-    if technique is None or not all(key in objective for key in MARKS):
+    if technique is None or not all(key in objective for key in SIGNATURE):
         return objective
     return {
         key: value
@@ -61,13 +61,13 @@ def _own_keys(objective: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_objectives(recipe: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """The recipe's own objective changed, and those of single phases; nothing that is not a section."""
+    """Apply `change` to the recipe's own objective and to those of phases; anything but a section is left alone."""
 
-    def changed(section: Any) -> Any:
+    def with_change(section: Any) -> Any:
         objective = section.get("objective") if isinstance(section, dict) else None
         return {**section, "objective": change(objective)} if isinstance(objective, dict) else section
 
-    recipe, phases = changed(recipe), recipe.get("phases")
+    recipe, phases = with_change(recipe), recipe.get("phases")
     if isinstance(phases, dict):
-        recipe = {**recipe, "phases": {name: changed(phase) for name, phase in phases.items()}}
+        recipe = {**recipe, "phases": {name: with_change(phase) for name, phase in phases.items()}}
     return recipe

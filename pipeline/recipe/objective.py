@@ -1,7 +1,7 @@
-"""The training objective of a recipe: one class per technique, told apart by `name`. No torch here.
+"""The training objective of a recipe: one class per technique, selected by `name`. Imports no torch.
 
-Each class has the technique's own keys, so that a key of another technique is an error, and as class attributes and
-properties what the rest of the pipeline knows of it.
+Each class has the keys of its technique alone, so that any other key is an error. What the rest of the pipeline needs
+to know about a technique is in class attributes and properties.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Clean(Technique):
     counts_robust: ClassVar[bool] = False
 
     def check_threat_model(self, key: str, threat_model: ThreatModel | None) -> None:
-        """Any is possible, and none."""
+        """Accepts any threat model, and none."""
 
 
 class Pgd(Attacking, MultiStep):
@@ -54,16 +54,16 @@ class Nfgsm(OneStep):
 
 
 class Free(OneStep):
-    """Free adversarial training: every batch several times in a row (Shafahi et al. 2019)."""
+    """Free adversarial training: each batch is replayed several times in a row (Shafahi et al. 2019)."""
 
     name: Literal["free"] = "free"
     carries_noise: ClassVar[bool] = True
     replays: int = Field(default=4, ge=1)
-    """Steps in a row that each batch is taken for (m in the paper); an epoch has m times as many."""
+    """Consecutive steps on each batch (m in the paper); an epoch has m times as many steps."""
 
     @property
     def passes_per_step(self) -> int:
-        """One: the backward that moves the weights moves the noise too."""
+        """One: the backward pass that updates the weights updates the perturbation too."""
         return 1
 
     @property
@@ -108,7 +108,7 @@ class SmoothAdv(Smoothing, Attacking, MultiStep):
 
     name: Literal["smoothadv"] = "smoothadv"
     noise_samples: int = Field(default=1, ge=1)
-    """Noises per image (m in the paper): a forward has that many times as many images."""
+    """Noise draws per image (m in the paper), which multiply the images of a forward pass."""
 
     @property
     def passes_per_step(self) -> int:
@@ -116,12 +116,12 @@ class SmoothAdv(Smoothing, Attacking, MultiStep):
 
 
 class _Mixed(Bounding):
-    """Mixes clean cross-entropy with that of the worst case in a share that changes over the ramp."""
+    """Mixes clean and worst-case cross-entropy, with weights that change over the ramp."""
 
     kappa_start: float = Field(default=1.0, ge=0, le=1)
-    """Weight of clean cross-entropy as the ramp begins; the worst case has the rest."""
+    """Weight of clean cross-entropy at the start of the ramp; the worst case has the rest."""
     kappa_end: float = Field(default=0.5, ge=0, le=1)
-    """The same from the ramp's end on (Gowal et al. 2018, section 4)."""
+    """The same from the end of the ramp on (Gowal et al. 2018, section 4)."""
 
 
 class Ibp(_Mixed):
@@ -135,9 +135,9 @@ class CrownIbp(_Mixed):
 
     name: Literal["crown_ibp"] = "crown_ibp"
     crown_start: float = Field(default=1.0, ge=0, le=1)
-    """Share of the linear bound in the margins as the ramp begins; intervals have the rest."""
+    """Weight of the CROWN bound in the margins at the start of the ramp; interval bounds have the rest."""
     crown_end: float = Field(default=0.0, ge=0, le=1)
-    """The same from the ramp's end on (section 4: beta)."""
+    """The same from the end of the ramp on (section 4: beta)."""
 
 
 class MixTrain(Bounding):
@@ -146,13 +146,13 @@ class MixTrain(Bounding):
     name: Literal["mixtrain"] = "mixtrain"
     counts_robust: ClassVar[bool] = False
     robust_samples: int = Field(default=1, ge=1)
-    """Images of a micro-batch that are bounded (k; HYDRA: 1 for large networks, 5 for small ones)."""
+    """Images per micro-batch for which bounds are computed (k; HYDRA: 1 for large networks, 5 for small ones)."""
     robust_probability: float = Field(default=0.8, gt=0, le=1)
-    """Chance of a micro-batch to have a robust term."""
+    """Probability that a micro-batch has a robust term."""
     robust_weight_start: float = Field(default=0.1, gt=0)
-    """Weight of the robust term against the clean one's 1 during the ramp."""
+    """Weight of the robust term during the ramp, relative to 1 for the clean term."""
     robust_weight_end: float = Field(default=50.0, gt=0)
-    """The weight that it has grown to at the end, geometrically."""
+    """Weight at the end of the phase, reached geometrically."""
 
 
 def _name(value: Any) -> str | None:
@@ -160,8 +160,8 @@ def _name(value: Any) -> str | None:
     return None if name is None else str(name)
 
 
-# A callable and no field's name, because pydantic refuses a discriminating field with a validator of the raw value, and
-# every field of a Section has one.
+# A callable discriminator, because pydantic refuses a discriminator field that has a before-validator, and every field
+# of a Section has one.
 Objective = Annotated[
     Annotated[Clean, Tag("clean")]
     | Annotated[Pgd, Tag("pgd")]

@@ -1,4 +1,4 @@
-"""Learning rates, attack strengths and mixtures as pure functions of the position in a phase."""
+"""Learning rates, image sizes, attack strengths and loss weights as pure functions of the position in a phase."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pipeline.recipe.sections import GRAIN, Phase
 def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
     """Learning rate of 0-based `step` of a phase.
 
-    Linear warm-up to `lr` over `warmup_epochs`, then a cosine that reaches zero after the last step of the epochs that
-    are really run (the reference code binds the length to nominal epochs and so hardly anneals on ImageNet).
+    Linear warm-up to `lr` over `warmup_epochs`, then constant, or a cosine that reaches zero after the phase's last
+    step (the reference code ties the cosine to nominal epochs, more than it runs, and so hardly anneals on ImageNet).
+
+    Errors: ValueError for a step outside the phase.
     """
     total = phase.epochs * steps_per_epoch
     warmup = round(phase.warmup_epochs * steps_per_epoch)
@@ -27,8 +29,7 @@ def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
 def image_size_at(phase: Phase, image_size: int, epoch: int) -> int:
     """Height and width, in pixels, of the training images of a phase's 0-based `epoch`, at most `image_size`.
 
-    Linear in epochs between the two ends and rounded to a multiple of 32, as ffcv-imagenet has it (Leclerc et al.,
-    CVPR 2023; progressive resizing).
+    Progressive resizing as in ffcv-imagenet (Leclerc et al., CVPR 2023): linear in epochs, rounded to a multiple of 32.
     """
     growth = phase.resolution
     if growth is None or epoch >= growth.full_from:
@@ -38,30 +39,30 @@ def image_size_at(phase: Phase, image_size: int, epoch: int) -> int:
 
 
 def strength_at(elapsed: float, warmup: float) -> float:
-    """Share of its eps that an attack has when `elapsed` (in [0, 1)) of the phase is done: linear from 0 to 1.
+    """Fraction of the full eps once `elapsed` (in [0, 1)) of the phase is done: linear from 0 to 1 over `warmup`.
 
-    It is 1 from `warmup` (in [0, 1)) on, throughout if that is 0.
+    It is 1 from `warmup` (in [0, 1)) on, and throughout if `warmup` is 0.
     """
     return min(1.0, elapsed / warmup) if warmup else 1.0
 
 
 def ramp_at(start: float, end: float, ramp: float, elapsed: float) -> float:
-    """From `start` to `end` linearly over the share `ramp` of a phase, then `end`; `elapsed` is the share that is done.
+    """Linear from `start` to `end` over the fraction `ramp` of a phase, then `end`; `elapsed` is the fraction done.
 
-    eps and the mixing of certified training go by it (Zhang et al., ICLR 2020, section 4).
+    The schedule of eps and of the loss weights in certified training (Zhang et al., ICLR 2020, section 4).
     """
     return end if elapsed >= ramp else start + (end - start) * elapsed / ramp
 
 
-WHOLE = 0.25
-"""MixTrain: share of what is left after the ramp that has the whole robust weight (HYDRA: about 10 of 45 epochs)."""
+FULL_WEIGHT = 0.25
+"""MixTrain: fraction of the epochs after the ramp that have the full robust weight (HYDRA: about 10 of 45)."""
 
 
 def weight_at(start: float, end: float, ramp: float, elapsed: float) -> float:
-    """MixTrain's weight of the robust loss: `start` over the ramp of eps, then geometric growth to `end`.
+    """MixTrain's weight of the robust loss: `start` during the ramp of eps, then geometric growth to `end`.
 
-    HYDRA multiplies it by 2.5 every five epochs; here it grows at every step, at the rate that gets to `end`.
+    HYDRA multiplies it by 2.5 every five epochs; here it grows at every step.
     """
     if elapsed < ramp:
         return start
-    return start * (end / start) ** ramp_at(0.0, 1.0, (1.0 - ramp) * (1.0 - WHOLE), elapsed - ramp)
+    return start * (end / start) ** ramp_at(0.0, 1.0, (1.0 - ramp) * (1.0 - FULL_WEIGHT), elapsed - ramp)

@@ -1,7 +1,7 @@
-"""Recipes: what an experiment consists of, typed and complete, checked once.
+"""The recipe: the complete, typed configuration of an experiment, validated once.
 
-A recipe is the only configuration there is. `recipe_file` reads and writes it as YAML. Unknown keys and impossible
-pairs are refused; the message names key, value and fix. No torch here: a login node can run it.
+There is no other configuration. `pipeline.recipe.file` reads and writes it as YAML. Unknown keys and contradictory
+values are refused with messages that name key, value and fix. Imports no torch, so it works on login nodes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pipeline.recipe.threat_model import ThreatModel
 
 
 class RecipeError(ValueError):
-    """A recipe or an override that cannot run; the message names key, value and fix."""
+    """An invalid recipe or override; the message names key, value and fix."""
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a run may be called; it becomes the name of a folder."""
+"""Legal run names; a run's name becomes a folder's."""
 
 
 class Recipe(Section):
@@ -54,27 +54,27 @@ class Recipe(Section):
     phases: Phases
     sparsity: Sparsity
     select: Literal["last", "best_validation_robust"] = "last"
-    """Which checkpoint of a stage the next one and the evaluation take."""
+    """Checkpoint of a stage that the next stage and the evaluation use."""
     batch: Batch
     workers: Workers = Workers()
     engine: Engine = Engine()
     deepspeed: DeepSpeedOptions = Field(default_factory=dict)
-    """Passed to deepspeed.initialize as it is; it may not say again what the recipe says elsewhere."""
+    """Passed to deepspeed.initialize unchanged; keys that other sections determine are refused."""
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation
     tracking: Tracking = Tracking()
     slurm: Slurm | None = None
-    """What jobs ask SLURM for; only --on slurm reads it."""
+    """Resources of SLURM jobs; used by --on slurm only."""
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        """Key -> objective, for the recipe's own and those of single phases."""
+        """Key -> objective: the recipe's own, and those that phases override."""
         phases = {f"phases.{name}.objective": phase.objective for name, phase in self.phases if phase is not None}
         return {"objective": self.objective} | {key: one for key, one in phases.items() if one is not None}
 
     @property
     def growing(self) -> dict[str, Resolution]:
-        """Key -> how images grow, for the phases where they do."""
+        """Key -> progressive resizing, for the phases that have it."""
         phases = {f"phases.{name}.resolution": phase.resolution for name, phase in self.phases if phase is not None}
         return {key: resolution for key, resolution in phases.items() if resolution is not None}
 
@@ -94,11 +94,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _bounds_look_into_the_network(self) -> Recipe:
+    def _bounds_need_layers(self) -> Recipe:
         for key, objective in self.objectives.items():
             if self.engine.mode == "compiled" and isinstance(objective, Bounding):
                 raise ValueError(
-                    f"engine.mode compiled: {key}.name {objective.name} bounds the network layer by layer, where a "
+                    f"engine.mode compiled: {key}.name {objective.name} bounds the network layer by layer, and a "
                     "compiled one has no layers; set engine.mode=eager"
                 )
         return self
@@ -112,21 +112,21 @@ class Recipe(Section):
                 )
             if self.data.augmentation != "random_resized_crop":
                 raise ValueError(
-                    f"{key}: data.augmentation {self.data.augmentation} takes images as they are, so that they cannot "
-                    f"be smaller; use random_resized_crop or remove {key}"
+                    f"{key}: data.augmentation {self.data.augmentation} does not resize images; "
+                    f"use random_resized_crop or remove {key}"
                 )
             if any(objective.carries_noise for objective in self.objectives.values()):
                 raise ValueError(
-                    f"{key}: free training goes on with a perturbation of the last images, which must have the size of "
-                    f"the next; remove {key}"
+                    f"{key}: free training carries its perturbation over to the next images, which must have the same "
+                    f"size; remove {key}"
                 )
         return self
 
     @model_validator(mode="after")
-    def _pgd_has_its_step(self) -> Recipe:
+    def _pgd_has_a_step_size(self) -> Recipe:
         if self.objective.measure == "pgd" and self.evaluation.step_size is None:
             raise ValueError(
-                f"evaluation.step_size is missing: networks trained with {self.objective.name} are judged by PGD; "
+                f"evaluation.step_size is missing: networks trained with {self.objective.name} are evaluated by PGD; "
                 "add it, for example evaluation.step_size=1/255"
             )
         return self
@@ -134,19 +134,19 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _attacks_fit(self) -> Recipe:
         key, attacks, step = "evaluation.attacks", self.evaluation.attacks, self.evaluation.step_size
-        taken = [self.objective.measure]
+        labels = [self.objective.measure]
         for attack in attacks:
             check_attack(attack, key, self.objective, self.threat_model, self.model.num_classes, step)
-            if attack.label in taken:
+            if attack.label in labels:
                 raise ValueError(
-                    f"{key}: {attack.label} is done already, and its files would have the same name; remove it, or "
-                    "give it other steps or restarts"
+                    f"{key}: {attack.label} is evaluated already, and its files would have the same name; remove it or "
+                    "change its steps or restarts"
                 )
-            taken.append(attack.label)
+            labels.append(attack.label)
         return self
 
     @model_validator(mode="after")
-    def _selection_has_its_accuracy(self) -> Recipe:
+    def _selection_has_accuracies(self) -> Recipe:
         if self.select == "best_validation_robust" and self.evaluation.validation_steps == 0:
             raise ValueError(
                 "select best_validation_robust needs robust accuracy on the held-out images, and "
@@ -155,7 +155,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _guard_has_its_accuracies(self) -> Recipe:
+    def _guard_has_accuracies(self) -> Recipe:
         steps = self.evaluation.validation_steps
         for key, objective in self.objectives.items():
             if objective.guarded and steps < 2:
@@ -167,7 +167,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _workers_share_a_step(self) -> Recipe:
+    def _workers_divide_a_step(self) -> Recipe:
         total = self.batch.micro_batches_per_step
         if total % self.workers.count:
             raise ValueError(
@@ -179,7 +179,7 @@ class Recipe(Section):
 
     @property
     def extra_per_step(self) -> int:
-        """Images of every step that come from the training file's extra ones, the same number in each micro-batch."""
+        """Extra images per step, the same number in each micro-batch."""
         return int(Fraction(self.data.extra_fraction or 0) * self.batch.batch_per_step)
 
     @model_validator(mode="after")
@@ -188,7 +188,7 @@ class Recipe(Section):
         if fraction is not None and (Fraction(fraction) * micro_batch).denominator != 1:
             raise ValueError(
                 f"data.extra_fraction {fraction} of a micro-batch of {micro_batch} is {fraction * micro_batch} images; "
-                f"it must be a whole number of them: a multiple of 1/{micro_batch}"
+                f"it must be a whole number: a multiple of 1/{micro_batch}"
             )
         return self
 
@@ -203,10 +203,10 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _test_set_is_another(self) -> Recipe:
+    def _test_set_is_separate(self) -> Recipe:
         if self.data.train_file == self.data.test_file:
             raise ValueError(
-                f"data.train_file and data.test_file are both {self.data.train_file}; the test set must be another file"
+                f"data.train_file and data.test_file are both {self.data.train_file}; use another file for the test set"
             )
         return self
 

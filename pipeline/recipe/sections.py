@@ -1,6 +1,6 @@
-"""The sections of a recipe, each checked on its own: types, units in names, defaults.
+"""The sections of a recipe, each validated on its own.
 
-What two sections must agree on is checked where they meet, in `recipe`. No torch here: a login node can run it.
+Constraints between sections are checked in `pipeline.recipe.schema`. Imports no torch, so it works on login nodes.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from pipeline.recipe.objective import Objective
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, in order: what error messages offer."""
+    """The positive divisors of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 Dataset = Literal["fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
-"""What `data write` reads."""
+"""Data sets that `data write` can read."""
 
 
 class Data(Section):
-    """The two FFCV files and how images are fed."""
+    """The two FFCV files, and how images are sampled and augmented."""
 
     dataset: Dataset
     train_file: str
-    """FFCV file of the training set; `python -m launch data write` makes it."""
+    """FFCV file of the training set, written by `python -m launch data write`."""
     test_file: str
-    """FFCV file of the test set; looked at once, when a stage is finished."""
+    """FFCV file of the test set; used only to evaluate finished stages."""
     image_size: int = Field(gt=0, le=1024)
-    """Height and width in pixels of what the network is fed."""
+    """Height and width of the network's input, in pixels."""
     augmentation: Literal["none", "pad_crop", "pad_crop_flip", "random_resized_crop"]
     validation_images: int = Field(gt=0)
-    """Training images held out for choosing checkpoints; the same ones for every seed."""
+    """Training images held out for checkpoint selection; the same ones for every seed."""
     train_images: int | None = Field(default=None, gt=0)
-    """Train on this many of the images that are left; null means all of them."""
+    """Train on this many of the remaining images; null means all of them."""
     extra_fraction: ExtraFraction | None = None
-    """Share of every micro-batch that is taken from the training file's extra images; null means none."""
+    """Fraction of every micro-batch drawn from the training file's extra images; null means none."""
     stage_to: str | None = None
-    """Folder on each node's own disk that the files are copied to and read from; null reads them where they are."""
+    """Folder on each node's local disk to copy the files to and read them from; null reads them in place."""
 
     @model_validator(mode="after")
     def _digits_are_not_mirrored(self) -> Data:
         if self.dataset == "svhn" and self.augmentation in ("pad_crop_flip", "random_resized_crop"):
             raise ValueError(
-                f"augmentation {self.augmentation} mirrors images, and a mirrored digit of svhn is none; use pad_crop"
+                f"augmentation {self.augmentation} mirrors images, and svhn's digits must not be mirrored; use pad_crop"
             )
         return self
 
@@ -61,16 +61,16 @@ class Data(Section):
 
 
 class Model(Section):
-    """The network; its normalisation is a layer inside it, so that images are [0, 1] everywhere else."""
+    """The network. Normalisation is its first layer, so that images are in [0, 1] everywhere else."""
 
     arch: Annotated[str, AfterValidator(known_architecture)]
     num_classes: int = Field(gt=1)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     weights: str | None = None
-    """File of weights that pretrain starts from; null starts from the seed."""
+    """File of weights that pretrain starts from; null: random initialisation from the seed."""
     weights_keep_fraction: KeepFraction | None = None
-    """Take only these connections of a masked file of HYDRA's reference, by its scores; null takes all of them."""
+    """Keep this fraction of a masked checkpoint of HYDRA's reference code, by its scores; null keeps all weights."""
 
     @model_validator(mode="after")
     def _std_positive(self) -> Model:
@@ -79,25 +79,25 @@ class Model(Section):
         return self
 
     @model_validator(mode="after")
-    def _kept_of_something(self) -> Model:
+    def _keep_fraction_needs_weights(self) -> Model:
         if self.weights_keep_fraction is not None and self.weights is None:
-            raise ValueError("weights_keep_fraction is there without weights; name the file or remove it")
+            raise ValueError("weights_keep_fraction is set without weights; name the file or remove it")
         return self
 
 
 GRAIN = 32
-"""Sizes of growing images are multiples of it, in pixels, so that there are few of them."""
+"""Progressive resizing uses multiples of this size, in pixels, so that few distinct sizes occur."""
 
 
 class Resolution(Section):
-    """Training images that grow during a phase, up to data.image_size; epochs count from the phase's first, 0."""
+    """Progressive resizing: training images grow to data.image_size. Epochs count from 0, the phase's first."""
 
     smallest: int = Field(gt=0, multiple_of=GRAIN)
-    """Height and width in pixels of the images up to the epoch `grows_from`; a multiple of 32."""
+    """Height and width of the images, in pixels, up to the epoch `grows_from`; a multiple of 32."""
     grows_from: int = Field(default=0, ge=0)
-    """The last epoch of the smallest images; then they grow by steps of 32 pixels, linearly in epochs."""
+    """Last epoch of the smallest images, which then grow in steps of 32 pixels, linearly in epochs."""
     full_from: int = Field(ge=1)
-    """The first epoch of images of data.image_size."""
+    """First epoch at data.image_size."""
 
     @model_validator(mode="after")
     def _grows(self) -> Resolution:
@@ -107,31 +107,31 @@ class Resolution(Section):
 
 
 class Phase(Section):
-    """Optimisation of one phase: the learning rate is annealed to zero over these epochs."""
+    """Optimisation of one phase. Under the cosine schedule the learning rate reaches zero at the end of its epochs."""
 
     epochs: int = Field(ge=1)
     lr: float = Field(gt=0)
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """SGD with momentum, or Adam with betas 0.9 and 0.999, as HYDRA has it for MixTrain and CROWN-IBP. Weight decay is
-    part of the gradient in both."""
+    """SGD with momentum, or Adam with betas 0.9 and 0.999, which HYDRA uses for MixTrain and CROWN-IBP. Both add weight
+    decay to the gradient."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of sgd; adam has none."""
+    """For sgd only."""
     weight_decay: float = Field(default=1e-4, ge=0)
     warmup_epochs: float = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     objective: Objective | None = None
-    """Training technique of this phase alone; null means the recipe's."""
+    """Training technique of this phase; null means the recipe's."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay per step of the exponential moving average of what trains, which is then the phase's result; null: none."""
+    """Per-step decay of an exponential moving average of the trained tensors, which becomes the phase's result."""
     resolution: Resolution | None = None
-    """Images that are smaller at first, which trains faster; null: all of data.image_size."""
+    """Progressive resizing, which trains faster; null: every image has data.image_size."""
 
     @model_validator(mode="after")
-    def _images_are_whole_in_the_end(self) -> Phase:
+    def _last_epochs_have_full_images(self) -> Phase:
         if self.resolution is not None and self.resolution.full_from >= self.epochs:
             raise ValueError(
                 f"resolution.full_from {self.resolution.full_from} must be one of the phase's epochs, 1 to "
-                f"{self.epochs - 1}: networks are judged on images of data.image_size"
+                f"{self.epochs - 1}: networks are evaluated at data.image_size"
             )
         return self
 
@@ -146,7 +146,7 @@ class Phases(Section):
     pretrain: Phase
     prune: Phase
     finetune: Phase | None
-    """null: the networks that pruning finds are the result, as in a search for sub-networks (HYDRA, section 5.2)."""
+    """null: the pruned networks are the result, as in the search for robust sub-networks (HYDRA, section 5.2)."""
 
 
 Allocation = Literal["uniform", "erk", "global", "learned"]
@@ -156,42 +156,43 @@ ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_unifo
 
 
 class Sparsity(Section):
-    """Which networks are made of the dense one."""
+    """Which pruned networks are derived from the dense one."""
 
     keep_fractions: tuple[KeepFraction, ...]
     allocation: Allocation = "uniform"
-    """How connections are dealt to layers: the same fraction of each (the paper), Erdos-Renyi-kernel densities (Evci et
-    al. 2020), by rank among the scores of all layers, so that the prune phase learns the allocation too, or by that
-    rank with one learned rate per layer that multiplies its scores (after Zhao and Wressnegger 2023)."""
+    """How the budget of connections is allocated to layers. uniform: the same fraction of each (the paper). erk:
+    Erdos-Renyi-kernel densities (Evci et al. 2020). global: by rank among the scores of all layers, so that the prune
+    phase learns the allocation too. learned: global, with one learned factor per layer that multiplies its scores
+    (after Zhao and Wressnegger 2023)."""
     score_init: ScoreInit = "scaled"
-    """Where the prune phase's scores start: scaled from the weights (the paper), or drawn."""
+    """Initial scores of the prune phase: scaled weights (the paper), or random."""
     score_weight_decay: float | None = Field(default=None, ge=0)
-    """Weight decay of the scores; null: that of the prune phase, as in the reference."""
+    """Weight decay of the scores; null: that of the prune phase, as in the reference code."""
     batchnorm: BatchNormMode = "trained"
-    """What BatchNorm does in the prune phase: learn and gather statistics, or stay as the dense network has it."""
+    """BatchNorm in the prune phase: trained, with running statistics updated, or frozen as in the dense network."""
     baselines: tuple[Baseline, ...] = ("magnitude",)
-    """What HYDRA is compared with: the dense network finetuned under a mask that nobody learnt."""
+    """Baselines for HYDRA: the dense network finetuned under a mask that is not learned."""
     baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"
-    """Epochs of a baseline: HYDRA's prune + finetune (fair), or the paper's finetune only."""
+    """Epochs of a baseline: as many as HYDRA's prune and finetune (equal budget), or finetune only (the paper)."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Sparsity:
         if len(set(self.baselines)) != len(self.baselines):
-            raise ValueError(f"baselines {list(self.baselines)} name one twice; drop the duplicate")
+            raise ValueError(f"baselines {list(self.baselines)} name one twice; remove the duplicate")
         names = [canonical_decimal(k) for k in self.keep_fractions]
         if not names:
             raise ValueError("keep_fractions is empty; name at least one, for example [0.1]")
         if len(set(names)) != len(names):
-            raise ValueError(f"keep_fractions {names} name one fraction twice; drop the duplicate")
+            raise ValueError(f"keep_fractions {names} name one fraction twice; remove the duplicate")
         return self
 
 
 class Batch(Section):
-    """A step is a fixed number of micro-batches of fixed size, dealt to the workers there are."""
+    """A step is a fixed number of micro-batches of fixed size, split among the workers."""
 
     batch_per_step: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
-    """Images in one forward: the group that BatchNorm's batch statistics are taken over."""
+    """Images per forward pass, over which BatchNorm computes its batch statistics."""
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -209,72 +210,72 @@ class Batch(Section):
 
 
 class Workers(Section):
-    """Processes that train, one per GPU on a GPU machine."""
+    """Training processes: one per GPU where there are GPUs."""
 
     count: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)
-    """CPU threads per worker, part of what makes a run repeat bit for bit."""
+    """CPU threads per worker; bitwise reproducibility depends on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     restarts_without_progress: int = Field(default=2, ge=0)
-    """Restarts in a row that may commit no new checkpoint before the run gives up."""
+    """Consecutive restarts without a new checkpoint after which the run gives up."""
     hang_timeout_s: float = Field(default=600.0, ge=5)
-    """Seconds without a step or an evaluated chunk after which a worker is taken for hung, and replaced."""
+    """Seconds without a step or an evaluated chunk after which a worker counts as hung and is replaced."""
 
 
 class Engine(Section):
-    """DeepSpeed: ZeRO stage and arithmetic."""
+    """DeepSpeed: ZeRO stage, precision and compilation."""
 
     zero_stage: Literal[0, 1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     mode: Literal["eager", "compiled"] = "eager"
-    """compiled: torch.compile for the network of updates and attacks, minutes at every stage's start, then faster."""
+    """compiled: torch.compile for the network in updates and attacks; costs minutes at the start of every stage."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_stage_3(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("zero_stage") == 3:
             raise ValueError(
-                "zero_stage 3 is refused: its gathered optimizer state was measured wrong, so a resume would not be "
-                "exact; these networks fit at stage 2"
+                "zero_stage 3 is refused: the optimizer state that it gathers is wrong (measured), so a resume would "
+                "not be exact; these networks fit at stage 2"
             )
         return values
 
 
 class Checkpoint(Section):
     every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null means one at every epoch's end. The end of a stage always has one."""
+    """Steps between checkpoints; null means one per epoch. The end of a stage always has one."""
     keep: int = Field(default=2, ge=1)
-    """How many of a stage's checkpoints stay on disk."""
+    """Number of checkpoints of a stage kept on disk."""
 
 
 class Evaluation(Section):
-    """How finished networks are judged on the test set, in fp32: by PGD, the worst case over restarts per image, or by
-    certificates, whichever the objective trains for."""
+    """How finished networks are evaluated on the test set, in fp32: by PGD (worst case per image over restarts), by
+    randomized smoothing or by verified bounds, depending on the objective."""
 
     images: int | None = Field(default=None, ge=1)
-    """How many test images, evenly spread over the file; null means all of them."""
+    """Number of test images, evenly spaced over the file; null means all of them."""
     steps: int = Field(default=20, ge=1)
     step_size: Pixels | None = None
     restarts: int = Field(default=1, ge=1)
     n0: int = Field(default=100, ge=1)
-    """Draws of noise that choose the class to certify (Cohen et al. 2019)."""
+    """Noise draws that select the class to certify (Cohen et al. 2019)."""
     n: int = Field(default=100_000, ge=1)
-    """Draws of noise, others, that bound its probability."""
+    """Further, independent noise draws that bound its probability."""
     alpha: float = Field(default=0.001, gt=0, lt=1)
-    """How probable a wrong certificate may be, per image."""
+    """Upper bound on the probability of a wrong certificate, per image."""
     noise_batch: int = Field(default=500, ge=1)
-    """Draws in one forward; part of the result, as arithmetic depends on shapes."""
+    """Noise draws per forward pass; affects the result, since floating-point arithmetic depends on shapes."""
     chunk: int = Field(default=250, ge=1)
-    """Images in one forward, in file order; part of the result, as arithmetic depends on shapes."""
+    """Images per forward pass, in file order; affects the result, since floating-point arithmetic depends on shapes."""
     bounds: Literal["crown_ibp", "symbolic"] = "crown_ibp"
-    """What proofs are made with: IBP and CROWN-IBP, or also symbolic intervals, image by image: seconds for each image
-    that the others leave open."""
+    """Bounds used for verification: IBP and CROWN-IBP, or symbolic intervals too, which take seconds per image
+    that the others leave unverified."""
     honesty_images: int = Field(default=100, ge=0)
-    """Test images that honesty checks are made on, of networks that PGD judges; 0: none are made."""
+    """Test images for the honesty checks of networks that PGD evaluates; 0: no checks."""
     validation_steps: int = Field(default=5, ge=0)
-    """PGD steps, or draws of noise, on the held-out images at every epoch's end; 0: they are not looked at."""
+    """PGD steps, or noise draws, on the held-out images after every epoch; 0: no validation."""
     attacks: tuple[Attack, ...] = ()
-    """What finished networks are attacked with besides, once each."""
+    """Additional attacks on finished networks."""
 
     @model_validator(mode="after")
     def _step_size_positive(self) -> Evaluation:
@@ -286,5 +287,5 @@ class Evaluation(Section):
 class Tracking(Section):
     log_every_steps: int = Field(default=20, ge=1)
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where an API key is found, offline otherwise."""
+    """auto: online where wandb finds an API key, else offline."""
     wandb_project: str = "hydra"

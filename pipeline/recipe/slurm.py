@@ -1,7 +1,7 @@
-"""The `slurm:` section of a recipe: what a job asks the cluster for. Names are sbatch's where it has one.
+"""The `slurm:` section of a recipe: the resources of its jobs, under sbatch's names where it has them.
 
-Only the schema is here, so that a recipe is checked as a whole; what is done with it is `launch`'s business. The values
-stand in lines that sbatch reads, so none may hold a space or a line break; `setup` is shell, and is meant to be.
+Schema only, so that a recipe is validated as a whole; `launch.slurm` uses it. Values are written into #SBATCH lines, so
+none may contain a space or a line break. `setup` is shell code by design.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pipeline.recipe.fields import Section
 
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:;|&()\[\]*@%+=/-][A-Za-z0-9_.,:;|&()\[\]*@%+=/#-]*$")]
-"""A value of an sbatch option. Not at its beginning, # begins no comment: Pyxis has it in registry#image."""
+"""A value of an sbatch option. A # begins a comment only at its start: Pyxis uses registry#image."""
 
 _TIME = re.compile(r"^(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>\d{2})(?::(?P<s>\d{2}))?$")
 
@@ -32,7 +32,7 @@ def _minutes(value: Any) -> int:
 
 
 def _node_range(value: Any) -> tuple[int, int]:
-    """2, '2' or '1-4' -> (fewest, most)."""
+    """2, '2' or '1-4' -> (min, max)."""
     if isinstance(value, (tuple, list)) and len(value) == 2:
         low, high = value
     else:
@@ -43,50 +43,50 @@ def _node_range(value: Any) -> tuple[int, int]:
     except ValueError:
         raise ValueError("expected a number of nodes, or a range such as 1-4") from None
     if not 1 <= low <= high:
-        raise ValueError(f"the range of nodes {low}-{high} must begin at 1 or more and not end before it begins")
+        raise ValueError(f"the range of nodes {low}-{high} must be ascending and begin at 1 or more")
     return low, high
 
 
-_OURS = (
+_RESERVED = (
     *("array", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "ntasks"),
     *("ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "tasks-per-node", "test-only", "wait"),
     "wrap",
 )
-"""sbatch options that a job is made with, or that would undo those."""
+"""sbatch options that the launcher sets, or that would conflict with those."""
 
 
 class Slurm(Section):
-    """What one job asks for."""
+    """Resources of one job."""
 
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
     exclude: Word | None = None
-    """Nodes that the job must not get."""
+    """Nodes that the job must not run on."""
     nodes: Annotated[tuple[int, int], BeforeValidator(_node_range)] = (1, 1)
-    """2, or 1-4: a restart may then continue on another number of nodes."""
+    """2, or a range such as 1-4, within which a restart may change the number of nodes."""
     gpus_per_node: int | None = Field(default=None, ge=1)
     gres: Word | None = None
-    """For clusters that know GPUs only as gres, for example gpu:a100:8; then say workers_per_node as well."""
+    """For clusters that offer GPUs only as gres, for example gpu:a100:8; set workers_per_node as well."""
     cpus_per_task: int = Field(default=1, ge=1)
-    """CPUs of a node; one task runs per node."""
+    """CPUs per node, since one task runs per node."""
     workers_per_node: int | None = Field(default=None, ge=1)
-    """Default: one per GPU; without GPUs as many as cpus_per_task has workers.threads."""
+    """Default: one per GPU; without GPUs, cpus_per_task // workers.threads."""
     mem: Word | None = None
     """Memory per node, for example 64G."""
     time: Annotated[int, BeforeValidator(_minutes)] = Field(default=60, ge=1)
     """Time limit in minutes, or 12:00:00."""
     signal_s: int = Field(default=120, ge=10)
-    """How many seconds before its end a job is warned, to write a checkpoint and queue again."""
+    """Seconds before its time limit at which a job is signalled, to write a checkpoint and requeue."""
     node_start_s: int = Field(default=300, ge=10)
-    """How many seconds the nodes of a job may take to come together."""
+    """Seconds within which all nodes of a job must have joined."""
     parallel_jobs: int = Field(default=16, ge=1)
-    """How many of a run's jobs may run at the same time."""
+    """Maximum number of a run's jobs that run concurrently."""
     setup: tuple[str, ...] = ()
-    """Shell lines that run on the node first, for example `module load cuda`."""
+    """Shell lines to run first on each node, for example `module load cuda`."""
     container_image: Word | None = None
-    """For clusters with pyxis: the image the job runs in."""
+    """For clusters with Pyxis: the container image of the job."""
     container_mounts: Word | None = None
     mail_user: Word | None = None
     mail_type: Word | None = None
@@ -94,32 +94,32 @@ class Slurm(Section):
     """Any other sbatch option by its long name, for example {reservation: icml}."""
 
     @model_validator(mode="after")
-    def _gpus_once(self) -> Slurm:
+    def _one_request_for_gpus(self) -> Slurm:
         if self.gres is not None and self.gpus_per_node is not None:
             raise ValueError(f"gres {self.gres} and gpus_per_node {self.gpus_per_node} both ask for GPUs; keep one")
         if self.gres is not None and "gpu" in self.gres and self.workers_per_node is None:
-            raise ValueError(f"gres {self.gres} needs workers_per_node: how many GPUs, and workers, a node has")
+            raise ValueError(f"gres {self.gres} needs workers_per_node, the number of GPUs per node")
         return self
 
     @model_validator(mode="after")
-    def _warned_in_time(self) -> Slurm:
+    def _signal_precedes_time_limit(self) -> Slurm:
         if self.signal_s >= self.time * 60:
             raise ValueError(f"signal_s {self.signal_s} must be less than the time limit of {self.time * 60} s")
         return self
 
     @model_validator(mode="after")
-    def _options_are_others(self) -> Slurm:
+    def _options_have_no_key(self) -> Slurm:
         for name, value in self.options.items():
             if (key := name.replace("-", "_")) in Slurm.model_fields:
-                raise ValueError(f"options.{name} = {value!r}: it has a key of its own; say slurm.{key}={value}")
-            if name in _OURS:
-                raise ValueError(f"options.{name} = {value!r}: a job is made with its own value of it; leave it out")
+                raise ValueError(f"options.{name} = {value!r}: it has its own key; use slurm.{key}={value}")
+            if name in _RESERVED:
+                raise ValueError(f"options.{name} = {value!r}: the launcher sets this option; leave it out")
             if not re.match(r"^[a-z][a-z-]*$", name):
                 raise ValueError(f"options.{name} = {value!r}: write the long name of an sbatch option, without --")
         return self
 
     def workers_of_a_node(self, threads: int) -> int:
-        """How many workers of `threads` CPU threads a node carries. Errors: ValueError if none."""
+        """Number of workers with `threads` CPU threads each that a node runs. Errors: ValueError if none fits."""
         if self.workers_per_node is not None:
             return self.workers_per_node
         if self.gpus_per_node is not None:

@@ -1,4 +1,4 @@
-"""What all training techniques have, and the mixins that hold what several of them share. No torch here."""
+"""The base class of training techniques, and mixins with the keys that several share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from pipeline.recipe.fields import Pixels, Section
 from pipeline.recipe.threat_model import ThreatModel
 
 MeasureName = Literal["pgd", "certified", "verified"]
-"""The evaluation that every finished network of a recipe gets."""
+"""The main evaluation of every finished network of a recipe."""
 
 
 class Technique(Section):
     """A robust training technique."""
 
     name: Any
-    """A Literal in each technique, which tells the classes apart."""
+    """A Literal in each technique: the tag of the union."""
     measure: ClassVar[MeasureName] = "pgd"
-    """How networks that are trained so are evaluated: the name of the evaluation's files."""
+    """The evaluation of networks trained with it, and the stem of its files."""
     counts_clean: ClassVar[bool] = False
-    """Whether its outcomes count correct predictions on clean images."""
+    """Whether its training metrics include accuracy on clean images."""
     counts_robust: ClassVar[bool] = True
-    """Whether its outcomes count correct predictions on attacked images: on noisy ones for noise and stability, and
-    proved robust for ibp and crown_ibp."""
+    """Whether its training metrics include accuracy on attacked images; on noisy images for noise and stability, and
+    verified accuracy for ibp and crown_ibp."""
     carries_noise: ClassVar[bool] = False
-    """Whether a perturbation of the images is state that one step leaves to the next."""
+    """Whether the perturbation of the images is state carried from one step to the next."""
 
     @property
     def passes_per_step(self) -> int | None:
-        """Forward and backward passes that an image of one optimizer step goes through; a forward alone is not counted.
+        """Forward-backward passes per image and optimizer step; a forward pass alone does not count.
 
-        None where bounds are propagated, which is no pass of the network.
+        None where bounds are propagated instead.
         """
         return 1
 
     @property
     def steps_per_batch(self) -> int:
-        """Optimizer steps in a row that are taken on the same images."""
+        """Consecutive optimizer steps on the same images."""
         return 1
 
     @property
     def smallest_ratio(self) -> float | None:
-        """Smallest allowed ratio of accuracy under PGD to that under one step; None: training is not guarded."""
+        """Minimum ratio of accuracy under PGD to accuracy under one step; None: no overfitting guard."""
         return None
 
     @property
     def guarded(self) -> bool:
-        """Whether training is watched for catastrophic overfitting."""
+        """Whether training is monitored for catastrophic overfitting."""
         return self.smallest_ratio is not None
 
     def check_threat_model(self, key: str, threat_model: ThreatModel | None) -> None:
-        """Refuse a threat model that the technique cannot train for. Errors: ValueError, for the objective at `key`."""
+        """Refuse a threat model that the technique does not support. Errors: ValueError, naming `key`."""
         if threat_model is None:
             raise ValueError(
                 f"{key}.name {self.name} needs a threat_model; "
@@ -66,11 +66,11 @@ class Attacking(Technique):
     step_size: Pixels = Field(gt=0, examples=["1/255"])
     """Length of one attack step."""
     eps_warmup: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the pretrain phase over which eps and step_size grow from zero, linearly; 0 is the whole eps at once."""
+    """Fraction of the pretrain phase over which eps and step_size grow linearly from zero; 0: full eps at once."""
 
 
 class MultiStep(Technique):
-    """Its attack has a number of steps that the recipe chooses."""
+    """Trains with an attack whose number of steps the recipe sets."""
 
     steps: int = Field(default=1, ge=1)
 
@@ -80,11 +80,11 @@ class MultiStep(Technique):
 
 
 class OneStep(Attacking):
-    """Its attack has one step, to which training may overfit."""
+    """Trains with a one-step attack, which is prone to catastrophic overfitting."""
 
     steps: ClassVar[int] = 1
     overfitting_guard: float | None = Field(default=0.5, gt=0, le=1)
-    """Smallest allowed ratio of accuracy under PGD to that under one step; null: no guard."""
+    """Minimum ratio of accuracy under PGD to accuracy under one step; null: no guard."""
 
     @property
     def passes_per_step(self) -> int:
@@ -96,29 +96,29 @@ class OneStep(Attacking):
 
 
 class Smoothing(Technique):
-    """Trains a network that is smoothed with Gaussian noise, and certified so."""
+    """Trains for randomized smoothing with Gaussian noise, and is certified by it."""
 
     measure: ClassVar[MeasureName] = "certified"
     sigma: Pixels = Field(gt=0, examples=["1/4"])
-    """Standard deviation of the Gaussian noise that the network is smoothed with."""
+    """Standard deviation of the smoothing noise, in [0, 1] pixel units."""
 
     def check_threat_model(self, key: str, threat_model: ThreatModel | None) -> None:
         norm = threat_model.norm if threat_model is not None else None
         if norm != "l2":
             raise ValueError(
                 f"{key}.name {self.name} is for randomized smoothing, which certifies l2 radii, and "
-                f"threat_model.norm is {norm}; set threat_model={{norm: l2, eps: 1/4}} with the radius that counts "
-                "as robust"
+                f"threat_model.norm is {norm}; set threat_model={{norm: l2, eps: 1/4}} with the radius to "
+                "certify"
             )
 
 
 class Bounding(Technique):
-    """Trains by sound bounds, and is evaluated by them."""
+    """Trains on sound bounds of the logits, and is verified with them."""
 
     measure: ClassVar[MeasureName] = "verified"
     counts_clean: ClassVar[bool] = True
     eps_ramp: float = Field(default=0.6, ge=0, le=1)
-    """Share of pretrain over which eps rises from 0; it is whole in the other phases."""
+    """Fraction of the pretrain phase over which eps grows from 0; the other phases use the full eps."""
 
     @property
     def passes_per_step(self) -> None:

@@ -1,4 +1,4 @@
-"""What a network is to be robust against: the threat_model section of a recipe. No torch here."""
+"""The threat model of a recipe. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.recipe.fields import Pixels, Section
 
 
 class ThreatModel(Section):
-    """Norm and radius of the ball that an adversary may move an image in."""
+    """Norm and radius of the ball of allowed perturbations, in [0, 1] pixel units."""
 
     norm: Literal["linf", "l2"]
     eps: Pixels

@@ -1,1 +1,1 @@
-"""What a run leaves on disk and in wandb: directory, leases, checkpoints, metrics."""
+"""What a run leaves on disk and in wandb: run directory, leases, checkpoints, metrics, provenance."""

@@ -1,15 +1,15 @@
-"""Checkpoints: atomic, hashed, free of the world size, written while training goes on.
+"""Checkpoints: atomic, hashed, independent of the world size, written while training continues.
 
     step-0000012500/{model.safetensors, train_state.safetensors, progress.json, MANIFEST.json}    LATEST
 
-A checkpoint exists when its MANIFEST.json exists and agrees with the other files (names, sizes, SHA-256); it is written
-last. `LATEST` is replaced by rename and is a convenience for people: resuming looks at the manifests. Tensors carry
-plain names: `weight/conv1.weight`, `score/conv1.weight`, `buffer/bn1.running_mean`,
+A checkpoint exists if its MANIFEST.json, which is written last, exists and matches the other files (names, sizes and
+SHA-256). `LATEST` is replaced by rename and is for people only: resuming reads the manifests. Tensors have plain names:
+`weight/conv1.weight`, `score/conv1.weight`, `buffer/bn1.running_mean`,
 `optim/score/conv1.weight/momentum_buffer`. Only rank 0 writes.
 
-The manifest's hashes are of the bytes in memory, not of what a file system gave back, so that a lost write is noticed.
-Errors that pass (a network file system's server is away for a moment) are waited out; a checkpoint that cannot be read
-because of one is not taken for a damaged one, as damaged ones are passed over and deleted.
+The manifest's hashes are of the bytes in memory and not of what the file system returns, so that a lost write is
+detected. Transient errors (a network file system's server is briefly unreachable) are retried; a checkpoint that cannot
+be read because of one does not count as damaged, since damaged ones are skipped and deleted.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ log = logging.getLogger(__name__)
 CONTENT = ("model.safetensors", "train_state.safetensors", "progress.json")
 FOLDER = re.compile(r"step-(\d{10})$")
 MARGIN_BYTES = 1 << 20
-"""Names and shapes, progress, manifest, and the blocks of a file system."""
-COMFORTABLE = 3
-"""Checkpoints that should still fit; with less room than that, one warning."""
+"""Allowance for tensor names and shapes, progress, manifest and file system blocks."""
+WARNING_LEVEL = 3
+"""Free space, in checkpoints, below which a warning is logged once."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 class CheckpointDamaged(ValueError):
-    """A checkpoint whose files do not agree with its manifest."""
+    """A checkpoint whose files do not match its manifest."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything a checkpoint holds, in CPU memory and owned (later steps do not change it)."""
+    """Contents of a checkpoint, copied to CPU memory, so that later steps do not change them."""
 
     model: Tensors
     train_state: Tensors
-    """What else training continues from: the optimizer's state, an average of the weights."""
+    """Other state that training resumes from, such as the optimizer's and the averaged weights."""
     progress: Progress
 
 
@@ -66,7 +66,7 @@ def folder_of(stage: Path, step: int) -> Path:
 
 
 def steps_on_disk(stage: Path) -> list[int]:
-    """Steps of all checkpoint folders, whole or not, oldest first."""
+    """Steps of all checkpoint folders, complete or not, oldest first."""
     if not stage.is_dir():
         return []
     return sorted(int(m.group(1)) for m in (FOLDER.match(p.name) for p in stage.iterdir()) if m)
@@ -76,21 +76,21 @@ def _manifest(step: int, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"format": 1, "step": step, "files": files}
 
 
-def _facts(data: bytes) -> dict[str, Any]:
+def _file_entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Write a file and flush it to disk; returns what it must be from now on."""
+    """Write a file and flush it to disk; returns its entry in the manifest."""
     with naming(path), path.open("xb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    return _facts(data)
+    return _file_entry(data)
 
 
 def needed_bytes(snapshot: Snapshot) -> int:
-    """Room that a checkpoint takes on disk, a little too much rather than too little."""
+    """Upper bound on the disk space that a checkpoint takes."""
     tensors = (*snapshot.model.values(), *snapshot.train_state.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + MARGIN_BYTES
 
@@ -98,24 +98,24 @@ def needed_bytes(snapshot: Snapshot) -> int:
 def write_checkpoint(
     stage: Path, snapshot: Snapshot, before_manifest: Callable[[], None] | None = None, again: bool = False
 ) -> Path:
-    """Write one checkpoint so that it appears whole or not at all. `before_manifest` may refuse by raising.
+    """Write one checkpoint atomically; returns its folder. `before_manifest` may prevent the commit by raising.
 
-    `again`: this process has tried before, and what there is of the step is its own.
+    `again`: this process has tried before, so files of the step that exist already are its own.
 
-    Errors: FileExistsError if the step has a checkpoint: a run writes each step once, so another process is at work.
-    DiskFull, before anything is written. OSError for everything else that a file system says.
+    Errors: FileExistsError if the step has a checkpoint already: a run writes each step once, so another process is
+    writing. DiskFull before anything is written. OSError for other file system errors.
     """
     folder = folder_of(stage, snapshot.progress.step)
     if (folder / "MANIFEST.json").exists():
         if not again:
-            raise FileExistsError(f"{folder} is there already, so another process writes this stage; this one did not")
+            raise FileExistsError(f"{folder} already exists: another process writes this stage; nothing was written")
         (folder / "MANIFEST.json").unlink()
     if folder.exists():
-        shutil.rmtree(folder)  # left by a writer that died: without a manifest it never existed
+        shutil.rmtree(folder)  # left by a writer that died before it committed
     needed, free = needed_bytes(snapshot), free_bytes(stage)
     if free is not None and free < needed:
         log.error("%s: a checkpoint needs %d bytes and %d are free", stage, needed, free)
-        # Without what is free, which is another number after every restart: the same failure must read the same.
+        # The message leaves out the free bytes, which change with every restart: repeated failures must read the same.
         raise DiskFull(
             errno.ENOSPC,
             f"a checkpoint needs {needed} bytes, more than are free, so nothing was written; make room, then resume",
@@ -138,7 +138,7 @@ def write_checkpoint(
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """What the files hold, which is what the manifest says. Errors: those of `check`."""
+    """File name -> content, checked against the manifest. Errors: those of `check_checkpoint`."""
     contents: dict[str, bytes] = {}
     for name in ("MANIFEST.json", *CONTENT):
         try:
@@ -146,26 +146,26 @@ def _contents(folder: Path) -> dict[str, bytes]:
         except FileNotFoundError:
             raise CheckpointDamaged(f"{folder / name} is missing") from None
     try:
-        said = json.loads(contents.pop("MANIFEST.json"))
-        said_files = dict(said["files"])
+        manifest = json.loads(contents.pop("MANIFEST.json"))
+        files = dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder}: no usable MANIFEST.json ({error})") from None
-    found = _manifest(int(folder.name.removeprefix("step-")), {name: _facts(contents[name]) for name in CONTENT})
-    if said != found:
-        odd = [name for name in CONTENT if said_files.get(name) != found["files"][name]] or ["its step or format"]
-        raise CheckpointDamaged(f"{folder} is not what its MANIFEST.json says: {', '.join(odd)}")
+    actual = _manifest(int(folder.name.removeprefix("step-")), {name: _file_entry(contents[name]) for name in CONTENT})
+    if manifest != actual:
+        differing = [name for name in CONTENT if files.get(name) != actual["files"][name]] or ["its step or format"]
+        raise CheckpointDamaged(f"{folder} does not match its MANIFEST.json: {', '.join(differing)}")
     return contents
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise CheckpointDamaged unless the manifest exists and says exactly what the folder and its files are.
+    """Raise CheckpointDamaged unless the manifest exists and matches the folder and its files.
 
-    Errors: OSError for a file that cannot be read, of which nothing is known then.
+    Errors: OSError for a file that cannot be read, which may be intact.
     """
     _contents(folder)
 
 
-def _read(folder: Path) -> Snapshot:
+def _read_snapshot(folder: Path) -> Snapshot:
     contents = _contents(folder)
     try:
         model, train_state = load(contents[CONTENT[0]]), load(contents[CONTENT[1]])
@@ -176,59 +176,59 @@ def _read(folder: Path) -> Snapshot:
 
 
 def read_checkpoint(folder: Path, pause: Pause | None = None) -> Snapshot:
-    """Check and load one checkpoint to CPU, with pauses while the file system has an error that may pass.
+    """Check and load one checkpoint to CPU, with retries on transient file system errors.
 
-    Errors: CheckpointDamaged; OSError if the file system goes on failing.
+    Errors: CheckpointDamaged; OSError if the retries fail too.
     """
-    return retried(lambda _: _read(folder), f"reading {folder}", pause)
+    return retried(lambda _: _read_snapshot(folder), f"reading {folder}", pause)
 
 
 def read_newest_checkpoint(stage: Path) -> Snapshot | None:
-    """The newest whole checkpoint of a stage; damaged ones are passed over, loudly, for the one before.
+    """The newest intact checkpoint of a stage; damaged ones are logged and skipped.
 
-    Errors: OSError for one that cannot be read: it may be whole, and who goes on from an older one deletes it.
+    Errors: OSError for one that cannot be read: it may be intact, and resuming from an older one would delete it.
     """
     for step in reversed(steps_on_disk(stage)):
         folder = folder_of(stage, step)
         if not (folder / "MANIFEST.json").exists():
-            log.warning("%s was being written when its writer ended; it is passed over", folder)
+            log.warning("%s was being written when its writer ended; skipped", folder)
             continue
         try:
             return read_checkpoint(folder)
         except CheckpointDamaged as error:
-            log.error("damaged checkpoint passed over: %s", error)
+            log.error("damaged checkpoint skipped: %s", error)
     return None
 
 
 def committed_steps(stage: Path) -> list[int]:
-    """Steps whose checkpoints were once complete, damaged since or not."""
+    """Steps with a committed checkpoint, which may have been damaged since."""
     return [step for step in steps_on_disk(stage) if (folder_of(stage, step) / "MANIFEST.json").exists()]
 
 
 def delete_old_checkpoints(stage: Path, keep: int, *protected: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the `protected` steps (the best, the one to go back to)."""
+    """Delete all but the newest `keep` checkpoints and the `protected` steps (best, rollback)."""
     steps = [s for s in steps_on_disk(stage) if s not in protected]
     for step in steps[:-keep]:
         folder = folder_of(stage, step)
-        (folder / "MANIFEST.json").unlink(missing_ok=True)  # first: what is half deleted does not exist
+        (folder / "MANIFEST.json").unlink(missing_ok=True)  # first, so that a half-deleted checkpoint does not count
         shutil.rmtree(folder)
 
 
 def delete_checkpoints_after(stage: Path, step: int) -> None:
-    """Delete folders beyond `step`: unfinished or damaged ones that the resumed run will write again."""
+    """Delete the checkpoints after `step`, incomplete or damaged ones that the resumed run writes again."""
     for later in steps_on_disk(stage):
         if later > step:
             shutil.rmtree(folder_of(stage, later))
 
 
 class Writer:
-    """Writes checkpoints in a thread of its own, one at a time; an error is raised at the next call.
+    """Writes checkpoints in its own thread, one at a time; an error is raised at the next call.
 
-    File system errors that may pass are waited out there. Training goes on meanwhile, until the next checkpoint is due.
+    The thread retries transient file system errors while training continues, until the next checkpoint is due.
     """
 
     def __init__(self, stage: Path, keep: int, guard: Callable[[int], None], pause: Pause | None = None) -> None:
-        """`guard(step)` is called before the manifest and raises to refuse (the lease was lost)."""
+        """`guard(step)` is called before the manifest is written and raises to prevent it (the lease was lost)."""
         self._stage, self._keep, self._guard, self._pause = stage, keep, guard, pause
         self._warned = False
         self._thread: threading.Thread | None = None
@@ -244,9 +244,9 @@ class Writer:
 
         def attempt(number: int) -> None:
             if number == 0:
-                self._warn_of_little_room(snapshot)
+                self._warn_of_low_space(snapshot)
             else:
-                self._guard(step)  # while we waited, a successor may have begun: what there is would be its own
+                self._guard(step)  # a successor may have started during the pause; its files must stay
             write_checkpoint(self._stage, snapshot, lambda: self._guard(step), again=number > 0)
 
         try:
@@ -259,9 +259,9 @@ class Writer:
         except BaseException as error:
             self._error = error
 
-    def _warn_of_little_room(self, snapshot: Snapshot) -> None:
+    def _warn_of_low_space(self, snapshot: Snapshot) -> None:
         needed, free = needed_bytes(snapshot), free_bytes(self._stage)
-        if not self._warned and free is not None and free < COMFORTABLE * needed:
+        if not self._warned and free is not None and free < WARNING_LEVEL * needed:
             self._warned = True
             log.warning(
                 "%s: %s are free and a checkpoint takes %s; make room before the disk is full",
@@ -271,7 +271,7 @@ class Writer:
             )
 
     def wait(self) -> None:
-        """Return when nothing is being written. Errors: whatever the last write raised."""
+        """Wait for the current write. Errors: what the last write raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,4 +1,4 @@
-"""Room on a disk before it is needed, and file system errors that pass by themselves."""
+"""Free disk space, and retries for transient file system errors."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ TRANSIENT = frozenset(
         errno.ENOTCONN,
     }
 )
-"""What a network file system says while its server is away for a moment."""
+"""Errors that a network file system reports while its server is briefly unreachable."""
 PAUSES_S = (1.0, 3.0, 8.0, 20.0)
-"""Between the attempts; together well below the deadlines after which a worker is taken for hung."""
+"""Pauses between attempts; their sum is well below the timeout after which a worker counts as hung."""
 
 Result = TypeVar("Result")
 Pause = Callable[[float], object]
 
 
 class DiskFull(OSError):
-    """There is too little room for what is to be written; nothing was written."""
+    """There is too little space for a file; nothing was written."""
 
 
 def readable(count: float) -> str:
@@ -52,9 +52,9 @@ def readable(count: float) -> str:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that this user may still write where `folder` is or will be; None where the file system does not tell.
+    """Bytes that this user may still write at `folder`, which need not exist; None if unknown.
 
-    A quota is not seen here: it shows when it is exceeded, as EDQUOT.
+    Quotas are not included: exceeding one raises EDQUOT.
     """
     while not folder.exists():
         folder = folder.parent
@@ -63,9 +63,9 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def retried(action: Callable[[int], Result], what: str, pause: Pause | None = None) -> Result:
-    """action(attempt), attempt counting from 0, tried again after every pause of PAUSES_S while its error may pass.
+    """action(attempt), with attempt counting from 0, retried after each pause of PAUSES_S on transient errors.
 
-    Errors: the last one; any that will not pass, such as that of a full disk, at once.
+    Errors: that of the last attempt; one that is not transient, such as a full disk's, at once.
     """
     pause = pause or threading.Event().wait
     for attempt, pause_s in enumerate(PAUSES_S):
@@ -74,6 +74,6 @@ def retried(action: Callable[[int], Result], what: str, pause: Pause | None = No
         except OSError as error:
             if error.errno not in TRANSIENT:
                 raise
-            log.warning("%s failed and is tried again in %g s: %s", what, pause_s, error)
+            log.warning("%s failed; retrying in %g s: %s", what, pause_s, error)
             pause(pause_s)
     return action(len(PAUSES_S))

@@ -1,4 +1,4 @@
-"""The log of a run's failures, and whether one has happened before in the same place."""
+"""The log of a run's failures, and the test for one that repeats."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.run.layout import RunFolder
 log = logging.getLogger(__name__)
 
 FAILURES = "failures.jsonl"
-"""The log that holds every failure of a worker, one per line."""
+"""Log file with one line per failure of a worker."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What one worker's exception was, and where."""
+    """One worker's exception, and where it was raised."""
 
     attempt: str
     rank: int
@@ -28,14 +28,14 @@ class Failure:
     step: int | None
     error: str
 
-    def happened_like(self, other: Failure) -> bool:
+    def repeats(self, other: Failure) -> bool:
         return (self.stage, self.step, self.error) == (other.stage, other.step, other.error)
 
 
 def append_to_log(run_folder: Path, name: str, text: str) -> None:
-    """Append whole lines to a log of the run; concurrent ranks do not mix, as it is one write.
+    """Append whole lines to a log of the run, in one write, so that lines of concurrent ranks do not interleave.
 
-    Where that fails, as on a full disk, it is said with the text: what happened must not be hidden by it.
+    If that fails, as on a full disk, the text is logged instead: a failing disk must not hide the original failure.
     """
     try:
         with (RunFolder(run_folder).logs / name).open("a") as stream:
@@ -45,24 +45,24 @@ def append_to_log(run_folder: Path, name: str, text: str) -> None:
 
 
 def record_failure(run_folder: Path, failure: Failure) -> None:
-    """Append one line to the log of failures, which the next attempt reads."""
+    """Append one line to the log of failures."""
     append_to_log(run_folder, FAILURES, json.dumps({"time": time.time(), **asdict(failure)}) + "\n")
 
 
 def read_failures(run_folder: Path) -> list[Failure]:
-    """All recorded failures of a run, oldest first; damaged lines are left out."""
+    """All recorded failures of a run, oldest first; damaged lines are skipped."""
     names = [field.name for field in fields(Failure)]
     rows = read_rows(RunFolder(run_folder).logs / FAILURES)
     return [Failure(**{name: row[name] for name in names}) for row in rows if row.keys() >= set(names)]
 
 
 def repeated_failure(run_folder: Path, attempt: str, killed: Collection[str] = ()) -> Failure | None:
-    """The failure of this attempt that the one before it ended with as well, at the same step; None if none.
+    """The failure of this attempt that also ended the attempt before it, at the same step; None if there is none.
 
-    Attempts whose workers were killed are passed over: what is recorded of them is that somebody is gone.
+    Attempts in `killed`, whose workers were killed, are skipped: their recorded failures are only lost peers.
     """
     failures = [f for f in read_failures(run_folder) if f.attempt not in killed]
-    ours = [f for f in failures if f.attempt == attempt]
-    others = [f for f in failures if f.attempt != attempt]
-    before = [f for f in others if f.attempt == others[-1].attempt]
-    return next((one for one in ours for other in before if one.happened_like(other)), None)
+    current = [f for f in failures if f.attempt == attempt]
+    earlier = [f for f in failures if f.attempt != attempt]
+    previous = [f for f in earlier if f.attempt == earlier[-1].attempt]
+    return next((one for one in current for other in previous if one.repeats(other)), None)

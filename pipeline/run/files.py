@@ -1,4 +1,4 @@
-"""Small files that appear whole or not at all."""
+"""Atomic writing and strict reading of small files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.run.disk import TRANSIENT
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError say which file it is about: those of write and fsync know a number only."""
+    """Add the file name to an OSError: those of write and fsync carry an error number only."""
     try:
         yield
     except OSError as error:
@@ -25,7 +25,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Make renames inside `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with naming(folder):
@@ -35,14 +35,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 def settle_file(path: Path) -> None:
-    """Flush a file that a library wrote, and open it to whoever may read its folder: safetensors makes it private."""
+    """Flush a file that a library wrote, and give it its folder's permissions: safetensors creates private files."""
     path.chmod(path.parent.stat().st_mode & 0o666)
     with path.open("rb") as stream, naming(path):
         os.fsync(stream.fileno())
 
 
 def atomic_write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write `text` beside `path`, flush it to disk, rename it over `path`."""
+    """Write `text` to a temporary file next to `path`, flush it to disk, rename it over `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
@@ -62,14 +62,14 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_json_if_there(path: Path) -> Any | None:
-    """`read_json`, or None for a file that is missing."""
+    """`read_json`, or None if the file does not exist."""
     return read_json(path) if path.exists() else None
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
-    Errors: ValueError naming the file if it is missing or damaged; OSError if another attempt may read it.
+    Errors: ValueError naming the file if it is missing or damaged; OSError if the error is transient.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -82,18 +82,18 @@ def read_json(path: Path) -> Any:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """One line of a JSON-lines file; None for one that is torn (no newline yet) or no object."""
+    """One line of a JSON-lines file; None if it is torn (no newline yet) or not an object."""
     if not line.endswith(b"\n"):
         return None
     try:
         row = json.loads(line)
-    except ValueError:  # covers bad UTF-8 as well
+    except ValueError:  # includes invalid UTF-8
         return None
     return row if isinstance(row, dict) else None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file, in order; damaged ones are left out, and a missing file has none."""
+    """The rows of a JSON-lines file, in order; damaged lines are skipped, and a missing file has no rows."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [row for line in lines if (row := parse_row(line)) is not None]
 

@@ -1,8 +1,8 @@
-"""A stage has one writer: whoever holds its lease.
+"""Leases: each stage has one writer, the holder of its lease.
 
-`lease.json` in the stage folder names the holder (token, host, pid, heartbeat). A second start is refused and told who
-holds it; a holder that is dead on this host, or has not been heard of for STALE_AFTER_S, is replaced. Writers check the
-token before they commit, so that a holder that was replaced while it was frozen cannot write over its successor.
+`lease.json` in the stage folder names the holder (token, host, pid, heartbeat). A second start is refused with the
+holder's name. A holder is replaced if it is dead on this host, or if its heartbeat is older than STALE_AFTER_S. Writers
+check the token before they commit, so that a holder replaced while frozen cannot overwrite its successor's files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STALE_AFTER_S = 90.0
 
 
 class LeaseHeld(ValueError):
-    """Somebody else is writing this stage; the message names them."""
+    """Another process is writing this stage; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Holder:
 
 
 def _started_ticks(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot; tells a pid from its later reuse. None: no such process."""
+    """Start time of a process in clock ticks since boot, which identifies a reused pid. None: no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -50,14 +50,14 @@ def _started_ticks(pid: int) -> int | None:
 
 
 def read_holder(folder: Path) -> Holder | None:
-    """Who holds the stage. Errors: ValueError for a lease that is damaged; OSError if it could not be read now."""
+    """The stage's holder, if any. Errors: ValueError for a damaged lease; OSError for a transient error."""
     path = folder / "lease.json"
     if not path.exists():
         return None
     try:
         return Holder(**read_json(path))
     except TypeError as error:
-        raise ValueError(f"{path} is no lease: {error}") from None
+        raise ValueError(f"{path} is not a lease: {error}") from None
 
 
 def is_stale(holder: Holder) -> bool:
@@ -71,7 +71,7 @@ def refuse_if_held(folder: Path) -> None:
     try:
         holder = read_holder(folder)
     except ValueError:
-        return  # a torn lease can only be a dead writer's: leases are replaced by rename
+        return  # leases are replaced by rename, so a torn one was left by a dead writer
     if holder is not None and not is_stale(holder):
         raise LeaseHeld(
             f"{folder} is being written by pid {holder.pid} on {holder.host}; "
@@ -88,18 +88,18 @@ def check_token(folder: Path, token: str) -> None:
 
 
 class Leases:
-    """The leases of one job's stages, kept alive by one thread until `release`."""
+    """The leases of a set of stages, renewed by one thread until `release`."""
 
     def __init__(self, folders: list[Path], patience_s: float = 0.0) -> None:
-        """Take all of them, or none. Errors: LeaseHeld if one is still held after `patience_s`."""
+        """Acquire all of them or none. Errors: LeaseHeld if one is still held after `patience_s`."""
         self.token = secrets.token_hex(16)
         self._folders: list[Path] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease-heartbeat", daemon=True)
         try:
             deadline, pause = time.monotonic() + patience_s, threading.Event()
             for folder in folders:
-                while not self._acquired(folder, last_try=time.monotonic() >= deadline):
+                while not self._try_acquire(folder, last_try=time.monotonic() >= deadline):
                     pause.wait(1.0)
         except BaseException:
             self.release()
@@ -112,7 +112,7 @@ class Leases:
         assert ticks is not None
         return asdict(Holder(self.token, socket.gethostname(), pid, ticks, time.time()))
 
-    def _acquired(self, folder: Path, *, last_try: bool) -> bool:
+    def _try_acquire(self, folder: Path, *, last_try: bool) -> bool:
         try:
             self._acquire(folder)
         except LeaseHeld:
@@ -128,7 +128,7 @@ class Leases:
             atomic_write_json(folder / "lease.json", self._record())
             self._folders.append(folder)
 
-    def _beat(self) -> None:
+    def _renew_until_stopped(self) -> None:
         while self._folders and not self._stop.wait(HEARTBEAT_S):
             for folder in list(self._folders):
                 try:
@@ -136,10 +136,10 @@ class Leases:
                         check_token(folder, self.token)
                         atomic_write_json(folder / "lease.json", self._record())
                 except LeaseHeld as error:
-                    log.error("lease lost, checkpoints of this stage are refused from now on: %s", error)
+                    log.error("lease lost; this process writes no more checkpoints of this stage: %s", error)
                     self._folders.remove(folder)
                 except (OSError, ValueError) as error:
-                    log.error("the lease of %s could not be renewed, the next heartbeat tries again: %s", folder, error)
+                    log.error("the lease of %s could not be renewed; retrying at the next heartbeat: %s", folder, error)
 
     def release(self) -> None:
         self._stop.set()

@@ -1,7 +1,7 @@
 """Locks between processes of one machine, on files (flock).
 
-A lock belongs to an open file: a process that closes the file or dies gives it up. Whether the file exists, and what is
-in it, says nothing about the lock.
+A lock belongs to an open file and is released when the process closes the file or dies. The file's existence and
+content say nothing about the lock.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import IO, Any
 
 PAUSE_S = 0.1
-"""Between two attempts where patience is limited."""
+"""Pause between attempts where `patience_s` is finite."""
 
 
 def lock(file: int | IO[Any]) -> None:
-    """Lock an open file, once no other open file has it locked."""
+    """Lock an open file, waiting until no other open file holds the lock."""
     fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def try_lock(file: int | IO[Any]) -> bool:
-    """Lock an open file, unless another open file has it locked; returns whether it is ours."""
+    """Lock an open file unless another open file holds the lock; returns whether it was acquired."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -35,9 +35,9 @@ def try_lock(file: int | IO[Any]) -> bool:
 
 @contextmanager
 def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
-    """Serialise what processes do with something, by a lock on the file `path` beside it.
+    """Hold the lock on the file `path`, which is created next to what it protects.
 
-    Errors: TimeoutError when another has held it for `patience_s`.
+    Errors: TimeoutError if it could not be acquired within `patience_s`.
     """
     end, pause = time.monotonic() + patience_s, threading.Event()
     with path.open("w") as stream:
@@ -46,6 +46,6 @@ def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
         else:
             while not try_lock(stream):
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{path} is held by another process for more than {patience_s:g} s")
+                    raise TimeoutError(f"{path} has been held by another process for more than {patience_s:g} s")
                 pause.wait(PAUSE_S)
         yield

@@ -1,4 +1,4 @@
-"""Where a stage is: one immutable value, plain JSON, that answers it with no other file."""
+"""Position in a stage: one immutable value that converts to plain JSON and needs no other file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Window:
-    """Sums since the last metrics row; in the checkpoint, so that a resumed run writes the same rows."""
+    """Sums since the last metrics row; checkpointed, so that a resumed run writes the same rows."""
 
     loss_sum: float = 0.0
     clean_correct: int = 0
@@ -29,9 +29,9 @@ class Progress:
     """Checkpoint step with the highest robust accuracy on the held-out images so far."""
     best_robust_accuracy: float = -1.0
     level: int = 0
-    """How often the attack was made stronger because training overfitted to it."""
+    """Number of times that the attack was strengthened because training overfitted to it."""
     good_step: int | None = None
-    """The last epoch's end at which it did not, where anybody looked."""
+    """Last epoch end at which a check found no overfitting; None before the first such check."""
 
     @property
     def at_epoch_end(self) -> bool:
@@ -45,7 +45,7 @@ class Progress:
         return replace(self, step=self.step + 1, window=window)
 
     def after_window(self) -> Progress:
-        """The same position; its sums are in a metrics row now."""
+        """The same position with empty sums, once they are in a metrics row."""
         return replace(self, window=Window())
 
     def with_best(self, robust_accuracy: float) -> Progress:
@@ -54,8 +54,8 @@ class Progress:
             return self
         return replace(self, best_step=self.step, best_robust_accuracy=robust_accuracy)
 
-    def found_good(self) -> Progress:
-        """The same position; whoever goes back later goes back to it."""
+    def with_good_step(self) -> Progress:
+        """The same position; a later rollback returns to this step."""
         return replace(self, good_step=self.step)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""How a run is asked to stop: by a file, which its workers check, and which they agree on at the next step.
+"""The stop file, by which a run is asked to stop; its workers agree on it at the next step.
 
-The train function runs outside the main thread, where no signal arrives.
+A file and not a signal, since the train function runs outside the main thread, where signals do not arrive.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ import time
 from pathlib import Path
 
 POLL_S = 0.5
-"""How often a worker checks whether the stop file is there; a check costs a call to a shared file system."""
+"""Interval between a worker's checks for the stop file; each costs a call to a shared file system."""
 
 
 class StopRequested(RuntimeError):
-    """The run was asked to stop; everything up to here is in a checkpoint."""
+    """The run was asked to stop; its state up to this step is in a checkpoint."""
 
 
 class StopFile:
-    """`requested()` is true once the file is there; without a file, never."""
+    """`requested()` is true once the file has existed; without a path, never."""
 
     def __init__(self, path: Path | None, poll_s: float = POLL_S) -> None:
         self._path, self._poll_s = path, poll_s
         self._checked_at = float("-inf")
-        self._found = False
+        self._requested = False
 
     def requested(self) -> bool:
         now = time.monotonic()
-        if self._path is not None and not self._found and now - self._checked_at >= self._poll_s:
+        if self._path is not None and not self._requested and now - self._checked_at >= self._poll_s:
             self._checked_at = now
-            self._found = self._path.exists()
-        return self._found
+            self._requested = self._path.exists()
+        return self._requested

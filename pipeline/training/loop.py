@@ -273,7 +273,7 @@ def _validated(training: Training, progress: Progress) -> Progress:
         right = accuracies["probe"]["pgd_correct"], accuracies["probe"]["one_step_correct"]
         if overfits(*right, smallest):
             raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, right)
-        progress = progress.found_good()
+        progress = progress.with_good_step()
     if training.context.recipe.select == "best_validation_robust":
         return progress.with_best(accuracies["robust_accuracy"])
     return progress

@@ -49,6 +49,6 @@ def go_back(
         said = f"{found}; going on from step {step} with PGD of {steps} steps of {size:.4g} (level {level})"
         log.warning("%s", said)
         tracker.alert("Catastrophic overfitting", f"{context.run_folder.name}: {said}", "WARN")
-        tracker.cut(step)
+        tracker.truncate(step)
     context.observe("rolled_back", {"stage": stage.name, "step": found.step, "level": level})
     return own, level

@@ -29,7 +29,7 @@ from pipeline.run.layout import StageFolder, unevaluated
 from pipeline.run.lease import check_token
 from pipeline.run.progress import Progress
 from pipeline.run.stop import StopRequested
-from pipeline.run.tracking.metrics import Tracker, cut_rows
+from pipeline.run.tracking.metrics import Tracker, truncate_rows
 from pipeline.training.batches import FreeNoise, micro_batches, replayed
 from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine
@@ -92,7 +92,7 @@ def _own_checkpoint(folder: Path, token: str) -> Snapshot | None:
             "then resume"
         )
     checkpoint.delete_checkpoints_after(folder, own.progress.step if own else 0)
-    cut_rows(StageFolder(folder).metrics, own.progress.step if own else 0)
+    truncate_rows(StageFolder(folder).metrics, own.progress.step if own else 0)
     return own
 
 

@@ -1,4 +1,4 @@
-"""What the import contracts of pyproject.toml cannot see: sizes, docstrings, and lazy imports in a living process."""
+"""Rules that the import contracts of pyproject.toml cannot check: sizes, docstrings, lazy imports in a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODULES = {
 }
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 LIGHT = {"ruamel", "tabulate"}
-"""Vendors that a login node may load."""
+"""Third-party packages that a login node may load."""
 VENDORS = sorted({name for contract in CONTRACTS for name in contract.get("forbidden_modules", [])} - LIGHT)
 WITHOUT_TORCH = next(contract for contract in CONTRACTS if "without torch" in contract["name"])["source_modules"]
 
@@ -39,15 +39,15 @@ def test_imports_are_absolute() -> None:
 
 def test_a_login_node_reads_recipes_and_runs_without_torch_and_ray() -> None:
     modules = [m for m in MODULES if any(m == name or m.startswith(f"{name}.") for name in WITHOUT_TORCH)]
-    assert _loaded(VENDORS, ["pipeline", "launch.__main__", *modules]) == []
+    assert _imported(VENDORS, ["pipeline", "launch.__main__", *modules]) == []
 
 
 def test_evaluating_a_finished_network_needs_neither_ray_nor_deepspeed() -> None:
-    assert _loaded(["ray", "deepspeed"], ["launch.commands.evaluate", "pipeline.evaluation.runner"]) == []
+    assert _imported(["ray", "deepspeed"], ["launch.commands.evaluate", "pipeline.evaluation.runner"]) == []
 
 
-def _loaded(heavy: list[str], modules: list[str]) -> list[str]:
-    """Which of the heavy packages a fresh process has loaded once it has imported the modules."""
+def _imported(heavy: list[str], modules: list[str]) -> list[str]:
+    """Those of the heavy packages that are loaded in a new process after it imports the modules."""
     code = f"import sys, {', '.join(modules)}; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True

@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for and what requirements.txt pins agree."""
+"""The requirements of pyproject.toml and the pins of requirements.txt agree."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.support.commands import ROOT
 INSTALLERS = {"pip", "hatchling"}
 """Needed to install the project, not by it. (FFCV needs setuptools at run time as well.)"""
 DEVELOPMENT = ("Tests", "Lint")
-"""Headings of requirements.txt that hold the extra `dev`."""
+"""Headings in requirements.txt of the packages of the extra `dev`."""
 
 
 def project() -> dict[str, list[Requirement]]:
-    """Requirements in pyproject.toml: of users, and of developers."""
+    """Requirements in pyproject.toml, by audience."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = {"users": table["dependencies"], "developers": table["optional-dependencies"]["dev"]}
     return {name: [Requirement(text) for text in texts] for name, texts in lists.items()}
 
 
-def pinned() -> dict[str, dict[str, str]]:
-    """The versions in requirements.txt, by package: of users, and of developers."""
+def pins_by_audience() -> dict[str, dict[str, str]]:
+    """Versions in requirements.txt, by audience and package."""
     pins: dict[str, dict[str, str]] = {"users": {}, "developers": {}}
     audience = "users"
     for line in (ROOT / "requirements.txt").read_text().splitlines():
@@ -36,19 +36,19 @@ def pinned() -> dict[str, dict[str, str]]:
 
 
 def test_both_name_the_same_packages() -> None:
-    asked = {audience: {canonicalize_name(one.name) for one in wanted} for audience, wanted in project().items()}
-    assert asked == {audience: set(pins) - INSTALLERS for audience, pins in pinned().items()}
+    requirements = {audience: {canonicalize_name(one.name) for one in items} for audience, items in project().items()}
+    assert requirements == {audience: set(pins) - INSTALLERS for audience, pins in pins_by_audience().items()}
 
 
-def test_every_pin_is_a_version_that_the_project_asks_for() -> None:
-    pins = pinned()
-    wrong = [
+def test_every_pin_satisfies_its_requirement() -> None:
+    pins = pins_by_audience()
+    mismatches = [
         f"{one}, but {pins[audience][canonicalize_name(one.name)]} is pinned"
-        for audience, wanted in project().items()
-        for one in wanted
+        for audience, items in project().items()
+        for one in items
         if not one.specifier.contains(pins[audience][canonicalize_name(one.name)])
     ]
-    assert wrong == []
+    assert mismatches == []
 
 
 def test_the_installed_commands_version_is_the_cited_one() -> None:

@@ -1,4 +1,4 @@
-"""Random keys: SplitMix64 against its published numbers, independence of the scopes, uniformity."""
+"""Counter-based random numbers: SplitMix64 against published numbers, independence of scopes, uniformity."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_scopes_share_a_key_only_when_equal(first: tuple, second: tuple) -> None
     assert (scope_key(*first) == scope_key(*second)) == (first == second)
 
 
-def test_scope_parts_do_not_run_into_each_other() -> None:
+def test_scope_parts_are_not_concatenated() -> None:
     keys = {scope_key(0, "a", "bc"), scope_key(0, "ab", "c"), scope_key(0, "abc"), scope_key(0, "a", "b", "c")}
     assert len(keys) == 4
     assert scope_key(0, "crop", 1) != scope_key(1, "crop", 0)
     assert scope_key(0, "crop", 1) != scope_key(0, "crop", "1")
 
 
-def test_sample_keys_depend_on_the_sample_and_not_on_its_place() -> None:
+def test_sample_keys_depend_on_the_sample_and_not_on_its_position() -> None:
     ids = np.arange(5000, dtype=np.int64)
     keys = sample_keys(ids, 0, "attack", "prune", 3)
     order = np.random.default_rng(0).permutation(5000)

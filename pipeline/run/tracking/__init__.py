@@ -1,1 +1,1 @@
-"""Metrics of a stage: `metrics.jsonl`, and wandb as its mirror."""
+"""Metrics of a stage: `metrics.jsonl`, mirrored to wandb."""

@@ -1,7 +1,7 @@
-"""Metrics of one stage: `metrics.jsonl` first, wandb as a mirror that can never stop a run.
+"""Metrics of one stage: written to `metrics.jsonl`, then mirrored to wandb, whose errors never stop a run.
 
-Only rank 0 tracks. The stage's wandb run has group = run name, job type = phase, and an id that is stored beside its
-data, so that a resumed stage continues the same wandb run; row number n of the file is its step n.
+Rank 0 only. The stage's wandb run has group = run name and job type = phase. Its id is stored in the stage folder, so
+that a resumed stage continues the same wandb run. Row n of the file is wandb's step n.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pipeline.run.tracking.wandb_ids import forget_run
 from pipeline.run.tracking.wandb_mirror import Label, Level, Mirror, WandbMode
 
 AXES = {"train/*": "images_seen", "validation/*": "epoch", "system/*": "images_seen"}
-"""What wandb draws by what; the optimizer step is in every row too, as global_step."""
+"""Metrics -> x-axis of their wandb charts. Every row also has the optimizer step, as global_step."""
 
 
-def cut_rows(path: Path, step: int) -> int:
-    """Drop the rows that a resumed stage will write again: those beyond `step`, the checkpoint's, and damaged lines.
+def truncate_rows(path: Path, step: int) -> int:
+    """Drop the rows after `step`, the checkpoint's, which a resumed stage writes again, and damaged lines.
 
-    The rest stays byte for byte, and the file is replaced atomically. A missing file is an empty one. Returns how many
-    lines were dropped.
+    The other rows are unchanged byte for byte, and the file is replaced atomically. A missing file has no rows. Returns
+    the number of lines dropped.
     """
     if not path.exists():
         return 0
-    # Without the newline a line is torn, even if what is there happens to parse.
+    # A line without its newline is torn, even if it parses.
     lines = path.read_bytes().splitlines(keepends=True)
     kept = []
     for line in lines:
@@ -43,7 +43,7 @@ def cut_rows(path: Path, step: int) -> int:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """{"timing": {"seconds": 2}} -> {"timing/seconds": 2.0}; what is not a number, null included, is left out."""
+    """{"timing": {"seconds": 2}} -> {"timing/seconds": 2.0}; other values, including null, are left out."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -54,7 +54,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Tracker:
-    """Writes a stage's metrics. A context manager: however the stage ends, the file is on disk and wandb is ended."""
+    """Writes a stage's metrics. A context manager, which flushes the file and finishes the wandb run on every exit."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class Tracker:
     ) -> None:
         """`stage` is the stage's path in the run, such as "keep-0.1/prune"; its last part is wandb's job type.
 
-        What is in the file already is true: wandb is given what it lacks of it. After a change of `log_every_steps` or
-        `project` that is all of it, in another wandb run.
+        Rows that the file has already are sent to wandb if they are missing there. After a change of `log_every_steps`
+        or `project`, all rows are sent, to a new wandb run.
         """
         self._path = StageFolder(stage_folder).metrics
         self._batch_per_step = batch_per_step
@@ -89,10 +89,10 @@ class Tracker:
         if self._mirror is not None:
             for row in read_rows(self._path):
                 if "kind" in row and isinstance(row.get("step"), int):
-                    self._to_wandb(row)
+                    self._send_to_wandb(row)
         self._stream = self._path.open("a", encoding="utf-8")
 
-    def _to_wandb(self, row: Mapping[str, Any]) -> None:
+    def _send_to_wandb(self, row: Mapping[str, Any]) -> None:
         if self._mirror is None:
             return
         number, self._rows = self._rows, self._rows + 1
@@ -107,53 +107,53 @@ class Tracker:
         self._mirror.row(number, position | flat)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row, which holds "kind" and "step". Errors: ValueError for NaN or infinity, which JSON has not."""
+        """Append one row, which has "kind" and "step". Errors: ValueError for NaN or infinity, which JSON lacks."""
         with naming(self._path):
             self._stream.write(json.dumps(row, allow_nan=False) + "\n")
             self._stream.flush()
-        self._to_wandb(row)
+        self._send_to_wandb(row)
 
-    def cut(self, step: int) -> None:
-        """Drop the rows beyond `step`, as the stage goes back to it and on in another way.
+    def truncate(self, step: int) -> None:
+        """Drop the rows after `step`, to which the stage rolls back.
 
-        wandb cannot drop rows: it begins another run with those that stay, and the one that has them all is tagged.
+        wandb cannot drop rows: the current wandb run is tagged and ended, and a new one starts with the remaining rows.
         """
         self._stream.close()
         forget_run(self._path.parent)
-        cut_rows(self._path, step)
+        truncate_rows(self._path, step)
         if self._mirror is not None:
-            self._mirror.begin_anew("went back")
+            self._mirror.start_new_run("went back")
         self._open()
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers of the stage, and texts, for wandb's table of runs; their file is the stage's result."""
+        """Final numbers and texts of the stage for wandb's table of runs; on disk they are in the stage's result."""
         if self._mirror is not None:
             texts = {key: value for key, value in values.items() if isinstance(value, str)}
             self._mirror.summary(flatten(values) | texts)
 
     def alert(self, title: str, text: str, level: Level) -> None:
-        """Tell whoever has wandb's alerts on."""
+        """Send a wandb alert."""
         if self._mirror is not None:
             self._mirror.alert(title, text, level)
 
     def uses(self, artifact: str) -> None:
-        """The stage begins with another stage's artifact."""
+        """Record that the stage starts from another stage's artifact."""
         if self._mirror is not None:
             self._mirror.uses(artifact)
 
     def produces(self, artifact: str, files: list[Path], metadata: Mapping[str, Any]) -> None:
-        """The stage's network as an artifact."""
+        """Log the stage's network as an artifact."""
         if self._mirror is not None:
             self._mirror.produces(artifact, "model", files, metadata)
 
     def sync(self) -> None:
-        """Bring the rows to disk; before a checkpoint is committed, so that no row up to its step can be lost."""
+        """Flush the rows to disk; called before a checkpoint is committed, so that none up to its step can be lost."""
         with naming(self._path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
 
     def finish(self, *, failed: bool = False) -> None:
-        """Close the file and end the wandb run, within a deadline. Calling it again does nothing."""
+        """Close the file and finish the wandb run, within a deadline. Idempotent."""
         if self._stream.closed:
             return
         self.sync()
@@ -171,4 +171,4 @@ class Tracker:
 
 
 PARTS: tuple[str, ...] = ("data", "attack", "update", "checkpoint")
-"""What time is spent in. `update` is all the rest: forward, backward, optimizer, masks, waiting for other workers."""
+"""Parts of a step's time. `update` is the rest: forward, backward, optimizer, masks, waiting for other workers."""

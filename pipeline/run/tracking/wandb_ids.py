@@ -1,9 +1,9 @@
-"""Which wandb run a folder goes on with. Its ids lie in `folder`/wandb, beside wandb's own files.
+"""The ids of the wandb run that a folder continues, stored in `folder`/wandb next to wandb's own files.
 
-One rule: a new id wherever what wandb has may be other rows than those of the file, as wandb can neither drop nor
-replace a row. That is so after the file was cut to go on in another way, and after a change of what decides which row
-has which number: the caller forgets the run. And offline nobody knows what the server has, so that online and offline
-are two runs, each with all rows.
+One rule: a new id whenever wandb may have rows that differ from the file's, since wandb can neither drop nor replace a
+row. That is the case after a rollback truncates the file, and after a change of settings that determine the numbering
+of rows; the caller then forgets the run. The server's rows are unknown offline, so that online and offline are two
+runs, each with all rows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pipeline.run.files import atomic_write_text
 
 
 def forget_run(folder: Path, rows: str | None = None) -> None:
-    """The next start in `folder` is another wandb run, unless the last one was started for these `rows`.
+    """Make the next start in `folder` a new wandb run, unless the last one was started with these `rows`.
 
-    Comes before the file of the rows is changed, and whether there is a mirror now or not. Errors: OSError.
+    Must be called before the file of rows changes, even while wandb is disabled. Errors: OSError.
     """
     path = _path(folder)
     if path.is_file() and (rows is None or path.read_text(encoding="utf-8").splitlines()[1:] != [rows]):
         path.unlink()
 
 
-def kept_run(folder: Path, rows: str) -> str:
-    """The id of a folder, made once and kept. `rows` says what decides which row has which number. Errors: OSError."""
+def run_id_of(folder: Path, rows: str) -> str:
+    """The id of a folder, created on first use. `rows` describes how rows are numbered. Errors: OSError."""
     path = _path(folder)
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -33,18 +33,18 @@ def kept_run(folder: Path, rows: str) -> str:
     return path.read_text(encoding="utf-8").splitlines()[0]
 
 
-def offline_run(folder: Path, run_id: str) -> str:
-    """The id of what is recorded offline, until `settle_offline`. Errors: OSError."""
+def offline_id_of(folder: Path, run_id: str) -> str:
+    """The id of the offline run of a folder, valid until `mark_synced`. Errors: OSError."""
     path = _offline_path(folder)
-    kept = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    if not kept.startswith(f"{run_id}-"):
-        kept = f"{run_id}-{uuid.uuid4().hex[:8]}"
-        atomic_write_text(path, kept + "\n")
-    return kept
+    offline_id = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not offline_id.startswith(f"{run_id}-"):
+        offline_id = f"{run_id}-{uuid.uuid4().hex[:8]}"
+        atomic_write_text(path, offline_id + "\n")
+    return offline_id
 
 
-def settle_offline(folder: Path, run_id: str) -> None:
-    """The server has all rows: `wandb sync` passes over what was recorded offline, and what will be begins at row 0."""
+def mark_synced(folder: Path, run_id: str) -> None:
+    """Once the server has all rows: `wandb sync` skips the offline files, and a later offline run starts at row 0."""
     _offline_path(folder).unlink(missing_ok=True)
     for path in (folder / "wandb").glob(f"offline-run-*-{run_id}-*/run-*.wandb"):
         path.with_name(f"{path.name}.synced").touch()

@@ -1,9 +1,9 @@
-"""A wandb run that is written from a thread of its own: it can neither stop nor delay who writes it.
+"""A wandb run written by its own thread, so that wandb can neither stop nor delay training.
 
-Rows are numbered, and a row's number is its step in wandb. At its start wandb is asked which rows it has: the server
-where it is online, wandb's own files where it is not. It takes the others, so that it has each row once however often
-the run is resumed and whatever was lost with a process that was killed; `wandb_ids` says which run that is. No console,
-code, git, environment or name of a host is captured.
+Rows are numbered, and a row's number is its step in wandb. The mirror first determines which rows wandb has already,
+from the server when online and from wandb's own files when offline, and sends the others: wandb has each row once,
+however often the run is resumed and whatever a killed process lost. `wandb_ids` determines the wandb run. Console
+output, code, git state, environment and host name are not captured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.run.tracking.wandb_ids import kept_run, offline_run, settle_offline
+from pipeline.run.tracking.wandb_ids import mark_synced, offline_id_of, run_id_of
 
 if TYPE_CHECKING:
     import wandb
@@ -26,20 +26,20 @@ WandbMode = Literal["auto", "online", "offline", "disabled"]
 Level = Literal["INFO", "WARN", "ERROR"]
 
 INIT_SECONDS = 20.0
-"""How long an online start is tried before the run is recorded offline."""
+"""Timeout of an online start, after which the run is recorded offline."""
 UPLOAD_SECONDS = 20.0
-"""How long wandb may go on uploading at the end; what is left stays on disk."""
+"""Timeout of the final upload; the rest stays on disk."""
 FINISH_SECONDS = 45.0
-"""The most that `Mirror.finish` waits: a start that fails and an upload that hangs, with a margin."""
+"""Timeout of `Mirror.finish`: a failing start plus a hanging upload, with a margin."""
 LONGEST_TITLE, LONGEST_TEXT = 63, 1000
-"""Characters of an alert."""
+"""Maximum lengths of an alert's title and text, in characters."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Label:
-    """What wandb is told of a run once. Its files and its ids lie in `folder`/wandb."""
+    """Static description of a wandb run, whose files and ids are in `folder`/wandb."""
 
     folder: Path
     project: str
@@ -48,53 +48,53 @@ class Label:
     job_type: str
     config: Mapping[str, Any]
     axes: Mapping[str, str]
-    """Metrics, such as "train/*" -> the metric that is their x-axis."""
+    """Metrics, such as "train/*" -> the metric on their x-axis."""
     rows: str = ""
-    """What decides which row has which number, see `wandb_ids`."""
+    """Describes how rows are numbered, see `wandb_ids`."""
 
 
 class Mirror:
-    """Writes one wandb run. Nothing here raises; what goes wrong is logged as a warning."""
+    """Writes one wandb run. No method raises; errors are logged as warnings."""
 
     def __init__(self, label: Label, mode: WandbMode) -> None:
         self._items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._label = label
         self._used: list[str] = []
-        # A daemon: it waits for items as long as the process lives, and holds nobody up.
+        # A daemon, so that waiting for items does not keep the process alive.
         self._thread = threading.Thread(
-            target=_work, args=(self._items, label, mode, self._ended), name="wandb-mirror", daemon=True
+            target=_process_items, args=(self._items, label, mode, self._ended), name="wandb-mirror", daemon=True
         )
         self._thread.start()
         self._begin(None)
 
     def _begin(self, tag: str | None) -> None:
-        # Here, not in the thread: the id on disk is never one of rows that are no longer true, however late it is.
+        # Not in the thread, which may lag behind: the id on disk must never belong to rows that were dropped.
         try:
-            self._put("begin", (kept_run(self._label.folder, self._label.rows), tag))
+            self._put("begin", (run_id_of(self._label.folder, self._label.rows), tag))
         except OSError as error:
             self._put("fail", error)
 
     def row(self, number: int, values: Mapping[str, float]) -> None:
-        """A row, numbered from 0; one that wandb has is left out."""
+        """Log a row, numbered from 0; a row that wandb has already is skipped."""
         self._put("row", (number, dict(values)))
 
     def do(self, what: str, action: Callable[[wandb.Run], object]) -> None:
-        """Anything else that is done with a wandb run; if that fails, `what` is in the warning."""
+        """Any other action on a wandb run; if it fails, the warning names `what`."""
         self._put("do", (what, action))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """What the project's table of runs shows."""
-        kept = dict(values)
-        self.do("the summary", lambda run: run.summary.update(kept))
+        """Values for the project's table of runs."""
+        copy = dict(values)
+        self.do("the summary", lambda run: run.summary.update(copy))
 
     def alert(self, title: str, text: str, level: Level) -> None:
-        """A message to whoever has wandb's alerts on. One of a title per minute at most, as wandb has it."""
+        """Send an alert. wandb sends at most one per title and minute."""
         title, text = title[:LONGEST_TITLE], text[:LONGEST_TEXT]
         self.do(f"the alert {title!r}", lambda run: run.alert(title, text, level))
 
     def uses(self, artifact: str) -> None:
-        """This run begins with another's artifact: lineage. Online only, as it is the server that knows them."""
+        """Record that this run starts from another run's artifact. Online only, since the server resolves it."""
         self._used.append(artifact)
         self._use(artifact)
 
@@ -106,33 +106,33 @@ class Mirror:
         self.do(f"the lineage from {artifact}", use)
 
     def produces(self, artifact: str, kind: str, files: list[Path], metadata: Mapping[str, Any]) -> None:
-        """Files that stay as they are, as an artifact. Online only: offline they lie in the run directory anyway."""
-        kept = dict(metadata)
+        """Log immutable files as an artifact. Online only: offline they are in the run directory anyway."""
+        copy = dict(metadata)
 
         def log(run: wandb.Run) -> None:
             if run.offline:
                 return
             import wandb
 
-            made = wandb.Artifact(artifact, kind, metadata=kept)
+            logged = wandb.Artifact(artifact, kind, metadata=copy)
             for path in files:
-                made.add_file(str(path), policy="immutable")
-            run.log_artifact(made)
+                logged.add_file(str(path), policy="immutable")
+            run.log_artifact(logged)
 
         self.do(f"the artifact {artifact}", log)
 
-    def begin_anew(self, tag: str) -> None:
-        """After `forget_run`: the run that has rows which are no longer true is left, tagged, for another one."""
+    def start_new_run(self, tag: str) -> None:
+        """After `forget_run`: tag and end the current wandb run, whose rows are obsolete, and start another."""
         self._begin(tag)
         for artifact in self._used:
             self._use(artifact)
 
     def finish(self, *, failed: bool = False) -> bool:
-        """End the wandb run, within a deadline. Returns whether wandb has all of it, on the server or in its files."""
+        """Finish the wandb run, within a deadline. Returns whether wandb has all data, online or in its files."""
         self._put("finish", int(failed))
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
-            logger.warning("wandb did not finish within %.0f s; nothing but wandb waits for it", FINISH_SECONDS)
+            logger.warning("wandb did not finish within %.0f s; the run does not wait for it", FINISH_SECONDS)
         return self._ended.is_set()
 
     def _put(self, kind: str, value: Any) -> None:
@@ -140,21 +140,23 @@ class Mirror:
             self._items.put((kind, value))
 
 
-def _work(items: queue.SimpleQueue[tuple[str, Any]], label: Label, mode: WandbMode, ended: threading.Event) -> None:
-    """The thread."""
+def _process_items(
+    items: queue.SimpleQueue[tuple[str, Any]], label: Label, mode: WandbMode, ended: threading.Event
+) -> None:
+    """Body of the mirror's thread."""
     try:
-        chosen = _choose_mode() if mode == "auto" else mode
-        if chosen == "disabled":
+        resolved_mode = _choose_mode() if mode == "auto" else mode
+        if resolved_mode == "disabled":
             return
-        run: Any = None  # the first item begins one
+        run: Any = None  # set by the first item
         run_id, next_row = "", 0
         while True:
             kind, value = items.get()
             if kind == "begin":
                 if run is not None:
-                    _leave(run, label, run_id, value[1])
+                    _abandon(run, label, run_id, value[1])
                 run_id = value[0]
-                run, next_row = _start(label, chosen, run_id)
+                run, next_row = _start(label, resolved_mode, run_id)
             elif kind == "fail":
                 raise value
             elif kind == "row":
@@ -168,8 +170,8 @@ def _work(items: queue.SimpleQueue[tuple[str, Any]], label: Label, mode: WandbMo
                 if _try(run, f"all of {label.name}", lambda run, code=value, of=run_id: _end(run, label, of, code)):
                     ended.set()
                 return
-    except Exception as error:  # whatever wandb does wrong, a mirror may not stop the run
-        logger.warning("wandb stopped, the run goes on: %s", _one_line(error))
+    except Exception as error:  # no error of wandb may stop the run
+        logger.warning("wandb stopped; the run continues: %s", _one_line(error))
 
 
 def _try(run: wandb.Run, what: str, action: Callable[[wandb.Run], object]) -> bool:
@@ -182,10 +184,10 @@ def _try(run: wandb.Run, what: str, action: Callable[[wandb.Run], object]) -> bo
 
 
 def _start(label: Label, mode: Literal["online", "offline"], run_id: str) -> tuple[wandb.Run, int]:
-    """The wandb run, and the number of the first row that it has not."""
+    """The wandb run, and the number of the first row that it lacks."""
     import wandb
 
-    from pipeline.run.tracking.wandb_history import recorded_rows
+    from pipeline.run.tracking.wandb_history import count_recorded_rows
 
     arguments: dict[str, Any] = {
         "dir": str(label.folder),
@@ -207,12 +209,12 @@ def _start(label: Label, mode: Literal["online", "offline"], run_id: str) -> tup
                 label.name,
                 _one_line(error),
             )
-            # A service that has a failed start in it is not used again.
+            # wandb's service cannot be reused after a failed start.
             wandb.teardown()
     if run is None:
-        offline_id = offline_run(label.folder, run_id)
+        offline_id = offline_id_of(label.folder, run_id)
         run = wandb.init(mode="offline", id=offline_id, settings=_settings(), **arguments)
-        next_row = recorded_rows(label.folder / "wandb", offline_id)
+        next_row = count_recorded_rows(label.folder / "wandb", offline_id)
     else:
         next_row = run.starting_step
     for axis in sorted(set(label.axes.values())):
@@ -222,23 +224,23 @@ def _start(label: Label, mode: Literal["online", "offline"], run_id: str) -> tup
     return run, next_row
 
 
-def _leave(run: wandb.Run, label: Label, run_id: str, tag: str) -> None:
-    def mark(left: wandb.Run) -> None:
-        left.tags = (*(left.tags or ()), tag)
+def _abandon(run: wandb.Run, label: Label, run_id: str, tag: str) -> None:
+    def add_tag(abandoned: wandb.Run) -> None:
+        abandoned.tags = (*(abandoned.tags or ()), tag)
 
-    _try(run, f"the tag {tag!r}", mark)
-    _try(run, "all of the run that is left", lambda left: _end(left, label, run_id, 0))
+    _try(run, f"the tag {tag!r}", add_tag)
+    _try(run, "all of the abandoned run", lambda abandoned: _end(abandoned, label, run_id, 0))
 
 
 def _end(run: wandb.Run, label: Label, run_id: str, exit_code: int) -> None:
-    """Errors: TimeoutError if that is not all in time."""
+    """Errors: TimeoutError if the upload takes too long."""
     run.finish(exit_code=exit_code)
     if not run.offline:
-        settle_offline(label.folder, run_id)
+        mark_synced(label.folder, run_id)
 
 
 def _choose_mode() -> Literal["online", "offline", "disabled"]:
-    """What "auto" means: WANDB_MODE if the user has set it, else online exactly where wandb finds credentials."""
+    """Resolve "auto": WANDB_MODE if it is set, else online exactly if wandb finds credentials."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -246,8 +248,8 @@ def _choose_mode() -> Literal["online", "offline", "disabled"]:
         case "online" | "offline" | "disabled" as wanted:
             return wanted
     host = wandb.setup().settings.base_url
-    found = wbauth.authenticate_session(host=host, source="pipeline", prompt=False, update_session=False)
-    return "online" if found else "offline"
+    credentials = wbauth.authenticate_session(host=host, source="pipeline", prompt=False, update_session=False)
+    return "online" if credentials else "offline"
 
 
 def _settings() -> wandb.Settings:
@@ -268,7 +270,7 @@ def _settings() -> wandb.Settings:
         init_timeout=INIT_SECONDS,
         finish_timeout=UPLOAD_SECONDS,
         finish_timeout_raises=True,
-        # The default of 15 s is what a killed worker would lose.
+        # A killed worker loses up to this much; the default is 15 s.
         x_transaction_log_flush_interval=1.0,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch.display import follow
-from pipeline.run.tracking.metrics import cut_rows
+from pipeline.run.tracking.metrics import truncate_rows
 from tests.support.scripted_event import Script
 
 PLAN = {"stage": "", "phase": "prune", "total_steps": 700, "steps_per_epoch": 235, "batch_per_step": 128}
@@ -64,7 +64,7 @@ class Writer:
         return write
 
     def cut(self, step: int) -> Action:
-        return lambda: cut_rows(self.folder / "metrics.jsonl", step)
+        return lambda: truncate_rows(self.folder / "metrics.jsonl", step)
 
     def remove(self, name: str) -> Action:
         return lambda: os.unlink(self.folder / name)

@@ -1,4 +1,4 @@
-"""Names of networks: what is said about one that is not there."""
+"""Network names: which are legal, and the messages for those that are not."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipeline.recipe.sections import Model
 
 
 @pytest.mark.parametrize("name", OWN + TORCHVISION)
-def test_names_come_back(name: str) -> None:
+def test_legal_names_are_accepted(name: str) -> None:
     assert known_architecture(name) == name
 
 
-def test_names_are_there_once() -> None:
+def test_names_are_unique() -> None:
     assert len({*OWN, *TORCHVISION}) == len(OWN) + len(TORCHVISION)
 
 
@@ -34,7 +34,7 @@ def test_unknown_names_are_refused_with_near_ones(name: str, words: str) -> None
     assert str(caught.value).endswith("docs/recipes.md lists them all")
 
 
-def test_a_recipe_says_it_once() -> None:
+def test_a_recipe_reports_an_unknown_network_once() -> None:
     with pytest.raises(ValidationError) as caught:
         Model(arch="resnet81", num_classes=10)
     (problem,) = caught.value.errors()
@@ -42,6 +42,6 @@ def test_a_recipe_says_it_once() -> None:
     assert "did you mean resnet18" in problem["msg"]
 
 
-def test_what_is_kept_of_a_file_needs_the_file() -> None:
-    with pytest.raises(ValidationError, match="weights_keep_fraction is there without weights; name the file"):
+def test_a_keep_fraction_of_weights_needs_the_weights() -> None:
+    with pytest.raises(ValidationError, match="weights_keep_fraction is set without weights; name the file"):
         Model.model_validate({"arch": "resnet18", "num_classes": 10, "weights_keep_fraction": 0.1})

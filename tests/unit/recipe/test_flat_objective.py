@@ -1,4 +1,4 @@
-"""Runs of the time when objectives were flat; flat_recipes/ has a resolved recipe of then for each technique."""
+"""Runs with flat objectives; flat_recipes/ has a resolved recipe of that format for each technique."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def flat_values(name: str) -> dict[str, Any]:
     return yaml.safe_load((FLAT / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def written(folder: Path, values: dict[str, Any]) -> Path:
+def write_recipe(folder: Path, values: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return folder / "recipe.yaml"
 
 
-def test_there_is_one_for_each_technique_that_was_flat() -> None:
+def test_every_technique_of_the_flat_format_has_a_recipe() -> None:
     names = {path.stem for path in FLAT.glob("*.yaml")}
-    assert names == HASHES.keys() == {name for name, one in TECHNIQUES.items() if set(one.model_fields) <= names_of()}
-    assert all(set(flat_values(name)["objective"]) == names_of() for name in names)
+    assert names == HASHES.keys() == {name for name, one in TECHNIQUES.items() if set(one.model_fields) <= flat_keys()}
+    assert all(set(flat_values(name)["objective"]) == flat_keys() for name in names)
 
 
-def names_of() -> set[str]:
+def flat_keys() -> set[str]:
     """The keys of the flat form."""
     return {"name", *DEFAULTS}
 
@@ -56,51 +56,51 @@ def test_a_flat_recipe_is_read_with_its_own_values_and_keeps_its_hash(name: str)
     assert changed or name == "clean"
 
 
-def test_phases_with_an_objective_of_their_own_are_among_them() -> None:
+def test_some_recipes_have_phases_with_their_own_objective() -> None:
     own = {name: len(load_recipe(FLAT / f"{name}.yaml").objectives) - 1 for name in HASHES}
     assert {name for name, count in own.items() if count} == {"pgd", "crown_ibp", "mixtrain"}
 
 
 @pytest.mark.parametrize(("name", "key"), PAIRS)
-def test_another_techniques_key_that_was_set_is_refused(name: str, key: str, tmp_path: Path) -> None:
+def test_a_changed_key_of_another_technique_is_refused(name: str, key: str, tmp_path: Path) -> None:
     values = flat_values(name)
     values["objective"][key] = 0.125 if DEFAULTS[key] is not None else "1/8"
     with pytest.raises(
         RecipeError, match=rf"recipe\.yaml: objective\.{key} = .*: a key of .*, not of {name}, which has"
     ):
-        load_recipe(written(tmp_path, values))
+        load_recipe(write_recipe(tmp_path, values))
 
 
-def test_only_the_whole_flat_form_may_hold_another_techniques_defaults(tmp_path: Path) -> None:
+def test_only_the_complete_flat_form_may_hold_another_techniques_defaults(tmp_path: Path) -> None:
     values = flat_values("pgd")
-    partly = {key: value for key, value in values["objective"].items() if key != "noise_samples"}
+    partial = {key: value for key, value in values["objective"].items() if key != "noise_samples"}
     with pytest.raises(RecipeError, match=r"objective\.beta = 6.0: a key of trades, stability, not of pgd"):
-        load_recipe(written(tmp_path, values | {"objective": partly}))
+        load_recipe(write_recipe(tmp_path, values | {"objective": partial}))
     with pytest.raises(RecipeError, match=r"^\S+: objective\.beta = 6.0: a key of trades, stability, not of pgd"):
         load_recipe(FLAT / "pgd.yaml", ["objective.beta=6.0"])
     earlier = {key: value for key, value in values["objective"].items() if key not in ("replays", "overfitting_guard")}
-    assert recipe_hash(load_recipe(written(tmp_path, values | {"objective": earlier}))) == HASHES["pgd"]
+    assert recipe_hash(load_recipe(write_recipe(tmp_path, values | {"objective": earlier}))) == HASHES["pgd"]
 
 
 @pytest.mark.parametrize(
     "recipe", [{}, {"objective": None}, {"objective": "pgd", "phases": 3}, {"phases": {"prune": 1}}]
 )
-def test_what_is_no_objective_is_left_to_the_check(recipe: dict[str, Any]) -> None:
+def test_anything_but_an_objective_is_left_to_validation(recipe: dict[str, Any]) -> None:
     assert from_flat(recipe) == recipe
     nameless = {"objective": {**DEFAULTS}}
     assert from_flat(nameless) == nameless
 
 
-def test_a_run_with_a_flat_recipe_goes_on(
+def test_a_run_with_a_flat_recipe_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A recipe of today continues it; it is shown, and reported beside a run of today that has another seed."""
+    """A recipe in today's format continues it, `status` shows it, and a report takes it with a run of another seed."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(FLAT / "mixtrain.yaml", ["data.train_file=/data/a.beton", "data.test_file=/data/b.beton"])
     folder = run_folder.open_or_create(recipe, "run", {})
     hashed = read_json(folder / "provenance.json")["recipe_sha256"]
     today = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    written(folder, to_flat(yaml.safe_load(today)))
+    write_recipe(folder, to_flat(yaml.safe_load(today)))
     assert (folder / "recipe.yaml").read_text(encoding="utf-8").count("noise_samples") == 2
 
     assert main(["status", str(folder)]) == 0

@@ -1,7 +1,7 @@
-"""Every row of the paper has its recipe, with the hyper-parameters of the paper and of its reference code.
+"""Every row of the paper's tables has a recipe with the hyperparameters of the paper and its reference code.
 
-The numbers are those of HYDRA's shell scripts and YAML files, where the paper does not say otherwise (eps). The
-reference has no script for some rows: they have those of the same objective on the other data set or network.
+The numbers are those of HYDRA's shell scripts and YAML files, unless the paper states another one (eps). Rows without a
+script in the reference code take the numbers of the same objective on the other data set or network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 NETWORKS = {"vgg16": "vgg16_bn_cifar", "wrn28_4": "wrn_28_4", "cnn_small": "cnn_small", "cnn_large": "cnn_large"}
 SPARSITIES = tuple(map(Decimal, ("0.1", "0.05", "0.01")))
 SGD = ("sgd", 0.9, 1e-4, (100, 20, 100), (0.1, 0.1, 0.01))
-"""optimizer, momentum, weight decay, epochs and learning rates of pretrain, prune and finetune"""
+"""Optimizer, momentum, weight decay; epochs and learning rates of pretrain, prune and finetune."""
 BATCH = {"trades": 128, "smoothing": 128, "mixtrain": 50, "crown_ibp": 128}
 ROWS = [
     *[
@@ -55,7 +55,7 @@ def test_every_row_of_the_papers_tables_has_its_recipe(data: str, net: str, how:
     assert recipe.threat_model is not None
     norm, eps, objective = recipe.threat_model.norm, recipe.threat_model.eps, recipe.objective
 
-    # CIFAR-10's batches come with as many pseudo-labelled images where the reference has --is-semisup.
+    # Where the reference uses --is-semisup, half of each CIFAR-10 batch is pseudo-labelled.
     extra = data == "cifar10" and how in ("trades", "smoothing")
     assert (recipe.data.extra_fraction == Decimal("0.5")) == extra
     assert recipe.batch.batch_per_step == BATCH[how] * (2 if extra else 1)
@@ -99,7 +99,7 @@ def test_the_largest_network_and_the_smaller_ball_have_the_same_training() -> No
     assert [float(1 / keep) for keep in figure.sparsity.keep_fractions] == [10, 25, 50, 100, 200]
 
 
-def test_imagenet_has_the_references_free_training_over_real_epochs() -> None:
+def test_imagenet_has_the_references_free_training_in_actual_epochs() -> None:
     recipe = load_recipe(RECIPES / "imagenet_resnet50_free.yaml")
     assert isinstance(recipe.objective, Free)
     replays = recipe.objective.replays

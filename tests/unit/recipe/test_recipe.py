@@ -1,4 +1,4 @@
-"""Recipes: what is refused and in which words, overrides, and files that say exactly what was read."""
+"""Recipes: refusals and their messages, overrides, and lossless files."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def demo_values() -> dict[str, Any]:
 
 
 def refusal(*overrides: str) -> str:
-    """What is said about the demo's recipe with these overrides."""
+    """The message that refuses the demo's recipe with these overrides."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(DEMO, list(overrides))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_load_and_come_back_from_their_dump(path: Path, tmp_path: Path) -> None:
+def test_shipped_recipes_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     resolved = tmp_path / "recipe.yaml"
     resolved.write_text(dump_recipe(recipe), encoding="utf-8")
@@ -95,15 +95,15 @@ def test_a_dump_loses_no_digit(
 
 @pytest.mark.parametrize(("text", "lr"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("5.0e-4", 5e-4), ("2", 2.0), (".1", 0.1)])
 def test_learning_rates_are_floats_however_they_are_written(text: str, lr: float) -> None:
-    found = load_recipe(DEMO, [f"phases.prune.lr={text}"]).phases.prune.lr
-    assert type(found) is float
-    assert found == lr
+    value = load_recipe(DEMO, [f"phases.prune.lr={text}"]).phases.prune.lr
+    assert type(value) is float
+    assert value == lr
 
 
 @pytest.mark.parametrize("spelling", ["0.10", "0.1", "1e-1", "'0.100'"])
 def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
-    (found,) = load_recipe(DEMO, [f"sparsity.keep_fractions=[{spelling}]"]).sparsity.keep_fractions
-    assert canonical_decimal(found) == "0.1"
+    (keep_fraction,) = load_recipe(DEMO, [f"sparsity.keep_fractions=[{spelling}]"]).sparsity.keep_fractions
+    assert canonical_decimal(keep_fraction) == "0.1"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["phases.prune.epoch=3"], "phases.prune.epoch = 3: unknown key; did you mean 'epochs'?"),
         (["threat_model.colour=1"], "threat_model.colour = 1: unknown key; known keys: norm, eps"),
         (["zzz=1"], "zzz = 1: unknown key; known keys: name, seed, data, "),
-        (["phases.prune.epochs=true"], "phases.prune.epochs = True: true and false fit no key"),
+        (["phases.prune.epochs=true"], "phases.prune.epochs = True: no key of a recipe takes true or false"),
         (["phases.prune.lr=.inf"], "phases.prune.lr = inf: Input should be a finite number"),
         (["phases=null"], "phases = None: expected a section with the keys pretrain, prune, finetune"),
         (["threat_model=linf"], "threat_model = 'linf': expected a section with the keys norm, eps"),
@@ -127,7 +127,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             "phases.prune.objective.name fgsm needs a threat_model",
         ),
         (["phases.finetune=null"], "phases.finetune is null; set sparsity.baselines=[]"),
-        (["sparsity.baselines=[magnitude, magnitude]"], "name one twice; drop the duplicate"),
+        (["sparsity.baselines=[magnitude, magnitude]"], "name one twice; remove the duplicate"),
         (["sparsity.baselines=magnitude"], "expected a list; write [magnitude]"),
         (["sparsity.score_weight_decay=-1"], "score_weight_decay = -1: Input should be greater than or equal to 0"),
         (["sparsity.baselines=[grasp]"], "Input should be 'magnitude', 'random' or 'snip'"),
@@ -156,8 +156,8 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["objective.name=true"], "objective.name = True: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
         (["objective.name=null"], "objective.name = None: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
         (["objective={steps: 3}"], "objective.name: missing; add it, one of clean, pgd, fgsm, nfgsm, free, trades"),
-        (["objective=pgd"], "objective = 'pgd': expected a section with a name, which is one of clean, pgd, fgsm"),
-        (["objective.steps=true"], "objective.steps = True: true and false fit no key"),
+        (["objective=pgd"], "objective = 'pgd': expected a section whose name is one of clean, pgd, fgsm"),
+        (["objective.steps=true"], "objective.steps = True: no key of a recipe takes true or false"),
         (
             ["objective={name: nfgsm, step_size: 1/10}", "threat_model={norm: l2, eps: 1/2}"],
             "nfgsm is defined for linf, and threat_model.norm is l2; use objective.name=fgsm",
@@ -197,8 +197,14 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["evaluation.attacks=[{name: apgd, image: 9}]"], "attacks.0.image = 9: unknown key; did you mean 'images'?"),
         (["evaluation.attacks=[{name: apgd, steps: 9}]"], "steps 9: apgd is run as its authors set it; remove this"),
         (["evaluation.attacks=[{name: pgd, step_size: 0}]"], "step_size 0 must be positive, for example 1/255"),
-        (["evaluation.attacks=[{name: pgd}]"], "evaluation.attacks: pgd is done already, and its files would have"),
-        (["evaluation.attacks=[{name: apgd}, {name: apgd, images: 9}]"], "evaluation.attacks: apgd is done already"),
+        (
+            ["evaluation.attacks=[{name: pgd}]"],
+            "evaluation.attacks: pgd is evaluated already, and its files would",
+        ),
+        (
+            ["evaluation.attacks=[{name: apgd}, {name: apgd, images: 9}]"],
+            "evaluation.attacks: apgd is evaluated already",
+        ),
         (["evaluation.attacks=[apgd]"], "evaluation.attacks.0 = 'apgd': expected a section with the keys name, images"),
         (
             ["evaluation.attacks=[{name: square}]", "objective={name: clean}", "threat_model=null"],
@@ -210,7 +216,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
                 "objective={name: noise, sigma: 1/4}",
                 "threat_model={norm: l2, eps: 1/4}",
             ],
-            "evaluation.attacks square would judge the network without its noise",
+            "evaluation.attacks square would evaluate the network without its noise",
         ),
         (
             ["evaluation.attacks=[{name: autoattack}]", "model.num_classes=3"],
@@ -224,7 +230,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["sparsity.keep_fractions=[0]"], "it must lie in (0, 1]; write 0.1 for 90 % pruned"),
         (["sparsity.keep_fractions=[nan]"], "it must lie in (0, 1]"),
         (["sparsity.keep_fractions=[a]"], "sparsity.keep_fractions.0 = 'a': expected a decimal such as 0.1"),
-        (["sparsity.keep_fractions=[0.1,0.10]"], "name one fraction twice; drop the duplicate"),
+        (["sparsity.keep_fractions=[0.1,0.10]"], "name one fraction twice; remove the duplicate"),
         (["sparsity.keep_fractions=0.1"], "sparsity.keep_fractions = 0.1: expected a list; write [0.1]"),
         (["sparsity.keep_fractions=[]"], "sparsity: keep_fractions is empty; name at least one, for example [0.1]"),
         (["batch.micro_batch=48"], "legal micro_batch values: [1, 2, 4, 8, 16, 32, 64, 128]"),
@@ -236,7 +242,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["engine.precision=fp16"], "engine.precision = 'fp16': Input should be 'fp32' or 'bf16'"),
         (["deepspeed.train_batch_size=8"], "train_batch_size = 8: batch.batch_per_step decides it; remove this key"),
         (["deepspeed.bf16.enabled=true"], "bf16 = {'enabled': True}: engine.precision decides it; remove this key"),
-        (["deepspeed.gradient_clipping=1.0"], "gradient_clipping = 1.0: training here is without clipping"),
+        (["deepspeed.gradient_clipping=1.0"], "gradient_clipping = 1.0: gradients are not clipped here"),
         (["deepspeed.zero_optimization.stage=2"], "stage 2 contradicts engine.zero_stage 1; set engine.zero_stage"),
         (["deepspeed.zero_optimization=true"], "zero_optimization = True: expected a section"),
         (
@@ -249,7 +255,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         ),
         (
             ["data.image_size=64", "data.augmentation=none", "phases.prune.resolution={smallest: 32, full_from: 1}"],
-            "phases.prune.resolution: data.augmentation none takes images as they are, so that they cannot be smaller; "
+            "phases.prune.resolution: data.augmentation none does not resize images; "
             "use random_resized_crop or remove phases.prune.resolution",
         ),
         (
@@ -259,7 +265,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
                 "phases.finetune.objective={name: free, step_size: 1/10}",
                 "phases.prune.resolution={smallest: 32, full_from: 1}",
             ],
-            "phases.prune.resolution: free training goes on with a perturbation of the last images",
+            "phases.prune.resolution: free training carries its perturbation over to the next images",
         ),
         (
             ["phases.prune.resolution={smallest: 50, full_from: 1}"],
@@ -274,10 +280,10 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             ["phases.prune.epochs=4", "phases.prune.resolution={smallest: 32, full_from: 4}"],
             "resolution.full_from 4 must be one of the phase's epochs, 1 to 3",
         ),
-        (["data.dataset=svhn", "data.augmentation=pad_crop_flip"], "a mirrored digit of svhn is none; use pad_crop"),
+        (["data.dataset=svhn", "data.augmentation=pad_crop_flip"], "svhn's digits must not be mirrored; use pad_crop"),
         (["data.dataset=svhn", "data.augmentation=random_resized_crop"], "random_resized_crop mirrors images"),
         (["data.extra_fraction=0.3"], "data.extra_fraction 0.3 of a micro-batch of 64 is 19.2 images"),
-        (["data.extra_fraction=0.3"], "it must be a whole number of them: a multiple of 1/64"),
+        (["data.extra_fraction=0.3"], "it must be a whole number: a multiple of 1/64"),
         (["data.extra_fraction=1"], "an extra_fraction is extra / all images of a step: it must lie in (0, 1)"),
         (["data.extra_fraction=half"], "data.extra_fraction = 'half': expected a decimal such as 0.5"),
         (["data.test_file=x", "data.train_file=x"], "data.train_file and data.test_file are both x"),
@@ -300,7 +306,7 @@ def test_every_problem_is_listed_at_once() -> None:
 
 
 @pytest.mark.parametrize("threat_model", ["null", "{norm: l2, eps: 128/255}"])
-def test_clean_training_may_be_attacked_at_the_end_or_not(threat_model: str) -> None:
+def test_networks_of_clean_training_may_be_attacked_or_not(threat_model: str) -> None:
     recipe = load_recipe(DEMO, ["objective={name: clean}", f"threat_model={threat_model}", "evaluation.attacks=[]"])
     assert recipe.objective == Clean()
     assert (recipe.threat_model is None) == (threat_model == "null")
@@ -358,7 +364,7 @@ def test_an_override_of_one_phase_does_not_reach_the_alias_of_another() -> None:
     [
         ("seed", "expected key=value, for example phases.prune.epochs=3"),
         ("=1", "expected key=value"),
-        ("seed.x=1", "seed = 0 is a value and has no keys inside"),
+        ("seed.x=1", "seed = 0 is a value, not a section"),
         ("seed=[1", "not YAML: "),
     ],
 )
@@ -375,8 +381,8 @@ def test_bad_overrides_are_named(override: str, words: str) -> None:
         ("- a\n- b\n", "a recipe is a mapping of sections, got list"),
         ("", "a recipe is a mapping of sections, got NoneType"),
         ("a: [1\nb: 2\n", "not YAML: "),
-        ("seed: 1\nname: x\nseed: 2\n", "key 'seed' is there twice, line 3"),
-        ("phases:\n  prune: {lr: 1}\n  prune: {lr: 2}\n", "key 'prune' is there twice, line 3"),
+        ("seed: 1\nname: x\nseed: 2\n", "duplicate key 'seed', line 3"),
+        ("phases:\n  prune: {lr: 1}\n  prune: {lr: 2}\n", "duplicate key 'prune', line 3"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -414,16 +420,16 @@ def load_with(way: str, folder: Path, key: str, text: str) -> Recipe:
 )
 def test_integers_are_those_of_yaml_1_2(way: str, text: str, seed: int, tmp_path: Path) -> None:
     """YAML 1.1 reads 010 as eight and 08 as text."""
-    found = load_with(way, tmp_path, "seed", text).seed
-    assert type(found) is int
-    assert found == seed
+    value = load_with(way, tmp_path, "seed", text).seed
+    assert type(value) is int
+    assert value == seed
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize(
     "text", ["0123", "0x1F", "1_000", "5e-4", "1.50", "007", "yes", "on", "n", "2026-11-30", "20261130"]
 )
-def test_text_stays_as_it_is_written(way: str, text: str, tmp_path: Path) -> None:
+def test_text_stays_as_written(way: str, text: str, tmp_path: Path) -> None:
     recipe = load_with(way, tmp_path, "name", text)
     assert type(recipe.name) is str
     assert recipe.name == text
@@ -436,8 +442,8 @@ def test_text_stays_as_it_is_written(way: str, text: str, tmp_path: Path) -> Non
 
 @BOTH_WAYS
 @pytest.mark.parametrize("text", ["5e-4", "5E-4", "5.0e-4", "0.0005", "+.5e-3"])
-def test_a_number_needs_no_dot(way: str, text: str, tmp_path: Path) -> None:
-    """Also where anything may stand: YAML 1.1 hands DeepSpeed the text 5e-4."""
+def test_a_float_needs_no_dot(way: str, text: str, tmp_path: Path) -> None:
+    """Also in sections of any type: YAML 1.1 would pass the text 5e-4 to DeepSpeed."""
     recipe = load_with(way, tmp_path, "deepspeed", f"{{a: {text}, b: [{text}, 010]}}")
     assert recipe.deepspeed == {"a": 5e-4, "b": [5e-4, 10]}
     assert [type(recipe.deepspeed["a"]), *map(type, recipe.deepspeed["b"])] == [float, float, int]
@@ -445,7 +451,7 @@ def test_a_number_needs_no_dot(way: str, text: str, tmp_path: Path) -> None:
 
 
 @BOTH_WAYS
-def test_there_are_no_numbers_to_the_base_of_60(way: str, tmp_path: Path) -> None:
+def test_there_are_no_sexagesimal_numbers(way: str, tmp_path: Path) -> None:
     recipe = load_with(way, tmp_path, "slurm", "{time: 12:00:00, account: 1:30}")
     assert recipe.slurm is not None
     assert (recipe.slurm.time, recipe.slurm.account) == (720, "1:30")
@@ -464,10 +470,10 @@ def test_yes_and_no_are_text(way: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{wandb: disabled, wandb: online}", "key 'wandb' is there twice"),
-        ("{<<: {wandb_project: x}, wandb: disabled, 'wandb': online}", "key 'wandb' is there twice"),
-        ("{<<: {wandb: online}, <<: {wandb: disabled}}", "key '<<' is there twice"),
-        ("{[1]: 2}", "a key must be a word"),
+        ("{wandb: disabled, wandb: online}", "duplicate key 'wandb'"),
+        ("{<<: {wandb_project: x}, wandb: disabled, 'wandb': online}", "duplicate key 'wandb'"),
+        ("{<<: {wandb: online}, <<: {wandb: disabled}}", "duplicate key '<<'"),
+        ("{[1]: 2}", "a key must be a scalar"),
         ("{<<: 3}", "expected a mapping or list of mappings for merging"),
         ("&a {wandb: *a}", "an alias inside its own anchor, or nested too deep"),
         ("[" * 600, "an alias inside its own anchor, or nested too deep"),
@@ -482,7 +488,7 @@ def test_yes_and_no_are_text(way: str, tmp_path: Path) -> None:
         ("\x07", "unacceptable character"),
     ],
 )
-def test_yaml_that_says_no_one_thing_is_refused(way: str, text: str, words: str, tmp_path: Path) -> None:
+def test_ambiguous_or_unsafe_yaml_is_refused(way: str, text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_with(way, tmp_path, "tracking", text)
     message = str(caught.value)
@@ -490,9 +496,9 @@ def test_yaml_that_says_no_one_thing_is_refused(way: str, text: str, words: str,
     assert message.startswith(f"{origin}: not YAML: ")
     assert words in message
     assert "\n" not in message
-    if "twice" in words:
+    if "duplicate" in words:
         line = len(DEMO.read_text(encoding="utf-8").splitlines()) + 1 if way == "file" else 1
-        assert re.search(r"twice, line (\d+)$", message)[1] == str(line)  # type: ignore[index]
+        assert re.search(r"duplicate key .*, line (\d+)$", message)[1] == str(line)  # type: ignore[index]
 
 
 def read_text(text: str, folder: Path) -> Recipe:
@@ -501,7 +507,7 @@ def read_text(text: str, folder: Path) -> Recipe:
     return load_recipe(path)
 
 
-def test_marks_line_ends_and_markers_of_documents_change_nothing(tmp_path: Path) -> None:
+def test_byte_order_mark_line_ends_and_document_markers_change_nothing(tmp_path: Path) -> None:
     plain = DEMO.read_text(encoding="utf-8")
     expected = load_recipe(DEMO)
     for text in (
@@ -524,9 +530,9 @@ def test_marks_line_ends_and_markers_of_documents_change_nothing(tmp_path: Path)
         (("  arch:", "\tarch:"), "found character '\\t' that cannot start any token, line 16"),
         (("# The demo", "%YAML 2.0\n---\n# The demo"), "version"),
     ],
-    ids=["two documents", "a tab before a key", "a tab before a comment", "a tab for two blanks", "another YAML"],
+    ids=["two documents", "a tab before a key", "a tab before a comment", "a tab as indentation", "another YAML"],
 )
-def test_files_that_are_not_one_document_of_yaml_are_named(change: tuple[str, str], words: str, tmp_path: Path) -> None:
+def test_files_other_than_one_yaml_document_are_named(change: tuple[str, str], words: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         read_text(DEMO.read_text(encoding="utf-8").replace(*change, 1), tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/recipe.yaml: not YAML: ")
@@ -557,7 +563,7 @@ def test_a_cluster_profile_is_read_by_the_same_rules(tmp_path: Path) -> None:
     assert slurm is not None
     assert (slurm.account, slurm.time, slurm.nodes) == ("0123", 90, (1, 4))
     profile.write_text("account: a\naccount: b\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match=rf"^{profile}: not YAML: key 'account' is there twice, line 2$"):
+    with pytest.raises(RecipeError, match=rf"^{profile}: not YAML: duplicate key 'account', line 2$"):
         load_recipe(DEMO, cluster=profile)
 
 
@@ -573,15 +579,15 @@ def test_a_cluster_profile_is_read_by_the_same_rules(tmp_path: Path) -> None:
         max_leaves=8,
     )
 )
-def test_what_is_dumped_is_what_is_read(values: Any) -> None:
+def test_dumped_values_are_read_back(values: Any) -> None:
     assert parse_yaml(dump_yaml(values), "here") == values
 
 
-def test_a_recipe_of_a_yaml_1_1_writer_is_read_as_before() -> None:
-    """As PyYAML writes it: quotes where YAML 1.1 needs them, none around what YAML 1.1 reads as text."""
-    written = {"name": "1e5", "dot": "._5", "octal": "0o17", "eight": "08"}
+def test_a_recipe_by_a_yaml_1_1_writer_is_read_as_meant() -> None:
+    """PyYAML's output: quotes where YAML 1.1 needs them, none around what YAML 1.1 reads as text."""
+    texts = {"name": "1e5", "dot": "._5", "octal": "0o17", "eight": "08"}
     text = "name: 1e5\ndot: ._5\noctal: 0o17\neight: 08\n"
-    assert {key: str(value) for key, value in parse_yaml(text, "here").items()} == written
+    assert {key: str(value) for key, value in parse_yaml(text, "here").items()} == texts
     assert parse_yaml("lr: 1.0e-05\ntime: '12:00:00'\non: 'yes'", "here") == {
         "lr": 1e-05,
         "time": "12:00:00",
@@ -590,7 +596,7 @@ def test_a_recipe_of_a_yaml_1_1_writer_is_read_as_before() -> None:
     assert dump_yaml({"lr": 1e-05, "wd": 2.5e-06, "big": 1e300}) == "lr: 1.0e-05\nwd: 2.5e-06\nbig: 1.0e+300\n"
 
 
-def test_the_hash_is_of_what_decides_the_result() -> None:
+def test_the_hash_covers_what_determines_the_result() -> None:
     recipe = load_recipe(DEMO)
     free = ["workers.count=1", "workers.threads=7", "checkpoint.every_steps=5", "tracking.wandb=disabled"]
     free += ["engine.zero_stage=2", "engine.mode=compiled", "slurm.nodes=1-4"]
@@ -627,7 +633,7 @@ def test_dry_run_prints_the_resolved_recipe_and_its_stages(
         [str(DEMO), "phases.prune.epoch=3"],
         [str(DEMO), "--name", "../up"],
         ["absent.yaml"],
-        [str(DEMO)],  # its data files are not here
+        [str(DEMO)],  # without data files
     ],
 )
 def test_wrong_recipes_end_with_code_2_and_one_line(
@@ -635,10 +641,10 @@ def test_wrong_recipes_end_with_code_2_and_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert re.fullmatch(r"error: .+\n", said.err)
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(r"error: .+\n", output.err)
+    assert "Traceback" not in output.err
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["nonsense"], ["resume", "x", "seed=1"], ["run", "x", "--bogus"], []])
@@ -661,7 +667,7 @@ def test_wrong_usage_ends_with_code_2(arguments: list[str], capsys: pytest.Captu
 def test_an_interrupted_command_says_what_is_left(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> int:
+    def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
     for handler in (
@@ -670,7 +676,7 @@ def test_an_interrupted_command_says_what_is_left(
         "launch.commands.report._report",
         "launch.commands.data._write",
     ):
-        monkeypatch.setattr(handler, interrupted)
+        monkeypatch.setattr(handler, interrupt)
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert words in error

@@ -1,4 +1,4 @@
-"""Learning rates, image sizes and attack strengths: end points, shape, closed form."""
+"""Learning rates, image sizes and attack strengths: endpoints, shape, closed form."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_reaches_zero_one_step_after_the_last(phase: Phase, steps_per_epoch: int
     assert lr_at(phase, total - 1, steps_per_epoch) == pytest.approx(expected, rel=1e-6)
 
 
-def test_warm_up_is_linear_and_cosine_is_half_way_down_in_the_middle() -> None:
+def test_warm_up_is_linear_and_the_cosine_is_at_half_in_the_middle() -> None:
     phase = Phase(epochs=10, lr=0.4, warmup_epochs=2)
     assert [lr_at(phase, step, 2) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert lr_at(phase, 4 + 8, 2) == pytest.approx(0.2)
@@ -65,7 +65,7 @@ def test_a_step_outside_the_phase_is_refused(step: int) -> None:
 
 @given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_min=True, exclude_max=True))
 @settings(deadline=None)
-def test_an_attack_grows_in_proportion_to_the_share_of_its_warm_up(elapsed: float, warmup: float) -> None:
+def test_an_attack_grows_linearly_over_its_warm_up(elapsed: float, warmup: float) -> None:
     strength = strength_at(elapsed, warmup)
     if elapsed >= warmup:
         assert strength == 1.0
@@ -75,8 +75,8 @@ def test_an_attack_grows_in_proportion_to_the_share_of_its_warm_up(elapsed: floa
 
 
 @st.composite
-def growths(draw: st.DrawFn) -> tuple[Phase, int]:
-    """A phase whose images grow, and the size that they grow to."""
+def resized_phases(draw: st.DrawFn) -> tuple[Phase, int]:
+    """A phase with progressive resizing, and its final image size."""
     epochs = draw(st.integers(2, 60))
     full_from = draw(st.integers(1, epochs - 1))
     smallest = 32 * draw(st.integers(1, 31))
@@ -84,10 +84,10 @@ def growths(draw: st.DrawFn) -> tuple[Phase, int]:
     return Phase(epochs=epochs, lr=0.1, resolution=resolution), draw(st.integers(smallest + 1, 1024))
 
 
-@given(growths())
+@given(resized_phases())
 @settings(deadline=None)
-def test_images_grow_from_the_smallest_to_those_of_the_data(growth: tuple[Phase, int]) -> None:
-    phase, full = growth
+def test_images_grow_from_the_smallest_to_the_full_size(resized: tuple[Phase, int]) -> None:
+    phase, full = resized
     resolution = phase.resolution
     assert resolution is not None
     sizes = [image_size_at(phase, full, epoch) for epoch in range(phase.epochs)]
@@ -101,10 +101,10 @@ def test_images_grow_from_the_smallest_to_those_of_the_data(growth: tuple[Phase,
 
 
 def test_sizes_are_those_of_ffcv_imagenets_88_epochs() -> None:
-    """160 pixels, then 192 from epoch 71 on: the one jump that rounding makes of its ramp from epoch 65 to 76."""
+    """160 pixels, then 192 from epoch 71 on: rounding turns its ramp from epoch 65 to 76 into a single jump."""
     phase = Phase(epochs=88, lr=0.1, resolution=Resolution(smallest=160, grows_from=65, full_from=76))
     assert [image_size_at(phase, 192, epoch) for epoch in range(88)] == [160] * 71 + [192] * 17
 
 
-def test_a_phase_without_growth_has_the_images_of_the_data() -> None:
+def test_a_phase_without_resizing_has_full_images() -> None:
     assert {image_size_at(Phase(epochs=3, lr=0.1), 28, epoch) for epoch in range(3)} == {28}

@@ -1,4 +1,4 @@
-"""The slurm section: units, ranges, what is refused, and how many workers an allocation carries."""
+"""The slurm section: units, ranges, refused values, and the number of workers of an allocation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DEMO = ROOT / "recipes" / "fashion_mnist.yaml"
 
 
 @pytest.mark.parametrize(
-    ("written", "minutes"),
+    ("value", "minutes"),
     [(90, 90), ("90", 90), ("1:30:00", 90), ("0:00:30", 1), ("1-12:00", 2160), ("2-00:00:01", 2881)],
 )
-def test_times_are_minutes(written: Any, minutes: int) -> None:
-    assert Slurm(time=written, signal_s=10).time == minutes
+def test_times_are_minutes(value: Any, minutes: int) -> None:
+    assert Slurm(time=value, signal_s=10).time == minutes
 
 
 def test_a_time_in_yaml_needs_no_quotes(tmp_path: Path) -> None:
@@ -36,21 +36,21 @@ def test_a_time_in_yaml_needs_no_quotes(tmp_path: Path) -> None:
         assert recipe.slurm.time == 720
 
 
-@pytest.mark.parametrize("written", ["1:30", "soon", "-5", "1-2", "", 0])
-def test_other_times_are_refused(written: Any) -> None:
+@pytest.mark.parametrize("value", ["1:30", "soon", "-5", "1-2", "", 0])
+def test_other_times_are_refused(value: Any) -> None:
     with pytest.raises(ValidationError, match="time"):
-        Slurm(time=written, signal_s=10)
+        Slurm(time=value, signal_s=10)
 
 
-@pytest.mark.parametrize(("written", "nodes"), [(2, (2, 2)), ("2", (2, 2)), ("1-4", (1, 4)), ([1, 4], (1, 4))])
-def test_nodes_are_a_number_or_a_range(written: Any, nodes: tuple[int, int]) -> None:
-    assert Slurm(nodes=written).nodes == nodes
+@pytest.mark.parametrize(("value", "nodes"), [(2, (2, 2)), ("2", (2, 2)), ("1-4", (1, 4)), ([1, 4], (1, 4))])
+def test_nodes_are_a_number_or_a_range(value: Any, nodes: tuple[int, int]) -> None:
+    assert Slurm(nodes=value).nodes == nodes
 
 
-@pytest.mark.parametrize("written", ["4-1", 0, "0-2", "many", "1-", [1, 2, 3]])
-def test_other_nodes_are_refused(written: Any) -> None:
+@pytest.mark.parametrize("value", ["4-1", 0, "0-2", "many", "1-", [1, 2, 3]])
+def test_other_nodes_are_refused(value: Any) -> None:
     with pytest.raises(ValidationError, match="nodes"):
-        Slurm(nodes=written)
+        Slurm(nodes=value)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_other_nodes_are_refused(written: Any) -> None:
         ({"options": {"output": "x"}}, "options.output = 'x': .* leave it out"),
         ({"options": {"ntasks-per-node": "2"}}, "options.ntasks-per-node = '2': .* leave it out"),
         ({"options": {"requeue": "no"}}, "options.requeue = 'no': .* leave it out"),
-        ({"options": {"nodes": "3"}}, r"options.nodes = '3': .* say slurm\.nodes=3"),
-        ({"options": {"mail-user": "a"}}, r"options.mail-user = 'a': .* say slurm\.mail_user=a"),
+        ({"options": {"nodes": "3"}}, r"options.nodes = '3': .* use slurm\.nodes=3"),
+        ({"options": {"mail-user": "a"}}, r"options.mail-user = 'a': .* use slurm\.mail_user=a"),
         ({"options": {"Bad Name": "x"}}, "options.Bad Name = 'x': write the long name"),
         ({"partition": "a b"}, "partition"),
         ({"account": "a\nb"}, "account"),
@@ -74,11 +74,11 @@ def test_impossible_sections_are_refused(values: dict[str, Any], words: str) -> 
         Slurm(**values)
 
 
-def test_a_job_may_begin_in_another_folder() -> None:
+def test_a_job_may_start_in_another_folder() -> None:
     assert Slurm(options={"chdir": "/scratch"}).options == {"chdir": "/scratch"}
 
 
-def test_a_profile_is_under_the_recipe_and_the_recipe_under_the_command_line(tmp_path: Path) -> None:
+def test_the_recipe_overrides_the_profile_and_the_command_line_both(tmp_path: Path) -> None:
     profile = tmp_path / "cluster.yaml"
     profile.write_text("partition: gpu\naccount: us\nmem: 10G\n")
     recipe = tmp_path / "recipe.yaml"
@@ -119,11 +119,11 @@ def test_workers_of_a_node_follow_gpus_then_cpus() -> None:
         Slurm().workers_of_a_node(4)
 
 
-def test_groups_hold_every_stage_once_and_baselines_run_beside() -> None:
+def test_jobs_hold_every_stage_once_and_baselines_have_their_own() -> None:
     recipe = load_recipe(DEMO, ["sparsity.baselines=[magnitude, random, snip]"])
-    groups = {name: [stage.name for stage in stages] for name, stages in stages_by_job(recipe).items()}
+    jobs = {name: [stage.name for stage in stages] for name, stages in stages_by_job(recipe).items()}
     expected = {"pretrain": ["pretrain"]}
     for keep in ("keep-0.1", "keep-0.01"):
         expected[keep] = [f"{keep}/prune", f"{keep}/finetune"]
         expected |= {f"{keep}-{name}": [f"{keep}/{name}"] for name in ("magnitude", "random", "snip")}
-    assert groups == expected
+    assert jobs == expected

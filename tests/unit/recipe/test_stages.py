@@ -29,7 +29,7 @@ def by_name(recipe: Recipe) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages_of(recipe)}
 
 
-def test_all_stages_follow_what_they_start_from() -> None:
+def test_every_stage_follows_the_one_it_starts_from() -> None:
     stages = by_name(recipe_with())
     kinds = ("prune", "finetune", "magnitude")
     assert list(stages) == ["pretrain", *(f"keep-{k}/{kind}" for k in ("0.1", "0.01") for kind in kinds)]
@@ -51,8 +51,8 @@ def test_what_each_stage_trains_and_starts_from() -> None:
     assert {str(s.keep_fraction) for n, s in stages.items() if n.startswith("keep-0.01/")} == {"0.01"}
 
 
-def test_finished_networks_are_attacked_besides() -> None:
-    """The dense one not with its own examples; what only the next stage needs, not at all."""
+def test_finished_networks_have_additional_attacks() -> None:
+    """But the dense network not by transfer, and networks that only the next stage uses not at all."""
     attacks = "evaluation.attacks=[{name: apgd, images: 9}, {name: transfer}, {name: pgd, steps: 50, restarts: 10}]"
     stages = by_name(recipe_with(attacks))
     assert stages["pretrain"].evaluations == ("pgd", "apgd", "pgd-50x10")
@@ -73,8 +73,8 @@ def test_a_stage_is_done_when_all_its_evaluations_are(tmp_path: Path) -> None:
     assert is_done(tmp_path, stage)
 
 
-def test_epochs_are_counted_on_from_the_stages_before() -> None:
-    """So that no stage sees the order and crops of another stage of its own path again."""
+def test_epoch_numbers_continue_those_of_the_source_stage() -> None:
+    """So that no stage repeats the order and crops of a stage that it descends from."""
     stages = by_name(recipe_with())
     assert stages["pretrain"].first_epoch == 0
     for name in ("keep-0.1/finetune", "keep-0.01/magnitude"):
@@ -91,9 +91,7 @@ def test_a_baseline_gets_hydras_epochs_or_the_papers(choice: str, epochs: int) -
     for name in ("magnitude", "random"):
         baseline = by_name(recipe)[f"keep-0.1/{name}"].optimisation
         assert baseline.epochs == epochs
-        assert (
-            baseline.model_copy(update={"epochs": 5}) == recipe.phases.finetune
-        )  # its learning rate, its weight decay
+        assert baseline.model_copy(update={"epochs": 5}) == recipe.phases.finetune, "learning rate or weight decay"
 
 
 def test_baselines_differ_in_their_scores_alone() -> None:
@@ -108,7 +106,7 @@ def test_baselines_differ_in_their_scores_alone() -> None:
     assert (first.trains, first.starts_from, first.measure) == ("weights", "pretrain", "pgd")
 
 
-def test_drawn_scores_are_for_the_prune_phase_alone() -> None:
+def test_score_init_applies_to_the_prune_phase_alone() -> None:
     stages = by_name(recipe_with("sparsity.score_init=xavier_normal"))
     assert stages["keep-0.1/prune"].scores_from == "xavier_normal"
     assert stages["keep-0.1/magnitude"].scores_from == "scaled"
@@ -119,7 +117,7 @@ def test_no_baseline() -> None:
     assert names == ["pretrain", *(f"keep-{k}/{kind}" for k in ("0.1", "0.01") for kind in ("prune", "finetune"))]
 
 
-def test_a_search_judges_what_pruning_finds_in_a_network_trained_otherwise() -> None:
+def test_a_search_evaluates_the_pruned_network_of_a_clean_one() -> None:
     search = ["phases.finetune=null", "sparsity.baselines=[]"]
     stages = by_name(recipe_with(*search, "phases.pretrain.objective={name: clean}"))
     assert list(stages) == ["pretrain", "keep-0.1/prune", "keep-0.01/prune"]
@@ -127,7 +125,7 @@ def test_a_search_judges_what_pruning_finds_in_a_network_trained_otherwise() -> 
     assert [stage.objective.name for stage in stages.values()] == ["clean", "pgd", "pgd"]
 
 
-def test_what_stage_json_says() -> None:
+def test_contents_of_stage_json() -> None:
     stages = by_name(recipe_with())
     expected: dict[str, Any] = {"stage": "keep-0.01/prune", "phase": "prune", "keep_fraction": "0.01"}
     assert stages["keep-0.01/prune"].describe(11) == {**expected, "total_steps": 33, "steps_per_epoch": 11}

@@ -1,4 +1,4 @@
-"""Training techniques in recipes: each takes its own keys and refuses those of the others, however they are given."""
+"""Training techniques in recipes: each accepts its own keys and refuses those of others, in files and overrides."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FOREIGN = [pair for pair in PAIRS if pair not in OWN]
 
 
 def value_of(key: str) -> Any:
-    """A legal value of a key, where it is one: its default, which would be the easiest to overlook."""
+    """A legal value of a key for the techniques that have it: its default, which is the easiest to overlook."""
     field = FIELDS[key]
     return field.examples[0] if field.examples else field.default
 
 
 def values_with(name: str) -> dict[str, Any]:
-    """The demo's recipe with a technique, and with the keys that it requires."""
+    """The demo's recipe with another technique and its required keys."""
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     required = {key for key, field in TECHNIQUES[name].model_fields.items() if field.is_required()}
     values["objective"] = {"name": name, **{key: value_of(key) for key in required}}
@@ -44,13 +44,13 @@ def refusal(values: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_every_key_is_of_some_technique_and_foreign_to_another() -> None:
+def test_every_key_belongs_to_some_technique_and_not_to_all() -> None:
     assert len(FOREIGN) > len(OWN) > len(TECHNIQUES)
     assert {key for _, key in OWN} == {key for _, key in FOREIGN} == set(KEYS)
 
 
 @pytest.mark.parametrize(("name", "key"), OWN)
-def test_a_technique_takes_its_own_keys(name: str, key: str) -> None:
+def test_a_technique_accepts_its_own_keys(name: str, key: str) -> None:
     recipe = parse_recipe(apply_overrides(values_with(name), [f"objective.{key}={value_of(key)}"]), "here")
     assert type(recipe.objective) is TECHNIQUES[name]
     assert key in recipe.objective.model_dump()
@@ -66,26 +66,26 @@ def test_a_technique_refuses_the_keys_of_others(name: str, key: str) -> None:
     own = ", ".join(one for one in fields if one != "name") or "none"
     why = f"{key} = {value!r}: a key of {owners}, not of {name}, which has {own}; remove it, or override"
 
-    written = values_with(name)
-    written["objective"][key] = value
-    assert refusal(written).startswith(f"here: objective.{why} the section as a whole: objective={{name: {name}")
+    in_file = values_with(name)
+    in_file["objective"][key] = value
+    assert refusal(in_file).startswith(f"here: objective.{why} the section as a whole: objective={{name: {name}")
 
-    overridden = apply_overrides(values_with(name), [f"objective.{key}={yaml.safe_dump(value)}"])
-    assert refusal(overridden) == refusal(written)
+    with_override = apply_overrides(values_with(name), [f"objective.{key}={yaml.safe_dump(value)}"])
+    assert refusal(with_override) == refusal(in_file)
 
     nested = values_with(name)
-    nested["phases"]["finetune"]["objective"] = written["objective"]
+    nested["phases"]["finetune"]["objective"] = in_file["objective"]
     assert refusal(nested).startswith(f"here: phases.finetune.objective.{why} the section as a whole: phases.finetune.")
 
 
 def test_a_key_of_another_technique_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(DEMO), "--dry-run", "objective.beta=99"]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith(
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(
         f"error: {DEMO}: objective.beta = 99: a key of trades, stability, not of pgd, which has "
     )
-    assert said.err.count("\n") == 1
+    assert output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
@@ -97,8 +97,8 @@ def test_a_resolved_recipe_shows_the_techniques_own_keys(name: str, tmp_path: Pa
     assert load_recipe(resolved) == recipe
 
 
-def test_one_section_names_the_technique_and_the_others_refuse_what_it_cannot_train_for() -> None:
-    """Each technique with every threat model, by the sentence that it is refused with."""
+def test_a_technique_refuses_threat_models_that_it_does_not_support() -> None:
+    """Every technique with every threat model, and the message of each refusal."""
 
     def answer(name: str, threat_model: dict[str, Any] | None) -> str:
         try:
@@ -122,20 +122,20 @@ def test_one_section_names_the_technique_and_the_others_refuse_what_it_cannot_tr
             assert (l2 == "trains") == (name not in ("nfgsm", "ibp", "crown_ibp", "mixtrain"))
 
 
-def test_what_is_known_of_the_techniques() -> None:
-    def those(mixin: type) -> list[str]:
+def test_properties_of_the_techniques() -> None:
+    def names_with(mixin: type) -> list[str]:
         return [name for name, technique in TECHNIQUES.items() if issubclass(technique, mixin)]
 
-    assert those(Attacking) == ["pgd", "fgsm", "nfgsm", "free", "trades", "smoothadv"]
-    assert those(MultiStep) == ["pgd", "trades", "smoothadv"]
-    assert those(OneStep) == ["fgsm", "nfgsm", "free"]
-    assert those(Smoothing) == ["noise", "stability", "smoothadv"]
-    assert those(Bounding) == ["ibp", "crown_ibp", "mixtrain"]
+    assert names_with(Attacking) == ["pgd", "fgsm", "nfgsm", "free", "trades", "smoothadv"]
+    assert names_with(MultiStep) == ["pgd", "trades", "smoothadv"]
+    assert names_with(OneStep) == ["fgsm", "nfgsm", "free"]
+    assert names_with(Smoothing) == ["noise", "stability", "smoothadv"]
+    assert names_with(Bounding) == ["ibp", "crown_ibp", "mixtrain"]
     recipes: dict[str, Recipe] = {name: parse_recipe(values_with(name), "here") for name in TECHNIQUES}
     measures = {name: recipe.objective.measure for name, recipe in recipes.items()}
-    assert [name for name, measure in measures.items() if measure == "certified"] == those(Smoothing)
-    assert [name for name, measure in measures.items() if measure == "verified"] == those(Bounding)
-    assert [name for name, recipe in recipes.items() if recipe.objective.guarded] == those(OneStep)
+    assert [name for name, measure in measures.items() if measure == "certified"] == names_with(Smoothing)
+    assert [name for name, measure in measures.items() if measure == "verified"] == names_with(Bounding)
+    assert [name for name, recipe in recipes.items() if recipe.objective.guarded] == names_with(OneStep)
     assert [name for name, recipe in recipes.items() if recipe.objective.carries_noise] == ["free"]
     assert {name: recipe.objective.steps_per_batch for name, recipe in recipes.items()} == {
         name: 4 if name == "free" else 1 for name in TECHNIQUES

@@ -1,5 +1,5 @@
-"""Checkpoints: whole or not there, every damage noticed, a bounded number kept, errors not lost in a thread; and what a
-disk that is full, or a file system that fails for a moment, does to them."""
+"""Checkpoints: committed atomically, any damage detected, a bounded number kept, errors of the writer's thread raised;
+full disks and transient file system errors."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def same(a: Snapshot, b: Snapshot) -> bool:
 
 
 def newest(stage: Path) -> int | None:
-    found = checkpoint.read_newest_checkpoint(stage)
-    return None if found is None else found.progress.step
+    snapshot = checkpoint.read_newest_checkpoint(stage)
+    return None if snapshot is None else snapshot.progress.step
 
 
 def allow(step: int) -> None:
-    """A guard that refuses nothing."""
+    """A guard that never refuses."""
 
 
 def committed(stage: Path) -> int:
@@ -66,7 +66,7 @@ def committed(stage: Path) -> int:
     return progress_marks(stage.parent, [stage.name])[0]
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_back_exactly(tmp_path: Path) -> None:
     folder = checkpoint.write_checkpoint(tmp_path, snapshot(7))
     assert same(checkpoint.read_checkpoint(folder), snapshot(7))
     assert not same(checkpoint.read_checkpoint(folder), snapshot(8))
@@ -89,14 +89,14 @@ def test_without_manifest_it_does_not_exist(tmp_path: Path, caplog: pytest.LogCa
     assert committed(tmp_path) == 5
     assert newest(tmp_path) == 5
     assert "step-0000000010 was being written" in caplog.text
-    checkpoint.write_checkpoint(tmp_path, snapshot(10))  # the resumed run comes by again
+    checkpoint.write_checkpoint(tmp_path, snapshot(10))  # by the resumed run
     assert newest(tmp_path) == 10
 
 
-def test_who_was_replaced_while_frozen_does_not_touch_its_successors_checkpoint(tmp_path: Path) -> None:
+def test_a_writer_replaced_while_frozen_does_not_touch_its_successors_checkpoint(tmp_path: Path) -> None:
     checkpoint.write_checkpoint(tmp_path, snapshot(5))
     other = Snapshot({}, {}, Progress(5, 10, 100))
-    with pytest.raises(FileExistsError, match="step-0000000005 is there already, so another process writes"):
+    with pytest.raises(FileExistsError, match="step-0000000005 already exists: another process writes"):
         checkpoint.write_checkpoint(tmp_path, other)
     assert newest(tmp_path) == 5
 
@@ -117,8 +117,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stage
 
 
-def is_passed_over(pair: Path, name: str, changed: bytes) -> None:
-    """With these bytes in the file the newer checkpoint is damaged and the older one taken; then it is whole again."""
+def assert_skipped(pair: Path, name: str, changed: bytes) -> None:
+    """With these bytes in a file, the newer checkpoint counts as damaged and the older one is read; restores it."""
     path = checkpoint.folder_of(pair, 10) / name
     whole = path.read_bytes()
     try:
@@ -134,18 +134,22 @@ def is_passed_over(pair: Path, name: str, changed: bytes) -> None:
 @settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_every_flipped_bit_and_every_cut_is_noticed(pair: Path, name: str, where: float, bit: int, cut: bool) -> None:
+@given(
+    name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), truncate=st.booleans()
+)
+def test_every_flipped_bit_and_every_truncation_is_detected(
+    pair: Path, name: str, where: float, bit: int, truncate: bool
+) -> None:
     whole = (checkpoint.folder_of(pair, 10) / name).read_bytes()
     place = int(where * len(whole))
-    changed = whole[:place] if cut else whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
-    if cut and name == "MANIFEST.json" and changed.rstrip() == whole.rstrip():
-        return  # only the newline behind it is gone
-    is_passed_over(pair, name, changed)
+    changed = whole[:place] if truncate else whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
+    if truncate and name == "MANIFEST.json" and changed.rstrip() == whole.rstrip():
+        return  # only the final newline is missing
+    assert_skipped(pair, name, changed)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_noticed_and_named(pair: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_detected_and_named(pair: Path, tmp_path: Path, name: str) -> None:
     stage = tmp_path / "stage"
     shutil.copytree(pair, stage)
     (checkpoint.folder_of(stage, 10) / name).unlink()
@@ -154,10 +158,10 @@ def test_a_missing_file_is_noticed_and_named(pair: Path, tmp_path: Path, name: s
     assert newest(stage) == 5
 
 
-def test_what_is_damaged_is_passed_over_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoints_are_logged_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folders = [checkpoint.write_checkpoint(tmp_path, snapshot(step)) for step in (5, 10, 15)]
     (folders[2] / "model.safetensors").write_bytes(b"")
-    os.replace(folders[0] / "train_state.safetensors", folders[1] / "train_state.safetensors")  # whole, but another's
+    os.replace(folders[0] / "train_state.safetensors", folders[1] / "train_state.safetensors")  # another's
     with caplog.at_level(logging.ERROR):
         assert newest(tmp_path) is None
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
@@ -181,7 +185,7 @@ def test_a_folder_under_another_step_is_not_that_checkpoint(tmp_path: Path) -> N
         (9, (), [1, 2, 3, 4, 5]),
     ],
 )
-def test_the_newest_the_best_and_the_good_are_kept(
+def test_the_newest_the_best_and_the_rollback_checkpoint_are_kept(
     tmp_path: Path, keep: int, protected: tuple[int | None, ...], left: list[int]
 ) -> None:
     for step in range(1, 6):
@@ -192,7 +196,7 @@ def test_the_newest_the_best_and_the_good_are_kept(
         checkpoint.check_checkpoint(checkpoint.folder_of(tmp_path, step))
 
 
-def test_what_lies_beyond_the_resumed_step_goes(tmp_path: Path) -> None:
+def test_checkpoints_after_the_resumed_step_are_deleted(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         checkpoint.write_checkpoint(tmp_path, snapshot(step))
     checkpoint.delete_checkpoints_after(tmp_path, 10)
@@ -210,7 +214,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 4
 
 
-def test_the_writer_prunes_and_its_checkpoints_are_there_after_wait(tmp_path: Path) -> None:
+def test_the_writer_deletes_old_checkpoints_and_wait_waits_for_it(tmp_path: Path) -> None:
     writer = Writer(tmp_path, 2, allow)
     for step in (1, 2, 3, 4):
         writer.submit(snapshot(step, best_step=1))
@@ -221,19 +225,19 @@ def test_the_writer_prunes_and_its_checkpoints_are_there_after_wait(tmp_path: Pa
 
 
 def test_submit_does_not_wait_for_the_disk_and_never_writes_two_at_once(tmp_path: Path) -> None:
-    begun, go = threading.Event(), threading.Event()
+    started, go = threading.Event(), threading.Event()
     active, overlapping = [], []
 
     def guard(step: int) -> None:
         active.append(step)
         overlapping.append(len(active))
-        begun.set()
+        started.set()
         assert go.wait(DEADLINE_S)
         active.remove(step)
 
     writer = Writer(tmp_path, 2, guard)
-    writer.submit(snapshot(1))  # returns while the guard still holds the manifest back
-    assert begun.wait(DEADLINE_S)
+    writer.submit(snapshot(1))  # returns while the guard blocks the manifest
+    assert started.wait(DEADLINE_S)
     assert committed(tmp_path) == 0
     go.set()
     writer.submit(snapshot(2))
@@ -250,7 +254,7 @@ def test_an_error_of_the_writer_is_raised_at_its_next_call(tmp_path: Path, next_
     writer.submit(snapshot(1))
     with pytest.raises(OSError, match=str(stage)):
         writer.wait() if next_call == "wait" else writer.submit(snapshot(2))
-    writer.wait()  # it was reported once
+    writer.wait()  # an error is raised once
 
 
 def test_a_refusing_guard_leaves_no_checkpoint(tmp_path: Path) -> None:
@@ -267,18 +271,18 @@ def test_a_refusing_guard_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "LATEST").read_text() == "step-0000000001\n"
 
 
-def test_the_manifest_says_sizes_and_hashes(tmp_path: Path) -> None:
+def test_the_manifest_has_sizes_and_hashes(tmp_path: Path) -> None:
     folder = checkpoint.write_checkpoint(tmp_path, snapshot(3))
     manifest = read_json(folder / "MANIFEST.json")
     assert (manifest["step"], sorted(manifest["files"])) == (3, sorted(checkpoint.CONTENT))
-    for name, facts in manifest["files"].items():
-        assert facts["bytes"] == (folder / name).stat().st_size
+    for name, entry in manifest["files"].items():
+        assert entry["bytes"] == (folder / name).stat().st_size
 
 
-# --- damage of every kind --------------------------------------------------------------------------------------------
+# --- every kind of damage --------------------------------------------------------------------------------------------
 
 
-def cut_half(path: Path) -> None:
+def truncate_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -292,7 +296,7 @@ def grow(path: Path) -> None:
 
 
 def zero_a_block(path: Path) -> None:
-    """What a file system leaves that lost a write."""
+    """As a file system does that lost a write."""
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
 
@@ -302,12 +306,12 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
 
 
-def take_anothers(path: Path) -> None:
-    """The same file of step 1, which was written first and stays whole until the end of a test."""
+def copy_another(path: Path) -> None:
+    """The same file of step 1, which is written first and never damaged."""
     shutil.copy(checkpoint.folder_of(path.parent.parent, 1) / path.name, path)
 
 
-DAMAGES = [cut_half, empty, grow, zero_a_block, flip_a_bit, take_anothers, Path.unlink]
+DAMAGES = [truncate_half, empty, grow, zero_a_block, flip_a_bit, copy_another, Path.unlink]
 
 
 @settings(
@@ -320,7 +324,7 @@ DAMAGES = [cut_half, empty, grow, zero_a_block, flip_a_bit, take_anothers, Path.
     ),
     latest=st.sampled_from(["step-0000000099\n", "step-0000000005\n", "", "\0garbage", None]),
 )
-def test_the_last_good_one_is_taken_whatever_happened_to_the_others(
+def test_the_newest_intact_checkpoint_is_read_whatever_the_damage_to_others(
     tmp_path_factory: pytest.TempPathFactory, damaged: dict[int, dict[str, Callable[[Path], None]]], latest: str | None
 ) -> None:
     stage = tmp_path_factory.mktemp("stage")
@@ -334,9 +338,9 @@ def test_the_last_good_one_is_taken_whatever_happened_to_the_others(
     else:
         (stage / "LATEST").write_text(latest)
     expected = max({1, 5, 10, 15} - damaged.keys())
-    found = checkpoint.read_newest_checkpoint(stage)
-    assert found is not None
-    assert same(found, snapshot(expected))
+    result = checkpoint.read_newest_checkpoint(stage)
+    assert result is not None
+    assert same(result, snapshot(expected))
     for step in damaged:
         with pytest.raises(CheckpointDamaged, match=f"step-{step:010d}"):
             checkpoint.read_checkpoint(checkpoint.folder_of(stage, step))
@@ -346,13 +350,13 @@ def test_the_last_good_one_is_taken_whatever_happened_to_the_others(
 
 
 @pytest.mark.parametrize(
-    "said", ["", "[]", "null", "7", '"x"', "{}", '{"files": 3}', '{"files": [1]}', '{"files": {}}']
+    "manifest", ["", "[]", "null", "7", '"x"', "{}", '{"files": 3}', '{"files": [1]}', '{"files": {}}']
 )
-def test_a_manifest_that_says_something_else_is_damage(pair: Path, said: str) -> None:
-    is_passed_over(pair, "MANIFEST.json", said.encode())
+def test_a_manifest_with_other_content_is_damage(pair: Path, manifest: str) -> None:
+    assert_skipped(pair, "MANIFEST.json", manifest.encode())
 
 
-def test_the_manifest_is_of_what_was_meant_not_of_what_the_disk_gave_back(
+def test_the_manifest_hashes_the_bytes_in_memory_and_not_those_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.write_checkpoint(tmp_path, snapshot(5))
@@ -366,37 +370,37 @@ def test_the_manifest_is_of_what_was_meant_not_of_what_the_disk_gave_back(
 
     monkeypatch.setattr(os, "fsync", losing)
     folder = checkpoint.write_checkpoint(tmp_path, snapshot(10))
-    with pytest.raises(CheckpointDamaged, match=r"step-0000000010 is not what .* model\.safetensors"):
+    with pytest.raises(CheckpointDamaged, match=r"step-0000000010 does not match .* model\.safetensors"):
         checkpoint.check_checkpoint(folder)
     assert newest(tmp_path) == 5
 
 
-# --- a disk that is full, and one that fails for a moment ------------------------------------------------------------
+# --- full disks and transient errors ------------------------------------------------------------
 
 
-def with_free(monkeypatch: pytest.MonkeyPatch, free: int, total: int = 10**12) -> None:
+def set_free_space(monkeypatch: pytest.MonkeyPatch, free: int, total: int = 10**12) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=total, free=free))
 
 
-def test_a_checkpoint_takes_no_more_room_than_was_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_takes_no_more_space_than_needed_bytes(tmp_path: Path) -> None:
     tensors = {
         f"optim/score/layer4.2.some.long.name.conv{n}.weight/momentum_buffer": torch.zeros(3) for n in range(2000)
     }
     for large in (snapshot(1), Snapshot(tensors, tensors, Progress(1, 10, 100))):
         folder = checkpoint.write_checkpoint(tmp_path, large, again=True)
-        taken = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.iterdir())
-        assert taken <= checkpoint.needed_bytes(large)
+        disk_usage = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.iterdir())
+        assert disk_usage <= checkpoint.needed_bytes(large)
 
 
-def test_without_room_nothing_is_written(
+def test_without_space_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = tmp_path / "run" / "stage"
     needed = checkpoint.needed_bytes(snapshot(10))
-    with_free(monkeypatch, needed)
+    set_free_space(monkeypatch, needed)
     checkpoint.write_checkpoint(stage, snapshot(5))
-    with_free(monkeypatch, needed - 1)
+    set_free_space(monkeypatch, needed - 1)
     before = sorted(tmp_path.rglob("*"))
     pauses: list[float] = []
     writer = Writer(stage, 2, allow, pauses.append)
@@ -410,20 +414,20 @@ def test_without_room_nothing_is_written(
     assert pauses == []
     assert sorted(tmp_path.rglob("*")) == before
     assert newest(stage) == 5
-    with_free(monkeypatch, needed - 2)
+    set_free_space(monkeypatch, needed - 2)
     with pytest.raises(DiskFull) as again:
         checkpoint.write_checkpoint(stage, snapshot(10))
-    assert str(again.value) == str(caught.value), "a restart would not know it for the same failure"
-    with_free(monkeypatch, 0, total=0)  # a file system that does not tell
+    assert str(again.value) == str(caught.value), "a restart would not recognise it as the same failure"
+    set_free_space(monkeypatch, 0, total=0)  # a file system that does not report free space
     checkpoint.write_checkpoint(stage, snapshot(10))
 
 
-def test_little_room_is_told_once(
+def test_low_space_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needed = checkpoint.needed_bytes(snapshot(1))
     for free, warnings in ((3 * needed, 0), (3 * needed - 1, 1)):
-        with_free(monkeypatch, free)
+        set_free_space(monkeypatch, free)
         caplog.clear()
         writer = Writer(tmp_path / str(free), 2, allow)
         for step in (1, 2, 3):
@@ -444,7 +448,7 @@ def failing_fsync(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> Non
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_an_error_that_stays_is_raised_after_all_pauses(
+def test_a_persistent_error_is_raised_after_all_pauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint.write_checkpoint(tmp_path, snapshot(5))
@@ -456,12 +460,12 @@ def test_an_error_that_stays_is_raised_after_all_pauses(
         writer.wait()
     assert pauses == list(PAUSES_S) == sorted(PAUSES_S)
     assert sum(pauses) < 60
-    assert caplog.text.count("step-0000000010 failed and is tried again in") == len(PAUSES_S)
+    assert caplog.text.count("step-0000000010 failed; retrying in") == len(PAUSES_S)
     assert newest(tmp_path) == 5
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
-def test_an_error_that_does_not_pass_is_raised_at_once(
+def test_an_error_that_is_not_transient_is_raised_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     pauses: list[float] = []
@@ -473,9 +477,7 @@ def test_an_error_that_does_not_pass_is_raised_at_once(
     assert pauses == []
 
 
-def test_a_successors_checkpoint_is_not_touched_by_another_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retry_does_not_touch_a_successors_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = threading.Event()
     theirs = Snapshot({}, {}, Progress(10, 10, 100))
 
@@ -495,8 +497,8 @@ def test_a_successors_checkpoint_is_not_touched_by_another_attempt(
     assert same(checkpoint.read_checkpoint(checkpoint.folder_of(tmp_path, 10)), theirs)
 
 
-def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever goes on from an older one deletes it."""
+def test_an_unreadable_checkpoint_does_not_count_as_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming from an older one would delete it."""
     for step in (5, 10):
         checkpoint.write_checkpoint(tmp_path, snapshot(step))
     real = Path.read_bytes
@@ -511,8 +513,8 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path, monkey
         checkpoint.read_newest_checkpoint(tmp_path)
 
 
-def all_calls(root: Path, code: int, stays: bool) -> None:
-    """Checkpoint 10 is written once for each of its calls, which fails."""
+def fail_each_write(root: Path, code: int, stays: bool) -> None:
+    """Write checkpoint 10 once for each of its file system calls, with that call failing."""
     faults, pauses, outcomes = Faults(), [], []
     for number in range(1000):
         stage = root / f"{number}"
@@ -530,12 +532,12 @@ def all_calls(root: Path, code: int, stays: bool) -> None:
         if calls <= number:
             assert error is None
             break
-        found = checkpoint.read_newest_checkpoint(stage)
-        assert found is not None
-        step = found.progress.step
-        assert same(found, snapshot(step))
+        result = checkpoint.read_newest_checkpoint(stage)
+        assert result is not None
+        step = result.progress.step
+        assert same(result, snapshot(step))
         assert same(checkpoint.read_checkpoint(checkpoint.folder_of(stage, 5)), snapshot(5))
-        if stays:  # the disk was full from this call on: the old ones are there, and the new one is whole or not there
+        if stays:  # full from this call on: older checkpoints stay, the new one is intact or absent
             assert error is None or error.errno == code, error
             assert step == 10 or (step == 5 and error is not None)
             assert pauses == []
@@ -543,7 +545,7 @@ def all_calls(root: Path, code: int, stays: bool) -> None:
             assert (step, error, pauses) == (10, None, [PAUSES_S[0]])
             assert (stage / "LATEST").read_text() == "step-0000000010\n"
         outcomes.append((step, error is None))
-        checkpoint.delete_checkpoints_after(stage, step)  # there is room again, and the run is resumed
+        checkpoint.delete_checkpoints_after(stage, step)  # there is space again, and the run resumes
         writer = Writer(stage, 2, allow)
         writer.submit(snapshot(15))
         writer.wait()
@@ -553,16 +555,16 @@ def all_calls(root: Path, code: int, stays: bool) -> None:
     print(json.dumps(outcomes))
 
 
-def all_reads(root: Path, code: int) -> None:
-    """Every call of reading a checkpoint fails once."""
+def fail_each_read(root: Path, code: int) -> None:
+    """Read a checkpoint once for each of its file system calls, with that call failing once."""
     folder, faults, number = checkpoint.write_checkpoint(root, snapshot(5)), Faults(), 0
     for number in range(1000):
         pauses: list[float] = []
         faults.begin(root, number, code, False)
-        found = checkpoint.read_checkpoint(folder, pauses.append)
+        result = checkpoint.read_checkpoint(folder, pauses.append)
         if faults.end() <= number:
             break
-        assert same(found, snapshot(5))
+        assert same(result, snapshot(5))
         assert pauses == [PAUSES_S[0]]
     print(json.dumps(number))
 
@@ -573,7 +575,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def under_faults(library: Path, call: str) -> Any:
-    """What a function of this file prints in a process with the library."""
+    """Call a function of this file in a process that has the library preloaded; returns the JSON that it prints."""
     code = f"import errno; from pathlib import Path; from tests.unit.run import test_checkpoint as t; t.{call}"
     environment = {**os.environ, "LD_PRELOAD": str(library)}
     done = subprocess.run(
@@ -584,21 +586,21 @@ def under_faults(library: Path, call: str) -> Any:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_from_any_call_on_leaves_every_older_checkpoint(library: Path, tmp_path: Path) -> None:
-    found = under_faults(library, f"all_calls(Path({str(tmp_path)!r}), errno.ENOSPC, True)")
-    assert len(found) > 20
-    assert found == sorted(found)  # first nothing, then a checkpoint whose commit was not finished, then everything
-    assert [5, False] in found
-    assert [10, False] in found
+def test_a_disk_full_from_any_call_on_leaves_every_older_checkpoint(library: Path, tmp_path: Path) -> None:
+    outcomes = under_faults(library, f"fail_each_write(Path({str(tmp_path)!r}), errno.ENOSPC, True)")
+    assert len(outcomes) > 20
+    assert outcomes == sorted(outcomes)  # first no checkpoint, then a checkpoint and an error, then both fine
+    assert [5, False] in outcomes
+    assert [10, False] in outcomes
 
 
 @pytest.mark.slow
-def test_a_file_system_that_fails_for_a_moment_at_any_call_costs_a_pause(library: Path, tmp_path: Path) -> None:
-    found = under_faults(library, f"all_calls(Path({str(tmp_path)!r}), errno.EIO, False)")
-    assert len(found) > 30
-    assert found == [[10, True]] * len(found)
+def test_a_transient_error_of_any_call_costs_one_pause(library: Path, tmp_path: Path) -> None:
+    outcomes = under_faults(library, f"fail_each_write(Path({str(tmp_path)!r}), errno.EIO, False)")
+    assert len(outcomes) > 30
+    assert outcomes == [[10, True]] * len(outcomes)
 
 
 @pytest.mark.slow
-def test_reading_waits_out_what_passes(library: Path, tmp_path: Path) -> None:
-    assert under_faults(library, f"all_reads(Path({str(tmp_path)!r}), errno.ESTALE)") > 8
+def test_reading_retries_transient_errors(library: Path, tmp_path: Path) -> None:
+    assert under_faults(library, f"fail_each_read(Path({str(tmp_path)!r}), errno.ESTALE)") > 8

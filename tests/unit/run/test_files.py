@@ -1,4 +1,4 @@
-"""Small files: whole or not at all."""
+"""Small files: atomic writing, strict reading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ json_values = st.recursive(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(value=json_values)
-def test_json_comes_back(tmp_path: Path, value: object) -> None:
+def test_json_is_read_back(tmp_path: Path, value: object) -> None:
     path = tmp_path / "value.json"
     files.atomic_write_json(path, value)
     assert files.read_json(path) == value
@@ -46,20 +46,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
 
 def test_a_new_file_appears_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the moment of the rename everything is in the temporary file, which lies in the same folder."""
+    """Before the rename, all content is in the temporary file, which is in the same folder."""
     path, seen = tmp_path / "value.json", []
     replace = os.replace
 
-    def watched(source: Path, target: Path) -> None:
+    def watch(source: Path, target: Path) -> None:
         seen.append((path.exists(), Path(source).read_text(), Path(source).parent == path.parent))
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(os, "replace", watch)
     files.atomic_write_text(path, "all of it")
     assert seen == [(False, "all of it", True)]
 
 
-def test_the_mode_is_as_asked(tmp_path: Path) -> None:
+def test_the_mode_is_as_requested(tmp_path: Path) -> None:
     files.atomic_write_text(tmp_path / "secret", "x", mode=0o600)
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
 

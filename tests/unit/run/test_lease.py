@@ -1,4 +1,4 @@
-"""Leases: one writer per stage, whoever starts, dies, freezes or races."""
+"""Leases: one writer per stage, however processes start, die, freeze or race."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def hold(folder: Path, **facts: Any) -> None:
 
 
 def ticks(pid: int) -> int:
-    found = lease._started_ticks(pid)
-    assert found is not None
-    return found
+    value = lease._started_ticks(pid)
+    assert value is not None
+    return value
 
 
-def test_a_lease_is_taken_named_and_released(tmp_path: Path) -> None:
+def test_a_lease_is_acquired_and_released(tmp_path: Path) -> None:
     folders = [tmp_path / "pretrain", tmp_path / "keep-0.1" / "prune"]
     leases = Leases(folders)
     for folder in folders:
@@ -63,7 +63,7 @@ def test_a_lease_is_taken_named_and_released(tmp_path: Path) -> None:
             check_token(folder, leases.token)
 
 
-def test_what_a_living_process_holds_is_refused_naming_it(tmp_path: Path) -> None:
+def test_a_refusal_names_the_living_holder(tmp_path: Path) -> None:
     leases = Leases([tmp_path])
     with pytest.raises(LeaseHeld, match=rf"{tmp_path} is being written by pid {os.getpid()} on {socket.gethostname()}"):
         Leases([tmp_path])
@@ -75,7 +75,7 @@ def test_what_a_living_process_holds_is_refused_naming_it(tmp_path: Path) -> Non
             Leases([tmp_path])
 
 
-def test_a_refused_start_gives_back_what_it_had_taken(tmp_path: Path) -> None:
+def test_a_refused_start_releases_what_it_had_acquired(tmp_path: Path) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
     holder = Leases([second])
     with pytest.raises(LeaseHeld, match=str(second)):
@@ -85,7 +85,7 @@ def test_a_refused_start_gives_back_what_it_had_taken(tmp_path: Path) -> None:
     holder.release()
 
 
-def test_what_a_dead_process_held_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_the_lease_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
     with other_process() as process:
         hold(tmp_path, pid=process.pid, started_ticks=ticks(process.pid))
     leases = Leases([tmp_path])
@@ -99,7 +99,7 @@ def test_a_zombie_is_dead(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     hold(tmp_path, pid=process.pid, started_ticks=ticks(process.pid))
     process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has fetched its exit code
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and is not reaped
     Leases([tmp_path]).release()
     process.communicate(timeout=DEADLINE_S)
 
@@ -110,7 +110,7 @@ def test_another_process_under_the_same_pid_is_not_the_holder(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("age", "stale"), [(0, False), (0.5 * STALE_AFTER_S, False), (1.1 * STALE_AFTER_S, True)])
-def test_another_host_is_known_by_its_heartbeat_alone(tmp_path: Path, age: float, stale: bool) -> None:
+def test_a_holder_on_another_host_is_stale_by_its_heartbeat_alone(tmp_path: Path, age: float, stale: bool) -> None:
     hold(tmp_path, host="elsewhere", heartbeat=time.time() - age)
     if stale:
         Leases([tmp_path]).release()
@@ -120,12 +120,12 @@ def test_another_host_is_known_by_its_heartbeat_alone(tmp_path: Path, age: float
 
 
 @pytest.mark.parametrize("content", ["", '{"token"', "[]", '{"token": "x"}'])
-def test_a_damaged_lease_is_a_dead_writers(tmp_path: Path, content: str) -> None:
+def test_a_damaged_lease_is_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / "lease.json").write_text(content)
     Leases([tmp_path]).release()
 
 
-def test_who_was_replaced_releases_nothing(tmp_path: Path) -> None:
+def test_a_replaced_holder_releases_nothing(tmp_path: Path) -> None:
     leases = Leases([tmp_path])
     hold(tmp_path)
     leases.release()
@@ -134,7 +134,7 @@ def test_who_was_replaced_releases_nothing(tmp_path: Path) -> None:
     assert holder.token == "other"
 
 
-def test_the_heartbeat_moves_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heartbeat_advances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
     leases = Leases([tmp_path])
     beats, deadline = set(), time.monotonic() + DEADLINE_S
@@ -154,9 +154,9 @@ def test_a_lost_lease_is_logged_and_left_to_its_new_holder(
     leases = Leases([tmp_path])
     with exclusive(tmp_path / ".lease.lock"):
         hold(tmp_path, host="elsewhere")
-    leases._thread.join(DEADLINE_S)  # there is nothing left to keep alive
+    leases._thread.join(DEADLINE_S)  # it ends once it has no lease to renew
     assert not leases._thread.is_alive()
-    assert f"lease lost, checkpoints of this stage are refused from now on: {tmp_path}" in caplog.text
+    assert f"lease lost; this process writes no more checkpoints of this stage: {tmp_path}" in caplog.text
     assert "on elsewhere" in caplog.text
     leases.release()
     holder = read_holder(tmp_path)
@@ -164,7 +164,7 @@ def test_a_lost_lease_is_logged_and_left_to_its_new_holder(
     assert holder.host == "elsewhere"
 
 
-def test_a_heartbeat_that_cannot_be_written_is_logged_and_tried_again(
+def test_a_heartbeat_that_cannot_be_written_is_logged_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
@@ -204,7 +204,7 @@ else:
 
 
 def test_of_racing_processes_exactly_one_wins(tmp_path: Path) -> None:
-    """Twice: over a dead writer's lease, and where there is none."""
+    """Twice: with a dead writer's lease, and without a lease."""
     with other_process() as process:
         hold(tmp_path, pid=process.pid, started_ticks=ticks(process.pid))
     for _ in range(2):
@@ -221,11 +221,11 @@ def test_of_racing_processes_exactly_one_wins(tmp_path: Path) -> None:
                 assert racer.stdin is not None
                 racer.stdin.write("go\n")
                 racer.stdin.flush()
-            said = [racer.stdout.readline().strip() for racer in racers if racer.stdout is not None]
-            assert sorted(said) == ["holds", "refused", "refused"]
+            answers = [racer.stdout.readline().strip() for racer in racers if racer.stdout is not None]
+            assert sorted(answers) == ["holds", "refused", "refused"]
             holder = read_holder(tmp_path)
             assert holder is not None
-            assert holder.pid == racers[said.index("holds")].pid
+            assert holder.pid == racers[answers.index("holds")].pid
             for racer in racers:
                 racer.communicate("done\n" if racer.poll() is None else None, timeout=DEADLINE_S)
                 assert racer.returncode == 0
@@ -236,18 +236,16 @@ def test_of_racing_processes_exactly_one_wins(tmp_path: Path) -> None:
         assert read_holder(tmp_path) is None
 
 
-def test_a_file_system_that_hiccups_does_not_take_the_lease_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_transient_file_system_error_does_not_lose_the_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leases = Leases([tmp_path])
     read, failures = lease.read_json, [errno.EIO, errno.ESTALE]
 
-    def hiccup(path: Path) -> Any:
+    def failing(path: Path) -> Any:
         if failures:
             raise OSError(failures.pop(), "the server is away")
         return read(path)
 
-    monkeypatch.setattr(lease, "read_json", hiccup)
+    monkeypatch.setattr(lease, "read_json", failing)
     monkeypatch.setattr(disk, "PAUSES_S", (0.0, 0.0))
     check_token(tmp_path, leases.token)
     assert failures == []

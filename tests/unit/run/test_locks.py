@@ -1,4 +1,4 @@
-"""Locks on files: one holder at a time, among processes and within one, and none once the holder is gone."""
+"""File locks: one holder at a time, among processes and within one, released when the holder ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.run.locks import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     input()
-print("given up", flush=True)
+print("released", flush=True)
 """
 
 
@@ -44,14 +44,14 @@ def test_two_open_files_exclude_each_other(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with path.open("w") as one, path.open("r") as other:
         assert try_lock(one)
-        assert try_lock(one), "its own lock is no obstacle"
+        assert try_lock(one), "its own lock does not block it"
         assert not try_lock(other)
         assert not try_lock(other.fileno())
         one.close()
         assert try_lock(other.fileno())
 
 
-def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+def test_lock_waits_for_the_holder(tmp_path: Path) -> None:
     path, order = tmp_path / "lock", []
     with path.open("w") as other:
 
@@ -75,10 +75,10 @@ def test_processes_exclude_each_other_until_one_is_gone(tmp_path: Path, end: str
     path = tmp_path / "lock"
     with held_elsewhere(path) as process:
         with (
-            pytest.raises(TimeoutError, match=rf"^{path} is held by another process for more than 0\.2 s$"),
+            pytest.raises(TimeoutError, match=rf"^{path} has been held by another process for more than 0\.2 s$"),
             exclusive(path, 0.2),
         ):
-            pytest.fail("it was held")
+            pytest.fail("the lock was held")
         if end == "leaves":
             process.communicate("\n", DEADLINE_S)
         else:
@@ -89,8 +89,10 @@ def test_processes_exclude_each_other_until_one_is_gone(tmp_path: Path, end: str
     assert path.exists()
 
 
-@pytest.mark.parametrize("patience_s", [DEADLINE_S, float("inf")], ids=["patient", "for ever"])
-def test_one_process_after_the_other(tmp_path: Path, patience_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("patience_s", [DEADLINE_S, float("inf")], ids=["patient", "unlimited"])
+def test_a_waiting_process_gets_the_lock_once_it_is_released(
+    tmp_path: Path, patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, entered = tmp_path / "lock", threading.Event()
     monkeypatch.setattr(locks, "PAUSE_S", 0.01)
 
@@ -107,7 +109,7 @@ def test_one_process_after_the_other(tmp_path: Path, patience_s: float, monkeypa
     assert entered.is_set()
 
 
-def test_an_error_inside_gives_the_lock_up(tmp_path: Path) -> None:
+def test_an_error_inside_releases_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with pytest.raises(KeyError), exclusive(path):
         raise KeyError
@@ -115,7 +117,7 @@ def test_an_error_inside_gives_the_lock_up(tmp_path: Path) -> None:
         pass
 
 
-def test_programs_that_a_holder_starts_do_not_keep_the_lock(tmp_path: Path) -> None:
+def test_child_processes_do_not_inherit_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with exclusive(path):
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""metrics.jsonl is whole and exact; wandb, the real one, has each of its rows once, whatever was interrupted."""
+"""metrics.jsonl is complete and exact; the real wandb client records each row once, whatever is interrupted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.run.files import read_rows
 from pipeline.run.tracking import wandb_mirror
-from pipeline.run.tracking.metrics import Tracker, cut_rows, flatten
+from pipeline.run.tracking.metrics import Tracker, flatten, truncate_rows
 from tests.support.commands import ROOT
 from tests.support.wandb_files import Recorded, recorded, warnings_in
 
@@ -68,14 +68,14 @@ def test_a_restarted_stage_appends(tmp_path: Path) -> None:
     assert [row["step"] for row in rows_of(tmp_path)] == [20, 40]
 
 
-def test_a_stage_that_goes_back_drops_rows_and_goes_on(tmp_path: Path) -> None:
+def test_a_stage_that_rolls_back_drops_rows_and_continues(tmp_path: Path) -> None:
     with start(tmp_path, "disabled") as tracker:
         for step in (20, 40, 60):
             tracker.log({**ROW, "step": step})
-        tracker.cut(40)
+        tracker.truncate(40)
         assert [row["step"] for row in rows_of(tmp_path)] == [20, 40]
         tracker.log({**ROW, "step": 50})
-        tracker.cut(50)  # nothing to drop
+        tracker.truncate(50)  # nothing to drop
         tracker.log({**ROW, "step": 60})
     assert [row["step"] for row in rows_of(tmp_path)] == [20, 40, 50, 60]
 
@@ -94,40 +94,40 @@ def test_flatten_keeps_numbers_only() -> None:
 @settings(deadline=None, max_examples=50)
 @given(
     steps=st.lists(st.integers(0, 30), max_size=12).map(sorted),
-    cut=st.integers(0, 30),
+    last=st.integers(0, 30),
     torn=st.integers(0, 40),
 )
-def test_cut_keeps_exactly_the_rows_up_to_the_step(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[int], cut: int, torn: int
+def test_truncation_keeps_exactly_the_rows_up_to_the_step(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], last: int, torn: int
 ) -> None:
-    path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
+    path = tmp_path_factory.mktemp("truncated") / "metrics.jsonl"
     lines = [json.dumps({**ROW, "step": step}).encode() + b"\n" for step in steps]
     tail = json.dumps({**ROW, "step": 0}).encode()[:torn]
     path.write_bytes(b"".join(lines) + tail)
-    dropped = cut_rows(path, cut)
-    expected = [line for line, step in zip(lines, steps, strict=True) if step <= cut]
+    dropped = truncate_rows(path, last)
+    expected = [line for line, step in zip(lines, steps, strict=True) if step <= last]
     assert path.read_bytes() == b"".join(expected)
     assert dropped == len(lines) - len(expected) + bool(tail)
-    assert cut_rows(path, cut) == 0
+    assert truncate_rows(path, last) == 0
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_cut_drops_a_last_line_that_parses_but_has_no_newline(tmp_path: Path) -> None:
+def test_truncation_drops_a_last_line_that_parses_but_has_no_newline(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
-    assert cut_rows(path, 9) == 1
+    assert truncate_rows(path, 9) == 1
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_cut_survives_what_a_power_cut_leaves(tmp_path: Path) -> None:
+def test_truncation_drops_the_damage_of_a_power_failure(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\x00\x00\xff\n{"step": 2}\n[3]\n{"kind": "train"}\n')
-    assert cut_rows(path, 9) == 3
+    assert truncate_rows(path, 9) == 3
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
-def test_cut_of_a_missing_file_is_nothing(tmp_path: Path) -> None:
-    assert cut_rows(tmp_path / "metrics.jsonl", 5) == 0
+def test_truncation_of_a_missing_file_does_nothing(tmp_path: Path) -> None:
+    assert truncate_rows(tmp_path / "metrics.jsonl", 5) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,13 +143,13 @@ ROWS = [train(20), train(40), validation(40), train(60), train(80), validation(8
 
 
 def assert_each_row_once(folder: Path, starts: list[Recorded]) -> None:
-    """All that wandb has of a run, in the order of its starts, is what the file holds."""
+    """wandb's rows of a run, over all its starts in order, are those of the file."""
     file = [{"kind": row["kind"], "step": row["step"]} for row in read_rows(folder / "metrics.jsonl")]
     rows = [row for start in starts for row in start.rows]
     assert [row["_step"] for row in rows] == list(range(len(file)))
-    for row, written in zip(rows, file, strict=True):
-        assert row["global_step"] == written["step"]
-        assert any(key.startswith(f"{written['kind']}/") for key in row)
+    for row, expected in zip(rows, file, strict=True):
+        assert row["global_step"] == expected["step"]
+        assert any(key.startswith(f"{expected['kind']}/") for key in row)
     assert len({start.run_id for start in starts}) == 1
 
 
@@ -165,46 +165,51 @@ def test_wandb_mirrors_offline_from_another_thread(tmp_path: Path, caplog: pytes
     worker.join(60)
     assert not worker.is_alive()
     assert warnings_in(caplog) == []
-    (found,) = recorded(tmp_path)
-    assert found.run_id == (tmp_path / "wandb" / "offline_id").read_text().strip()
-    assert (found.project, found.group, found.name, found.job_type) == ("hydra", "demo", "keep-0.1/prune", "prune")
-    assert found.config["seed"] == 7
-    assert found.config["stage"] == {"method": "HYDRA"}
-    assert found.exit_code == 0
-    assert_each_row_once(tmp_path, [found])
-    row = found.rows[0]
+    (wandb_run,) = recorded(tmp_path)
+    assert wandb_run.run_id == (tmp_path / "wandb" / "offline_id").read_text().strip()
+    assert (wandb_run.project, wandb_run.group, wandb_run.name, wandb_run.job_type) == (
+        "hydra",
+        "demo",
+        "keep-0.1/prune",
+        "prune",
+    )
+    assert wandb_run.config["seed"] == 7
+    assert wandb_run.config["stage"] == {"method": "HYDRA"}
+    assert wandb_run.exit_code == 0
+    assert_each_row_once(tmp_path, [wandb_run])
+    row = wandb_run.rows[0]
     assert (row["epoch"], row["images_seen"], row["train/loss"]) == (0.5, 20 * 128, 5.0)
     assert row["train/timing/images_per_s"] == 2310.5
     assert row["system/node-0/memory_percent"] == 40.5
     assert [key for key in row if "system" in key] == ["system/node-0/memory_percent"]
     assert "train/clean_accuracy" not in row  # it was null
-    assert found.rows[2]["validation/robust_accuracy"] == 0.4
-    assert found.summary["robust_accuracy/value"] == 0.625
-    assert found.summary["method"] == "HYDRA"
+    assert wandb_run.rows[2]["validation/robust_accuracy"] == 0.4
+    assert wandb_run.summary["robust_accuracy/value"] == 0.625
+    assert wandb_run.summary["method"] == "HYDRA"
     for pattern in ("*.py", "requirements.txt", "output.log", "wandb-metadata.json"):
         assert not list((tmp_path / "wandb").rglob(pattern)), pattern
 
 
-def test_every_metric_has_an_axis_that_rows_have(tmp_path: Path) -> None:
+def test_the_x_axis_of_every_metric_is_in_the_rows(tmp_path: Path) -> None:
     with start(tmp_path) as tracker:
         for row in ROWS:
             tracker.log(row)
-    (found,) = recorded(tmp_path)
-    axes = {name: axis for name, axis in found.axes.items() if axis}
+    (wandb_run,) = recorded(tmp_path)
+    axes = {name: axis for name, axis in wandb_run.axes.items() if axis}
     assert axes["train/*"] == "images_seen"
     assert axes["validation/*"] == "epoch"
     assert axes["system/*"] == "images_seen"
-    assert set(axes.values()) <= set(found.axes)
-    for row in found.rows:
+    assert set(axes.values()) <= set(wandb_run.axes)
+    for row in wandb_run.rows:
         assert {"global_step", "images_seen", "epoch"} <= set(row)
 
 
-def test_a_resumed_stage_sends_only_what_wandb_has_not(tmp_path: Path) -> None:
-    """The checkpoint was of step 50: rows from 60 on are cut, and written again."""
+def test_a_resumed_stage_sends_only_missing_rows(tmp_path: Path) -> None:
+    """The checkpoint is of step 50: rows from 60 on are dropped, and written again."""
     with start(tmp_path) as tracker:
         for row in ROWS[:-1]:
             tracker.log(row)
-    cut_rows(tmp_path / "metrics.jsonl", 50)
+    truncate_rows(tmp_path / "metrics.jsonl", 50)
     with start(tmp_path) as tracker:
         for row in ROWS[3:]:
             tracker.log(row)
@@ -216,8 +221,8 @@ def test_a_resumed_stage_sends_only_what_wandb_has_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, 700, 3000, 10**9])
-def test_what_a_kill_lost_is_sent_again(tmp_path: Path, lost: int) -> None:
-    """However much of wandb's file never came to disk; the checkpoint was of step 50 again."""
+def test_rows_lost_by_a_kill_are_sent_again(tmp_path: Path, lost: int) -> None:
+    """However much of wandb's file never reached the disk; the checkpoint is of step 50."""
     with start(tmp_path) as tracker:
         for row in ROWS[:-1]:
             tracker.log(row)
@@ -225,43 +230,43 @@ def test_what_a_kill_lost_is_sent_again(tmp_path: Path, lost: int) -> None:
     (path,) = before.folder.glob("*.wandb")
     whole = path.read_bytes()
     path.write_bytes(whole[: max(7, len(whole) - lost)])
-    cut_rows(tmp_path / "metrics.jsonl", 50)
+    truncate_rows(tmp_path / "metrics.jsonl", 50)
     with start(tmp_path) as tracker:
         for row in ROWS[3:]:
             tracker.log(row)
     starts = recorded(tmp_path)
-    starts[0].run_id = starts[1].run_id  # its record may be lost as well
+    starts[0].run_id = starts[1].run_id  # its record may be lost too
     assert_each_row_once(tmp_path, starts)
     assert starts[1].rows
 
 
 def test_a_killed_process(tmp_path: Path) -> None:
-    """SIGKILL while rows are under way to wandb, whose service outlives the worker for a moment."""
+    """SIGKILL while rows are in transit to wandb, whose service outlives the worker briefly."""
     rows = json.dumps(ROWS[:-1])
     code = f"""
 import json, os, signal, sys, time
 from pathlib import Path
-from pipeline.run.tracking.wandb_history import recorded_rows
+from pipeline.run.tracking.wandb_history import count_recorded_rows
 from tests.unit.run.test_metrics import start
 folder = Path(sys.argv[1])
 tracker = start(folder)
 for row in json.loads({rows!r}):
     tracker.log(row)
 path = folder / "wandb" / "offline_id"
-while not (path.exists() and recorded_rows(folder / "wandb", path.read_text().strip())):
+while not (path.exists() and count_recorded_rows(folder / "wandb", path.read_text().strip())):
     time.sleep(0.05)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=100)
     assert killed.returncode == -signal.SIGKILL
-    cut_rows(tmp_path / "metrics.jsonl", 50)
+    truncate_rows(tmp_path / "metrics.jsonl", 50)
     with start(tmp_path) as tracker:
         for row in ROWS[3:]:
             tracker.log(row)
     assert_each_row_once(tmp_path, recorded(tmp_path))
 
 
-def test_rows_of_a_time_without_wandb_are_not_lost(tmp_path: Path) -> None:
+def test_rows_written_while_wandb_was_disabled_are_sent(tmp_path: Path) -> None:
     with start(tmp_path, "disabled") as tracker:
         tracker.log(ROWS[0])
     with start(tmp_path) as tracker:
@@ -269,15 +274,15 @@ def test_rows_of_a_time_without_wandb_are_not_lost(tmp_path: Path) -> None:
     assert_each_row_once(tmp_path, recorded(tmp_path))
 
 
-def test_going_back_leaves_a_tagged_run_and_begins_another(tmp_path: Path) -> None:
+def test_a_rollback_tags_the_run_and_starts_another(tmp_path: Path) -> None:
     with start(tmp_path) as tracker:
         for row in ROWS[:5]:
             tracker.log(row)
         tracker.alert("Catastrophic overfitting", "at step 80", "WARN")
-        tracker.cut(40)
+        tracker.truncate(40)
         for step in (60, 80, 100):
             tracker.log({**train(step), "attack_level": 1})
-    with start(tmp_path) as tracker:  # and what is resumed is the run that was begun last
+    with start(tmp_path) as tracker:  # resumes the newer run
         tracker.log(train(120))
     starts = recorded(tmp_path)
     left = [start for start in starts if start.run_id == starts[0].run_id and "went back" in start.tags]
@@ -292,14 +297,14 @@ def test_going_back_leaves_a_tagged_run_and_begins_another(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_a_kill_while_it_goes_back_leaves_no_id_of_rows_that_are_gone(tmp_path: Path, mode: str) -> None:
-    """The thread may be late, or dead, or there may be none: that wandb has what is cut is told before it is cut."""
+def test_a_kill_during_a_rollback_leaves_no_id_of_a_run_with_dropped_rows(tmp_path: Path, mode: str) -> None:
+    """The run is forgotten before rows are dropped, so that the thread may lag, have died or be absent."""
     with start(tmp_path) as tracker:
         for row in ROWS[:5]:
             tracker.log(row)
     tracker = start(tmp_path, mode)
-    tracker._mirror, late = None, tracker._mirror  # what its thread would do never happens
-    tracker.cut(40)
+    tracker._mirror, late = None, tracker._mirror  # its thread's part of the rollback never runs
+    tracker.truncate(40)
     tracker.finish()
     if late is not None:
         late.finish()
@@ -311,15 +316,15 @@ def test_a_kill_while_it_goes_back_leaves_no_id_of_rows_that_are_gone(tmp_path: 
     assert_each_row_once(tmp_path, starts[-1:])
 
 
-def test_what_goes_back_before_wandb_has_started_is_another_run_too(
+def test_a_rollback_before_wandb_has_started_starts_another_run_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And what is wrong with the run that is left does not keep the next one from being begun."""
-    begun, real = threading.Event(), wandb_mirror._start
+    """An error of the abandoned run does not prevent the start of the next one."""
+    go, real = threading.Event(), wandb_mirror._start
     ends: list[str] = []
 
     def slow(*arguments: Any) -> Any:
-        begun.wait(60)
+        go.wait(60)
         return real(*arguments)
 
     def fail(run: Any, *_: Any) -> None:
@@ -333,11 +338,11 @@ def test_what_goes_back_before_wandb_has_started_is_another_run_too(
     with start(tmp_path) as tracker:
         for row in ROWS[:5]:
             tracker.log(row)
-        tracker.cut(40)
+        tracker.truncate(40)
         tracker.log(train(60))
-        begun.set()
+        go.set()
     (message,) = warnings_in(caplog)
-    assert "does not have all of the run that is left" in message
+    assert "does not have all of the abandoned run" in message
     left, other = recorded(tmp_path)
     assert (left.run_id, left.tags) == (ends[0], ["went back"])
     assert left.run_id != other.run_id
@@ -346,11 +351,11 @@ def test_what_goes_back_before_wandb_has_started_is_another_run_too(
 
 @pytest.mark.parametrize("change", [{"log_every_steps": 5}, {"project": "other"}])
 def test_another_cadence_or_project_is_another_run(tmp_path: Path, change: dict[str, Any]) -> None:
-    """Killed at step 95 with a checkpoint of 50; number 8 was step 90, and is now 70."""
+    """Killed at step 95 with a checkpoint of step 50; row 8 was that of step 90 and becomes that of step 70."""
     with start(tmp_path) as tracker:
         for step in range(10, 95, 10):
             tracker.log(train(step))
-    cut_rows(tmp_path / "metrics.jsonl", 50)
+    truncate_rows(tmp_path / "metrics.jsonl", 50)
     with start(tmp_path, **change) as tracker:
         for step in range(55, 100, 5):
             tracker.log(train(step))
@@ -359,9 +364,9 @@ def test_another_cadence_or_project_is_another_run(tmp_path: Path, change: dict[
     assert_each_row_once(tmp_path, [second])
 
 
-def test_another_cadence_without_wandb_is_not_forgotten(tmp_path: Path) -> None:
+def test_a_change_of_cadence_while_wandb_is_disabled_counts(tmp_path: Path) -> None:
     for mode, every, first, last in (("offline", 10, 10, 90), ("disabled", 5, 55, 70), ("offline", 10, 80, 100)):
-        cut_rows(tmp_path / "metrics.jsonl", first - every)
+        truncate_rows(tmp_path / "metrics.jsonl", first - every)
         with start(tmp_path, mode, log_every_steps=every) as tracker:
             for step in range(first, last + 1, every):
                 tracker.log(train(step))
@@ -369,11 +374,11 @@ def test_another_cadence_without_wandb_is_not_forgotten(tmp_path: Path) -> None:
     assert_each_row_once(tmp_path, [second])
 
 
-def test_what_was_not_reported_as_failed_ended_well(tmp_path: Path) -> None:
+def test_a_failed_stage_has_exit_code_1_in_wandb(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), start(tmp_path):
         raise RuntimeError
-    (found,) = recorded(tmp_path)
-    assert found.exit_code == 1
+    (wandb_run,) = recorded(tmp_path)
+    assert wandb_run.exit_code == 1
 
 
 def test_finishing_twice_and_a_mirror_that_never_started(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -386,4 +391,4 @@ def test_finishing_twice_and_a_mirror_that_never_started(tmp_path: Path, caplog:
         tracker.finish()
     assert read_rows(tmp_path / "metrics.jsonl") == ROWS
     (message,) = warnings_in(caplog)
-    assert "wandb stopped, the run goes on" in message
+    assert "wandb stopped; the run continues" in message

@@ -1,4 +1,4 @@
-"""The position in a stage: counting, and plain JSON that loses nothing."""
+"""Position in a stage: counting, and a lossless round trip through JSON."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def test_a_stage_counted_step_by_step(steps_per_epoch: int, epochs: int) -> None
     assert ends == epochs
 
 
-def test_nothing_has_ended_before_the_first_step() -> None:
+def test_no_epoch_has_ended_before_the_first_step() -> None:
     assert not Progress(0, 5, 10).at_epoch_end
 
 
-def test_a_window_is_emptied_and_the_rest_stays() -> None:
+def test_after_a_window_only_its_sums_are_reset() -> None:
     progress = Progress(3, 5, 10, Window(1.5, 2, 3, 4, 5), 2, 0.5)
     assert progress.after_window() == Progress(3, 5, 10, Window(), 2, 0.5)
 
 
 @unhurried
 @given(accuracies=st.lists(st.floats(0, 1), min_size=1, max_size=9))
-def test_the_best_step_is_the_first_of_the_highest(accuracies: list[float]) -> None:
+def test_the_best_step_is_the_first_with_the_highest_accuracy(accuracies: list[float]) -> None:
     progress = Progress(0, 1, len(accuracies))
     for accuracy in accuracies:
         progress = progress.after_step(Window()).with_best(accuracy)
@@ -70,17 +70,17 @@ def test_the_best_step_is_the_first_of_the_highest(accuracies: list[float]) -> N
 
 
 def test_a_good_step_stays_until_the_next_one() -> None:
-    progress = Progress(5, 5, 10, level=2).found_good()
+    progress = Progress(5, 5, 10, level=2).with_good_step()
     assert progress == Progress(5, 5, 10, level=2, good_step=5)
     assert progress.after_step(Window()).with_best(0.5).good_step == 5
 
 
-def test_a_checkpoint_of_before_there_were_levels_is_read() -> None:
+def test_a_checkpoint_without_levels_is_read() -> None:
     values = Progress(3, 5, 10, best_step=2).to_json()
     del values["level"], values["good_step"]
     assert Progress.from_json(values) == Progress(3, 5, 10, best_step=2)
 
 
-def test_positions_do_not_change() -> None:
+def test_positions_are_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
         Progress(0, 1, 1).step = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Stop files, the watchdog, and which failures count as the same."""
+"""Stop files, the watchdog, and repeated failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.training.watchdog import EXIT_HUNG, Watchdog
 from tests.support.commands import ROOT
 
 
-def test_a_stop_file_is_found_and_stays_found(tmp_path: Path) -> None:
+def test_a_stop_file_counts_even_after_it_is_deleted(tmp_path: Path) -> None:
     path = tmp_path / "stop"
     stop = StopFile(path, poll_s=0.0)
     assert not stop.requested()
@@ -27,7 +27,7 @@ def test_a_stop_file_is_found_and_stays_found(tmp_path: Path) -> None:
     assert not StopFile(None).requested()
 
 
-def test_the_file_is_checked_for_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stop_file_is_polled_at_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop_module.time, "monotonic", lambda: now)
     path = tmp_path / "stop"
@@ -40,7 +40,7 @@ def test_the_file_is_checked_for_rarely(tmp_path: Path, monkeypatch: pytest.Monk
     assert stop.requested()
 
 
-def test_the_watchdog_ends_a_process_that_is_stuck_and_says_where(tmp_path: Path) -> None:
+def test_the_watchdog_ends_a_hung_process_and_logs_its_stack(tmp_path: Path) -> None:
     code = textwrap.dedent(f"""
         import threading
         from pathlib import Path
@@ -55,7 +55,7 @@ def test_the_watchdog_ends_a_process_that_is_stuck_and_says_where(tmp_path: Path
     assert "the_place_where_it_hangs" in (tmp_path / "log").read_text()
 
 
-def test_a_watchdog_that_is_closed_bites_nobody(tmp_path: Path) -> None:
+def test_a_closed_watchdog_does_nothing(tmp_path: Path) -> None:
     watchdog = Watchdog(5.0, tmp_path / "log")
     watchdog.beat()
     watchdog.close()
@@ -73,19 +73,19 @@ def run_with(folder: Path, *failures: Failure) -> Path:
     return folder
 
 
-def test_failures_are_read_as_written_and_damaged_lines_are_left_out(tmp_path: Path) -> None:
-    written = [failure("a"), failure("b", 9, "OSError: äöü", 3)]
-    run_with(tmp_path, *written)
+def test_failures_are_read_as_written_and_damaged_lines_are_skipped(tmp_path: Path) -> None:
+    failures = [failure("a"), failure("b", 9, "OSError: äöü", 3)]
+    run_with(tmp_path, *failures)
     with (tmp_path / "logs" / "failures.jsonl").open("a") as stream:
         stream.write('{"attempt": "c", "ra')
-    assert read_failures(tmp_path) == written
+    assert read_failures(tmp_path) == failures
     assert read_failures(tmp_path / "nowhere") == []
 
 
 def test_the_same_failure_in_two_attempts_in_a_row_is_repeated(tmp_path: Path) -> None:
     assert repeated_failure(run_with(tmp_path, failure("a")), "a") is None
     assert repeated_failure(run_with(tmp_path, failure("b", rank=1)), "b") == failure("b", rank=1)
-    assert repeated_failure(tmp_path, "c") is None, "nothing was recorded of this one"
+    assert repeated_failure(tmp_path, "c") is None, "this attempt has no recorded failure"
 
 
 @pytest.mark.parametrize("other", [failure("b", step=8), failure("b", error="OSError: disk")])
@@ -98,7 +98,7 @@ def test_two_ranks_of_one_attempt_are_not_a_repetition(tmp_path: Path) -> None:
     assert repeated_failure(run_with(tmp_path, failure("a", rank=0), failure("a", rank=1)), "a") is None
 
 
-def test_a_failure_that_cannot_be_recorded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_that_cannot_be_recorded_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "failures.jsonl").symlink_to("/dev/full")
     record_failure(tmp_path, failure("a"))

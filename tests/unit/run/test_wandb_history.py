@@ -1,4 +1,4 @@
-"""wandb's files are read to their last whole record, wherever they end and whatever is in them."""
+"""wandb's files are read up to their last intact record, wherever they end and whatever they contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.run.tracking.wandb_history import Record, read_records, recorded_rows
+from pipeline.run.tracking.wandb_history import Record, count_recorded_rows, read_records
 
 BLOCK = 32768
 
@@ -24,7 +24,7 @@ def history(number: int, size: int) -> Any:
 
 
 def write_log(records: list[Any]) -> tuple[bytes, list[int]]:
-    """A log as LevelDB's document describes it, and where each record ends."""
+    """A log in LevelDB's documented format, and the offset of each record's end."""
     log, ends = bytearray(struct.pack("<4sHB", b":W&B", 0xBEE1, 0)), []
     for record in records:
         left, first = record.SerializeToString(), True
@@ -49,7 +49,7 @@ def write_log(records: list[Any]) -> tuple[bytes, list[int]]:
     torn=st.floats(0, 1),
     data=st.data(),
 )
-def test_what_is_whole_is_read(
+def test_intact_records_are_read(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], torn: float, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("log") / "offline-run-20260101_000000-abc"
@@ -58,21 +58,21 @@ def test_what_is_whole_is_read(
     log, ends = write_log(records)
     path.write_bytes(log)
     assert list(read_records(path)) == records
-    assert recorded_rows(folder.parent, "abc") == len(records)
-    assert recorded_rows(folder.parent, "other") == 0
+    assert count_recorded_rows(folder.parent, "abc") == len(records)
+    assert count_recorded_rows(folder.parent, "other") == 0
 
-    cut = int(torn * len(log))
-    path.write_bytes(log[:cut])
-    whole = sum(end <= cut for end in ends)
+    end = int(torn * len(log))
+    path.write_bytes(log[:end])
+    whole = sum(record_end <= end for record_end in ends)
     assert list(read_records(path)) == records[:whole]
-    assert recorded_rows(folder.parent, "abc") == whole
+    assert count_recorded_rows(folder.parent, "abc") == whole
 
     place = data.draw(st.integers(0, len(log) - 1))
     path.write_bytes(log[:place] + bytes([log[place] ^ 0x55]) + log[place + 1 :])
     assert list(read_records(path)) in ([], records, *(records[:n] for n in range(len(records))))
 
 
-def test_what_is_no_such_file_has_no_records(tmp_path: Path) -> None:
+def test_other_files_have_no_records(tmp_path: Path) -> None:
     path = tmp_path / "run-abc.wandb"
     for content in (b"", b":W&", b"PK\x03\x04 something else entirely", b":W&B\xe1\xbe\x00" + bytes(100)):
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""wandb, the real one, can be slow, missing, wrong or unreachable: whoever is mirrored notices nothing of it."""
+"""The real wandb client may be slow, missing, wrong or unreachable without an effect on the caller."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ def start(folder: Path, mode: Any = "offline") -> Mirror:
     return Mirror(Label(folder, "hydra", "demo", "keep-0.1/prune", "prune", {"seed": 7}, {"train/*": "epoch"}), mode)
 
 
-def test_alerts_are_logged_and_cut_to_what_wandb_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_alerts_are_logged_and_truncated_to_wandbs_limits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mirrored = start(tmp_path)
     mirrored.alert("Run stopped", "at step 7", "WARN")
     mirrored.alert("x" * 99, "y" * 9999, "ERROR")
     mirrored.finish()
-    (found,) = recorded(tmp_path)
-    assert found.alerts[0] == ("Run stopped", "at step 7", "WARN")
-    assert found.alerts[1] == ("x" * LONGEST_TITLE, "y" * 1000, "ERROR")
+    (wandb_run,) = recorded(tmp_path)
+    assert wandb_run.alerts[0] == ("Run stopped", "at step 7", "WARN")
+    assert wandb_run.alerts[1] == ("x" * LONGEST_TITLE, "y" * 1000, "ERROR")
     assert warnings_in(caplog) == []
 
 
-def test_what_wandb_refuses_is_a_warning_and_the_rest_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_action_that_fails_is_a_warning_and_the_rest_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     mirrored = start(tmp_path)
     mirrored.do("the impossible", lambda run: run.log_artifact("/no/such/file"))
     mirrored.row(0, {"train/loss": 1.0})
     mirrored.finish()
     (message,) = warnings_in(caplog)
     assert message.startswith("wandb does not have the impossible: ")
-    (found,) = recorded(tmp_path)
-    assert [row["train/loss"] for row in found.rows] == [1.0]
+    (wandb_run,) = recorded(tmp_path)
+    assert [row["train/loss"] for row in wandb_run.rows] == [1.0]
 
 
 def test_artifacts_and_lineage_are_left_out_offline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -54,16 +56,16 @@ def test_artifacts_and_lineage_are_left_out_offline(tmp_path: Path, caplog: pyte
 
 
 class OnlineRun:
-    """Takes down what is done with a run that is online."""
+    """A fake online run that records what is done with it."""
 
     offline = False
 
-    def __init__(self, known: list[str]) -> None:
-        self.known, self.used, self.logged, self.ended = known, [], [], False
+    def __init__(self, artifacts: list[str]) -> None:
+        self.artifacts, self.used, self.logged, self.ended = artifacts, [], [], False
         self.tags: tuple[str, ...] = ()
 
     def use_artifact(self, name: str) -> None:
-        if name not in self.known:
+        if name not in self.artifacts:
             raise ValueError(f"there is no {name}")
         self.used.append(name)
 
@@ -74,10 +76,10 @@ class OnlineRun:
         self.ended = True
 
 
-def test_online_a_network_is_an_artifact_that_comes_from_its_parents(
+def test_online_a_network_is_an_artifact_with_its_lineage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of the client alone: an artifact's upload is a protocol of its own."""
+    """Tests the client only, since artifacts are uploaded by a separate protocol."""
     run = OnlineRun(["demo-pretrain:latest"])
     monkeypatch.setattr(wandb_mirror, "_start", lambda *_: (run, 0))
     network = tmp_path / "model.safetensors"
@@ -97,22 +99,22 @@ def test_online_a_network_is_an_artifact_that_comes_from_its_parents(
     assert run.ended
 
 
-def test_lineage_is_that_of_each_run_that_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lineage_is_recorded_in_every_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [OnlineRun(["demo-pretrain:latest"]) for _ in range(2)]
-    left = list(runs)
-    monkeypatch.setattr(wandb_mirror, "_start", lambda *_: (left.pop(0), 0))
+    remaining = list(runs)
+    monkeypatch.setattr(wandb_mirror, "_start", lambda *_: (remaining.pop(0), 0))
     mirrored = start(tmp_path)
     mirrored.uses("demo-pretrain")
     forget_run(tmp_path)
-    mirrored.begin_anew("went back")
+    mirrored.start_new_run("went back")
     assert mirrored.finish()
     assert [run.used for run in runs] == [["demo-pretrain:latest"]] * 2
     assert [run.tags for run in runs] == [("went back",), ()]
     assert all(run.ended for run in runs)
 
 
-def test_disabled_by_the_environment_is_nothing_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Least of all a server that has everything."""
+def test_disabled_by_the_environment_wandb_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In particular, it does not mark earlier offline runs as synced."""
     mirrored = start(tmp_path)
     mirrored.row(0, {"train/loss": 1.0})
     assert mirrored.finish()
@@ -141,8 +143,8 @@ def test_an_unreachable_server_means_offline_and_one_warning(
     (message,) = warnings_in(caplog)
     assert "keep-0.1/prune is recorded offline" in message
     assert "\n" not in message
-    (found,) = [start for start in recorded(tmp_path) if start.rows]
-    assert found.rows[0]["train/loss"] == 1.0
+    (wandb_run,) = [start for start in recorded(tmp_path) if start.rows]
+    assert wandb_run.rows[0]["train/loss"] == 1.0
     assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -152,8 +154,8 @@ def test_online_without_a_key_means_offline(tmp_path: Path, caplog: pytest.LogCa
     mirrored.finish()
     (message,) = warnings_in(caplog)
     assert "API key" in message
-    (found,) = [start for start in recorded(tmp_path) if start.rows]
-    assert found.rows[0]["train/loss"] == 1.0
+    (wandb_run,) = [start for start in recorded(tmp_path) if start.rows]
+    assert wandb_run.rows[0]["train/loss"] == 1.0
 
 
 def test_finish_does_not_wait_for_a_mirror_that_hangs(
@@ -179,10 +181,10 @@ def test_finish_does_not_wait_for_a_mirror_that_hangs(
     mirrored.finish()
 
 
-def test_nobody_waits_for_a_server_that_accepts_and_says_nothing(
+def test_no_call_waits_for_a_server_that_accepts_and_never_responds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The calls return at once; what is left is the deadline of finish."""
+    """The calls return at once; only finish waits, up to its deadline."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(wandb_mirror, "INIT_SECONDS", 1.0)
     monkeypatch.setattr(wandb_mirror, "FINISH_SECONDS", 30.0)

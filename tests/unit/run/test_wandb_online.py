@@ -1,5 +1,5 @@
-"""What a server has of a stage that was resumed, online and offline: wandb's own client and its `sync` against one that
-speaks its protocol."""
+"""The rows that a server gets from resumed stages, online and offline: wandb's own client and its `sync`, against a
+fake server that speaks wandb's protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.run.files import read_rows
 from pipeline.run.tracking import wandb_mirror
-from pipeline.run.tracking.metrics import cut_rows
+from pipeline.run.tracking.metrics import truncate_rows
 from tests.support.wandb_files import recorded, warnings_in
 from tests.support.wandb_server import WandbServer, wandb_server
 from tests.unit.run.test_metrics import ROWS, start
@@ -30,9 +30,9 @@ def server(no_wandb_account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def train(folder: Path, mode: str, first: int, last: int) -> None:
-    """One start: rows from `first` up to `last`; those beyond step 50 are cut first, as by a checkpoint."""
+    """One start: drops the rows after step 50, as on resuming from a checkpoint, then writes ROWS[first:last]."""
     folder.mkdir(exist_ok=True)
-    cut_rows(folder / "metrics.jsonl", 50)
+    truncate_rows(folder / "metrics.jsonl", 50)
     with start(folder, mode) as tracker:
         for row in ROWS[first:last]:
             tracker.log(row)
@@ -44,7 +44,9 @@ def assert_server_has_each_row_once(server: WandbServer, folder: Path) -> None:
     rows = server.rows(run_id)
     assert [row["_step"] for row in rows] == list(range(len(file)))
     assert [row["global_step"] for row in rows] == [row["step"] for row in file]
-    assert [any(key.startswith(f"{written['kind']}/") for key in row) for row, written in zip(rows, file, strict=True)]
+    assert [
+        any(key.startswith(f"{expected['kind']}/") for key in row) for row, expected in zip(rows, file, strict=True)
+    ]
 
 
 def test_a_resumed_stage_is_one_run_with_each_row_once(server: WandbServer, tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_a_resumed_stage_is_one_run_with_each_row_once(server: WandbServer, tmp_
 
 def test_alerts_reach_the_server(server: WandbServer, tmp_path: Path) -> None:
     folder = tmp_path / "stage"
-    with start(folder, "auto") as tracker:  # there is a key
+    with start(folder, "auto") as tracker:  # online, since there is a key
         tracker.alert("Run stopped", "at step 7", "WARN")
     (alert,) = server.alerts
     assert (alert["title"], alert["text"], alert["severity"]) == ("Run stopped", "at step 7", "WARN")
@@ -80,7 +82,7 @@ def test_offline_starts_are_one_run_once_they_are_synced(server: WandbServer, tm
     assert_server_has_each_row_once(server, folder)
 
 
-def test_what_was_offline_is_sent_by_a_later_start_that_is_online(server: WandbServer, tmp_path: Path) -> None:
+def test_a_later_online_start_sends_offline_rows(server: WandbServer, tmp_path: Path) -> None:
     folder = tmp_path / "stage"
     train(folder, "offline", 0, 5)
     train(folder, "online", 3, 6)
@@ -89,7 +91,7 @@ def test_what_was_offline_is_sent_by_a_later_start_that_is_online(server: WandbS
 
 
 def test_offline_after_online_has_all_rows(server: WandbServer, tmp_path: Path) -> None:
-    """Rows that the online start had on disk never reached the server; which they are, nobody knows offline."""
+    """Some rows of the online start never reached the server; offline it is unknown which."""
     folder = tmp_path / "stage"
     train(folder, "online", 0, 5)
     (run_id,) = server.runs
@@ -100,15 +102,15 @@ def test_offline_after_online_has_all_rows(server: WandbServer, tmp_path: Path) 
     second, third = (start for start in recorded(folder) if start.run_id != run_id)
     assert second.run_id == third.run_id
     assert [row["_step"] for row in second.rows + third.rows] == list(range(6))
-    train(folder, "online", 3, 6)  # what is missing there is sent, and what is recorded need not go there any more
+    train(folder, "online", 3, 6)  # sends the missing rows, so that the offline files need no sync
     assert_server_has_each_row_once(server, folder)
     assert len(list((folder / "wandb").glob("offline-run-*/*.wandb.synced"))) == 2
-    train(folder, "offline", 3, 6)  # of which `wandb sync` must not pass over the beginning
+    train(folder, "offline", 3, 6)  # has all rows, since `wandb sync` skips the earlier files
     (last,) = (start for start in recorded(folder) if start.run_id not in (run_id, second.run_id))
     assert [row["_step"] for row in last.rows] == list(range(6))
 
 
-def test_nothing_counts_as_uploaded_that_was_not(
+def test_rows_not_uploaded_do_not_count_as_synced(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "stage"
