@@ -1,22 +1,22 @@
-# Everything starts here; `make` alone says how. The set-up itself is .ci/setup.sh.
+# `make` alone lists the targets. The set-up itself is .ci/setup.sh.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test lint bench soak clean
 PY := .venv/bin/python
 
 help:
-	@echo 'Small neural networks that withstand adversarial examples.'
+	@echo 'Small neural networks that are robust to adversarial examples.'
 	@echo
-	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the picture'
+	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the chart'
 	@echo '  make check   after every change: lint, and types and quick unit tests of what changed; about a minute'
 	@echo '  make test    every test: about 20 minutes on two cores'
 	@echo '  make lint    ruff (lint and format), import contracts, spelling, white space; basedpyright (types)'
-	@echo '  make bench   measurements as ratios, into docs/benchmarks/: some 30 minutes, on a quiet machine'
+	@echo '  make bench   measurements as ratios, into docs/benchmarks/: about 30 minutes, on a quiet machine'
 	@echo '  make soak    50 random faults on one run, on a real SLURM on this machine: about an hour'
 	@echo '  make setup   system packages (apt, as root or with sudo), and .venv with this project in it'
 	@echo '  make clean   remove .venv and caches; runs/ and data/ stay'
 	@echo
-	@echo 'Each of them does the set-up first: some 10 minutes once, no time after that. It uses the newest of Python 3.13,'
-	@echo '3.12 and 3.11 that is installed; `make setup PYTHON=python3.12` chooses another.'
+	@echo 'Each of them sets up first: about 10 minutes once, no time after that. The newest of Python 3.13, 3.12 and 3.11 that'
+	@echo 'is installed is used; `make setup PYTHON=python3.12` chooses another.'
 	@echo
 	@echo 'After that:'
 	@echo '  .venv/bin/hydra-pipeline --help                                         all commands, from any folder'
@@ -26,13 +26,12 @@ help:
 setup:
 	@.ci/setup.sh
 
-# A second call finds the data written and the run finished, and only draws the report again; a run that was
-# interrupted continues.
+# A second call has the data and the finished run, and only draws the report again; an interrupted run resumes.
 demo: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
 	$(PY) -m launch run recipes/fashion_mnist.yaml --name demo
 	$(PY) -m launch report runs/demo
-	@echo 'The pictures, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
+	@echo 'The charts, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
 
 check: setup
 	$(PY) -m tests.check
@@ -62,4 +61,4 @@ soak: setup
 clean:
 	rm -rf .venv .ruff_cache .import_linter_cache .hypothesis .pytest_cache
 	find . -name __pycache__ -not -path './data/*' -not -path './runs/*' -prune -exec rm -rf {} +
-	@echo 'Kept, because they are yours: data/ and runs/.'
+	@echo 'data/ and runs/ are kept.'

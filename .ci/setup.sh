@@ -3,10 +3,10 @@
 # that changes of its code count at once (editable). `make setup` calls it.
 #
 #   - Nothing to do is the common case and takes a fraction of a second: the stamp in .venv says what it was made from.
-#   - .venv is made anew when it is broken, half made, moved, or made by another Python or on another system (FFCV is
+#   - .venv is made again when it is broken, half made, moved, or made by another Python or on another system (FFCV is
 #     compiled against the system's OpenCV). When only the requirements have changed, it is brought up to date.
-#   - A SLURM for the tests is installed where there is none, and no service is started. Without it the rest goes on.
-#     So is a browser that they open the report in.
+#   - A SLURM for the tests is installed where there is none, and no service is started. Without it the rest continues.
+#     So is a browser, in which they open the report.
 #   - PYTHON=python3.12 chooses the interpreter; without it the newest of 3.13, 3.12 and 3.11 that fits is taken.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,9 +18,9 @@ stamp=$venv/setup-stamp # written last, so a .venv without it is half made
 required=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 python3-venv python3-dev git ca-certificates)
 # The 70,000 images of the demo. Not in every archive: `launch data write` downloads them where they are missing.
 optional=(dataset-fashion-mnist)
-# tests/support/slurm_cluster.py starts these programs itself, with accounting, as whoever runs the tests.
+# tests/support/slurm_cluster.py starts these programs itself, with accounting, as the user who runs the tests.
 for_tests=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core)
-without_slurm=$venv/without-slurm # they could not be installed; so that the next call does not try again
+without_slurm=$venv/without-slurm # written when they could not be installed, so that the next call does not try again
 # tests/unit/report/test_page_in_browser.py opens the report's page in one of these; the first is Debian's package. Ubuntu's is
 # a snap, which containers cannot run and which sees no temporary files: there, Chrome counts alone.
 browsers=(chromium chromium-browser google-chrome)
@@ -35,9 +35,9 @@ die() {
   exit 1
 }
 
-# --- what there is ---------------------------------------------------------------------------------------------------
+# --- what is there ---------------------------------------------------------------------------------------------------
 
-# Prints those of the named Debian packages that are not installed.
+# Prints the named Debian packages that are not installed.
 not_installed() {
   local installed package
   installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true)
@@ -46,7 +46,7 @@ not_installed() {
   done
 }
 
-# Prints what the build looks for and will not find, on any system.
+# Prints what the build needs and will not find, on any system.
 not_found() {
   command -v g++ >/dev/null || echo "g++"
   command -v git >/dev/null || echo "git"
@@ -56,7 +56,7 @@ not_found() {
   [[ $(/sbin/ldconfig -p) == *libtbb.so.12* ]] || echo "oneTBB (libtbb.so.12)"
 }
 
-# Prints the programs of for_tests that are not here. Daemons may lie where only root's PATH leads.
+# Prints the programs of for_tests that are missing. Daemons may be where only root's PATH leads.
 tests_lack() {
   local program
   for program in sbatch slurmctld slurmd slurmdbd munged mariadbd mariadb-install-db my_print_defaults; do
@@ -99,7 +99,7 @@ as_root() {
   fi
 }
 
-apt() { # A fresh machine may be installing its own updates: wait for that, but not for ever.
+apt() { # A fresh machine may be installing its own updates: wait for that, but not forever.
   say "apt-get $*"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 "$@" >/dev/null
 }
@@ -110,13 +110,13 @@ system_packages() {
     mapfile -t missing < <(not_installed "${required[@]}")
     mapfile -t extra < <(not_installed "${optional[@]}")
     if ((${#missing[@]} + ${#extra[@]})); then
-      apt update || say "the package lists could not be renewed; going on with those that are here"
+      apt update || say "the package lists could not be updated; continuing with the present ones"
     fi
     if ((${#missing[@]})); then
-      apt install --no-install-recommends "${missing[@]}" || say "apt-get failed; going on if the rest is here"
+      apt install --no-install-recommends "${missing[@]}" || say "apt-get failed; continuing if the rest is here"
     fi
     if ((${#extra[@]})); then
-      apt install --no-install-recommends "${extra[@]}" || say "going on without: its data is downloaded when needed"
+      apt install --no-install-recommends "${extra[@]}" || say "continuing without: its data is downloaded when needed"
     fi
   fi
   mapfile -t missing < <(not_found)
@@ -127,7 +127,7 @@ system_packages() {
     "  elsewhere        g++, git, pkg-config, OpenCV 4 and TurboJPEG with headers, oneTBB, Python 3.11 to 3.13 with headers"
 }
 
-# Runs "$@" while Debian's packages do not start their services: SLURM's would all fail, and munged is nobody's here.
+# Runs "$@" while Debian's packages do not start their services: SLURM's would all fail, and munged is not needed here.
 without_services() (
   policy=/usr/sbin/policy-rc.d
   if [[ ! -e $policy ]]; then
@@ -143,14 +143,14 @@ install_for_tests() {
     say "this machine's SLURM is not the system's: nothing is installed beside it"
     return 1
   fi
-  apt update || say "the package lists could not be renewed; going on with those that are here"
+  apt update || say "the package lists could not be updated; continuing with the present ones"
   without_services apt install --no-install-recommends "${for_tests[@]}" || return 1
   [[ -z $(tests_lack) ]]
 }
 
 test_packages() {
   install_for_tests && return
-  say "not here: $(tests_lack | paste -sd' '). Only tests/slurm needs them, and fails without."
+  say "missing: $(tests_lack | paste -sd' '). Only tests/slurm needs them, and fails without."
   say "Debian, Ubuntu: apt-get install --no-install-recommends ${for_tests[*]}"
   touch $without_slurm
 }
@@ -215,7 +215,7 @@ make_venv() {
   $venv/bin/python -m pip install -q "$(grep -o '^pip==[^ ]*' requirements.txt)"
   $venv/bin/python -m pip install --progress-bar off -r requirements.txt -c constraints.txt \
     --build-constraint constraints.txt | sed -u '/^Requirement already satisfied/d'
-  # Needs no code yet, only pyproject.toml; and no download, as what builds it is pinned and installed by now.
+  # Needs only pyproject.toml, and no download: what builds it is pinned and already installed.
   $venv/bin/python -m pip install -q --no-deps --no-build-isolation --editable .
   $venv/bin/python -m pip check
   say "importing what was built here"
@@ -226,7 +226,7 @@ make_venv() {
 if up_to_date && tests_settled && browser_settled; then exit 0; fi
 # One at a time: a second `make` in this checkout waits for the first, then finds nothing to do.
 exec 9>>.ci/setup.sh
-flock -w 1800 9 || die "another make setup has been at work here for 30 minutes"
+flock -w 1800 9 || die "another make setup has been running here for 30 minutes"
 if ! up_to_date; then
   system_packages
   make_venv
