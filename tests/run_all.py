@@ -20,7 +20,7 @@ from tests.support.shared import FOLDER
 SLURM = "tests/slurm"
 SHARED_BY = ["--no-loadscope-reorder", "--durations=10"]
 LANES: dict[str, list[str]] = {
-    "slurm": [SLURM, "-n", "2", "--dist=loadgroup", *SHARED_BY],  # test by test, as each has its own run
+    "slurm": [SLURM, "-v", "-n", "2", "--dist=loadgroup", *SHARED_BY],  # test by test, as each has its own run
     # File by file, as tests of a file share what they compare.
     "rest": ["tests", f"--ignore={SLURM}", "-n", "logical", "--maxprocesses=8", "--dist=loadfile", *SHARED_BY],
 }
