@@ -92,7 +92,7 @@ class ListedImages:
         FILE_DEADLINE_S.
         """
         digest = hashlib.sha256()
-        for name, content in zip(self.names, self._each(sha256_of, self.names), strict=True):
+        for name, content in zip(self.names, self._map_files(sha256_of, self.names), strict=True):
             digest.update(f"{name}\0{content}\n".encode())
         return {
             "data_sha256": digest.hexdigest(),

@@ -244,9 +244,8 @@ def test_without_space_no_copy_is_started(
         assert words in str(caught.value)
     assert original not in copyings
     assert names(scratch) == {other_copy.name, manifest_path(other_copy).name}
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: usage._replace(total=0, free=0)
-    )  # the file system does not report it
+    # Some file systems report no usage.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, free=0))
     assert same_file(copy_to_node(original, scratch), original)
 
 
