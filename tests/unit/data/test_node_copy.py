@@ -456,7 +456,7 @@ def test_a_damaged_copy_is_removed_and_copied_again(original: Path, scratch: Pat
         with pytest.raises(LoaderError) as caught:
             list(loader.batches([(np.array([0, 1]), crops(2))]))
     assert str(caught.value).startswith(f"{original}: its copy {copy} on {platform.node()} was damaged (sample 1: ")
-    assert caught.value.__cause__ is None  # a ValueError other_copy would end the run
+    assert caught.value.__cause__ is None  # a ValueError there would end the run
     assert names(scratch) == set()
     assert same_file(copy_to_node(original, scratch), original)
 

@@ -1,4 +1,4 @@
-"""Pickles of arrays are read_bytes as by Python's own unpickler; anything else that a pickle could do is refused."""
+"""Pickles of arrays are read as by Python's own unpickler; anything else that a pickle could do is refused."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nNNtR(K\x01(K\x
     ids=["array in an array", "fields", "bytes as pointers", "objects"],
 )
 def test_a_forged_dtype_is_refused(code: bytes, state: bytes) -> None:
-    """numpy's own dtype would dereference pointers in such a state. Control: the plain dtype is read_bytes."""
+    """numpy's own dtype would dereference pointers in such a state. Control: the plain dtype is read."""
     whole = b"}U\x04data" + ARRAY + b"s."
     np.testing.assert_array_equal(read_bytes(whole % (DTYPE % b"i8"))["data"], np.frombuffer(b"ABCDEFGH", "i8"))
     with pytest.raises(DataError, match="does not hold plain numbers"):

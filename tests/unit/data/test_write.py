@@ -238,7 +238,7 @@ def test_a_fault_ends_in_one_error_and_leaves_nothing(
 
 
 def test_a_stuck_and_stopped_writer_is_terminated(small_tree: Path, tmp_path: Path) -> None:
-    """A FIFO in place of an image keeps it in the scan, which reports progress; other stages have an hour."""
+    """A FIFO in place of an image keeps it in the scan, which reports progress; stages that do not have an hour."""
     victim = sorted((small_tree / "train").glob("*/*"))[0]
     victim.unlink()
     os.mkfifo(victim)
