@@ -1,4 +1,4 @@
-"""What all tests share: a quiet environment, a small real data set, and the promise that no process is left over."""
+"""Shared by all tests: a controlled environment, a small real data set, and the check that no process is left."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import psutil
 import pytest
 
 from tests.run_all import LONGEST
-from tests.support.commands import marked, wait_for_end
+from tests.support.commands import processes_with, wait_for_end
 from tests.support.shared import made_once, shared_folder
 
 if TYPE_CHECKING:
     from pipeline.recipe.schema import Recipe
 
 MARK = "HYDRA_TEST_SESSION"
-"""Every process that a test starts inherits it, so that orphans are found whoever adopted them."""
+"""Every process that a test starts inherits it, so that orphans are found too."""
 LINGER_S = 20
-"""How long after the last test a process may take to end."""
+"""How long after the last test a process has to end."""
 TRAIN_IMAGES, TEST_IMAGES = 3000, 500
 NOTHING_SKIPPED = "HYDRA_TEST_NOTHING_SKIPPED"
-"""Set where tests that need an installed program must not be skipped for its lack, as in CI."""
+"""Set where tests must not be skipped because a program is not installed, as in CI."""
 NEEDS_PROGRAMS = ("test_page_in_browser.py",)
 
 # Set before torch, wandb and Ray are imported, here and in every process that tests start.
@@ -34,8 +34,8 @@ os.environ |= {
     MARK: secrets.token_hex(8),
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # torch.compile would start compilers for GPUs, and in every process build and load something for each of the
-    # processor's instruction sets, to see whether the compiler knows them.
+    # torch.compile would start compilers for GPUs, and in every process compile and load a probe for each of the
+    # processor's instruction sets, to check that the compiler supports them.
     "TORCH_WARM_POOL": "0",
     "TORCHINDUCTOR_VEC_ISA_OK": "1",
     "WANDB_MODE": "offline",
@@ -44,7 +44,7 @@ os.environ |= {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that processes that share the tests end together."""
+    """Run the longest files first, so that processes that share the tests finish at about the same time."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
@@ -57,32 +57,32 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def _started_processes() -> list[psutil.Process]:
-    """Living processes that this session started, however indirectly, but for Python's own, which end with us: resource
-    trackers, and the server that workers are forked from, whose children have its command line."""
-    found = []
-    for process in marked({MARK: os.environ[MARK]}):
+def _session_processes() -> list[psutil.Process]:
+    """Living descendants of this session, without Python's own, which end with it: resource trackers, and the server
+    from which workers are forked, whose children have its command line."""
+    processes = []
+    for process in processes_with({MARK: os.environ[MARK]}):
         try:
             command = " ".join(process.cmdline())
             server = "multiprocessing.forkserver" in command and process.ppid() == os.getpid()
             if not server and "multiprocessing.resource_tracker" not in command:
-                found.append(process)
+                processes.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """Fails the session, naming them, if processes outlive the tests that started them; then ends them."""
+    """Fails the session if processes outlive the tests that started them; names and kills them."""
     yield
-    left = wait_for_end(_started_processes, LINGER_S)
-    assert not left, "tests left processes behind:\n" + "\n".join(left)
+    leftovers = wait_for_end(_session_processes, LINGER_S)
+    assert not leftovers, "tests left processes behind:\n" + "\n".join(leftovers)
 
 
 @pytest.fixture
 def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Nobody's key, settings or mode reach the test, nor those of one test the next; wandb's service is ended."""
+    """Isolates a test from wandb keys, settings and modes, of the user and of other tests; ends wandb's service."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -104,7 +104,7 @@ def _write_idx_slice(source: Path, target: Path, name: str, count: int, dimensio
 
 
 def write_fashion_data(folder: Path) -> None:
-    """Make train.beton and test.beton in a folder: the first 3,000 and 500 images of Fashion-MNIST."""
+    """Write train.beton and test.beton into a folder: the first 3,000 and 500 images of Fashion-MNIST."""
     from pipeline.data.sources.fashion_mnist import IDX_FILES, find_fashion_mnist
     from pipeline.data.writing.write import WriteOptions, write_dataset
 
@@ -119,13 +119,13 @@ def write_fashion_data(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def fashion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with train.beton and test.beton: the first 3,000 and 500 images of Fashion-MNIST. Not to be changed."""
+    """Folder with train.beton and test.beton of `write_fashion_data`. Tests must not change it."""
     return made_once(shared_folder(tmp_path_factory) / "fashion", write_fashion_data)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
-    """Recipe -> the folder of its finished run, without Ray and without disturbance. Not to be changed."""
+    """Recipe -> the folder of its complete run, without Ray and without faults. Tests must not change it."""
     from pipeline.recipe.file import dump_recipe
     from tests.support.undisturbed_run import calm_run
 

@@ -1,12 +1,12 @@
-"""What an FFCV file must look like, and the manifest that says what is in it.
+"""The structure of an FFCV file, and the manifest that describes its content.
 
-`open_checked` is the door for everyone who reads such a file: it takes a fraction of a second and refuses files that
-are unfinished, cut, foreign or altered in their index. Damage inside the stored images is found by
-`pipeline.data.writing.verify`, which reads everything. numpy only: no torch, no ffcv.
+Every reader opens such a file through `open_checked`, which takes a fraction of a second and refuses files that are
+unfinished, truncated, foreign or altered in their index. Damage inside the stored images is detected by
+`pipeline.data.writing.verify`, which reads the whole file. numpy only: no torch, no ffcv.
 
 An FFCV file of version 2 is a header of 24 bytes, one descriptor of 1,041 bytes per field, one row of metadata per
-sample, pages of image bytes, and the allocation table, 24 bytes per stored image, as the last thing that is written.
-Here the two fields are always `image` (RGBImageField) and `label` (IntField), so there is one allocation per sample.
+sample, pages of image bytes, and the allocation table, 24 bytes per stored image, which is written last. Here the two
+fields are always `image` (RGBImageField) and `label` (IntField), so there is one allocation per sample.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ REWRITE = "write it again with `python -m launch data write ... --force`"
 
 
 class DataError(ValueError):
-    """A data set or an FFCV file that cannot be used; the message names the file and the fix."""
+    """A data set or an FFCV file cannot be used; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What the header of a whole FFCV file says, in bytes and samples."""
+    """The header of a complete FFCV file, in bytes and samples."""
 
     num_samples: int
     page_size: int
@@ -69,7 +69,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Where every sample lies: arrays of shape [num_samples], by sample id."""
+    """Where every sample is stored: arrays of shape [num_samples], by sample id."""
 
     samples: NDArray[np.void]
     """dtype SAMPLE: mode (0 JPEG, 1 raw), width, height, data_ptr, label."""
@@ -86,25 +86,25 @@ class Skipped(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What is in an FFCV file, where it came from, and hashes to tell whether it is still that."""
+    """An FFCV file's content and source, and hashes that detect any change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     dataset: str
     split: str
     source: str
     source_sha256: str
-    """Over the names and sizes of the source files, or their content: tells whether a file is up to date."""
+    """Over the names and sizes of the source files, or their content: shows whether a file is up to date."""
     authors_md5: dict[str, bool] = {}
-    """Source file -> whether its MD5 is the one its authors published; without those that have none."""
+    """Source file -> whether its MD5 is the one its authors published; omits files without a published MD5."""
     num_samples: int
     num_extra: int = Field(default=0, ge=0)
-    """How many of the samples, the last ones, are extra training images whose labels a network gave."""
+    """How many of the samples, the last ones, are extra training images with pseudo-labels."""
     extra_source: str | None = None
     num_classes: int
     class_names: list[str]
     """By label."""
     chosen_from: list[str] | None = None
-    """All classes of the data set, by their labels there, if `class_names` is a choice of them."""
+    """All classes of the data set, by their original labels, if `class_names` is a subset of them."""
     label_histogram: list[int]
     image_mode: str
     """'raw' (bit-exact pixels) or 'jpg'."""
@@ -112,12 +112,12 @@ class Manifest(BaseModel):
     jpeg_quality: int
     skipped: list[Skipped]
     converted: dict[str, int]
-    """How many source images were not plain RGB, by kind, for example {'grey': 7, 'cmyk': 2}."""
+    """Number of source images that were not plain RGB, by kind, for example {'grey': 7, 'cmyk': 2}."""
     file_size: int
     sha256: str
     """Of the whole file; differs between rebuilds, as workers write pages in any order."""
     index_sha256: str
-    """Of header, sample metadata and allocation table: what `open_checked` recomputes."""
+    """Of header, sample metadata and allocation table; `open_checked` recomputes it."""
     content_sha256: str
     """Over the sorted hashes of all samples (label, size, stored bytes): equal between rebuilds."""
     pages: list[str]
@@ -138,7 +138,7 @@ class Manifest(BaseModel):
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, not {length}")
         if self.num_extra >= self.num_samples:
-            raise ValueError(f"num_extra {self.num_extra} leaves none of {self.num_samples} samples")
+            raise ValueError(f"num_extra {self.num_extra} must be less than num_samples {self.num_samples}")
         if len(self.crc32_of_samples()) != self.num_samples or sum(self.label_histogram) != self.num_samples:
             raise ValueError(f"sample_crc32 or label_histogram does not cover {self.num_samples} samples")
         return self
@@ -149,7 +149,7 @@ class Manifest(BaseModel):
 
 
 def manifest_path(path: str | Path) -> Path:
-    """The manifest's place beside an FFCV file."""
+    """The path of an FFCV file's manifest, which lies beside it."""
     path = Path(path)
     return path.with_name(path.name + MANIFEST_SUFFIX)
 
@@ -157,18 +157,18 @@ def manifest_path(path: str | Path) -> Path:
 def _read_array(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[np.void]:
     array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
     if len(array) != count:
-        raise DataError(f"{path} is cut: {count} rows expected at byte {offset}, {len(array)} found; {REWRITE}")
+        raise DataError(f"{path} is truncated: expected {count} rows at byte {offset}, got {len(array)}; {REWRITE}")
     return array
 
 
 def check_structure(path: str | Path) -> Structure:
-    """Refuse a file that is not a whole FFCV file of images and labels; reads header and allocation table only.
+    """Refuse a file that is not a complete FFCV file of images and labels; reads header and allocation table only.
 
-    Errors: DataError naming the file and the fix. It cannot see altered bytes inside pages or metadata.
+    Errors: DataError naming the file and the fix. Altered bytes inside pages or metadata are not detected.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} does not exist; make it with `python -m launch data write`")
+        raise DataError(f"{path} does not exist; create it with `python -m launch data write`")
     file_size = path.stat().st_size
     if file_size < METADATA_START:
         raise DataError(f"{path} has {file_size} bytes, too few for an FFCV file; {REWRITE}")
@@ -176,15 +176,17 @@ def check_structure(path: str | Path) -> Structure:
     if header["version"] != FORMAT_VERSION:
         raise DataError(f"{path} is not an FFCV file of version {FORMAT_VERSION}; {REWRITE}")
     fields = _read_array(path, FIELD, len(FIELDS), HEADER.itemsize)
-    found = [(int(field["type_id"]), bytes(field["name"])) for field in fields]
-    if header["num_fields"] != len(FIELDS) or found != FIELDS:
-        raise DataError(f"{path} does not hold the fields image and label and nothing else; {REWRITE}")
+    descriptors = [(int(field["type_id"]), bytes(field["name"])) for field in fields]
+    if header["num_fields"] != len(FIELDS) or descriptors != FIELDS:
+        raise DataError(f"{path} must hold the fields image and label and nothing else; {REWRITE}")
     num_samples, alloc_table_ptr = int(header["num_samples"]), int(header["alloc_table_ptr"])
     if alloc_table_ptr == 0:
         raise DataError(f"{path} is unfinished: its writer stopped before the end; {REWRITE}")
     expected = alloc_table_ptr + ALLOCATION.itemsize * num_samples
     if num_samples == 0 or file_size != expected:
-        raise DataError(f"{path} has {file_size} bytes, its header ({num_samples} samples) says {expected}; {REWRITE}")
+        raise DataError(
+            f"{path} has {file_size} bytes, but its header ({num_samples} samples) requires {expected}; {REWRITE}"
+        )
     data_start = METADATA_START + SAMPLE.itemsize * num_samples
     table = _read_array(path, ALLOCATION, num_samples, alloc_table_ptr)
     # Compared without adding, as a damaged uint64 could wrap around.
@@ -195,7 +197,7 @@ def check_structure(path: str | Path) -> Structure:
 
 
 def index_sha256(path: str | Path, structure: Structure) -> str:
-    """Hash of header, field descriptors, metadata and allocation table (72 MB for the size of ImageNet)."""
+    """Hash of header, field descriptors, metadata and allocation table (72 MB for ImageNet)."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         digest.update(stream.read(METADATA_START + SAMPLE.itemsize * structure.num_samples))
@@ -205,7 +207,7 @@ def index_sha256(path: str | Path, structure: Structure) -> str:
 
 
 def read_index(path: str | Path, structure: Structure) -> SampleIndex:
-    """Labels, sizes and places of all samples. Errors: DataError if metadata and allocation table disagree."""
+    """Labels, sizes and offsets of all samples. Errors: DataError if metadata and allocation table disagree."""
     path = Path(path)
     samples = _read_array(path, SAMPLE, structure.num_samples, METADATA_START)
     table = _read_array(path, ALLOCATION, structure.num_samples, structure.alloc_table_ptr)
@@ -229,16 +231,16 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def open_checked(path: str | Path) -> Manifest:
-    """The manifest of a file that is whole and is the one described; cheap enough for every start.
+    """The manifest of a file that is complete and matches it; cheap enough for every start.
 
-    Errors: DataError for a file that is missing, unfinished, cut, foreign, or whose index was altered.
+    Errors: DataError for a file that is missing, unfinished, truncated, foreign, or whose index was altered.
     """
     structure = check_structure(path)
     manifest = read_manifest(path)
     for name in ("num_samples", "file_size"):
-        described, found = getattr(manifest, name), getattr(structure, name)
-        if described != found:
-            raise DataError(f"{path} has {name} {found}, its manifest says {described}; {REWRITE}")
+        expected, actual = getattr(manifest, name), getattr(structure, name)
+        if expected != actual:
+            raise DataError(f"{path} has {name} {actual}, but its manifest says {expected}; {REWRITE}")
     if index_sha256(path, structure) != manifest.index_sha256:
         raise DataError(f"{path} is damaged: labels or allocation table differ from its manifest; {REWRITE}")
     return manifest

@@ -1,4 +1,4 @@
-"""Ratios of things that run alternately in one process, and the files that say what came out."""
+"""Ratios of the times of functions that run alternately in one process, and the files with the results."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pipeline.run.files import atomic_write_json, atomic_write_text
 from pipeline.run.provenance import processor_model
 
 Seconds = dict[str, list[float]]
-"""Label -> one measurement per round; the i-th of each label were taken one right after the other."""
+"""Label -> one measurement per round; the i-th ones of all labels were taken in direct succession."""
 UNITS = {"ms": 1e3, "MiB": 2.0**-20}
-"""What tables show -> how many there are in a second, or in a byte."""
-
-
+"""Unit of a table -> its number in a second, or in a byte."""
 RESULTS = Path("docs/benchmarks")
 
 
-def folder_asked_for(about: str | None) -> Path:
-    """What a benchmark's command line says; `--help` says what it is about."""
+def parse_folder(description: str | None) -> Path:
+    """The folder from a benchmark's command line, whose `--help` shows the description."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"python -m {_module()}", description=about, formatter_class=raw)
-    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help=f"JSON and a table go there ({RESULTS})")
+    parser = argparse.ArgumentParser(f"python -m {_module()}", description=description, formatter_class=raw)
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=RESULTS, help=f"for the JSON file and the table (default: {RESULTS})"
+    )
     return parser.parse_args().folder
 
 
@@ -42,41 +42,42 @@ def device() -> torch.device:
 
 
 def _now(where: torch.device, wall_clock: bool) -> float:
-    """Seconds of wall clock, once a GPU is done; else of this process's CPU time, which other load disturbs less."""
+    """Seconds of wall clock, after synchronizing the GPU; on a CPU this process's CPU time, which other load disturbs
+    less."""
     if where.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() if wall_clock or where.type == "cuda" else time.process_time()
 
 
 def alternate(
-    things: Mapping[str, Callable[[], object]], rounds: int, where: torch.device, wall_clock: bool = False
+    functions: Mapping[str, Callable[[], object]], rounds: int, where: torch.device, wall_clock: bool = False
 ) -> Seconds:
-    """Run each once to warm up, then all in turn, in the other direction every second round.
+    """Run each once to warm up, then all in turn, in reverse order every second round.
 
-    `wall_clock` is for what has other processes work, or waits.
+    `wall_clock` is for functions that wait, or use other processes.
     """
-    for thing in things.values():
-        thing()
-    seconds: Seconds = {label: [] for label in things}
+    for function in functions.values():
+        function()
+    seconds: Seconds = {label: [] for label in functions}
     for number in range(rounds):
-        order = list(things.items())
-        for label, thing in order if number % 2 else reversed(order):
-            started = _now(where, wall_clock)
-            thing()
-            seconds[label].append(_now(where, wall_clock) - started)
+        order = list(functions.items())
+        for label, function in order if number % 2 else reversed(order):
+            start = _now(where, wall_clock)
+            function()
+            seconds[label].append(_now(where, wall_clock) - start)
     return seconds
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the results: the median over rounds of a quotient of two times, its extremes, and what it must be."""
+    """One line of the results: a ratio of two times as its median and extremes over rounds, and the required bound."""
 
     name: str
     median: float
     smallest: float
     largest: float
     bound: str
-    """Such as '<= 1.05'; empty where nothing is asked."""
+    """Such as '<= 1.05'; empty if there is none."""
 
     @property
     def holds(self) -> bool | None:
@@ -108,7 +109,7 @@ def _facts(where: torch.device, setting: str) -> dict[str, str]:
     }
 
 
-def _shown(value: float) -> str:
+def _format_ratio(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.5f}"
 
 
@@ -117,7 +118,7 @@ def _module() -> str:
     return spec.name if spec is not None else sys.argv[0]
 
 
-def write(
+def write_results(
     what: str,
     folder: Path,
     setting: str,
@@ -126,19 +127,19 @@ def write(
     where: torch.device,
     unit: Literal["ms", "MiB"] = "ms",
 ) -> None:
-    """`<date>-<hardware>-<what>.json` and `.md` below the folder; also prints the table.
+    """Write `<date>-<hardware>-<what>.json` and `.md` into the folder, and print the table.
 
-    With MiB, `seconds` are bytes.
+    If the unit is MiB, `seconds` are bytes.
     """
     facts = _facts(where, setting)
     rows = [
-        f"| ratio of {'times' if unit == 'ms' else 'bytes'} | median | smallest to largest | asked | holds |",
+        f"| ratio of {'times' if unit == 'ms' else 'bytes'} | median | smallest to largest | bound | holds |",
         "|---|---|---|---|---|",
     ]
     for r in ratios:
-        spread = f"{_shown(r.smallest)} to {_shown(r.largest)}"
+        spread = f"{_format_ratio(r.smallest)} to {_format_ratio(r.largest)}"
         holds = {None: "", True: "yes", False: "no"}[r.holds]
-        rows.append(f"| {r.name} | {_shown(r.median)} | {spread} | {r.bound} | {holds} |")
+        rows.append(f"| {r.name} | {_format_ratio(r.median)} | {spread} | {r.bound} | {holds} |")
     table = "\n".join(rows)
     rows = [f"| {label} | {UNITS[unit] * statistics.median(values):.0f} |" for label, values in seconds.items()]
     times = "\n".join([f"| what | median {unit} |", "|---|---|", *rows])

@@ -1,7 +1,7 @@
-"""What the step is measured against: a plain PyTorch loop by the book, with nothing of this project's in it.
+"""The baseline of the step: a plain PyTorch loop that follows best practice, without any code of this project.
 
-Channels-last memory, fused SGD, gradients set to None, cross-entropy. Whether bf16 and torch.compile pay depends on the
-machine, so `candidates` has all four and the benchmark takes the fastest.
+Channels-last memory, fused SGD, gradients set to None, cross-entropy. Whether bf16 and torch.compile are faster depends
+on the machine, so `candidates` has all four combinations and the benchmark takes the fastest.
 """
 
 from __future__ import annotations

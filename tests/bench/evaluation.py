@@ -1,8 +1,8 @@
-"""What sharding and keeping verdicts costs: `python -m tests.bench.evaluation [FOLDER]`.
+"""The overhead of sharding and storing verdicts: `python -m tests.bench.evaluation [FOLDER]`.
 
-AutoAttack through `evaluate.runner` against direct calls of the library: one process, one thread, the demo's data and
-its network after a few steps of training, the same chunks with the same seeds. Budgets are a tenth of the standard
-ones, so that what is done once per chunk weighs ten times as much as it does in earnest.
+AutoAttack through `evaluation.runner`, compared with direct calls of the library: one process, one thread, the demo's
+data and its network after a few steps of training, the same chunks with the same seeds. Budgets are a tenth of the
+standard ones, so that the overhead per chunk weighs ten times as much as in a real evaluation.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pipeline.evaluation.runner import Evaluator
 from pipeline.models import build_network
 from pipeline.recipe.objective import ThreatModel
 from pipeline.recipe.sections import Model
-from tests.bench.alternate import alternate, folder_asked_for, ratio, write
+from tests.bench.alternate import alternate, parse_folder, ratio, write_results
 
 FILE = Path("data/fashion_mnist/test.beton")
-"""What the demo is evaluated on."""
+"""The demo's test data."""
 CHUNK, CHUNKS, ROUNDS = 10, 2, 3
 THREAT = ThreatModel(norm="linf", eps=Fraction(1, 50))
 
@@ -41,8 +41,8 @@ def pixels(loader: Loader, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     return images.contiguous(), labels
 
 
-def trained(loader: Loader) -> nn.Module:
-    """Good enough not to be broken at once; it learns from images that are not attacked."""
+def train_network(loader: Loader) -> nn.Module:
+    """A network that attacks do not break at once; it trains on other images than those attacked."""
     network = build_network(Model(arch="small_cnn", num_classes=10), seed=0, image_size=28).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     for first in range(CHUNK * CHUNKS, CHUNK * CHUNKS + 40 * 50, 50):
@@ -53,8 +53,8 @@ def trained(loader: Loader) -> nn.Module:
     return network.eval()
 
 
-def both(name: EnsembleName, network: nn.Module, loader: Loader) -> dict[str, Callable[[], NDArray[np.bool_]]]:
-    """The same attack in our chunks, and called directly."""
+def attacks(name: EnsembleName, network: nn.Module, loader: Loader) -> dict[str, Callable[[], NDArray[np.bool_]]]:
+    """The same attack through this project's chunks, and called directly."""
     measure = Ensemble(name, THREAT, 10, 0, iterations=ITERATIONS // 10, queries=QUERIES // 10)
     chunks = np.arange(CHUNK * CHUNKS).reshape(CHUNKS, CHUNK)
 
@@ -72,27 +72,27 @@ def both(name: EnsembleName, network: nn.Module, loader: Loader) -> dict[str, Ca
             library.attacks_to_run = list(ENSEMBLES[name])
             library.apgd.n_iter = library.apgd_targeted.n_iter = library.fab.n_iter = measure.iterations
             library.square.n_queries = measure.queries
-            _, answers = library.run_standard_evaluation(x, y, batch_size=CHUNK)
-            robust.append((answers == y).numpy())
+            _, predictions = library.run_standard_evaluation(x, y, batch_size=CHUNK)
+            robust.append((predictions == y).numpy())
         return np.concatenate(robust)
 
     return {name: ours, f"{name}, called directly": direct}
 
 
 def main() -> None:
-    folder = folder_asked_for(__doc__)
+    folder = parse_folder(__doc__)
     where, seconds, ratios = torch.device("cpu"), {}, []
     with Loader(FILE, image_size=28, threads=1) as loader:
         torch.set_num_threads(1)
-        network = trained(loader)
+        network = train_network(loader)
         for name in ENSEMBLES:
-            things = both(name, network, loader)
-            ours, direct = (thing() for thing in things.values())
+            functions = attacks(name, network, loader)
+            ours, direct = (function() for function in functions.values())
             assert np.array_equal(ours, direct)
-            seconds |= alternate(things, ROUNDS, where)
+            seconds |= alternate(functions, ROUNDS, where)
             ratios.append(ratio(f"{name} called directly / in our chunks", seconds, f"{name}, called directly", name))
     setting = f"small_cnn, {CHUNKS} chunks of {CHUNK} images of Fashion-MNIST, a tenth of the budget, {ROUNDS} rounds"
-    write("evaluation", folder, setting, seconds, ratios, where)
+    write_results("evaluation", folder, setting, seconds, ratios, where)
 
 
 if __name__ == "__main__":

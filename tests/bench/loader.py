@@ -1,9 +1,9 @@
-"""How fast images are read: `python -m tests.bench.loader [FOLDER]`; JSON and a table go into the folder.
+"""Throughput of loaders: `python -m tests.bench.loader [FOLDER]`; writes JSON and a table into the folder.
 
-Random resized crops and flips of real photographs, on the same cores: our loader, FFCV's own and torchvision's
-DataLoader, each a whole epoch in turn, and TurboJPEG and OpenCV's resizing alone, in a loop over bytes that are in
-memory already. Wall clock, as all have threads or processes, so the machine must be quiet. Then the share of time that
-the loop's own steps wait for our loader.
+Random resized crops and flips of real photographs, on the same cores: this project's loader, FFCV's own and
+torchvision's DataLoader, each a whole epoch in turn; and TurboJPEG and OpenCV's resizing alone, in a loop over bytes in
+memory. Wall clock, as all use threads or processes, so the machine must be idle. Then the share of time for which the
+training loop's steps wait for this project's loader.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.data.loading.decoder import libffcv
 from pipeline.data.loading.loader import Loader
 from pipeline.data.manifest import check_structure, read_index
 from pipeline.distributed import make_deterministic
-from tests.bench.alternate import Ratio, Seconds, alternate, folder_asked_for, ratio, write
+from tests.bench.alternate import Ratio, Seconds, alternate, parse_folder, ratio, write_results
 from tests.bench.photographs import photographs
 from tests.bench.real_step import RealStep, alone, recipe_of
 
@@ -57,8 +57,8 @@ def our_epochs(loader: Loader) -> Callable[[], None]:
     return epoch
 
 
-def _serve_stock(path: Path, asked: Connection) -> None:
-    """Read an epoch with FFCV's loader whenever something comes, and say how many images it had."""
+def _serve_stock(path: Path, requests: Connection) -> None:
+    """Read an epoch with FFCV's loader at every request, and reply with its number of images."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
@@ -68,27 +68,27 @@ def _serve_stock(path: Path, asked: Connection) -> None:
     loader = Loader(
         str(path), BATCH, THREADS, order=OrderOption.RANDOM, seed=0, drop_last=False, os_cache=True, pipelines=pipelines
     )
-    with suppress(EOFError):  # nobody asks any more
-        while asked.recv():
-            asked.send(sum(len(labels) for _, labels in loader))
+    with suppress(EOFError):  # the benchmark has ended
+        while requests.recv():
+            requests.send(sum(len(labels) for _, labels in loader))
 
 
 def stock_epochs(path: Path, count: int) -> Callable[[], None]:
-    """In a process of its own: FFCV changes types that numba shares, after which our kernel would be compiled anew."""
+    """Runs in its own process: FFCV changes types that numba shares, so this project's decoder would be recompiled."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     context.Process(target=_serve_stock, args=(path, there), daemon=True).start()
 
     def epoch() -> None:
         here.send(True)
-        assert here.poll(DEADLINE_S), "FFCV's loader does not answer"
+        assert here.poll(DEADLINE_S), "FFCV's loader does not respond"
         assert here.recv() == count
 
     return epoch
 
 
 def torchvision_epochs(folder: Path, floats: bool) -> Callable[[], None]:
-    """Ends with normalised floats, as torchvision's reference script for training does, or with bytes as ours does."""
+    """Yields normalised floats, as torchvision's reference training script does, or bytes, as this project's loader."""
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     ending = [transforms.ConvertImageDtype(torch.float), normalize]
     transform = transforms.Compose(
@@ -109,22 +109,22 @@ def torchvision_epochs(folder: Path, floats: bool) -> Callable[[], None]:
 
 
 def raw_epochs(path: Path, loader: Loader) -> Callable[[], None]:
-    """TurboJPEG and OpenCV, as FFCV has them built, over bytes in memory; each thread has its part of the images."""
+    """TurboJPEG and OpenCV, as FFCV builds them, over bytes in memory; each thread has its own part of the images."""
     imdecode, resize = libffcv.ctypes_imdecode, libffcv.ctypes_resize
     index = read_index(path, check_structure(path))
     stored = np.fromfile(path, np.uint8)
-    places = index.samples["data_ptr"].astype(np.int64)
+    offsets = index.samples["data_ptr"].astype(np.int64)
     sizes, heights, widths = index.sizes.astype(np.int64), loader.heights, loader.widths
     ids, crops = (np.concatenate(parts) for parts in zip(*_epoch(loader, 0, BATCH), strict=True))
 
     @numba.njit(nogil=True)
-    def decode(stored, places, sizes, heights, widths, ids, crops, scratch, image):
+    def decode(stored, offsets, sizes, heights, widths, ids, crops, scratch, image):
         failed, start = 0, np.int64(stored.ctypes.data)
         source, target = np.int64(scratch.ctypes.data), np.int64(image.ctypes.data)
         for n in range(len(ids)):
             i = ids[n]
             h, w = heights[i], widths[i]
-            failed += imdecode(start + places[i], sizes[i], h, w, source, h, w, 0, 0, 1, 1, False, False) != 0
+            failed += imdecode(start + offsets[i], sizes[i], h, w, source, h, w, 0, 0, 1, 1, False, False) != 0
             top, left, high, wide, _ = crops[n]
             resize(0, source, h, w, top, top + high, left, left + wide, target, SIZE, SIZE)
         return failed
@@ -135,7 +135,7 @@ def raw_epochs(path: Path, loader: Loader) -> Callable[[], None]:
     def part(begin: int, end: int) -> int:
         scratch = np.empty(3 * int((heights * widths).max()), np.uint8)
         image = np.empty((SIZE, SIZE, 3), np.uint8)
-        return decode(stored, places, sizes, heights, widths, ids[begin:end], crops[begin:end], scratch, image)
+        return decode(stored, offsets, sizes, heights, widths, ids[begin:end], crops[begin:end], scratch, image)
 
     def epoch() -> None:
         assert sum(pool.map(part, edges[:-1], edges[1:])) == 0
@@ -143,8 +143,8 @@ def raw_epochs(path: Path, loader: Loader) -> Callable[[], None]:
     return epoch
 
 
-def waiting(loader: Loader) -> list[float]:
-    """Share of each step's time that it waits for images, with one thread for training and the others for reading."""
+def waiting_shares(loader: Loader) -> list[float]:
+    """Share of each step's time for which it waits for images; one thread trains, and the others read."""
     torch.set_num_threads(1)
     plan = (batch for epoch in cycle([0]) for batch in _epoch(loader, epoch, STEP_BATCH) if len(batch[0]) == STEP_BATCH)
     batches = loader.batches(plan)
@@ -152,29 +152,29 @@ def waiting(loader: Loader) -> list[float]:
     step, shares = RealStep(recipe, alone(torch.device("cpu")), batches, "weights"), []
     for number in range(STEPS):
         step()
-        spent = step.clock.read()
-        if number:  # the first step finds no batch that is read already
-            shares.append(spent["data"] / sum(spent.values()))
+        times = step.clock.read()
+        if number:  # no batch is ready for the first step
+            shares.append(times["data"] / sum(times.values()))
     batches.close()
     torch.set_num_threads(THREADS)
     return shares
 
 
 def main() -> None:
-    folder = folder_asked_for(__doc__)
+    folder = parse_folder(__doc__)
     make_deterministic(THREADS)
     where = torch.device("cpu")
     tree, file = photographs(Path("data/photographs"))
     with Loader(file, image_size=SIZE, threads=THREADS, ahead=AHEAD) as loader:
-        things = {
+        functions = {
             OURS: our_epochs(loader),
             STOCK: stock_epochs(file, loader.num_samples),
             TORCHVISION: torchvision_epochs(tree, floats=True),
             BYTES: torchvision_epochs(tree, floats=False),
             RAW: raw_epochs(file, loader),
         }
-        seconds: Seconds = alternate(things, ROUNDS, where, wall_clock=True)
-        shares = waiting(loader)
+        seconds: Seconds = alternate(functions, ROUNDS, where, wall_clock=True)
+        shares = waiting_shares(loader)
         count, stored = loader.num_samples, read_index(file, check_structure(file)).sizes
     faster = partial(ratio, seconds=seconds, below=OURS)
     shares.sort()
@@ -189,7 +189,7 @@ def main() -> None:
         f"{count} photographs of {stored.mean() / 1e3:.0f} kB an epoch, batches of {BATCH} at {SIZE} px, "
         f"{THREADS} threads or workers, page cache warm, {ROUNDS} rounds; the step has {STEP_BATCH} images"
     )
-    write("loader", folder, setting, seconds, ratios, where)
+    write_results("loader", folder, setting, seconds, ratios, where)
     torch.distributed.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """Time from importing a loader to its first batch: `python -m tests.bench.loader_start [FOLDER]`.
 
-This project's against FFCV's own, each in a fresh process that imports it, makes a loader and reads its first batch,
-and then makes another for another file, as training and evaluation do. CPU time, which other load hardly disturbs.
+This project's loader and FFCV's own, each in a new process that imports it, creates a loader and reads its first batch,
+and then creates another for a second file, as training and evaluation do. CPU time, which other load hardly affects.
 Batches are 64 random resized crops of 64 x 64 pixels with flips.
 """
 
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.bench.alternate import Seconds, folder_asked_for, ratio, write
+from tests.bench.alternate import Seconds, parse_folder, ratio, write_results
 
 FILES = (Path("data/fashion_mnist/train.beton"), Path("data/fashion_mnist/test.beton"))
-"""The demo's."""
+"""The demo's data."""
 BATCH, SIZE, THREADS, ROUNDS = 64, 64, 2, 3
 DEADLINE_S = 600
 OURS, STOCK = "this project's loader", "FFCV's Loader"
@@ -28,7 +28,7 @@ IMPORTS, FIRST, ANOTHER = "imports", "first loader", "another loader"
 
 
 def ours() -> Callable[[Path], None]:
-    """What reads a file's first batch, once imports are done."""
+    """Import this project's loader; returns a function that reads a file's first batch."""
     from pipeline.data.loading import sampling
     from pipeline.data.loading.loader import Loader
 
@@ -62,34 +62,34 @@ LOADERS = {OURS: ours, STOCK: stock}
 
 def in_this_process(which: str) -> dict[str, float]:
     """CPU seconds of each part."""
-    spent = [time.process_time()]
+    times = [time.process_time()]
     first_batch = LOADERS[which]()
-    spent.append(time.process_time())
+    times.append(time.process_time())
     for path in FILES:
         first_batch(path)
-        spent.append(time.process_time())
-    return dict(zip((IMPORTS, FIRST, ANOTHER), np.diff(spent).tolist(), strict=True))
+        times.append(time.process_time())
+    return dict(zip((IMPORTS, FIRST, ANOTHER), np.diff(times).tolist(), strict=True))
 
 
-def in_a_fresh_one(which: str) -> dict[str, float]:
+def in_new_process(which: str) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.bench.loader_start", which]
     done = subprocess.run(command, check=True, timeout=DEADLINE_S, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    folder = folder_asked_for(__doc__)
+    folder = parse_folder(__doc__)
     seconds: Seconds = {f"{part}, {which}": [] for part in (IMPORTS, FIRST, ANOTHER) for which in LOADERS}
     for number in range(ROUNDS):
         for which in LOADERS if number % 2 else reversed(LOADERS):
-            for part, spent in in_a_fresh_one(which).items():
-                seconds[f"{part}, {which}"].append(spent)
+            for part, cpu_seconds in in_new_process(which).items():
+                seconds[f"{part}, {which}"].append(cpu_seconds)
     ratios = [
         ratio(f"{part}, FFCV's / ours", seconds, f"{part}, {STOCK}", f"{part}, {OURS}")
         for part in (IMPORTS, FIRST, ANOTHER)
     ]
     setting = f"fresh processes, batches of {BATCH} at {SIZE} px, {THREADS} threads, CPU time, {ROUNDS} rounds"
-    write("loader-start", folder, setting, seconds, ratios, torch.device("cpu"))
+    write_results("loader-start", folder, setting, seconds, ratios, torch.device("cpu"))
 
 
 if __name__ == "__main__":

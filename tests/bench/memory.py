@@ -1,8 +1,8 @@
-"""Memory of each phase against the baseline's, and whether it grows: `python -m tests.bench.memory [FOLDER]`.
+"""Memory of each phase relative to the baseline, and its growth: `python -m tests.bench.memory [FOLDER]`.
 
-Each in a process of its own: what steps add, at their peak, to a process that has only imported things; network,
-optimizer and images included. Resident memory on a CPU, allocated memory on a GPU. Growth is that of a small network's
-prune steps.
+Each is measured in its own process: the peak memory that steps, including network, optimizer and images, add to a
+process that has only done its imports. Resident memory on a CPU, allocated memory on a GPU. Growth is measured over a
+small network's prune steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import make_deterministic
-from tests.bench.alternate import device, folder_asked_for, ratio, write
+from tests.bench.alternate import device, parse_folder, ratio, write_results
 from tests.bench.baseline import plain_step
 from tests.bench.real_step import RealStep, Trains, alone, random_batch, recipe_of
 from tests.bench.step import ARCH, MICRO_BATCH, PARTS, SIZE
@@ -33,12 +33,12 @@ PHASES: dict[str, tuple[str, Trains]] = {
 
 
 def _used(where: torch.device) -> int:
-    """Bytes now."""
+    """Bytes in use now."""
     return torch.cuda.memory_allocated() if where.type == "cuda" else psutil.Process().memory_info().rss
 
 
-def _most(where: torch.device) -> int:
-    """Bytes at the most so far."""
+def _peak(where: torch.device) -> int:
+    """Peak of bytes in use so far."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -55,14 +55,14 @@ def _step(label: str, where: torch.device) -> Callable[[], None]:
 
 
 def peak(label: str) -> float:
-    """Bytes that some steps add to this process at the most."""
+    """Bytes that some steps add to this process at their peak."""
     where = device()
     make_deterministic(1)
     before = _used(where)
     step = _step(label, where)
     for _ in range(STEPS):
         step()
-    return float(_most(where) - before)
+    return float(_peak(where) - before)
 
 
 def growth() -> tuple[float, float]:
@@ -80,7 +80,7 @@ def growth() -> tuple[float, float]:
 
 
 def main() -> None:
-    folder = folder_asked_for(__doc__)
+    folder = parse_folder(__doc__)
     where = device()
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as fresh:
@@ -95,7 +95,7 @@ def main() -> None:
         f"peak {kind} memory added by {STEPS} steps; {ARCH}, {SIZE[where.type]} px, {PARTS} micro-batches of "
         f"{MICRO_BATCH[where.type]}, {PRECISION}, eager; {ROUNDS} processes each"
     )
-    write("memory", folder, setting, bytes_of, ratios, where, unit="MiB")
+    write_results("memory", folder, setting, bytes_of, ratios, where, unit="MiB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Real photographs in ImageNet's sizes, as folders of JPEGs and as an FFCV file, from pictures that Debian ships.
 
-Debian's wallpapers are far larger than ImageNet's images: each gives many, cut at random places and scales, reduced.
+Debian's wallpapers are far larger than ImageNet's images: each yields many, as reduced crops of random position and
+scale.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SIZES = ((500, 375), (500, 375), (500, 375), (375, 500), (500, 333), (333, 500),
 """Widths and heights in pixels: most of ImageNet's images are 500 wide or high; its mean is about 400 x 350."""
 PER_PICTURE = {"train": 40, "val": 1}
 SMALLEST = 1000
-"""Of the shorter side of a picture, in pixels."""
+"""Minimum of a picture's shorter side, in pixels."""
 QUALITY = 92
 
 
@@ -31,9 +32,9 @@ def _pictures(folder: Path) -> list[Path]:
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"fetching {', '.join(PACKAGES)} (140 MB)", file=sys.stderr)
-        fetched = subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, capture_output=True, text=True)
-        if fetched.returncode != 0:
-            raise SystemExit(f"error: {' '.join(fetched.args)}: {fetched.stderr.strip()}; run apt-get update first")
+        result = subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise SystemExit(f"error: {' '.join(result.args)}: {result.stderr.strip()}; run apt-get update first")
         for package in folder.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
             package.unlink()
@@ -41,8 +42,8 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.jpg") if path.is_file() and not path.is_symlink())
 
 
-def _cut(picture: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A window of one of SIZES' shapes, from the size itself to all of the picture, reduced to the size."""
+def _random_crop(picture: Image.Image, random: np.random.Generator) -> Image.Image:
+    """A crop with the aspect ratio of one of SIZES, between that size and the whole picture, reduced to that size."""
     width, height = SIZES[random.integers(len(SIZES))]
     largest = min(picture.width / width, picture.height / height)
     scale = float(np.exp(random.uniform(0.0, np.log(largest))))
@@ -52,12 +53,12 @@ def _cut(picture: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def photographs(folder: Path) -> tuple[Path, Path]:
-    """The same photographs as folders of JPEGs, one class per picture, and as an FFCV file; made at the first call."""
+    """The same photographs as folders of JPEGs, one class per picture, and as an FFCV file; cached after creation."""
     images, betons = folder / "images", folder / "beton"
-    made = folder / "made"
-    if not made.exists():
+    done = folder / "made"
+    if not done.exists():
         number = 0
-        for path in tqdm(_pictures(folder / "packages"), desc="cutting photographs", unit=" pictures"):
+        for path in tqdm(_pictures(folder / "packages"), desc="cropping photographs", unit=" pictures"):
             with Image.open(path) as picture:
                 if picture.mode != "RGB" or min(picture.size) < SMALLEST:
                     continue
@@ -66,10 +67,10 @@ def photographs(folder: Path) -> tuple[Path, Path]:
                 for split, count in PER_PICTURE.items():
                     target = images / split / f"{number:03d}"
                     target.mkdir(parents=True, exist_ok=True)
-                    for cut in range(count):
-                        _cut(picture, random).save(target / f"{cut:03d}.jpg", quality=QUALITY)
+                    for crop in range(count):
+                        _random_crop(picture, random).save(target / f"{crop:03d}.jpg", quality=QUALITY)
             number += 1
-        atomic_write_text(made, f"{number} pictures\n")
+        atomic_write_text(done, f"{number} pictures\n")
     command = [sys.executable, "-m", "launch", "data", "write", "image_folder"]
     command += ["--source", str(images), "--out", str(betons), "--quality", str(QUALITY)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})

@@ -1,4 +1,4 @@
-"""The loop's own step (`pipeline.training.loop._step`) as a function: one process, no Ray, no files, no loader."""
+"""The training loop's own step (`pipeline.training.loop._step`) as a function: without Ray, files and loader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.small_recipe import small_recipe
 
 Trains = Literal["weights", "scores", "kept weights"]
 PHASES: dict[Trains, PhaseName] = {"weights": "pretrain", "scores": "prune", "kept weights": "finetune"}
-"""What trains -> the phase in which it does."""
+"""What is trained -> the phase that trains it."""
 KEEP = Decimal("0.01")
 OBJECTIVES = {
     "clean": {"name": "clean"},
@@ -43,7 +43,7 @@ OBJECTIVES = {
 
 def alone(where: torch.device) -> Group:
     """A process group of one, without a port."""
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+    os.environ["LOCAL_RANK"] = "0"  # required by DeepSpeed
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
     prepare_deepspeed(where)
@@ -53,13 +53,13 @@ def alone(where: torch.device) -> Group:
 def recipe_of(
     arch: str, objective: str, micro_batch: int, parts: int, precision: str, zero_stage: int = 1, mode: str = "eager"
 ) -> Recipe:
-    """ImageNet's recipe in what decides a step's cost, with small numbers."""
+    """A small recipe with those of ImageNet's settings that determine a step's cost."""
     values: dict[str, Any] = {
         "model": {"arch": arch, "num_classes": 1000},
         "threat_model": {"norm": "linf", "eps": "4/255"},
         "objective": OBJECTIVES[objective],
         "batch": {"batch_per_step": micro_batch * parts, "micro_batch": micro_batch},
-        "evaluation": {"validation_steps": 5},  # more than one, which the guard against overfitting asks for
+        "evaluation": {"validation_steps": 5},  # the guard against overfitting requires more than one
         "sparsity": {"keep_fractions": [str(KEEP)]},
         "engine": {"zero_stage": zero_stage, "precision": precision, "mode": mode},
     }
@@ -67,16 +67,16 @@ def recipe_of(
 
 
 def random_batch(count: int, size: int) -> Batch:
-    """Random images of `size` pixels a side, as the loader hands them over."""
+    """Random images of `size` x `size` pixels, in the loader's format."""
     images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
     return Batch(images, torch.arange(count), torch.arange(count))
 
 
 class RealStep:
-    """One step of the phase that trains weights, scores or kept weights per call, as the loop takes it.
+    """Each call is one step of the phase that trains weights, scores or kept weights, as the training loop takes it.
 
-    `batches` are its micro-batches; a single batch is given again and again.
+    `batches` are its micro-batches; a single batch is used repeatedly.
     """
 
     def __init__(self, recipe: Recipe, group: Group, batches: Batch | Iterator[Batch], trains: Trains) -> None:

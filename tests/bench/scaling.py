@@ -1,14 +1,14 @@
-"""What a step of a recipe costs on more workers, by a model: `python -m tests.bench.scaling RECIPE --images-per-s R`.
+"""Models the time of a recipe's step on more workers: `python -m tests.bench.scaling RECIPE --images-per-s R`.
 
-A step of n workers takes the slowest worker's compute and then what it sends, none of which is assumed to overlap:
+A step on n workers takes the slowest worker's compute time plus its communication time; no overlap is assumed:
 
     compute(n)  micro-batches per worker x images x (1 + attack passes x ATTACK_PASS) / R
-    send(n)     gradients, summed by a ring: 2 (n - 1)/n x their bytes / bandwidth, and 2 (n - 1) latencies
-                ZeRO's weights, gathered:      (n - 1)/n x their bytes / bandwidth, and (n - 1) latencies
-                BatchNorm's statistics of every micro-batch, gathered: all but one's own
+    send(n)     gradients, by a ring all-reduce: 2 (n - 1)/n x their bytes / bandwidth, and 2 (n - 1) latencies
+                ZeRO's weights, all-gathered:      (n - 1)/n x their bytes / bandwidth, and (n - 1) latencies
+                BatchNorm's statistics of every micro-batch, all-gathered: those of the other workers
 
-What is sent is counted on the network; `tests/distributed/test_collectives.py` holds how often. R and the network's
-speed are inputs: a model says nothing that was not put into it.
+The bytes are counted on the network; `tests/distributed/test_collectives.py` checks how often they are sent. R and the
+network's speed are inputs, on which the results depend.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes of one step."""
+    """Bytes that one step sends."""
 
     gradients: int
     """bf16 for the weights of convolutions and linear layers under bf16, fp32 for the rest."""
@@ -58,18 +58,18 @@ class Sent:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the recipe runs on."""
+    """The hardware's speed."""
 
     images_per_s: float
-    """Forward and backward, one GPU, the recipe's network, image size and micro-batch."""
+    """Forward and backward passes of one GPU, with the recipe's network, image size and micro-batch."""
     bandwidth: float
-    """Bytes per second that each GPU sends and receives, all at once, over the slowest link."""
+    """Bytes per second that each GPU sends and receives over the slowest link while all others do too."""
     latency: float
-    """Seconds until a message's first byte is there."""
+    """Seconds until a message's first byte arrives."""
 
 
 def compute_s(recipe: Recipe, workers: int, machine: Machine) -> float:
-    """Of one step. Errors: ValueError unless the workers divide the step's micro-batches."""
+    """Compute time of one step, in seconds. Errors: ValueError unless the workers divide the step's micro-batches."""
     batch, passes = recipe.batch, passes_per_step(recipe.objective)
     if batch.micro_batches_per_step % workers:
         raise ValueError(f"{workers} workers do not divide {batch.micro_batches_per_step} micro-batches")
@@ -80,7 +80,7 @@ def compute_s(recipe: Recipe, workers: int, machine: Machine) -> float:
 
 
 def send_s(recipe: Recipe, sent: Sent, workers: int, machine: Machine) -> float:
-    """Of one step."""
+    """Communication time of one step, in seconds."""
     others = (workers - 1) / workers
     gathered = recipe.batch.micro_batches_per_step * sent.statistics
     volume = others * (2 * sent.gradients + sent.weights + gathered)
@@ -88,7 +88,7 @@ def send_s(recipe: Recipe, sent: Sent, workers: int, machine: Machine) -> float:
 
 
 def table(recipe: Recipe, machine: Machine, nodes: Sequence[int]) -> str:
-    """Markdown: a line per number of nodes, and why the recipe ends where it does."""
+    """Markdown table with a line per number of nodes, and the reason where a number is not possible."""
     sent, most = Sent.of(recipe), recipe.batch.micro_batches_per_step
     mebi = 2**20
     lines = [
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="such as batch.micro_batch=8")
-    parser.add_argument("--images-per-s", type=float, required=True, help="R: forward and backward, one GPU")
+    parser.add_argument("--images-per-s", type=float, required=True, help="R: forward and backward passes of one GPU")
     parser.add_argument(
         "--gigabytes-per-s", type=float, default=25.0, help="per GPU, between nodes (default: %(default)s)"
     )

@@ -1,6 +1,6 @@
-"""What a step costs on smaller images, against their area: `python -m tests.bench.sizes [FOLDER]`.
+"""The cost of a step on smaller images, compared with their area: `python -m tests.bench.sizes [FOLDER]`.
 
-The loop's own one-step adversarial step of ResNet-50, at the sizes of `recipes/imagenet_resnet50_fast.yaml`.
+The training loop's own step of ResNet-50 with a one-step attack, at the sizes of `recipes/imagenet_resnet50_fast.yaml`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.distributed import make_deterministic
-from tests.bench.alternate import alternate, device, folder_asked_for, ratio, write
+from tests.bench.alternate import alternate, device, parse_folder, ratio, write_results
 from tests.bench.real_step import RealStep, alone, random_batch, recipe_of
 
 SIZES = (128, 160, 192, 224)
@@ -17,7 +17,7 @@ ROUNDS = {"cpu": 4, "cuda": 20}
 
 
 def main() -> None:
-    folder = folder_asked_for(__doc__)
+    folder = parse_folder(__doc__)
     where = device()
     make_deterministic(1)
     count, rounds, precision = MICRO_BATCH[where.type], ROUNDS[where.type], "fp32" if where.type == "cpu" else "bf16"
@@ -32,7 +32,7 @@ def main() -> None:
         if label != full
     ]
     setting = f"resnet50, one attack step, one micro-batch of {count}, {precision}, eager, {rounds} rounds"
-    write("sizes", folder, setting, seconds, ratios, where)
+    write_results("sizes", folder, setting, seconds, ratios, where)
     torch.distributed.destroy_process_group()
 
 

@@ -1,8 +1,8 @@
-"""What a training step costs, as ratios: `python -m tests.bench.step [FOLDER]`; JSON and a table go into the folder.
+"""The cost of a training step, as ratios: `python -m tests.bench.step [FOLDER]`; writes JSON and a table.
 
-The loop's own steps, through DeepSpeed in a process group of one, against a plain PyTorch loop (`baseline`) and each
-other, compiled or not as the baseline is fastest. On a CPU smaller images, one thread and CPU time; on a GPU the sizes
-of ImageNet and wall clock.
+The training loop's own steps, through DeepSpeed in a process group of one, compared with a plain PyTorch loop
+(`baseline`) and each other; compiled if the fastest baseline is. On a CPU smaller images, one thread and CPU time; on a
+GPU ImageNet's sizes and wall clock.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.distributed import make_deterministic
 from pipeline.models.pruning.masked_weight import Masked
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.pruning.topk import kept_count
-from tests.bench.alternate import alternate, device, folder_asked_for, ratio, write
+from tests.bench.alternate import alternate, device, parse_folder, ratio, write_results
 from tests.bench.baseline import candidates
 from tests.bench.real_step import KEEP, RealStep, Trains, alone, random_batch, recipe_of
 
@@ -28,7 +28,7 @@ MICRO_BATCH = {"cpu": 16, "cuda": 64}
 SIZE = {"cpu": 96, "cuda": 224}
 ROUNDS = {"cpu": 7, "cuda": 30}
 FEW_ROUNDS = 2
-"""Rounds that choose the fastest baseline, and those of the step that sorts."""
+"""Rounds for choosing the fastest baseline, and for the step that sorts."""
 CLEAN, FGSM, PGD, TRADES = "clean", "fgsm", "pgd-3", "trades-3"
 PRUNE, FINETUNE, SORTING = "prune, pgd-3", "finetune, pgd-3", "prune, pgd-3, sorting at every forward"
 K = 3
@@ -37,7 +37,7 @@ K = 3
 
 @contextmanager
 def _sorting_at_every_forward() -> Iterator[None]:
-    """Masks as HYDRA's reference makes them: every forward, the attack's too, sorts the scores of every layer."""
+    """Masks as in HYDRA's reference code: every forward pass, also of the attack, sorts the scores of every layer."""
     original = Masked.forward
 
     def forward(self: Masked, weight: torch.Tensor) -> torch.Tensor:
@@ -55,16 +55,16 @@ def _sorting_at_every_forward() -> Iterator[None]:
         yield
 
 
-def _sorting(step: Callable[[], None]) -> Callable[[], None]:
-    def sorted_step() -> None:
+def _with_sorting(step: Callable[[], None]) -> Callable[[], None]:
+    def sorting_step() -> None:
         with _sorting_at_every_forward():
             step()
 
-    return sorted_step
+    return sorting_step
 
 
 def main() -> None:
-    folder = folder_asked_for(__doc__)
+    folder = parse_folder(__doc__)
     where = device()
     kind = where.type
     make_deterministic(1)
@@ -74,14 +74,14 @@ def main() -> None:
     batch = Batch(whole.images[:count], whole.labels[:count], whole.ids[:count])
 
     plain = candidates(ARCH, whole.images.to(where), whole.labels.to(where), PARTS)
-    chosen = alternate(plain, FEW_ROUNDS, where)
-    fastest = min(chosen, key=lambda label: statistics.median(chosen[label]))
+    plain_seconds = alternate(plain, FEW_ROUNDS, where)
+    fastest = min(plain_seconds, key=lambda label: statistics.median(plain_seconds[label]))
     precision, mode = "bf16" if "bf16" in fastest else "fp32", "compiled" if "compile" in fastest else "eager"
 
     def ours(objective: str, trains: Trains = "weights", mode: str = mode) -> Callable[[], None]:
         return RealStep(recipe_of(ARCH, objective, count, PARTS, precision, mode=mode), group, batch, trains)
 
-    things = {
+    steps = {
         fastest: plain[fastest],
         CLEAN: ours("clean"),
         FGSM: ours("fgsm"),
@@ -90,13 +90,13 @@ def main() -> None:
         PRUNE: ours("pgd-3", "scores"),
         FINETUNE: ours("pgd-3", "kept weights"),
     }
-    seconds = alternate(things, rounds, where)
-    # Eager on both sides: what a compiled forward is given was made before it.
+    seconds = alternate(steps, rounds, where)
+    # Both eager: a compiled forward pass would get weights that were masked before it.
     sorting = {
-        SORTING: _sorting(ours("pgd-3", "scores", "eager")),
+        SORTING: _with_sorting(ours("pgd-3", "scores", "eager")),
         f"{PRUNE}, eager": ours("pgd-3", "scores", "eager"),
     }
-    sorted_seconds = alternate(sorting, FEW_ROUNDS, where)
+    sorting_seconds = alternate(sorting, FEW_ROUNDS, where)
     ratios = [
         ratio("baseline / clean step", seconds, fastest, CLEAN, ">= 0.98"),
         ratio("one-step adversarial / clean step", seconds, FGSM, CLEAN, "<= 1.85"),
@@ -104,10 +104,10 @@ def main() -> None:
         ratio("prune / dense step, both PGD-3", seconds, PRUNE, PGD, "<= 1.05"),
         ratio("finetune / dense step, both PGD-3", seconds, FINETUNE, PGD),
         ratio("TRADES-3 / PGD-3", seconds, TRADES, PGD),
-        ratio("prune step that sorts at every forward / ours", sorted_seconds, *sorting),
+        ratio("prune step that sorts at every forward / ours", sorting_seconds, *sorting),
     ]
     setting = f"{ARCH}, {size} px, {PARTS} micro-batches of {count}, {precision}, {mode}, {rounds} rounds"
-    write("step", folder, setting, {**chosen, **seconds, **sorted_seconds}, ratios, where)
+    write_results("step", folder, setting, {**plain_seconds, **seconds, **sorting_seconds}, ratios, where)
     torch.distributed.destroy_process_group()
 
 

@@ -1,8 +1,8 @@
 """Throughput over workers on this machine: `python -m tests.bench.workers [FOLDER]`.
 
-The loop's own adversarial step in process groups of one worker with two threads, two with one, and four with one, each
-started anew, in turn. The batch is the same: four micro-batches, dealt to the workers. Wall clock, so the machine must
-be quiet. It says too how much memory a worker takes at the most.
+The training loop's own adversarial step in process groups of one worker with two threads, two with one, and four with
+one, in turn, each in new processes. The batch is the same: four micro-batches, split among the workers. Wall clock, so
+the machine must be idle. Also reports the peak memory of a worker.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import torch
 
 from pipeline.distributed import Group
-from tests.bench.alternate import Seconds, folder_asked_for, ratio, write
+from tests.bench.alternate import Seconds, parse_folder, ratio, write_results
 from tests.bench.real_step import RealStep, random_batch, recipe_of
 from tests.support.processes import run_group
 
@@ -23,28 +23,28 @@ WARM_UP, STEPS, ROUNDS = 1, 4, 5
 GROUPS = {"1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 1), "4 workers, 1 thread each": (4, 1)}
 
 
-def timed(group: Group) -> tuple[float, int]:
-    """Median seconds of a step, and this process's largest resident memory in bytes."""
+def measure_step(group: Group) -> tuple[float, int]:
+    """Median time of a step in seconds, and this process's peak resident memory in bytes."""
     batch = random_batch(MICRO_BATCH, SIZE)
     step = RealStep(recipe_of(ARCH, "fgsm", MICRO_BATCH, PARTS, PRECISION), group, batch, "weights")
     seconds = []
     for _ in range(WARM_UP + STEPS):
         torch.distributed.barrier()
-        began = time.perf_counter()
+        start = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[WARM_UP:]), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:
-    folder = folder_asked_for(__doc__)
+    folder = parse_folder(__doc__)
     seconds: Seconds = {label: [] for label in GROUPS}
     largest: dict[str, int] = {}
     for number in range(ROUNDS):
         for label, (world, threads) in list(GROUPS.items())[:: 1 if number % 2 else -1]:
-            answers = run_group(world, timed, threads=threads)
-            seconds[label].append(max(step for step, _ in answers))
-            largest[label] = max(most for _, most in answers)
+            results = run_group(world, measure_step, threads=threads)
+            seconds[label].append(max(step for step, _ in results))
+            largest[label] = max(most for _, most in results)
     one, two, four = GROUPS
     ratios = [
         ratio("images/s of 2 workers / 1 worker with 2 threads", seconds, one, two, ">= 0.9"),
@@ -55,7 +55,7 @@ def main() -> None:
         f"{ARCH}, {SIZE} px, one-step adversarial, {PARTS} micro-batches of {MICRO_BATCH} in all, {PRECISION}, ZeRO 1 "
         f"from two workers on, {ROUNDS} rounds of {STEPS} steps, wall clock; largest memory of a worker: {memory}"
     )
-    write("workers", folder, setting, seconds, ratios, torch.device("cpu"))
+    write_results("workers", folder, setting, seconds, ratios, torch.device("cpu"))
 
 
 if __name__ == "__main__":

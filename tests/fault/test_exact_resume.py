@@ -16,7 +16,8 @@ from pipeline.recipe.schema import Recipe
 from pipeline.run import checkpoint
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.fault.final_state import differences, final_state
-from tests.support.small_recipe import ROOT, two_worker_recipe
+from tests.support.commands import ROOT
+from tests.support.small_recipe import two_worker_recipe
 from tests.support.undisturbed_run import new_run
 
 DEADLINE_S = 420

@@ -23,8 +23,9 @@ from pipeline.training.loop import NonFinite
 from tests.bench.real_step import RealStep, recipe_of
 from tests.fault.final_state import unlike
 from tests.fault.poison import given, set_doses
+from tests.support.commands import ROOT
 from tests.support.processes import run_group
-from tests.support.small_recipe import ROOT, two_worker_recipe
+from tests.support.small_recipe import two_worker_recipe
 from tests.support.undisturbed_run import new_run
 
 PRUNE = "keep-0.1/prune"

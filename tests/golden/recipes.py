@@ -1,4 +1,4 @@
-"""The recipes of the golden losses, each of seconds: every objective and phase, and the options that change a step."""
+"""The recipes of the golden losses, seconds each: every objective and phase, and the options that change a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOW = SGD | {"lr": 0.01}
 """For networks with BatchNorm: rounding errors grow with the learning rate there."""
 ADAM = {"epochs": EPOCHS, "lr": 0.001, "optimizer": "adam"}
 SMALL_CNN = {"arch": "small_cnn"}
-"""With BatchNorm; the others train a network without it, which takes half of the time."""
+"""With BatchNorm; the other recipes train a network without it, which takes half the time."""
 TINY_IMAGES = {"image_size": 12, "augmentation": "none"}
 """Symbolic bounds take a forward pass per pixel."""
 RECIPES: dict[str, dict[str, Any]] = {
@@ -71,23 +71,23 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data": TINY_IMAGES,
     },
 }
-"""Name -> the sections in which the recipe differs from the others."""
+"""Name -> the recipe's sections that differ from the defaults below."""
 UNSTEADY = (
     "pgd, every baseline",
     "fgsm, eps warm-up, averaged, growing images",
     "trades, global allocation, frozen BatchNorm",
     "mixtrain, adam",
 )
-"""Those in which rounding errors grow: they have BatchNorm, or Adam, which divides by small gradients."""
+"""Recipes in which rounding errors grow: they use BatchNorm, or Adam, which divides by small gradients."""
 
 
 def golden_recipe(data: Path, name: str) -> Recipe:
     """The recipe `name` on the data files in the folder `data`; each of its stages takes `STEPS` steps."""
-    chosen, values = RECIPES[name], small_values(data)
+    sections, values = RECIPES[name], small_values(data)
     values |= {
-        "objective": chosen["objective"],
-        "threat_model": chosen.get("threat_model", LINF),
-        "phases": {"finetune": None, **chosen.get("phases", dict.fromkeys(SEARCH, SGD))},
+        "objective": sections["objective"],
+        "threat_model": sections.get("threat_model", LINF),
+        "phases": {"finetune": None, **sections.get("phases", dict.fromkeys(SEARCH, SGD))},
         "batch": {"batch_per_step": BATCH, "micro_batch": BATCH // 2},
         "tracking": {"log_every_steps": 1, "wandb": "disabled"},
     }
@@ -95,10 +95,10 @@ def golden_recipe(data: Path, name: str) -> Recipe:
         "train_images": BATCH * STEPS // EPOCHS,
         "validation_images": BATCH,
         "augmentation": "pad_crop_flip",
-        **chosen.get("data", {}),
+        **sections.get("data", {}),
     }
-    values["model"] |= {"arch": "cnn_small", **chosen.get("model", {})}
-    values["sparsity"] |= {"baselines": [], **chosen.get("sparsity", {})}
+    values["model"] |= {"arch": "cnn_small", **sections.get("model", {})}
+    values["sparsity"] |= {"baselines": [], **sections.get("sparsity", {})}
     values["evaluation"] |= {
         "images": 2,
         "chunk": 2,

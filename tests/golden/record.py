@@ -1,7 +1,7 @@
-"""Takes the golden steps and records their losses in losses.json: `python -m tests.golden.record`.
+"""Runs the golden recipes and records their losses in losses.json: `python -m tests.golden.record`.
 
-For after a change that is meant to change numbers, and for a processor model that has no section yet. A section belongs
-to one processor model, because the vector instructions decide in which order floating-point numbers are added.
+Use it after a change that is meant to change numbers, and on a processor model that has no section yet. A section
+belongs to one processor model, because its vector instructions determine the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.processes import run_group
 
 FILE = Path(__file__).with_name("losses.json")
 DEADLINE_S = 1200
-"""Of all steps, on a machine that does ten times as much at the same time."""
+"""For all steps, on a machine under ten times the load."""
 
 Facts = dict[str, str]
 """One stage: its `losses`, a hexadecimal float per step; SHA-256 of its final `weights`, and `masks` if pruned."""
@@ -38,7 +38,7 @@ Golden = dict[str, dict[str, Facts]]
 
 
 def processor() -> str:
-    """The name of this machine's section. Virtual machines hide the model's name, so more than that is in it."""
+    """The name of this machine's section. Includes more than the model's name, which virtual machines may hide."""
     first = CPUS.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0] if CPUS.exists() else ""
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model", "cache size") if key in fields]
@@ -46,7 +46,7 @@ def processor() -> str:
     return ", ".join([processor_model(), *numbers, *vectors])
 
 
-def take_steps(data: Path, root: Path) -> Golden:
+def run_golden_recipes(data: Path, root: Path) -> Golden:
     """Run every golden recipe in the folder `root` with one worker, all in one process."""
     recipes = {name: golden_recipe(data, name) for name in RECIPES}
     leases: list[Leases] = []
@@ -55,10 +55,10 @@ def take_steps(data: Path, root: Path) -> Golden:
             (root / name).mkdir()
             atomic_write_text(root / name / "recipe.yaml", dump_recipe(recipe))
             leases.append(Leases([root / name / stage.name for stage in stages_of(recipe)]))
-        jobs = [
+        runs = [
             (recipe, root / name, lease.token) for (name, recipe), lease in zip(recipes.items(), leases, strict=True)
         ]
-        run_group(1, _run, jobs, deadline_s=DEADLINE_S)
+        run_group(1, _run_recipes, runs, deadline_s=DEADLINE_S)
     finally:
         for lease in leases:
             lease.release()
@@ -68,8 +68,8 @@ def take_steps(data: Path, root: Path) -> Golden:
     }
 
 
-def _run(group: Group, jobs: list[tuple[Recipe, Path, str]]) -> None:
-    for recipe, folder, token in jobs:
+def _run_recipes(group: Group, runs: list[tuple[Recipe, Path, str]]) -> None:
+    for recipe, folder, token in runs:
         run_stages(RunContext(recipe, folder, token, group), stages_of(recipe))
 
 
@@ -82,24 +82,24 @@ def _facts(stage: Path) -> Facts:
     return {"losses": " ".join(losses), "weights": weights.hexdigest(), **({} if masks is None else {"masks": masks})}
 
 
-def updated(sections: dict[str, Any], name: str, section: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The sections of losses.json with one recorded again, and what that changes in words.
+def replace_section(sections: dict[str, Any], name: str, section: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The sections of losses.json with section `name` replaced, and a description of the change.
 
-    Where numbers have changed, sections of other processor models are those of earlier code, and are dropped.
+    If its numbers have changed, the sections of other processor models belong to earlier code, and are dropped.
     """
     before = sections.get(name)
     if before is None:
         return {**sections, name: section}, f"new section for {name}"
     if before["recipes"] == section["recipes"]:
-        return {**sections, name: section}, f"the same numbers for {name}"
-    changed = [
+        return {**sections, name: section}, f"unchanged numbers for {name}"
+    changes = [
         f"{recipe}: {stage}"
         for recipe, stages in section["recipes"].items()
         for stage, facts in stages.items()
         if before["recipes"].get(recipe, {}).get(stage) != facts
     ]
-    dropped = [f"dropped, as it is of earlier code: {other}" for other in sections if other != name]
-    return {name: section}, "\n  ".join([f"changed numbers for {name}", *changed, *dropped])
+    drops = [f"dropped, as it belongs to earlier code: {other}" for other in sections if other != name]
+    return {name: section}, "\n  ".join([f"changed numbers for {name}", *changes, *drops])
 
 
 def main() -> None:
@@ -108,8 +108,8 @@ def main() -> None:
         data.mkdir()
         root.mkdir()
         write_fashion_data(data)
-        section = {"torch": torch.__version__, "recipes": take_steps(data, root)}
-    sections, change = updated(read_json_if_there(FILE) or {}, processor(), section)
+        section = {"torch": torch.__version__, "recipes": run_golden_recipes(data, root)}
+    sections, change = replace_section(read_json_if_there(FILE) or {}, processor(), section)
     atomic_write_json(FILE, sections)
     print(f"{FILE}: {change}")
 

@@ -1,7 +1,7 @@
-"""The golden losses: the first steps of every objective and phase are those that were recorded.
+"""The golden losses: the first steps of every objective and phase reproduce the recorded ones.
 
-They tell a refactoring, which changes none of them, from a change of numbers: on a processor model that recorded them
-bit for bit, and on any other within rounding.
+So a refactoring, which must not change them, is verified: bit for bit on a processor model that has recorded them, and
+within rounding on any other.
 """
 
 from __future__ import annotations
@@ -17,74 +17,74 @@ from pipeline.recipe.objective import TECHNIQUES
 from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
 from pipeline.run.files import read_json
 from tests.golden.recipes import RECIPES, STEPS, UNSTEADY, golden_recipe
-from tests.golden.record import DEADLINE_S, FILE, Facts, Golden, processor, take_steps, updated
+from tests.golden.record import DEADLINE_S, FILE, Facts, Golden, processor, replace_section, run_golden_recipes
 
 pytestmark = pytest.mark.timeout(DEADLINE_S + 60)
 ADVICE = "if this change was meant to change numbers, record them again: python -m tests.golden.record"
 
 
 def tolerance(recipe: str, stage: str, step: int) -> float:
-    """Largest relative difference of a loss on another processor model, for the steps 1, 2, ... of a stage.
+    """Largest relative difference of a loss on another processor model, for steps 1, 2, ... of a stage.
 
-    Measured by limiting PyTorch, oneDNN and MKL to AVX2, and to SSE4: at most 2e-6 in the first steps of fresh weights;
-    later 2e-7, and 2e-2 in the `UNSTEADY` recipes. What 1e-3 allows beyond that is a connection, or the sign of a
-    pixel's gradient, that changes sides.
+    Measured by limiting PyTorch, oneDNN and MKL to AVX2, and to SSE4: at most 2e-6 in the first steps of new weights;
+    later 2e-7, and 2e-2 in the `UNSTEADY` recipes. Beyond that, 1e-3 allows for a connection that enters or leaves a
+    mask, or a pixel's gradient that changes its sign.
     """
     if stage == "pretrain" and step <= 3:
         return 1e-5
     return 0.1 if recipe in UNSTEADY else 1e-3
 
 
-def differences(name: str, recorded: dict[str, Facts], taken: dict[str, Facts], exact: bool) -> list[str]:
-    """What differs in the stages of the recipe `name`: of each the first loss, or a digest, which counts if `exact`."""
-    found = [f"{stage}: it was recorded or taken, and not both" for stage in sorted(recorded.keys() ^ taken.keys())]
-    for stage in sorted(recorded.keys() & taken.keys()):
-        expected, actual = recorded[stage], taken[stage]
+def differences(name: str, reference: dict[str, Facts], result: dict[str, Facts], exact: bool) -> list[str]:
+    """Differences of the stages of the recipe `name`: for each its first loss that differs or, if `exact`, digests."""
+    messages = [f"{stage}: it was recorded or run, but not both" for stage in sorted(reference.keys() ^ result.keys())]
+    for stage in sorted(reference.keys() & result.keys()):
+        expected, actual = reference[stage], result[stage]
         losses = expected["losses"].split(), actual["losses"].split()
         counts = [len(part) for part in losses]
         if counts[0] != counts[1]:
-            found.append(f"{stage}: it took {counts[1]} steps, and {counts[0]} are recorded")
+            messages.append(f"{stage}: it took {counts[1]} steps, but {counts[0]} are recorded")
             continue
         for step, (one, other) in enumerate(zip(*losses, strict=True), start=1):
             there, here = float.fromhex(one), float.fromhex(other)
-            allowed = 0.0 if exact else tolerance(name, stage, step) * abs(there)
-            if abs(here - there) > allowed:
-                found.append(
-                    f"{stage}, step {step} of {counts[0]}: the loss is {here!r} ({other}), and recorded is {there!r} "
-                    f"({one}); they differ by {abs(here - there):.3g}, and may differ by {allowed:.3g}"
+            limit = 0.0 if exact else tolerance(name, stage, step) * abs(there)
+            if abs(here - there) > limit:
+                messages.append(
+                    f"{stage}, step {step} of {counts[0]}: the loss is {here!r} ({other}), but {there!r} ({one}) is "
+                    f"recorded; they differ by {abs(here - there):.3g}, and may differ by {limit:.3g}"
                 )
                 break
         else:
-            found += [
-                f"{stage}: all losses are equal, but the {part} are not: {actual.get(part)} in place of {digest}"
+            messages += [
+                f"{stage}: all losses are equal, but the {part} are not: {actual.get(part)} instead of {digest}"
                 for part, digest in expected.items()
                 if exact and actual.get(part) != digest
             ]
-    return found
+    return messages
 
 
 @pytest.fixture(scope="module")
-def taken(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    return take_steps(fashion_data, tmp_path_factory.mktemp("golden"))
+def results(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    return run_golden_recipes(fashion_data, tmp_path_factory.mktemp("golden"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_losses_are_the_recorded_ones(taken: Golden, name: str) -> None:
+def test_losses_equal_the_recorded_ones(results: Golden, name: str) -> None:
     sections, here = read_json(FILE), processor()
     section = sections.get(here) or next(iter(sections.values()))
-    where = "as on this processor model" if here in sections else f"within rounding, as {here} has no section"
-    found = differences(name, section["recipes"][name], taken[name], exact=here in sections)
-    assert not found, "\n".join(
+    method = "exactly, on this processor model" if here in sections else f"within rounding, as {here} has no section"
+    messages = differences(name, section["recipes"][name], results[name], exact=here in sections)
+    assert not messages, "\n".join(
         [
             f"{name}:",
-            *found,
-            f"compared {where}; recorded with torch {section['torch']}, this is {torch.__version__}",
+            *messages,
+            f"compared {method}; recorded with torch {section['torch']}, this is {torch.__version__}",
             ADVICE,
         ]
     )
 
 
-def test_every_objective_and_phase_is_there_with_all_its_steps(tmp_path: Path) -> None:
+def test_every_objective_and_phase_is_recorded_with_all_its_steps(tmp_path: Path) -> None:
     recipes = {name: golden_recipe(tmp_path, name) for name in RECIPES}
     assert {r.objective.name for r in recipes.values()} == set(TECHNIQUES)
     assert {stage.phase for recipe in recipes.values() for stage in stages_of(recipe)} == set(NETWORK_OF_PHASE)
@@ -109,32 +109,32 @@ def test_a_difference_is_named_by_stage_step_and_both_losses() -> None:
     last_bit = _with(losses="0x1.0p+0 0x1.8000000000001p+0")
     assert differences("clean", RECORDED, RECORDED, exact=True) == []
     assert differences("clean", RECORDED, last_bit, exact=False) == []
-    (found,) = differences("clean", RECORDED, last_bit, exact=True)
-    assert found == (
-        "pretrain, step 2 of 2: the loss is 1.5000000000000002 (0x1.8000000000001p+0), and recorded is 1.5 "
-        "(0x1.8p+0); they differ by 2.22e-16, and may differ by 0"
+    (message,) = differences("clean", RECORDED, last_bit, exact=True)
+    assert message == (
+        "pretrain, step 2 of 2: the loss is 1.5000000000000002 (0x1.8000000000001p+0), but 1.5 (0x1.8p+0) is "
+        "recorded; they differ by 2.22e-16, and may differ by 0"
     )
-    (found,) = differences("clean", RECORDED, _with(losses="0x1.1p+0 0x1.8p+0"), exact=False)
-    assert found.startswith("pretrain, step 1 of 2: the loss is 1.0625 (0x1.1p+0), and recorded is 1.0 (0x1.0p+0); ")
+    (message,) = differences("clean", RECORDED, _with(losses="0x1.1p+0 0x1.8p+0"), exact=False)
+    assert message.startswith("pretrain, step 1 of 2: the loss is 1.0625 (0x1.1p+0), but 1.0 (0x1.0p+0) is recorded; ")
 
 
 def test_digests_count_on_the_same_processor_model_only() -> None:
-    (found,) = differences("clean", RECORDED, _with(weights="v"), exact=True)
-    assert found == "pretrain: all losses are equal, but the weights are not: v in place of w"
+    (message,) = differences("clean", RECORDED, _with(weights="v"), exact=True)
+    assert message == "pretrain: all losses are equal, but the weights are not: v instead of w"
     assert differences("clean", RECORDED, _with(weights="v"), exact=False) == []
 
 
 def test_a_stage_that_is_missing_or_new_is_a_difference() -> None:
     for one, other in ((RECORDED, {}), ({}, RECORDED)):
-        assert differences("clean", one, other, exact=False) == ["pretrain: it was recorded or taken, and not both"]
+        assert differences("clean", one, other, exact=False) == ["pretrain: it was recorded or run, but not both"]
 
 
 def test_another_number_of_steps_is_a_difference() -> None:
-    (found,) = differences("clean", RECORDED, _with(losses="0x1.0p+0"), exact=True)
-    assert found == "pretrain: it took 1 steps, and 2 are recorded"
+    (message,) = differences("clean", RECORDED, _with(losses="0x1.0p+0"), exact=True)
+    assert message == "pretrain: it took 1 steps, but 2 are recorded"
 
 
-def test_elsewhere_later_steps_may_differ_more() -> None:
+def test_on_other_processors_later_steps_may_differ_more() -> None:
     first, later = ({"prune": {"losses": f"0x1.0p+0 {loss}", "weights": "w"}} for loss in ("0x1.0p+0", "0x1.08p+0"))
     assert len(differences("clean", first, later, exact=False)) == 1
     assert differences(UNSTEADY[0], first, later, exact=False) == []
@@ -142,15 +142,15 @@ def test_elsewhere_later_steps_may_differ_more() -> None:
 
 def test_changed_numbers_drop_the_sections_of_other_processors() -> None:
     section: dict[str, Any] = {"torch": "2", "recipes": {"clean": RECORDED}}
-    both, change = updated({"one": section}, "other", section)
+    both, change = replace_section({"one": section}, "other", section)
     assert both == {"one": section, "other": section}
     assert change == "new section for other"
-    assert updated(both, "one", deepcopy(section)) == (both, "the same numbers for one")
-    changed = {"torch": "2", "recipes": {"clean": _with(weights="v")}}
-    left, change = updated(both, "one", changed)
-    assert left == {"one": changed}
+    assert replace_section(both, "one", deepcopy(section)) == (both, "unchanged numbers for one")
+    new_section = {"torch": "2", "recipes": {"clean": _with(weights="v")}}
+    sections, change = replace_section(both, "one", new_section)
+    assert sections == {"one": new_section}
     assert change.splitlines() == [
         "changed numbers for one",
         "  clean: pretrain",
-        "  dropped, as it is of earlier code: other",
+        "  dropped, as it belongs to earlier code: other",
     ]

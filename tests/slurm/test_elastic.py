@@ -137,12 +137,12 @@ def _can_be_watched(folder: Path, job: str) -> None:
     assert "elastic: running, 0 of 3 stages finished" in said
     assert (row[1], row[-3:]) == ("training", [job, "RUNNING", "0"])
     logs = Command(place, "logs", "elastic", "-f", "-n", "1")
-    wait_until(lambda: "/logs/worker-1.log <==" in logs.said(), 60, "the logs of both workers")
-    shown = logs.said()
-    wait_until(lambda: len(logs.said()) > len(shown), 60, "what is logged meanwhile")
+    wait_until(lambda: "/logs/worker-1.log <==" in logs.output(), 60, "the logs of both workers")
+    shown = logs.output()
+    wait_until(lambda: len(logs.output()) > len(shown), 60, "what is logged meanwhile")
     logs.signal(signal.SIGINT)
     assert logs.finish(60).code == 0
-    assert f"/jobs/{job}_0_log.err <==" in logs.said()
+    assert f"/jobs/{job}_0_log.err <==" in logs.output()
 
 
 def _refuses_others(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Helpers that tests share; none of them is a test."""
+"""Helpers that tests share."""

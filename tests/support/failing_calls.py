@@ -1,4 +1,4 @@
-"""System calls that fail, in a process that preloads a library, whatever language they come from."""
+"""Makes system calls fail in a process that preloads a library, whichever language makes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SOURCE = r"""
 #include <sys/types.h>
 #include <unistd.h>
 
-/* Calls about files below `folder` are counted; number `at` fails with `code`, and with `stays` all after it. */
+/* Counts calls on files below `folder`; number `at` fails with `code`, and if `stays` is set all later ones do too. */
 static char folder[PATH_MAX];
 static long at, calls;
 static int code, stays;
@@ -53,7 +53,7 @@ static int fails_at(int descriptor, const char *path) {
 #define WRAP(type, name, parameters, condition, arguments) \
     type name parameters { return (condition) ? -1 : REAL(name) arguments; }
 #define MODE va_list rest; va_start(rest, flags); mode_t mode = va_arg(rest, mode_t); va_end(rest)
-/* On a full disk what is there can still be opened. */
+/* On a full disk existing files can still be opened. */
 #define OPENING(failing) (!(stays && !(flags & O_CREAT)) && failing)
 
 int open(const char *path, int flags, ...) { MODE; return OPENING(fails(path)) ? -1 : REAL(open)(path, flags, mode); }
@@ -88,7 +88,7 @@ WRAP(int, rmdir, (const char *path), !stays && fails(path), (path))
 
 
 class Faults:
-    """The preloaded library, in the process that it was loaded into."""
+    """The preloaded library, in the process that has loaded it."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -97,12 +97,12 @@ class Faults:
         self._library.faults_begin(os.fsencode(folder), ctypes.c_long(number), code, stays)
 
     def end(self) -> int:
-        """The number of calls that there were."""
+        """Stop failing; returns the number of calls."""
         return self._library.faults_end()
 
 
 def build_library(folder: Path) -> Path:
-    """Compile it there; its path is what LD_PRELOAD must be."""
+    """Compile the library in `folder`; returns its path, for LD_PRELOAD."""
     (folder / "faults.c").write_text(_SOURCE)
     command = ["cc", "-shared", "-fPIC", "-O0", "-U_FORTIFY_SOURCE", "faults.c", "-o", "faults.so", "-ldl"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)

@@ -1,7 +1,7 @@
-"""Runs a function in several processes that form a gloo group, without Ray, and returns what each returned.
+"""Runs a function in several processes that form a gloo process group, without Ray, and returns their results.
 
-They are forked from one process per session that has imported everything (`warm`); it ends with the last of those that
-can ask it.
+They are forked from one server process per session that has imported everything (`warm`); the server ends with the last
+process that can use it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _context(fresh: bool) -> SpawnContext | ForkServerContext:
     return context
 
 
-def _enter(
+def _run_worker(
     environment: dict[str, str],
     rank: int,
     world: int,
@@ -81,15 +81,17 @@ def run_group(
     deadline_s: float = DEADLINE_S,
     fresh: bool = False,
 ) -> list[Any]:
-    """`function(group, *arguments)` in `world` processes; their results in rank order. Results are plain values.
+    """`function(group, *arguments)` in `world` processes; returns their results in rank order, which must be picklable.
 
-    `fresh`: by new interpreters, for what must be there before an interpreter starts, such as LD_PRELOAD.
+    `fresh` starts new interpreters, for settings that must precede an interpreter's start, such as LD_PRELOAD.
     """
     context = _context(fresh)
     out = context.Queue()
     port = _free_port()
     workers = [
-        context.Process(target=_enter, args=(dict(os.environ), rank, world, port, threads, function, arguments, out))
+        context.Process(
+            target=_run_worker, args=(dict(os.environ), rank, world, port, threads, function, arguments, out)
+        )
         for rank in range(world)
     ]
     for worker in workers:
@@ -98,10 +100,10 @@ def run_group(
         results: dict[int, Any] = {}
         while len(results) < world:
             try:
-                rank, fine, result = out.get(timeout=deadline_s)
+                rank, succeeded, result = out.get(timeout=deadline_s)
             except Empty:
-                raise AssertionError(f"{world - len(results)} of {world} processes gave no answer") from None
-            assert fine, f"rank {rank}:\n{result}"
+                raise AssertionError(f"{world - len(results)} of {world} processes returned no result") from None
+            assert succeeded, f"rank {rank}:\n{result}"
             results[rank] = pickle.loads(result)
         for worker in workers:
             worker.join(timeout=30)

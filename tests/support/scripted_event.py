@@ -1,4 +1,4 @@
-"""A stop event that a test writes the script of: what happens between two looks of something that polls."""
+"""A stop event that runs a test's script: what happens between two polls of the code under test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Script(threading.Event):
-    """A stop event whose every wait does the next thing that happens to the run; set when all has happened."""
+    """A stop event whose every wait runs the next action; set once all have run."""
 
     def __init__(self, *actions: Callable[[], object]) -> None:
         super().__init__()

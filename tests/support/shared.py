@@ -1,6 +1,6 @@
-"""What several tests need and one makes, such as written data and undisturbed runs: in one folder of a session.
+"""Data and runs that one test creates and several use, in one folder per session.
 
-Processes of pytest-xdist share a folder by themselves; several calls of pytest (`run_all`) are given one.
+Processes of pytest-xdist share a folder by default; `run_all` passes one to its calls of pytest.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = "HYDRA_TEST_SHARED"
-"""Names the folder, where several calls of pytest share one."""
+"""Environment variable with the folder that several calls of pytest share."""
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
-    """The folder of this session, which its processes may write at the same time."""
-    if (given := os.environ.get(FOLDER)) is not None:
-        return Path(given)
+    """The folder of this session, to which its processes may write at the same time."""
+    if (name := os.environ.get(FOLDER)) is not None:
+        return Path(name)
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
@@ -28,7 +28,7 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 def made_once(place: Path, make: Callable[[Path], object]) -> Path:
-    """`place`, a folder that `make` creates; whoever comes meanwhile waits. What a failure left is made again."""
+    """`place`, a folder that `make` creates at the first call, and again after a failure; concurrent calls wait."""
     done = place.with_name(f"{place.name}.done")
     with place.with_name(f"{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""A recipe of seconds on real images, for tests that train."""
+"""A recipe that takes seconds on real images, for tests that train."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.recipe.schema import Recipe, parse_recipe
+from tests.support.commands import ROOT
 from tests.support.techniques import own_values
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def small_values(data: Path) -> dict[str, Any]:
-    """20 steps an epoch of 64 images in 4 micro-batches; every phase 2 epochs, one sparsity."""
+    """20 steps per epoch, each of 64 images in 4 micro-batches; 2 epochs per phase, one sparsity."""
     values = YAML(typ="safe", pure=True).load(ROOT / "recipes" / "fashion_mnist.yaml")
     phase = {"epochs": 2, "lr": 0.05, "weight_decay": 1.0e-4}
     values |= {
@@ -37,9 +36,9 @@ def small_values(data: Path) -> dict[str, Any]:
 
 
 def small_recipe(folder: Path, /, **sections: Any) -> Recipe:
-    """`small_values` with whole sections replaced or, where both are mappings, updated.
+    """`small_values` with whole sections replaced or, if both are mappings, updated.
 
-    Of the objective's values another technique keeps those whose keys it has.
+    Another technique keeps those of the objective's values whose keys it has.
     """
     values = small_values(folder)
     if technique := sections.get("objective", {}).get("name"):
@@ -52,7 +51,7 @@ def small_recipe(folder: Path, /, **sections: Any) -> Recipe:
 
 
 def two_worker_recipe(data: Path) -> Recipe:
-    """For runs that are disturbed: ZeRO 1, and checkpoints every 9 steps, so that an epoch's end has none."""
+    """For runs with faults: two workers, hence ZeRO 1, and checkpoints every 9 steps, never at an epoch's end."""
     return small_recipe(
         data,
         sparsity={"baselines": []},

@@ -1,4 +1,10 @@
-"""Small files in the formats in which the authors of data sets distribute them, written without the project's code."""
+"""Small synthetic data for tests.
+
+- Files in the formats in which the authors of CIFAR, SVHN and ImageNet distribute them, written without the project's
+  code, so that its readers are tested against an independent writer.
+- A folder tree of images like ImageNet's, some of them broken on purpose.
+- A classification task of 10 x 10 pixels, and a network trained on it that resists some attacks.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +26,27 @@ from torch.nn import functional as F
 from pipeline.recipe.objective import ThreatModel
 
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BROKEN = {
+    "truncated": lambda data: data[: len(data) * 2 // 3],
+    "empty": lambda data: b"",
+    "text": lambda data: b"404 not found\n",
+    "zeroed": lambda data: bytes(len(data)),
+}
+"""Way of breaking a file -> function from its bytes to those of the broken file."""
+SIDE, CLASSES = 10, 4
+"""Image size in pixels and number of classes of the classification task."""
+BALLS = {
+    "linf": ThreatModel(norm="linf", eps=Fraction(7, 100)),
+    "l2": ThreatModel(norm="l2", eps=Fraction(1, 2)),
+}
+"""Threat models under which `trained_network` is robust to some attacks and not to others."""
+
+
+# --- files in their authors' formats ---------------------------------------------------------------------------------
 
 
 def _python2(value: object) -> bytes:
-    """The opcodes that Python 2's cPickle, protocol 2, writes for a value (without its memo, which nothing needs)."""
+    """The opcodes that Python 2's cPickle writes for a value in protocol 2, without its memo, which is optional."""
     if isinstance(value, str):
         data = value.encode("latin-1")
         return (b"U" + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))) + data
@@ -43,12 +66,12 @@ def _python2(value: object) -> bytes:
 
 
 def python2_pickle(value: object) -> bytes:
-    """A whole pickle of text, integers, lists, dicts and arrays."""
+    """A complete pickle of text, integers, lists, dicts and arrays."""
     return b"\x80\x02" + _python2(value) + b"."
 
 
 def cifar_files(dataset: str, rng: np.random.Generator, per_batch: int) -> dict[str, bytes]:
-    """Name -> content of the files of cifar10 or cifar100, with `per_batch` images of random pixels in each batch."""
+    """File name -> content of cifar10 or cifar100, with `per_batch` images of random pixels in each batch."""
 
     def batch(title: str, labels: str, num_classes: int) -> bytes:
         values = {
@@ -71,7 +94,7 @@ def cifar_files(dataset: str, rng: np.random.Generator, per_batch: int) -> dict[
 
 
 def tar_of(files: Mapping[str, bytes], mode: str = "w", **options: int) -> bytes:
-    """A tar of files in the given order; mode 'w:gz' for a compressed one."""
+    """A tar of the files in the given order; mode 'w:gz' compresses it."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode, format=tarfile.GNU_FORMAT, **options) as tar:  # type: ignore[call-overload]
         for name, data in files.items():
@@ -82,14 +105,14 @@ def tar_of(files: Mapping[str, bytes], mode: str = "w", **options: int) -> bytes
 
 
 def write_svhn(path: Path, rng: np.random.Generator, count: int) -> None:
-    """A compressed MATLAB 5 file with X and y; labels 1 to 10 all occur if there are ten images or more."""
+    """Write a compressed MATLAB 5 file with X and y; all labels 1 to 10 occur if there are ten images or more."""
     labels = (np.arange(count) % 10 + 1).astype(np.uint8)[:, None]
     images = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
     scipy.io.savemat(path, {"X": images, "y": labels}, do_compression=True)
 
 
 def devkit(wnids: Sequence[str], validation: Sequence[str]) -> bytes:
-    """The devkit's archive: `wnids` are classes 1, 2, ... in this order, among two synsets that are none."""
+    """The devkit's archive: `wnids` are classes 1, 2, ... in this order; two further synsets are not classes."""
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height")
     rows = [(n + 1, wnid, f"word of {wnid}, other", "a gloss", 0, np.zeros((1, 0)), 0) for n, wnid in enumerate(wnids)]
     for n, wnid in enumerate(("n00001740", "n00001930"), start=len(rows) + 1):
@@ -103,22 +126,16 @@ def devkit(wnids: Sequence[str], validation: Sequence[str]) -> bytes:
     return tar_of({**files, f"{root}/data/meta.mat": meta.getvalue()}, "w:gz")
 
 
-BROKEN = {
-    "truncated": lambda data: data[: len(data) * 2 // 3],
-    "empty": lambda data: b"",
-    "text": lambda data: b"404 not found\n",
-    "zeroed": lambda data: bytes(len(data)),
-}
-"""Ways to break a file: what is left of its bytes."""
+# --- a tree of images like ImageNet's --------------------------------------------------------------------------------
 
 
 def class_name(label: int) -> str:
-    """Like a WordNet id; sorts by label."""
+    """A name like a WordNet id; names sort by label."""
     return f"n{label + 1:08d}"
 
 
 def picture(rng: np.random.Generator, label: int, height: int, width: int) -> Image.Image:
-    """A smooth image whose colours depend on the label, so that a network can learn it; RGB."""
+    """A smooth RGB image whose colours depend on the label, so that a network can learn it."""
     colours = np.random.default_rng(label).integers(0, 256, (2, 2, 3))
     noise = rng.integers(-40, 41, (4, 4, 3))
     coarse = np.clip(np.kron(colours, np.ones((2, 2, 1))) + noise, 0, 255).astype(np.uint8)
@@ -140,45 +157,40 @@ def make_imagenet_tree(
     sizes: tuple[int, int] = (65, 160),
     broken: tuple[str, ...] = (),
 ) -> list[Path]:
-    """Write folder/train/<class>/*.JPEG and folder/val/<class>/*.JPEG; return the files that were broken on purpose.
+    """Write folder/train/<class>/*.JPEG and folder/val/<class>/*.JPEG; returns the files broken on purpose.
 
-    Sides are drawn from `sizes` in pixels, inclusive. Of every ten images of a split, in order, the second is grey, the
-    fifth CMYK and the ninth a PNG, all called .JPEG. Class i of train has one file more for each i < len(broken),
-    broken in the way that broken[i] names (a key of BROKEN).
+    Heights and widths are drawn from `sizes` in pixels, inclusive. Of every ten images of a split the second is grey,
+    the fifth CMYK and the ninth a PNG, all named .JPEG. For each i < len(broken), class i of train has one more file,
+    broken as broken[i], a key of BROKEN, says.
     """
     rng = np.random.default_rng(seed)
-    offenders = []
+    broken_files = []
     for split, count in (("train", per_class), ("val", val_per_class)):
         number = 0
         for label in range(num_classes):
-            place = folder / split / class_name(label)
-            place.mkdir(parents=True)
+            class_folder = folder / split / class_name(label)
+            class_folder.mkdir(parents=True)
             for i in range(count):
                 height, width = (int(side) for side in rng.integers(sizes[0], sizes[1] + 1, 2))
                 image = picture(rng, label, height, width)
                 kind = number % 10
                 mode = {1: "L", 4: "CMYK"}.get(kind, "RGB")
                 data = encoded(image.convert(mode), "PNG" if kind == 8 else "JPEG")
-                path = place / f"{class_name(label)}_{i}.JPEG"
+                path = class_folder / f"{class_name(label)}_{i}.JPEG"
                 path.write_bytes(data)
                 number += 1
     for label, way in enumerate(broken):
         path = folder / "train" / class_name(label) / f"{class_name(label)}_broken.JPEG"
         path.write_bytes(BROKEN[way](encoded(picture(rng, label, sizes[1], sizes[1]))))
-        offenders.append(path)
-    return offenders
+        broken_files.append(path)
+    return broken_files
 
 
-SIDE, CLASSES = 10, 4
-BALLS = {
-    "linf": ThreatModel(norm="linf", eps=Fraction(7, 100)),
-    "l2": ThreatModel(norm="l2", eps=Fraction(1, 2)),
-}
-"""In which the network is robust to some of the attacks."""
+# --- a classification task -------------------------------------------------------------------------------------------
 
 
 def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images [count, 1, 10, 10] float32 in [0, 1] and their classes."""
+    """Images float32 [count, 1, 10, 10] in [0, 1] and labels int64 [count]: noisy waves, whose angle is the class."""
     generator = torch.Generator().manual_seed(seed)
     angles = torch.arange(CLASSES) * math.pi / CLASSES
     rows, columns = torch.meshgrid(torch.arange(float(SIDE)), torch.arange(float(SIDE)), indexing="ij")
@@ -189,7 +201,7 @@ def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def trained_network(steps: int = 25) -> nn.Module:
-    """Two layers, some nine images of ten right; in eval mode."""
+    """A two-layer network in eval mode, with about 90 % clean accuracy."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 32), nn.ReLU(), nn.Linear(32, CLASSES))

@@ -1,4 +1,4 @@
-"""A server that speaks as much of wandb's protocol as a run needs, and says what it was sent."""
+"""A server that implements as much of wandb's protocol as a run needs, and records what it receives."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ ENTITY = "somebody"
 
 @dataclass
 class RunOnServer:
-    """Lines by their place in a file: what is sent again to a place replaces what was there."""
+    """What the server has of one run."""
 
     history: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Rows by line number of the file; a line that is sent again replaces the old one."""
     summary: dict[str, Any] = field(default_factory=dict)
     config: str = "{}"
     project: str = ""
@@ -31,18 +32,19 @@ class WandbServer:
     url: str = ""
     runs: dict[str, RunOnServer] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
-    asked: list[str] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
+    """GraphQL operations received, in order."""
     flows: bool = True
-    """Whether lines of files are taken; otherwise the client is told to come again."""
+    """Whether lines of files are accepted; otherwise the client is asked to retry."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
         history = self.runs[run_id].history
-        return [history[place] for place in sorted(history)]
+        return [history[number] for number in sorted(history)]
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL answer; nothing for what no run needs."""
-        self.asked.append(operation)
+        """The data of a GraphQL response; empty for operations that no run needs."""
+        self.operations.append(operation)
         if operation == "Viewer":
             teams = {"edges": [{"node": {"name": ENTITY}}]}
             facts = {"id": "1", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": teams, "email": ""}
@@ -87,19 +89,19 @@ class WandbServer:
         return {"bucket": bucket, "inserted": new}
 
     def stream(self, run_id: str, body: dict[str, Any]) -> None:
-        """Lines of files, each sent with the place of its first one."""
+        """Store lines of files; each part says the number of its first line."""
         run = self.runs[run_id]
         files = body.get("files") or {}
         history = files.get("wandb-history.jsonl", {})
-        for place, line in enumerate(history.get("content", []), history.get("offset", 0)):
-            run.history[place] = json.loads(line)
+        for number, line in enumerate(history.get("content", []), history.get("offset", 0)):
+            run.history[number] = json.loads(line)
         for line in files.get("wandb-summary.json", {}).get("content", []):
             run.summary = json.loads(line)
 
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that are ended, as tests do, hang up: no error of ours."""
+        """Clients that a test kills close the connection: not an error of the server."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -122,20 +124,20 @@ def wandb_server() -> Iterator[WandbServer]:
             with state.lock:
                 if self.path.endswith("/graphql"):
                     body = json.loads(data)
-                    named = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
-                    operation = body.get("operationName") or (named[1] if named else "")
-                    found: Any = {"data": state.answer(operation, body.get("variables") or {})}
+                    name = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
+                    operation = body.get("operationName") or (name[1] if name else "")
+                    content: Any = {"data": state.answer(operation, body.get("variables") or {})}
                 elif self.path.endswith("/file_stream") and not state.flows:
                     return self._answer({}, 503)
                 elif self.path.endswith("/file_stream"):
                     state.stream(self.path.split("/")[-2], json.loads(data))
-                    found = {}
+                    content = {}
                 else:
-                    found = {}
-            self._answer(found)
+                    content = {}
+            self._answer(content)
 
-        def _answer(self, found: Any, status: int = 200) -> None:
-            text = json.dumps(found).encode()
+        def _answer(self, content: Any, status: int = 200) -> None:
+            text = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))

@@ -1,6 +1,6 @@
-"""What the workers of tests find imported and compiled: `processes` forks them from a process that has done it once.
+"""Imports and compiles what the tests' workers need; `processes` forks them from a process that has done so once.
 
-Of a worker's start, some nine seconds of a processor, nearly all is imports and numba's compilation of the decoder.
+Nearly all of a worker's start, about nine seconds of CPU time, is imports and numba's compilation of the decoder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pyarrow as pa
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; nothing here may touch a GPU before it forks
+os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; no GPU may be used before the fork
 
 import pipeline.training.stage  # noqa: F401
 from pipeline.data.loading.decoder import compiled_decoder

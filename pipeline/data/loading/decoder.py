@@ -1,8 +1,8 @@
-"""From stored bytes to pixels, in threads that the interpreter does not hold up. The door to FFCV's compiled code.
+"""Decodes stored bytes to pixels, in threads that run without the GIL. The only module that imports FFCV's C library.
 
-Stored bytes are read with pread into memory of our own, as a mapped file that is cut while in use, or whose disk fails,
-ends the process with SIGBUS. Each image is compared with the manifest's checksum before it is decoded: libjpeg-turbo
-alone accepts many a damaged JPEG, and raw pixels have nothing that could look wrong.
+Stored bytes are read with pread, not from a mapped file: if that is truncated while in use, or its disk fails, SIGBUS
+ends the process. Each image is compared with the manifest's checksum before it is decoded: libjpeg-turbo accepts many
+damaged JPEGs, and damage to raw pixels cannot be detected otherwise.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from pipeline.data.loading.resize import resize_by_area
 from pipeline.data.manifest import MODE_JPEG, MODE_RAW
 
-# Importing ffcv compiles a numba dict of two constants, which takes seconds and is not needed here, and sets torch to
-# one thread. `numba.typed` comes first, so that nothing but ffcv's own modules sees compilation switched off.
+# Importing ffcv compiles a numba dict of two constants, which takes seconds and is not needed here, and limits torch to
+# one thread. `numba.typed` is imported first, so that compilation is disabled for ffcv's own modules only.
 _numba_config: Any = import_module("numba.core.config")
 _torch_threads, _disable_jit = torch.get_num_threads(), _numba_config.DISABLE_JIT
 _numba_config.DISABLE_JIT = True
@@ -33,9 +33,9 @@ import ffcv.libffcv as libffcv  # noqa: E402
 _numba_config.DISABLE_JIT = _disable_jit
 torch.set_num_threads(_torch_threads)
 
-CUT, CHECKSUM, UNDECODABLE = 1, 2, 3
+TRUNCATED, CHECKSUM, UNDECODABLE = 1, 2, 3
 REASONS = {
-    CUT: "the file ends before its data",
+    TRUNCATED: "the file ends before its data",
     CHECKSUM: "stored bytes differ from the manifest's checksum",
     UNDECODABLE: "cannot be decoded",
 }
@@ -49,13 +49,13 @@ def decode_part(
     images: NDArray[np.uint8],
     status: NDArray[np.int32],
 ) -> None:
-    """Read and decode a part of a batch, whose rows are all given, into images and status."""
+    """Read and decode one part of a batch into images and status, from the part's rows of table and crops."""
     ends = np.cumsum(table[:, 4])
     data = np.empty(int(ends[-1]), np.uint8)
-    for n, (place, size, checksum) in enumerate(table[:, 3:].tolist()):
+    for n, (offset, size, checksum) in enumerate(table[:, 3:].tolist()):
         stored = data.data[int(ends[n]) - size : int(ends[n])]
-        if os.preadv(file.fileno(), [stored], place) < size:
-            status[n] = CUT
+        if os.preadv(file.fileno(), [stored], offset) < size:
+            status[n] = TRUNCATED
         elif zlib.crc32(stored) != checksum:
             status[n] = CHECKSUM
     pixels = (table[:, 1] * table[:, 2])[table[:, 0] == MODE_JPEG]
@@ -64,12 +64,12 @@ def decode_part(
 
 @functools.cache
 def compiled_decoder() -> Callable[..., None]:
-    """The decoder as machine code that runs without the interpreter's lock; shared by every loader of the process."""
+    """The decoder, compiled by numba to run without the GIL; shared by all loaders of the process."""
     imdecode, resize, copy = libffcv.ctypes_imdecode, libffcv.ctypes_resize, libffcv.ctypes_memcopy
 
     @numba.njit(nogil=True)
     def mirror(pixels, side):
-        # Places are unsigned, as numba asks of others at every use whether they count from the end.
+        # Indices are unsigned: for signed ones numba checks at every use whether they count from the end.
         one, two, three = np.uintp(1), np.uintp(2), np.uintp(3)
         for row in range(side):
             a, b = np.uintp(row * side * 3), np.uintp((row * side + side - 1) * 3)

@@ -1,8 +1,8 @@
-"""Batches from an FFCV file: exact, owned, and an error instead of a hang or garbage.
+"""Loads exact batches from an FFCV file, and raises an error where it would otherwise hang or return garbage.
 
-The file format and the decoder are FFCV's; its `Loader` is not used, as it compiles anew for every loader, leaks its
-thread on an early exit and hangs on an error. Here each thread decodes the contiguous part of a batch that it was given
-(see `decoder`); the plan (see `order`) says which images and which crops.
+The file format and the decoder are FFCV's; its `Loader` is not used, as it recompiles for every loader, leaks its
+thread on an early exit and hangs on an error. Here each thread decodes one contiguous part of a batch (see `decoder`);
+the plan (see `sampling`) says which images and which crops.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ NAMED_IDS = 10
 
 
 class CorruptSample(DataError):
-    """Images that are not there or cannot be read; the message names the file and the sample ids."""
+    """Images that do not exist or are damaged; the message names the file and the sample ids."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Owned memory: images uint8 [n, 3, s, s] (channels_last), labels int64 [n], ids int64 [n]."""
+    """images uint8 [n, 3, s, s] (channels_last), labels int64 [n], ids int64 [n]; the batch owns their memory."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -54,11 +54,11 @@ class PendingBatch:
 
 
 class Loader:
-    """An FFCV file with its manifest, read by `threads` threads of its own into images of `image_size` squared.
+    """An FFCV file with its manifest, read by `threads` threads into images of image_size x image_size pixels.
 
-    Has `num_samples`, the images of the data set; `num_extra`, the extra ones, whose ids follow; `class_names`;
-    `identity`, what tells its images from all others; and `labels`, `heights`, `widths` int64 [num_samples +
-    num_extra]. A context manager; the first one in a process takes seconds longer (the kernel's compilation).
+    Attributes: `num_samples`, the data set's own images; `num_extra`, the extra ones, whose ids follow; `class_names`;
+    `identity`, a digest of the data; and `labels`, `heights`, `widths` int64 [num_samples + num_extra]. A context
+    manager; the first loader in a process takes seconds longer, as it compiles the decoder.
 
     Errors: DataError for a file that `open_checked` refuses.
     """
@@ -89,24 +89,25 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop every thread and close the file. Closing twice is fine."""
+        """Stop every thread and close the file. Closing twice is allowed."""
         self._closed = True
-        ended = [prefetch.stop() for prefetch in list(self._prefetches)]
-        self._pool.shutdown(wait=all(ended), cancel_futures=True)
-        if all(ended):  # a thread that is stuck still reads
+        stopped = [prefetch.stop() for prefetch in list(self._prefetches)]
+        self._pool.shutdown(wait=all(stopped), cancel_futures=True)
+        if all(stopped):  # a stuck thread may still read
             self._file.close()
 
     def read(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None = None) -> Batch:
-        """Decode images `ids` [n] with `crops` [n, 5] (see `order`), now, to the loader's size or another.
+        """Decode images `ids` [n] with `crops` [n, 5] (see `sampling`) to `image_size`, by default the loader's.
 
-        A crop of that size is copied, and may reach outside the image, where it is zero; any other is resized as with
+        A crop of that size is copied and may extend beyond the image, where it is zero; any other crop is resized as by
         OpenCV's INTER_AREA.
 
-        Errors: CorruptSample; ValueError for a resized crop that leaves its image; LoaderError if the disk fails.
+        Errors: CorruptSample; ValueError for a resized crop that extends beyond its image; LoaderError if the disk
+        fails.
         """
-        return self._finished(self._begun(ids, crops, image_size))
+        return self._collect(self._submit(ids, crops, image_size))
 
-    def _begun(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None) -> PendingBatch:
+    def _submit(self, ids: NDArray[np.int64], crops: NDArray[np.int32], image_size: int | None) -> PendingBatch:
         if self._closed:
             raise LoaderError(f"{self.path}: the loader is closed")
         ids = np.array(ids, np.int64)
@@ -114,7 +115,7 @@ class Loader:
         outside = (ids < 0) | (ids >= len(self._table))
         if outside.any():
             raise CorruptSample(
-                f"{self.path}: no sample {_some(ids[outside])}; its {len(self._table)} samples count from 0"
+                f"{self.path}: no sample {_first_ids(ids[outside])}; its {len(self._table)} samples are numbered from 0"
             )
         table = self._table[ids]
         size = self.image_size if image_size is None else image_size
@@ -130,20 +131,22 @@ class Loader:
         ]
         return PendingBatch(ids, images, status, futures)
 
-    def _finished(self, begun: PendingBatch) -> Batch:
-        ids, status = begun.ids, begun.status
-        if wait(begun.parts, timeout=READ_DEADLINE_S).not_done:
+    def _collect(self, pending: PendingBatch) -> Batch:
+        ids, status = pending.ids, pending.status
+        if wait(pending.parts, timeout=READ_DEADLINE_S).not_done:
             raise LoaderError(f"{self.path}: {len(ids)} images were not read within {READ_DEADLINE_S:g} s")
         try:
-            for part in begun.parts:
+            for part in pending.parts:
                 part.result()
         except OSError as error:
             raise LoaderError(f"{self.path}: cannot be read: {error}") from error
         if status.any():
-            found = [f"sample {_some(ids[status == code])}: {REASONS[code]}" for code in REASONS if code in status]
-            raise CorruptSample(f"{self.path}: {'; '.join(found)}; `python -m launch data verify` lists all; {REWRITE}")
+            damage = [f"sample {_first_ids(ids[status == c])}: {REASONS[c]}" for c in REASONS if c in status]
+            raise CorruptSample(
+                f"{self.path}: {'; '.join(damage)}; `python -m launch data verify` lists all; {REWRITE}"
+            )
         return Batch(
-            images=torch.from_numpy(begun.images).permute(0, 3, 1, 2),
+            images=torch.from_numpy(pending.images).permute(0, 3, 1, 2),
             labels=torch.from_numpy(self.labels[ids]),
             ids=torch.from_numpy(ids),
         )
@@ -161,7 +164,7 @@ class Loader:
             first = int(np.argmin(fits))
             raise ValueError(
                 f"{self.path}: crop {crops[first, :4].tolist()} leaves sample {ids[first]} of "
-                f"{table[first, 1]} x {table[first, 2]} pixels; only crops of {size} x {size} may"
+                f"{table[first, 1]} x {table[first, 2]} pixels; only crops of {size} x {size} may extend beyond it"
             )
 
     def batches(
@@ -170,17 +173,17 @@ class Loader:
         sizes: Iterable[int] | None = None,
         deadline_s: float = 120.0,
     ) -> Generator[Batch]:
-        """Read a plan's batches ahead of their use, in its order; at most `ahead` wait.
+        """Yield a plan's batches in order, reading at most `ahead` of them before they are needed.
 
-        `sizes` has each batch's image size where it is not the loader's; nothing is compiled anew for another.
+        `sizes` gives each batch's image size, by default the loader's; another size needs no recompilation.
 
         Leaving the iteration early stops its thread.
 
-        Errors: those of `read` and of the plan itself, at the batch where they happened; LoaderError if a batch takes
+        Errors: those of `read` and of the plan itself, at the batch that caused them; LoaderError if a batch takes
         longer than `deadline_s` seconds or the loader is closed.
         """
         planned = zip(plan, repeat(None) if sizes is None else sizes, strict=False)
-        prefetch = Prefetch(self._in_turn(planned), self._ahead, str(self.path))
+        prefetch = Prefetch(self._read_plan(planned), self._ahead, str(self.path))
         self._prefetches.add(prefetch)
         try:
             while (batch := prefetch.next(deadline_s)) is not None:
@@ -189,36 +192,36 @@ class Loader:
             prefetch.stop()
             self._prefetches.discard(prefetch)
 
-    def _in_turn(
+    def _read_plan(
         self, planned: Iterable[tuple[tuple[NDArray[np.int64], NDArray[np.int32]], int | None]]
     ) -> Generator[Batch]:
-        """Each batch is begun before the one before it is whole: images take unequally long, and no thread waits."""
-        before: PendingBatch | None = None
-        left = iter(planned)
+        """Submits each batch before the previous one is complete: as images take unequally long, threads would idle."""
+        previous: PendingBatch | None = None
+        remaining = iter(planned)
         while True:
             try:
-                (ids, crops), size = next(left)
-                begun = self._begun(ids, crops, size)
+                (ids, crops), size = next(remaining)
+                pending = self._submit(ids, crops, size)
             except StopIteration:
                 break
             except Exception:
-                if before is not None:
-                    yield self._finished(before)
+                if previous is not None:
+                    yield self._collect(previous)
                 raise
-            if before is not None:
-                yield self._finished(before)
-            before = begun
-        if before is not None:
-            yield self._finished(before)
+            if previous is not None:
+                yield self._collect(previous)
+            previous = pending
+        if previous is not None:
+            yield self._collect(previous)
 
 
-def _some(ids: NDArray[np.int64]) -> str:
+def _first_ids(ids: NDArray[np.int64]) -> str:
     more = f" and {len(ids) - NAMED_IDS} more" if len(ids) > NAMED_IDS else ""
     return ", ".join(str(i) for i in ids[:NAMED_IDS]) + more
 
 
 def _read_columns(path: Path, manifest: Manifest) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The table int64 [n, 6] (mode, height, width, first byte, bytes, CRC-32) of a file's images; labels int64 [n]."""
+    """The table int64 [n, 6] (mode, height, width, offset, bytes, CRC-32) of a file's images, and labels int64 [n]."""
     index = read_index(path, check_structure(path))
     samples = index.samples
     columns = [samples[name] for name in ("mode", "height", "width", "data_ptr")]

@@ -1,15 +1,15 @@
-"""Copies of FFCV files on a node's own disk, for workers to read instead of a file server's original.
+"""Copies of FFCV files on a node's own disk, which workers read instead of the original on a file server.
 
     <stage_to>/hydra-<uid>/train-0123456789abcdef.beton   + its manifest, and `lock`
 
-The name holds the manifest's SHA-256, so that another file never meets the copy and the next job finds it again. The
-folder belongs to one user alone. One process of a node copies, the others wait for it. Copying fills the page cache; a
-copy that is used again is read ahead into it.
+The name contains the manifest's SHA-256, so that different files never share a copy and the next job finds it again.
+The folder belongs to one user alone. One process per node copies while the others wait. Copying fills the page cache; a
+copy that is reused is read ahead into it.
 
-What is verified: each page while it is copied, by the manifest's hash; when a copy is used again, that its manifest is
-the original's, its size and its index. Its images are not read again then: for a large file that would take minutes of
-every start, and the loader compares each one with its checksum before decoding it anyway. A copy found damaged there
-is removed, and made anew by the next start.
+What is verified: each page while it is copied, by the manifest's hash; when a copy is reused, its size, its index and
+that its manifest equals the original's. Its images are not read again: for a large file that would add minutes to every
+start, and the loader compares each image with its checksum before decoding it anyway. A copy found damaged there is
+removed, and the next start creates it again.
 """
 
 from __future__ import annotations
@@ -35,65 +35,65 @@ from pipeline.run.locks import try_lock
 log = logging.getLogger(__name__)
 
 STALL_S = 120.0
-"""Without progress of the copier for so long, those who wait for it give up."""
-LOOK_S = 0.25
-"""How often they look."""
-TELL_S = 10.0
+"""Waiting processes give up after the copying one has made no progress for so long."""
+POLL_S = 0.25
+"""How often waiting processes try the lock."""
+LOG_EVERY_S = 10.0
 """How often a long wait is logged."""
 MARGIN_BYTES = 64 << 20
-WARM_BYTES = 128 << 10
-"""How much is read ahead at a time: Linux ignores what goes beyond a device's own limit, which is rarely less."""
+READ_AHEAD_BYTES = 128 << 10
+"""How much is read ahead at a time: Linux ignores what exceeds a device's own limit, which is rarely less."""
 
 
 class NodeCopyFailed(RuntimeError):
-    """A good file was not copied: a disk or a file server fails, or whoever was copying hangs."""
+    """An intact file was not copied: a disk or a file server fails, or the process that copies it hangs."""
 
 
-Listener = Callable[[str], None]
-"""Told again and again who copies, and how far; the same words mean that nothing has moved. May raise to end it all."""
+StatusCallback = Callable[[str], None]
+"""Called repeatedly with a line that says which process copies, and how far it is. An unchanged line means no progress;
+raising cancels the copy."""
 
 
-def _unheard(doing: str) -> None:
-    """Nobody listens."""
-
-
-def copy_to_node(path: Path, folder: Path, heard: Listener = _unheard) -> Path:
-    """The copy of FFCV file `path` below `folder`, made now if it is not there.
+def copy_to_node(path: Path, folder: Path, on_status: StatusCallback = lambda status: None) -> Path:
+    """The copy of FFCV file `path` below `folder`; creates it if there is none.
 
     Errors: DataError, naming the original, for a file that is damaged or does not fit on the disk, and for a folder
-    that is not ours. StagingFailed for what another try may mend.
+    that is not this user's. NodeCopyFailed if another try may succeed.
     """
-    manifest, private = open_checked(path), _private(folder)
+    manifest, private = open_checked(path), _private_folder(folder)
     copy = private / f"{path.stem}-{manifest.sha256[:16]}{path.suffix}"
     try:
-        with _sole_copier(private, heard) as lock:
-            for left in (*private.glob(f"*.{platform.node()}.*.tmp"), *private.glob(".*.manifest.json.*.tmp")):
-                left.unlink()  # whoever made it has died: the lock is ours
-            if _usable(copy, manifest):
+        with _copy_lock(private, on_status) as lock:
+            for leftover in (*private.glob(f"*.{platform.node()}.*.tmp"), *private.glob(".*.manifest.json.*.tmp")):
+                leftover.unlink()  # its process has died: this one holds the lock
+            if _is_usable(copy, manifest):
                 log.info("%s: using its copy %s", path, copy)
-                _warm(copy, lambda done: heard(_say(lock, f"reading {copy}: {done} of {manifest.file_size} bytes")))
+                size = manifest.file_size
+                _read_ahead(
+                    copy, lambda done: on_status(_write_status(lock, f"reading {copy}: {done} of {size} bytes"))
+                )
             else:
                 delete_copy(copy)
-                _make(path, manifest, copy, lock, heard)
+                _create_copy(path, manifest, copy, lock, on_status)
     except OSError as error:
         if error.errno in FULL:
-            raise DataError(_no_room(path, private, manifest.file_size)) from None
+            raise DataError(_no_space_message(path, private, manifest.file_size)) from None
         raise NodeCopyFailed(f"{path} was not copied to {private} on {platform.node()}: {error}") from error
     return copy
 
 
-def _make(path: Path, manifest: Manifest, copy: Path, lock: int, heard: Listener) -> None:
-    """Copy under another name; the manifest comes last, and without it there is no copy."""
+def _create_copy(path: Path, manifest: Manifest, copy: Path, lock: int, on_status: StatusCallback) -> None:
+    """Copy under a temporary name; the manifest is written last, and without it a copy does not count."""
 
-    def progressed(done: int) -> None:
-        heard(_say(lock, f"copying {path}: {done} of {manifest.file_size} bytes"))
+    def on_progress(done: int) -> None:
+        on_status(_write_status(lock, f"copying {path}: {done} of {manifest.file_size} bytes"))
 
     free = free_bytes(copy.parent)
     if free is not None and free < manifest.file_size + MARGIN_BYTES:
-        raise DataError(_no_room(path, copy.parent, manifest.file_size))
+        raise DataError(_no_space_message(path, copy.parent, manifest.file_size))
     temporary = copy.with_name(f"{copy.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        copy_verified(path, manifest, temporary, progressed)
+        copy_verified(path, manifest, temporary, on_progress)
         os.replace(temporary, copy)
     finally:
         temporary.unlink(missing_ok=True)
@@ -101,32 +101,32 @@ def _make(path: Path, manifest: Manifest, copy: Path, lock: int, heard: Listener
     atomic_write_text(manifest_path(copy), manifest.model_dump_json(), 0o600)
 
 
-def _warm(copy: Path, progressed: Callable[[int], None]) -> None:
-    """Have the system read the copy ahead, as far as its memory goes: another job's files may have pushed it out."""
+def _read_ahead(copy: Path, on_progress: Callable[[int], None]) -> None:
+    """Read as much of the copy into the page cache as memory can hold: another job's files may have evicted it."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with copy.open("rb") as stream:
-        for number, start in enumerate(range(0, min(copy.stat().st_size, memory), WARM_BYTES)):
-            os.posix_fadvise(stream.fileno(), start, WARM_BYTES, os.POSIX_FADV_WILLNEED)
+        for number, start in enumerate(range(0, min(copy.stat().st_size, memory), READ_AHEAD_BYTES)):
+            os.posix_fadvise(stream.fileno(), start, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             if number % 1000 == 0:
-                progressed(start)
+                on_progress(start)
 
 
 def delete_copy(copy: Path) -> None:
-    """Remove a copy. Who has it open goes on reading it."""
+    """Remove a copy. A process that has it open can still read it."""
     manifest_path(copy).unlink(missing_ok=True)
     copy.unlink(missing_ok=True)
 
 
-def _private(folder: Path) -> Path:
-    """This user's own folder below one that others may share: nobody else can put a file there, or a link."""
+def _private_folder(folder: Path) -> Path:
+    """This user's own folder below one that may be shared: no other user can put a file or a link there."""
     private = folder / f"hydra-{os.geteuid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         private.mkdir(mode=0o700, exist_ok=True)
-        facts = private.lstat()
+        status = private.lstat()
     except OSError as error:
         raise DataError(f"data.stage_to = {folder} cannot be used on {platform.node()}: {error}") from None
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise DataError(
             f"{private} on {platform.node()} is not a folder that only user {os.geteuid()} writes to; "
             "remove it, or set another data.stage_to"
@@ -134,82 +134,82 @@ def _private(folder: Path) -> Path:
     return private
 
 
-def _usable(copy: Path, manifest: Manifest) -> bool:
-    """Whether there is a copy that this user made, whole as far as `open_checked` sees, with the same manifest."""
+def _is_usable(copy: Path, manifest: Manifest) -> bool:
+    """Whether this user has made the copy, it passes `open_checked` and has the same manifest."""
     try:
-        facts = copy.lstat()
+        status = copy.lstat()
     except FileNotFoundError:
         return False
     try:
-        whole = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and open_checked(copy) == manifest
-        said = "it is not ours, or another file's"
+        usable = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and open_checked(copy) == manifest
+        reason = "it belongs to another user or is a copy of another file"
     except DataError as error:
-        whole, said = False, str(error)
-    if not whole:
-        log.warning("%s is replaced: %s", copy, said)
-    return whole
+        usable, reason = False, str(error)
+    if not usable:
+        log.warning("%s is replaced: %s", copy, reason)
+    return usable
 
 
 @contextmanager
-def _sole_copier(private: Path, heard: Listener) -> Iterator[int]:
-    """Hold the folder's lock, waiting for whoever has it as long as they get on; yields the lock file's descriptor."""
+def _copy_lock(private: Path, on_status: StatusCallback) -> Iterator[int]:
+    """Hold the folder's lock, waiting for its holder as long as that makes progress; yields the file's descriptor."""
     lock = os.open(private / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     pause = threading.Event()
-    said, since, told = "", time.monotonic(), time.monotonic()
+    last_status, last_change, last_log = "", time.monotonic(), time.monotonic()
     try:
         while not try_lock(lock):
-            now, found = time.monotonic(), os.pread(lock, 4096, 0).decode(errors="replace")
-            heard(found)
-            if found != said:
-                said, since = found, now
-            elif now - since > STALL_S:
+            now, status = time.monotonic(), os.pread(lock, 4096, 0).decode(errors="replace")
+            on_status(status)
+            if status != last_status:
+                last_status, last_change = status, now
+            elif now - last_change > STALL_S:
                 raise NodeCopyFailed(
-                    f"{private} on {platform.node()} is locked and without progress for {now - since:.0f} s; "
-                    f"who holds it: {said or 'nobody who said so'}; end that process"
+                    f"{private} on {platform.node()} is locked and without progress for {now - last_change:.0f} s; "
+                    f"it is held by {last_status or 'an unknown process'}; end that process"
                 )
-            if now - told > TELL_S:
-                told = now
-                log.info("waiting for %s", said)
-            pause.wait(LOOK_S)
-        _say(lock, "looking for what is there")
+            if now - last_log > LOG_EVERY_S:
+                last_log = now
+                log.info("waiting for %s", last_status)
+            pause.wait(POLL_S)
+        _write_status(lock, "checking for an existing copy")
         yield lock
     finally:
         os.close(lock)
 
 
-def _say(lock: int, doing: str) -> str:
-    """Tell those who wait who has the lock, and how far they are; returns the words."""
-    text = f"pid {os.getpid()} on {platform.node()}, {doing}"
+def _write_status(lock: int, activity: str) -> str:
+    """Write into the lock file, for waiting processes, who holds the lock and how far it is; returns the line."""
+    text = f"pid {os.getpid()} on {platform.node()}, {activity}"
     os.ftruncate(lock, os.pwrite(lock, text.encode(), 0))
     return text
 
 
-def _no_room(path: Path, private: Path, size: int) -> str:
+def _no_space_message(path: Path, private: Path, size: int) -> str:
     free = free_bytes(private)
     names = [f"{p.name} ({readable(p.stat().st_size)})" for p in sorted(private.iterdir()) if manifest_path(p).exists()]
     return (
         f"{path} ({readable(size)}) does not fit into {private} on {platform.node()}, where "
-        f"{'too little' if free is None else readable(free)} is free; make room there (copies of other files: "
+        f"{'too little' if free is None else readable(free)} is free; free some space there (copies of other files: "
         f"{', '.join(names) or 'none'}), or set data.stage_to=null"
     )
 
 
 class NodeCopyLoader(Loader):
-    """Reads a copy and speaks of the original, which is its `path`. A damaged copy is removed: a restart mends it."""
+    """Reads a copy; errors name the original, its `path`. Removes a damaged copy, so that a restart fixes it."""
 
     def __init__(self, path: Path, copy: Path, *, image_size: int, threads: int) -> None:
         super().__init__(copy, image_size=image_size, threads=threads)
         self.path, self._copy = path, copy
 
-    def _finished(self, begun: PendingBatch) -> Batch:
+    def _collect(self, pending: PendingBatch) -> Batch:
         try:
-            return super()._finished(begun)
+            return super()._collect(pending)
         except CorruptSample as error:
             delete_copy(self._copy)
-            said = str(error).removeprefix(f"{self.path}: ").partition("; ")[0]
-            # Not a DataError, which would end the run, nor caused by one: the original is good, as it was when copied.
+            damage = str(error).removeprefix(f"{self.path}: ").partition("; ")[0]
+            # Not a DataError, which would end the run, nor caused by one: the original was intact when it was copied.
             raise LoaderError(
-                f"{self.path}: its copy {self._copy} on {platform.node()} was damaged ({said}) and is removed; "
+                f"{self.path}: its copy {self._copy} on {platform.node()} was damaged ({damage}) and is removed; "
                 "the next start copies it again"
             ) from None
         except LoaderError as error:

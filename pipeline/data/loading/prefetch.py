@@ -1,7 +1,7 @@
-"""Threads that work ahead of their consumer, one in order or several at once: bounded, stoppable, and never silent.
+"""Threads that work ahead of their consumer, one in order or several at once: bounded and stoppable.
 
-Their error is raised where the consumer is, a result that does not come in time is an error too, and stopping them
-half-way leaves no thread behind but one that is stuck. For that one nobody waits, not even the process when it ends.
+Their errors are raised in the consumer, a result that does not arrive in time is an error too, and stopping early
+leaves no thread behind, unless it is stuck. A stuck thread is a daemon: not even the exiting process waits for it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ Result = TypeVar("Result")
 
 
 class LoaderError(RuntimeError):
-    """No batch came: the reader is stuck past its deadline, or closed."""
+    """No batch arrived: the reader has missed its deadline, failed, or is closed."""
 
 
 class Prefetch(Generic[Item]):
-    """Takes `items` in a thread of its own, at most `ahead` before they are asked for; `name` is used in errors."""
+    """Iterates over `items` in its own thread, at most `ahead` items ahead of `next`; `name` is used in errors."""
 
     def __init__(self, items: Iterable[Item], ahead: int, name: str) -> None:
         self._items, self._name = items, name
         self._queue: queue.Queue[Item | BaseException | None] = queue.Queue(ahead)
         self._stopped = threading.Event()
         self._late = False
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._fill_queue, name="prefetch", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    def _fill_queue(self) -> None:
         last: BaseException | None = None
         try:
             for item in self._items:
@@ -46,7 +46,7 @@ class Prefetch(Generic[Item]):
     def next(self, deadline_s: float) -> Item | None:
         """The next item, or None after the last one.
 
-        Errors: whatever ended the thread; LoaderError if nothing comes for `deadline_s` seconds, or it was stopped.
+        Errors: whatever `items` raises; LoaderError if no item arrives within `deadline_s` seconds, or after `stop`.
         """
         try:
             item = self._queue.get(timeout=deadline_s)
@@ -61,19 +61,19 @@ class Prefetch(Generic[Item]):
         return item
 
     def stop(self, join_s: float = 10.0) -> bool:
-        """End the thread and wait `join_s` seconds at most; whether it has ended. Stopping twice is fine.
+        """End the thread, waiting at most `join_s` seconds; returns whether it has ended. Stopping twice is allowed.
 
-        A thread that missed its deadline is not waited for: it ends by itself as soon as it gets on.
+        A thread that missed its deadline is not waited for: it ends by itself once its read returns.
         """
         self._stopped.set()
-        # Told to stop, the thread puts one more item at most, and the emptied queue has room for it.
-        self._empty()
+        # After this the thread puts at most one more item, for which the empty queue has room.
+        self._clear_queue()
         self._thread.join(0 if self._late else join_s)
-        self._empty()
+        self._clear_queue()
         self._queue.put_nowait(LoaderError(f"{self._name}: the loader is closed"))
         return not self._thread.is_alive()
 
-    def _empty(self) -> None:
+    def _clear_queue(self) -> None:
         while True:
             try:
                 self._queue.get_nowait()
@@ -81,20 +81,20 @@ class Prefetch(Generic[Item]):
                 return
 
 
-def mapped(
+def map_in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, deadline_s: float
 ) -> Generator[Result]:
-    """function(item) of every item, in their order; by `threads` threads, which begin all of them ahead.
+    """Yield function(item) of every item, in order; `threads` threads work through all items ahead of the consumer.
 
-    Errors: the function's, after which no other item is begun; LoaderError naming the item whose result does not come
-    within `deadline_s` seconds after the one before it.
+    Errors: the function's, after which no further item is started; LoaderError naming the item whose result does not
+    arrive within `deadline_s` seconds after the previous one.
     """
-    # Not a ThreadPoolExecutor: Python waits for its threads at the end of the process, however long they hang.
+    # Not a ThreadPoolExecutor: Python waits for its threads when the process exits, however long they hang.
     tasks: list[tuple[Item, Future[Result]]] = [(item, Future()) for item in items]
-    left = iter(tasks)  # of a list: taking from it is one step for all threads
+    remaining = iter(tasks)  # a list's iterator is atomic, so threads can share it
 
     def work() -> None:
-        for item, future in left:
+        for item, future in remaining:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(item))
@@ -102,11 +102,11 @@ def mapped(
                     future.set_exception(error)
 
     for _ in range(min(threads, len(tasks))):
-        threading.Thread(target=work, name="mapped", daemon=True).start()
+        threading.Thread(target=work, name="map_in_threads", daemon=True).start()
     try:
         for item, future in tasks:
             if wait([future], deadline_s).not_done:
-                raise LoaderError(f"{item}: nothing within {deadline_s:g} s; its reader is stuck")
+                raise LoaderError(f"{item}: no result within {deadline_s:g} s; its reader is stuck")
             yield future.result()
     finally:
         for _, future in tasks:

@@ -1,8 +1,8 @@
-"""Images made smaller by area: a new pixel is the mean of those that it covers, as in OpenCV's INTER_AREA.
+"""Shrinks images by area: a new pixel is the mean of those that it covers, as in OpenCV's INTER_AREA.
 
-OpenCV adds up one channel of one pixel after the other, which took two fifths of the time of reading photographs. Here
-rows are added first, many numbers at once, and then the columns of what is left. Sums are float32, in a fixed order and
-without fused multiplications, so that their bits are the same on every processor.
+OpenCV sums one channel of one pixel at a time, which took two fifths of the time of reading photographs. Here rows are
+summed first, many numbers at once, and then the columns of the result. Sums are float32, in a fixed order and without
+fused multiply-adds, so that they are bit-identical on every processor.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 
 @numba.njit(nogil=True)
 def covered(length, first, shares):
-    """Of `length` pixels, which each of len(first) larger ones covers: those from first[i] on, in shares[i] of it.
+    """Which of `length` pixels each of n = len(first) larger ones covers: those from first[i], with weights shares[i].
 
-    first int64 [n], shares float32 [n, k] with k of at least length / n + 2. In units of 1 / n of a pixel all edges are
-    integers.
+    Fills first int64 [n] and shares float32 [n, k], where k is at least length / n + 2. In units of 1 / n of a pixel
+    all edges are integers.
     """
     count = len(first)
     for i in range(count):
@@ -28,20 +28,20 @@ def covered(length, first, shares):
 
 
 @numba.njit(nogil=True)
-def _begin(sums, row, share):
+def _set_row(sums, row, share):
     for i in range(len(sums)):
         sums[i] = share * np.float32(row[i])
 
 
 @numba.njit(nogil=True)
-def _add(sums, row, share):
+def _add_row(sums, row, share):
     for i in range(len(sums)):
         sums[i] += share * np.float32(row[i])
 
 
 @numba.njit(nogil=True)
 def resize_by_area(pixels, width, top, left, high, wide, image):
-    """A region of an image into a smaller one; not larger in either direction.
+    """Shrink a region of an image into `image`, whose side must not exceed the region's height or width.
 
     pixels uint8 [height * width * 3], the region's rows from top to top + high, its columns from left to left + wide;
     image uint8 [side, side, 3].
@@ -55,16 +55,16 @@ def resize_by_area(pixels, width, top, left, high, wide, image):
 
     sums = np.zeros((wide + most) * 3, np.float32)  # shares of columns past the end are 0
     summed, target = sums[: wide * 3], image.reshape(side * side * 3)
-    # Places are unsigned, as numba asks of others at every use whether they count from the end.
+    # Indices are unsigned: for signed ones numba checks at every use whether they count from the end.
     one, two, three, taps = np.uintp(1), np.uintp(2), np.uintp(3), np.uintp(wide // side + 2)
     place = np.uintp(0)
     for i in range(side):
         start = ((top + rows[i]) * width + left) * 3
-        _begin(summed, pixels[start : start + wide * 3], row_shares[i, 0])
+        _set_row(summed, pixels[start : start + wide * 3], row_shares[i, 0])
         for k in range(1, most):
             if row_shares[i, k] > 0:
                 start += width * 3
-                _add(summed, pixels[start : start + wide * 3], row_shares[i, k])
+                _add_row(summed, pixels[start : start + wide * 3], row_shares[i, k])
         for j in range(side):
             at, shares = np.uintp(columns[j]) * three, column_shares[j]
             red = green = blue = np.float32(0.5)

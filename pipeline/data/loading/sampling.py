@@ -1,10 +1,10 @@
-"""Which image comes when, and which part of it: pure functions of (ids, seed, epoch), numpy only.
+"""Sample order and crops, as pure functions of (ids, seed, epoch); numpy only.
 
-Order and crops come from keyed hashes (`pipeline.rng`), never from a generator that is carried along: any position of
-any epoch is computed directly, so a resumed run, and a run on another number of workers, sees the same images.
+Both are derived from keyed hashes (`pipeline.rng`), not from a generator with state: any position of any epoch is
+computed directly, so a resumed run, and a run on another number of workers, sees the same images.
 
 A crop is a row (top, left, height, width, flip) of an int32 array [n, 5], in pixels of the stored image; the loader
-resizes it to the network's size and mirrors it where flip is 1.
+resizes it to the network's input size and mirrors it where flip is 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVALUATION_RATIO = 224 / 256
 
 
 def held_out(num_samples: int, validation_images: int) -> tuple[Ids, Ids]:
-    """Split 0..num_samples-1 into (train_ids, validation_ids), both sorted int64; the same split for every seed.
+    """Split 0..num_samples-1 into (train_ids, validation_ids), both sorted int64; the split is the same for every seed.
 
     Errors: ValueError unless 0 <= validation_images < num_samples.
     """
@@ -44,7 +44,7 @@ def held_out(num_samples: int, validation_images: int) -> tuple[Ids, Ids]:
 
 
 def train_subset(train_ids: Ids, train_images: int | None) -> Ids:
-    """`train_images` of the ids (None: all), sorted int64; the same ones for every seed.
+    """Choose `train_images` of the ids (None: all), sorted int64; the choice is the same for every seed.
 
     Errors: ValueError unless 1 <= train_images <= len(train_ids).
     """
@@ -59,7 +59,7 @@ def train_subset(train_ids: Ids, train_images: int | None) -> Ids:
 
 
 def _shuffled(ids: Ids, purpose: str) -> Ids:
-    # Seed 0 whatever the run's seed: runs of several seeds must train and select on the same images to be comparable.
+    # Seed 0 for every run: runs with different seeds are comparable only if they train and select on the same images.
     return ids[np.argsort(rng.sample_keys(ids, 0, purpose), kind="stable")]
 
 
@@ -85,7 +85,7 @@ def pad_crops(ids: Ids, size: int, seed: int, epoch: int, flip: bool) -> Crops:
 def random_resized_crops(
     ids: Ids, heights: NDArray[np.integer], widths: NDArray[np.integer], seed: int, epoch: int
 ) -> Crops:
-    """Random area and aspect ratio and a flip (Szegedy et al. 2015, section 6), as torchvision's RandomResizedCrop.
+    """Random area, aspect ratio and flip (Szegedy et al. 2015, section 6), as in torchvision's RandomResizedCrop.
 
     Area fraction uniform in [0.08, 1], aspect ratio log-uniform in [3/4, 4/3]; the first of 10 tries that fits, or the
     largest central crop whose aspect ratio is in range. `heights` and `widths` [n] are the images' sizes in pixels.
@@ -120,7 +120,7 @@ def _central(height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.
 
 
 def whole_image_crops(heights: NDArray[np.integer], widths: NDArray[np.integer]) -> Crops:
-    """Crops [n, 5] that keep everything and flip nothing."""
+    """Crops [n, 5] of whole images, without flips."""
     crops = np.zeros((len(heights), 5), np.int32)
     crops[:, 2], crops[:, 3] = heights, widths
     return crops
@@ -129,7 +129,7 @@ def whole_image_crops(heights: NDArray[np.integer], widths: NDArray[np.integer])
 def center_crops(
     heights: NDArray[np.integer], widths: NDArray[np.integer], size: int, ratio: float = EVALUATION_RATIO
 ) -> Crops:
-    """Central squares [n, 5] which, resized to `size`, show what Resize(size / ratio) and CenterCrop(size) show."""
+    """Central squares [n, 5] that, resized to `size`, show what Resize(size / ratio) and CenterCrop(size) show."""
     side = np.rint(np.minimum(heights, widths).astype(np.int64) * (size / round(size / ratio))).astype(np.int64)
     side = np.maximum(side, 1)
     crops = np.zeros((len(side), 5), np.int32)
@@ -163,20 +163,20 @@ def training_crops(
 
 
 def evaluation_crops(augmentation: str, heights: NDArray[np.integer], widths: NDArray[np.integer], size: int) -> Crops:
-    """The crops [n, 5] to evaluate with: central after random resized crops, else the whole image."""
+    """The crops [n, 5] for evaluation: central if training uses random resized crops, else the whole image."""
     if augmentation == "random_resized_crop":
         return center_crops(heights, widths, size)
     return whole_image_crops(heights, widths)
 
 
 def steps_per_epoch(train_images: int, batch_per_step: int, extra_per_step: int = 0) -> int:
-    """Full steps in one epoch; images that fill no step are left out of it. Errors: ValueError if none is full.
+    """Full steps in one epoch; the epoch omits images that do not fill a step. Errors: ValueError if no step is full.
 
-    An epoch visits the data set's own images, of which a step takes batch_per_step - extra_per_step.
+    An epoch visits the data set's own images; a step takes batch_per_step - extra_per_step of them.
     """
     own_per_step = batch_per_step - extra_per_step
     if train_images < own_per_step:
-        extra = f" and the {extra_per_step} extra ones of a step" if extra_per_step else ""
+        extra = f" and the {extra_per_step} extra ones per step" if extra_per_step else ""
         raise ValueError(
             f"batch.batch_per_step {batch_per_step} is more than the {train_images} training images{extra}: no step is "
             "full; lower it"
@@ -185,9 +185,9 @@ def steps_per_epoch(train_images: int, batch_per_step: int, extra_per_step: int 
 
 
 class _Passes:
-    """Extra images in one endless sequence: pass after pass over all of them, each in an order of its own.
+    """The extra images as one endless sequence: pass after pass over all of them, each in its own order.
 
-    It knows no epochs, so all extra images are seen equally often, however many of them an epoch of the others takes.
+    Passes are independent of epochs, so all extra images are seen equally often, however many of them an epoch uses.
     """
 
     def __init__(self, ids: Ids, seed: int) -> None:
@@ -195,12 +195,12 @@ class _Passes:
         self._order, self._number = ids, -1
 
     def at(self, start: int, count: int) -> Iterator[tuple[Ids, int]]:
-        """Positions start..start+count-1 as (ids, number of the pass), in as many parts as there are passes."""
+        """Yield positions start..start+count-1 as (ids, pass number), one part per pass."""
         while count > 0:
             number, first = divmod(start, len(self._ids))
             if number != self._number:
-                drawn = rng.sample_keys(self._ids, self._seed, "extra_order", number)
-                self._order, self._number = self._ids[np.argsort(drawn, kind="stable")], number
+                keys = rng.sample_keys(self._ids, self._seed, "extra_order", number)
+                self._order, self._number = self._ids[np.argsort(keys, kind="stable")], number
             part = self._order[first : first + count]
             yield part, number
             start, count = start + len(part), count - len(part)
@@ -222,22 +222,24 @@ def training_plan(
 ) -> Iterator[tuple[Ids, Crops]]:
     """This rank's micro-batches (ids [micro_batch], crops [micro_batch, 5]) of steps start_step..stop_step-1.
 
-    A step is cut into micro-batches, each of which takes the next of its epoch's order and then, the same number in
-    every micro-batch, the next of the extra images (Carmon et al. 2019, section 5: a stated share of every batch).
-    Rank r owns the r-th run of them, so the ranks' micro-batches, concatenated, are the same for every world size. An
-    extra image's crops are those of its pass, as it may come twice in an epoch.
+    A step consists of micro-batches. Each takes the next ids of the epoch's order and then the next extra images, the
+    same number in every micro-batch (Carmon et al. 2019, section 5: a fixed share of every batch). Rank r owns the r-th
+    contiguous range of micro-batches, so the ranks' micro-batches, concatenated, are the same for every world size. An
+    extra image is cropped by its pass, not by the epoch, in which it may occur twice.
 
-    Errors: ValueError (at the call) if micro-batches do not divide the step, workers the micro-batches or micro-batches
-    the extra images; if there are none of these, or none of the others in a step.
+    Errors: ValueError (at the call) if the step is not a multiple of the micro-batch, the number of micro-batches not
+    of the workers, or the extra images not of the micro-batches; if there are no extra images although a step needs
+    some, or a step has only extra images.
     """
     micro_batches = batch_per_step // micro_batch
     if batch_per_step % micro_batch or micro_batches % world:
         raise ValueError(
-            f"batch_per_step {batch_per_step} is not cut evenly by micro_batch {micro_batch} and {world} workers"
+            f"batch_per_step {batch_per_step} is not divisible by micro_batch {micro_batch} times {world} workers"
         )
     if extra_per_step % micro_batches or not 0 <= extra_per_step < batch_per_step:
         raise ValueError(
-            f"{extra_per_step} extra images of {batch_per_step} are not shared evenly by micro-batches of {micro_batch}"
+            f"{extra_per_step} extra images of {batch_per_step} cannot be split evenly among micro-batches of "
+            f"{micro_batch}"
         )
     if extra_per_step and (extra_ids is None or not len(extra_ids)):
         raise ValueError(

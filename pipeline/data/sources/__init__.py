@@ -1,1 +1,1 @@
-"""Readers of the authors' files, one per format."""
+"""Readers of data sets as their authors distribute them, one per format."""

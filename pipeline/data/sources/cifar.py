@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as their authors distribute them: pickles of Python 2 in a tar.gz.
 
-A batch holds `data`, uint8 [n, 3072]: the red plane of 32 x 32 pixels, the green, the blue; and a list of labels. Both
-the archive and the folder that it unpacks to are read, the archive without unpacking it.
+A batch holds `data`, uint8 [n, 3072]: the red plane of 32 x 32 pixels, the green, the blue; and a list of labels. Reads
+the folder that the archive unpacks to, or the archive itself without unpacking it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.data.sources.source import (
 
 @dataclass(frozen=True)
 class Layout:
-    """What the files of one of the two data sets are called, and what is called what inside them."""
+    """Names of the files of one of the two data sets, and of the entries inside them."""
 
     archive: str
     archive_md5: str
@@ -40,7 +40,7 @@ class Layout:
     labels: str
     names: str
     md5: dict[str, str]
-    """Of each file, as torchvision publishes them for the authors' files."""
+    """By file, as torchvision publishes them for the authors' files."""
 
     @property
     def url(self) -> str:
@@ -89,7 +89,7 @@ def cifar(dataset: str, split: str, source: Path | None) -> Source:
     `source` is the archive, the folder it unpacks to, or one that holds either; None downloads. Errors: DataError.
     """
     layout = LAYOUTS[dataset]
-    place = _find(layout, source)
+    place = _find_files(layout, source)
     batches = layout.splits[split]
     files = _read_files(layout, place, (*batches, layout.meta))
     contents = {name: read_pickle(io.BytesIO(data), place / name) for name, data in files.items()}
@@ -118,8 +118,8 @@ def cifar(dataset: str, split: str, source: Path | None) -> Source:
     )
 
 
-def _find(layout: Layout, source: Path | None) -> Path:
-    """The archive, or the folder with the batches."""
+def _find_files(layout: Layout, source: Path | None) -> Path:
+    """The path of the archive, or of the folder with the batches."""
     if source is None:
         return download(layout.url, layout.archive, layout.archive_md5)
     for place in (source / layout.folder, source):
@@ -136,24 +136,24 @@ def _find(layout: Layout, source: Path | None) -> Path:
 
 def _read_files(layout: Layout, place: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     try:
-        found = _members(place, layout.folder, names) if place.is_file() else _folder_files(place, names)
+        files = _archive_files(place, layout.folder, names) if place.is_file() else _folder_files(place, names)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{place} cannot be read: {error}; get it again from {layout.url}") from None
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in files]
     if missing:
         raise DataError(f"{place} lacks {', '.join(missing)}; get it again from {layout.url}")
-    return found
+    return files
 
 
 def _folder_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def _members(archive: Path, folder: str, names: tuple[str, ...]) -> dict[str, bytes]:
-    wanted = {f"{folder}/{name}": name for name in names}
-    found: dict[str, bytes] = {}
+def _archive_files(archive: Path, folder: str, names: tuple[str, ...]) -> dict[str, bytes]:
+    name_of_member = {f"{folder}/{name}": name for name in names}
+    files: dict[str, bytes] = {}
     with open_tar_gz(archive) as tar:
         for member in tar:
-            if member.isreg() and member.name in wanted and (stream := tar.extractfile(member)) is not None:
-                found[wanted[member.name]] = stream.read()
-    return found
+            if member.isreg() and member.name in name_of_member and (stream := tar.extractfile(member)) is not None:
+                files[name_of_member[member.name]] = stream.read()
+    return files

@@ -1,14 +1,14 @@
-"""From an image file, of whatever kind, to RGB pixels; and the strict check of a stored JPEG.
+"""Decodes image files of any format to RGB pixels, and strictly checks stored JPEGs.
 
-The pixels are those of `PIL.Image.open(file).convert("RGB")`, which is what torchvision's ImageFolder feeds, so a
-network trained elsewhere sees the same images here. That settles what would otherwise be questions:
+The pixels are those of `PIL.Image.open(file).convert("RGB")`, as in torchvision's ImageFolder, so a network trained
+elsewhere sees the same images here. It follows that:
 
-- The file's content decides what it is, never its name (ImageNet has a PNG that is called .JPEG).
-- EXIF orientation is ignored, as the ImageNet literature does; turning images would change known accuracies.
-- Alpha is dropped, not composited: the colour stored under transparent pixels shows.
+- A file's content determines its format, never its name (ImageNet has a PNG that is called .JPEG).
+- EXIF orientation is ignored, as in the ImageNet literature; rotating images would change known accuracies.
+- Alpha is dropped, not composited: transparent pixels get the colour that is stored for them.
 - Grey is replicated into three channels, bit-exact. CMYK goes through Pillow's conversion without a colour profile.
-- One exception: grey of 16 bits keeps its upper 8, where Pillow would clip everything above 255 to white.
-- A JPEG that ends early is broken, although most viewers show its upper part.
+- One exception: 16-bit grey keeps its upper 8 bits, where Pillow would clip everything above 255 to white.
+- A truncated JPEG is broken, although most viewers show its upper part.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ KINDS = {
     "LAB": "other",
     "HSV": "other",
 }
-"""Pillow's modes that `convert("RGB")` maps without loss of range, and what the manifest counts them as."""
+"""Pillow's modes that `convert("RGB")` maps without loss of range -> their kind in the manifest."""
 
 TURBOJPEG_RGB = 0
 
 
 class BrokenImage(ValueError):
-    """An image that cannot be decoded; the message is the reason."""
+    """An image cannot be decoded; the message is the reason."""
 
 
 def decode_rgb(data: bytes) -> tuple[NDArray[np.uint8], str]:
@@ -63,8 +63,8 @@ def decode_rgb(data: bytes) -> tuple[NDArray[np.uint8], str]:
     except UnidentifiedImageError:
         raise BrokenImage("not an image of any known format") from None
     except Exception as error:
-        # Pillow's forty decoders raise whatever they meet in a damaged file (SyntaxError and struct.error among them);
-        # each of these means that this file cannot be decoded. io.BytesIO rules out errors of the disk.
+        # Pillow's forty decoders raise many types for damaged files (SyntaxError and struct.error among them); any of
+        # them means that this file cannot be decoded. io.BytesIO rules out disk errors.
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
 
 
@@ -81,9 +81,9 @@ def _to_rgb(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
 
 
 def fitted_size(height: int, width: int, limit: int) -> tuple[int, int]:
-    """Height and width after the longer side is brought down to `limit`; smaller images keep theirs.
+    """Height and width after the longer side is reduced to `limit`; smaller images keep their size.
 
-    Sides are rounded down as FFCV does, but never to zero: an image of 1 x 2000 stays one pixel high.
+    Sides are rounded down as in FFCV, but never to zero: an image of 1 x 2000 stays one pixel high.
     """
     longer = max(height, width)
     if longer <= limit:
@@ -106,7 +106,7 @@ def read_image(path: Path) -> tuple[NDArray[np.uint8], str]:
 
 @functools.cache
 def _turbojpeg() -> ctypes.CDLL:
-    """The library FFCV decodes with. Pillow will not do here: it takes what libjpeg only warns about."""
+    """The library that FFCV decodes with. Pillow is too lenient here: it accepts what libjpeg warns about."""
     library = ctypes.CDLL("libturbojpeg.so.0")
     library.tjInitDecompress.restype = ctypes.c_void_p
     library.tjDestroy.argtypes = [ctypes.c_void_p]
@@ -121,19 +121,19 @@ def _turbojpeg() -> ctypes.CDLL:
 
 
 def jpeg_fault(data: NDArray[np.uint8], height: int, width: int) -> str | None:
-    """Why stored bytes are not a flawless JPEG of this size, or None if they are. Warnings count as faults.
+    """Why stored bytes are not a valid JPEG of this size, or None if they are. Warnings count as faults.
 
-    The C code runs without the GIL, so threads check in parallel.
+    The C code runs without the GIL, so threads can check in parallel.
     """
     library = _turbojpeg()
     handle = library.tjInitDecompress()
     try:
-        found_width, found_height, subsampling, colours = (ctypes.c_int() for _ in range(4))
+        actual_width, actual_height, subsampling, colours = (ctypes.c_int() for _ in range(4))
         source = data.ctypes.data
-        if library.tjDecompressHeader3(handle, source, data.size, found_width, found_height, subsampling, colours):
+        if library.tjDecompressHeader3(handle, source, data.size, actual_width, actual_height, subsampling, colours):
             return library.tjGetErrorStr2(handle).decode()
-        if (found_height.value, found_width.value) != (height, width):
-            return f"a JPEG of {found_height.value} x {found_width.value} where {height} x {width} is recorded"
+        if (actual_height.value, actual_width.value) != (height, width):
+            return f"a JPEG of {actual_height.value} x {actual_width.value} where {height} x {width} is recorded"
         pixels = np.empty((height, width, 3), np.uint8)
         if library.tjDecompress2(handle, source, data.size, pixels.ctypes.data, width, 0, height, TURBOJPEG_RGB, 0):
             return library.tjGetErrorStr2(handle).decode()

@@ -1,7 +1,7 @@
-"""Extra training images with labels that a network gave, from the files in which they are published.
+"""Extra training images with pseudo-labels, from the files in which they are published.
 
-They are written behind the data set's own images, into the same file; the manifest says how many they are. How many of
-them a batch gets is the recipe's `data.extra_fraction` and `pipeline.data.loading.sampling`'s work.
+They are written after the data set's own images, into the same file; the manifest says how many there are. Their share
+of a batch is the recipe's `data.extra_fraction`, which `pipeline.data.loading.sampling` implements.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NPZ_KEYS = ("image", "label")
 
 
 def add_extra(source: Source, path: Path) -> Source:
-    """`source` with the images of `path` behind its own. Labels are those of all classes of the data set.
+    """`source` followed by the images of `path`. Labels refer to all classes of the data set.
 
     Errors: DataError naming the file and what is wrong with it.
     """
@@ -46,7 +46,7 @@ def add_extra(source: Source, path: Path) -> Source:
 def read_extra(path: Path, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images [n, height, width, 3] and labels [n] of a .pickle, .npz, or SVHN .mat file. Errors: DataError."""
     if not path.is_file():
-        raise DataError(f"--extra {path}: there is no such file")
+        raise DataError(f"--extra {path}: no such file")
     if path.suffix == ".mat":
         return read_digits(path)
     if path.suffix == ".pickle":
@@ -54,7 +54,7 @@ def read_extra(path: Path, num_classes: int) -> tuple[NDArray[np.uint8], NDArray
         with path.open("rb") as stream:
             contents = read_pickle(stream, path)
     elif path.suffix == ".npz":
-        keys, contents = NPZ_KEYS, _npz(path)
+        keys, contents = NPZ_KEYS, _read_npz(path)
     else:
         raise DataError(
             f"--extra {path}: expected a .pickle ({', '.join(PICKLE_KEYS)}), .npz ({', '.join(NPZ_KEYS)}) or .mat"
@@ -63,10 +63,10 @@ def read_extra(path: Path, num_classes: int) -> tuple[NDArray[np.uint8], NDArray
     return images, labels_of(entry(contents, keys[1], path), len(images), num_classes, path)
 
 
-def _npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {key: file[key] for key in NPZ_KEYS if key in file.files}
     except Exception as error:
-        # A damaged zip of arrays raises what zipfile, zlib or numpy meet in it; objects are refused by numpy.
+        # For a damaged file zipfile, zlib and numpy raise many types; numpy refuses arrays of objects.
         raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from None

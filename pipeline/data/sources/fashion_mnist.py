@@ -1,4 +1,4 @@
-"""Fashion-MNIST: four idx files, from a folder, Debian's package or a download."""
+"""Fashion-MNIST (Xiao et al. 2017): four idx files, from a folder, Debian's package or a download."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def find_fashion_mnist(source: Path | None) -> Path:
 
 def _download_fashion_mnist() -> Path:
     cache = cache_folder()
-    # Imported here, as it brings torch and is needed at most once per machine.
+    # Imported here, as it imports torch and is needed at most once per machine.
     from torchvision.datasets import FashionMNIST
 
     try:
@@ -84,10 +84,10 @@ def read_idx(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read: {error}") from None
     start = 4 + 4 * dimensions
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < start:
-        raise DataError(f"{path} is no idx file of {dimensions} dimensions of unsigned bytes")
+        raise DataError(f"{path} is not an idx file of {dimensions} dimensions of unsigned bytes")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
     if len(data) != start + math.prod(shape):
-        raise DataError(f"{path} has {len(data) - start} bytes of data where its header says {shape}; get it again")
+        raise DataError(f"{path} has {len(data) - start} bytes of data, but its header says {shape}; get it again")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
@@ -95,7 +95,7 @@ def fashion_mnist(folder: Path, split: str) -> Source:
     image_file, label_file = IDX_FILES[split]
     images, labels = read_idx(folder, image_file, 3), read_idx(folder, label_file, 1)
     if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_CLASSES) or not len(images):
-        raise DataError(f"{folder}: {image_file} and {label_file} do not belong together, or hold no Fashion-MNIST")
+        raise DataError(f"{folder}: {image_file} and {label_file} do not match, or are not Fashion-MNIST")
     digest = hashlib.sha256(images.tobytes() + labels.tobytes())
     return Source(
         dataset="fashion_mnist",

@@ -1,4 +1,4 @@
-"""Any tree with one folder per class: `train/<class>/<image>` and `val/<class>/<image>`."""
+"""Any folder tree with one folder per class: `train/<class>/<image>` and `val/<class>/<image>`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from pipeline.data.manifest import DataError
 from pipeline.data.sources.decode import read_image
-from pipeline.data.sources.source import SPLITS, Source, listing_sha256, some
+from pipeline.data.sources.source import SPLITS, Source, listing_sha256, name_list
 
 FOLDERS = {"train": "train", "test": "val"}
 
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision's, compared without case; other files of the tree are not images and are passed over."""
+"""torchvision's, compared without case; files with other extensions are ignored."""
 
 
 def image_root(source: Path | None) -> Path:
@@ -27,20 +27,20 @@ def image_root(source: Path | None) -> Path:
     if train != val:
         only_train, only_val = sorted(train - val), sorted(val - train)
         raise DataError(
-            f"{source}: train/ and val/ must have the same classes; only in train/: {some(only_train)}; "
-            f"only in val/: {some(only_val)}"
+            f"{source}: train/ and val/ must have the same classes; only in train/: {name_list(only_train)}; "
+            f"only in val/: {name_list(only_val)}"
         )
     return source
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders, sorted: the label of a class is its place in this list. Errors: DataError."""
+    """Names of the class folders, sorted: a class's label is its index in this list. Errors: DataError."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; image_folder expects train/ and val/, each with one folder per class")
+        raise DataError(f"{folder} is not a folder; image_folder expects train/ and val/, each with a folder per class")
     with os.scandir(folder) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
-        raise DataError(f"{folder} holds no class folders; images must lie in {folder.name}/<class>/<image>")
+        raise DataError(f"{folder} has no class folders; images must be at {folder.name}/<class>/<image>")
     return classes
 
 
@@ -52,15 +52,15 @@ def image_folder(dataset: str, root: Path, split: str) -> Source:
     labels: list[int] = []
     empty: list[str] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(folder / name))
-        if not found:
+        images = sorted(_images_below(folder / name))
+        if not images:
             empty.append(name)
-        names.extend(os.path.relpath(path, folder) for path, _ in found)
-        sizes.extend(size for _, size in found)
-        labels.extend([label] * len(found))
+        names.extend(os.path.relpath(path, folder) for path, _ in images)
+        sizes.extend(size for _, size in images)
+        labels.extend([label] * len(images))
     if empty:
         raise DataError(
-            f"{folder}: no images in {len(empty)} of {len(classes)} classes: {some(empty)}; "
+            f"{folder}: no images in {len(empty)} of {len(classes)} classes: {name_list(empty)}; "
             f"remove these folders or add images ({', '.join(EXTENSIONS)})"
         )
     return Source(
@@ -76,13 +76,13 @@ def image_folder(dataset: str, root: Path, split: str) -> Source:
 
 
 def _images_below(folder: Path) -> Iterable[tuple[str, int]]:
-    for place, _, files in os.walk(folder, followlinks=True, onerror=_raise):
+    for parent, _, files in os.walk(folder, followlinks=True, onerror=_raise_data_error):
         for name in files:
             if name.lower().endswith(EXTENSIONS):
-                path = os.path.join(place, name)
+                path = os.path.join(parent, name)
                 yield path, os.path.getsize(path) if os.path.exists(path) else -1
 
 
-def _raise(error: OSError) -> None:
-    """os.walk passes over folders that it cannot list, unless told otherwise."""
+def _raise_data_error(error: OSError) -> None:
+    """By default os.walk skips folders that it cannot list."""
     raise DataError(f"{error.filename} cannot be listed: {error.strerror}")

@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC 2012) from the official archives, which are read where they lie: nothing is unpacked.
+"""ImageNet (ILSVRC 2012) from the official archives, which are read in place: nothing is unpacked.
 
-The training archive is a tar of one tar per class, of JPEGs; the validation archive a tar of JPEGs without classes,
-which the devkit names. Tars are walked header by header: where Python's tarfile takes a damaged header for the end,
-and reads on behind a cut inner archive, every archive here must end as archives end.
+The training archive is a tar with one tar of JPEGs per class; the validation archive is a tar of JPEGs, whose classes
+the devkit lists. Tars are read header by header: Python's tarfile takes a damaged header for the end, and reads on past
+the end of a truncated inner archive, whereas here every archive must have a proper end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.manifest import DataError
 from pipeline.data.sources.decode import decode_rgb
-from pipeline.data.sources.source import Source, listing_sha256, md5_of, open_tar_gz, some
+from pipeline.data.sources.source import Source, listing_sha256, md5_of, name_list, open_tar_gz
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
@@ -52,20 +52,20 @@ def imagenet(split: str, folder: Path | None) -> Source:
     needed = (TRAIN, VAL, DEVKIT)
     if folder is None:
         raise DataError(
-            f"imagenet cannot be downloaded without an account; name with --source the folder that holds "
+            f"imagenet cannot be downloaded without an account; pass with --source the folder that holds "
             f"{', '.join(needed)}, or the folder tree with train/ and val/"
         )
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"{folder} lacks {', '.join(missing)}; it has no folder tree with train/ and val/ either")
+        raise DataError(f"{folder} lacks {', '.join(missing)}, and has no folder tree with train/ and val/ either")
     wnid_of, truth = read_devkit(folder / DEVKIT)
     with (folder / TRAIN).open("rb") as stream:
         archives = sorted(_members(stream, folder / TRAIN), key=lambda member: member.name)
         classes = [_wnid(member, folder / TRAIN) for member in archives]
         if classes != sorted(wnid_of.values()):
             raise DataError(
-                f"{folder}: only in {TRAIN}: {some(sorted(set(classes) - set(wnid_of.values())))}; "
-                f"only in {DEVKIT}: {some(sorted(set(wnid_of.values()) - set(classes)))}; get both again"
+                f"{folder}: only in {TRAIN}: {name_list(sorted(set(classes) - set(wnid_of.values())))}; "
+                f"only in {DEVKIT}: {name_list(sorted(set(wnid_of.values()) - set(classes)))}; get both again"
             )
         if split == "train":
             path = folder / TRAIN
@@ -81,15 +81,15 @@ def _source(
 ) -> Source:
     empty = [name for name, members in zip(classes, per_class, strict=True) if not members]
     if empty:
-        raise DataError(f"{path}: no images in {len(empty)} of {len(classes)} classes: {some(empty)}")
-    members = [member for found in per_class for member in sorted(found, key=lambda member: member.name)]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(found) for found in per_class])
+        raise DataError(f"{path}: no images in {len(empty)} of {len(classes)} classes: {name_list(empty)}")
+    members = [member for group in per_class for member in sorted(group, key=lambda member: member.name)]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(group) for group in per_class])
     names = [f"{classes[label]}/{member.name}" for label, member in zip(labels.tolist(), members, strict=True)]
     starts = np.array([member.start for member in members], np.int64)
     sizes = np.array([member.size for member in members], np.int64)
 
     def read(i: int) -> tuple[NDArray[np.uint8], str]:
-        with path.open("rb") as stream:  # anew, as threads and forked processes would share a position
+        with path.open("rb") as stream:  # for each image, as threads and forked processes would share its position
             stream.seek(int(starts[i]))
             return decode_rgb(stream.read(int(sizes[i])))
 
@@ -107,42 +107,44 @@ def _source(
 
 
 def _members(stream: BinaryIO, path: Path, inside: Member | None = None) -> Iterator[Member]:
-    """The files of the tar `path`, or of the tar that is its member `inside`, in the order in which they lie."""
+    """The files of the tar `path`, or of the tar that is its member `inside`, in stored order."""
     size = os.fstat(stream.fileno()).st_size
-    place, end = (inside.start, inside.start + inside.size) if inside else (0, size)
-    what = f"{path}, {inside.name}" if inside else str(path)
+    offset, end = (inside.start, inside.start + inside.size) if inside else (0, size)
+    archive = f"{path}, {inside.name}" if inside else str(path)
     while True:
-        header = os.pread(stream.fileno(), BLOCK, place)
-        if len(header) < BLOCK or place + BLOCK > end:
-            raise DataError(f"{what} is cut: it has no end at byte {place}; get it again")
+        header = os.pread(stream.fileno(), BLOCK, offset)
+        if len(header) < BLOCK or offset + BLOCK > end:
+            raise DataError(f"{archive} is truncated: it has no end mark at byte {offset}; get it again")
         if not any(header):
             return
         try:
-            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            raise DataError(f"{what} is damaged at byte {place} ({error}); get it again") from None
-        start = place + BLOCK
-        if not 0 <= found.size <= end - start:
-            raise DataError(f"{what} is cut inside {found.name}; get it again")
-        if not found.isreg() or "/" in found.name:
-            raise DataError(f"{what} holds {found.name!r}, which is no plain file: it is not the official archive")
-        yield Member(found.name, start, found.size)
-        place = start + -(-found.size // BLOCK) * BLOCK
+            raise DataError(f"{archive} is damaged at byte {offset} ({error}); get it again") from None
+        start = offset + BLOCK
+        if not 0 <= entry.size <= end - start:
+            raise DataError(f"{archive} is truncated inside {entry.name}; get it again")
+        if not entry.isreg() or "/" in entry.name:
+            raise DataError(
+                f"{archive} holds {entry.name!r}, which is not a regular file: it is not the official archive"
+            )
+        yield Member(entry.name, start, entry.size)
+        offset = start + -(-entry.size // BLOCK) * BLOCK
 
 
 def _wnid(member: Member, path: Path) -> str:
     wnid = member.name.removesuffix(".tar")
     if not WNID.fullmatch(wnid):
-        raise DataError(f"{path} holds {member.name!r} where a tar per class should be: it is not the official archive")
+        raise DataError(f"{path} holds {member.name!r} instead of one tar per class: it is not the official archive")
     return wnid
 
 
 def _by_class(path: Path, wnids: list[str], classes: list[str]) -> list[list[Member]]:
-    """The images of the validation archive by class: line i of the ground truth is the i-th of the sorted names."""
+    """The images of the validation archive by class: line i of the ground truth belongs to the i-th name, sorted."""
     with path.open("rb") as stream:
         members = sorted(_members(stream, path), key=lambda member: member.name)
     if len(members) != len(wnids):
-        raise DataError(f"{path} holds {len(members)} images, but {DEVKIT} has classes of {len(wnids)}; get both again")
+        raise DataError(f"{path} holds {len(members)} images, but {DEVKIT} lists {len(wnids)}; get both again")
     per_class: dict[str, list[Member]] = {wnid: [] for wnid in classes}
     for member, wnid in zip(members, wnids, strict=True):
         per_class[wnid].append(member)
@@ -162,11 +164,11 @@ def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
         wnid_of = dict(zip(map(int, leaves["ILSVRC2012_ID"]), map(str, leaves["WNID"]), strict=True))
         numbers = [int(line) for line in truth.split()]
     except Exception as error:
-        # Three formats in one file; what their readers raise on damage is no closed list.
-        raise DataError(f"{path} is not the official devkit, or damaged: {type(error).__name__}: {error}") from None
+        # The file combines three formats, whose readers raise many types for damaged content.
+        raise DataError(f"{path} is damaged or not the official devkit: {type(error).__name__}: {error}") from None
     unknown = sorted(set(numbers) - set(wnid_of))
     if unknown:
-        raise DataError(f"{path}: its ground truth names class {unknown[0]}, which its meta.mat does not have")
+        raise DataError(f"{path}: its ground truth names class {unknown[0]}, which its meta.mat lacks")
     return wnid_of, numbers
 
 

@@ -1,7 +1,7 @@
-"""Where images come from: the data sets there are, Fashion-MNIST's idx files, any tree with one folder per class.
+"""The supported data sets: lists one split of any of them.
 
-A `Source` lists one split; sample i is always the same image: of a folder, files are sorted by class and then by name;
-of a file of many images, they keep its order. What is decoded from a file, and how, is `pipeline.data.sources.decode`.
+Sample i of a `Source` is always the same image: files of a folder are sorted by class and then by name; images of a
+file of many keep its order. `pipeline.data.sources.decode` says how an image file is decoded.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pipeline.recipe.sections import DATASETS
 def open_source(
     dataset: str, split: str, source: Path | None, classes: Sequence[str] = (), extra: Path | None = None
 ) -> Source:
-    """List one split; `source` may be None for data sets that can be had without.
+    """List one split; `source` may be None for data sets that can be downloaded.
 
-    `classes` leaves the others out and numbers these in the order given; none means all. The images of the file
-    `extra` come behind the training images. Errors: DataError naming the place and the fix.
+    `classes` keeps only these classes and numbers them in the given order; empty means all. The images of the file
+    `extra` follow the training images. Errors: DataError naming the file or folder and the fix.
     """
     if split not in SPLITS:
-        raise DataError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     try:
-        opened = _open_whole(dataset, split, source)
+        images = _open_all_classes(dataset, split, source)
         if extra is not None and split == "train":
-            opened = add_extra(opened, extra)
+            images = add_extra(images, extra)
     except OSError as error:
         raise DataError(f"{error.filename or source or dataset} cannot be read: {error.strerror or error}") from None
-    return choose_classes(opened, classes) if classes else opened
+    return choose_classes(images, classes) if classes else images
 
 
-def _open_whole(dataset: str, split: str, source: Path | None) -> Source:
+def _open_all_classes(dataset: str, split: str, source: Path | None) -> Source:
     if dataset == "fashion_mnist":
         return fashion_mnist(find_fashion_mnist(source), split)
     if dataset in LAYOUTS:
@@ -50,4 +50,4 @@ def _open_whole(dataset: str, split: str, source: Path | None) -> Source:
         return imagenet(split, source)
     if dataset in ("image_folder", "imagenet"):
         return image_folder(dataset, image_root(source), split)
-    raise DataError(f"data set {dataset!r} is none of {', '.join(DATASETS)}")
+    raise DataError(f"data set {dataset!r} is not one of {', '.join(DATASETS)}")

@@ -1,8 +1,8 @@
-"""Pickles that hold numbers, text and arrays, and nothing that runs.
+"""Reads untrusted pickles of numbers, text and arrays, and runs nothing that they contain.
 
-A pickle is a program that may call whatever it names. CIFAR and pseudo-labelled images are published as pickles, so
-they are read by an unpickler whose `find_class` knows the few names that arrays need, and refuses every other before
-anything is called. `numpy.dtype` itself is not among them: from a forged state it takes bytes for pointers.
+A pickle is a program that may call anything it names. CIFAR and pseudo-labelled images are published as pickles, so
+they are read by an unpickler whose `find_class` allows the few names that arrays need, and refuses all others before
+anything is called. `numpy.dtype` itself is not allowed: a forged state makes it interpret bytes as pointers.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ DTYPES = ("u1", "i1", "i2", "i4", "i8", "f4", "f8")
 
 
 class _Dtype:
-    """numpy.dtype for plain numbers: neither objects nor structures."""
+    """Stands in for numpy.dtype; plain numbers only, neither objects nor structures."""
 
     def __init__(self, code: str, *flags: int) -> None:
         if code not in DTYPES:
-            raise ValueError(f"an array of {code!r} is none of numbers")
+            raise ValueError(f"an array of {code!r} does not hold plain numbers")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, order, subarray, names, fields, *_ = state
         if (subarray, names, fields) != (None, None, None):
-            raise ValueError("an array of structures is none of numbers")
+            raise ValueError("an array of structures does not hold plain numbers")
         self.dtype = self.dtype.newbyteorder(order)
 
 
 class _Array:
-    """An array that gets its values as its state, as up to protocol 4."""
+    """An array whose values are its state, as in protocols 0 to 4."""
 
     def __init__(self, *empty: object) -> None:
         self.values = np.empty(0)
@@ -44,21 +44,21 @@ class _Array:
         self._fill(data, dtype, shape, "F" if fortran else "C")
 
     def _fill(self, data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> None:
-        # Python 2 had one type for text and bytes, so the unpickler hands its bytes over as latin-1.
+        # Python 2 had one type for text and bytes, so the unpickler decodes its bytes as latin-1.
         stored = data.encode("latin-1") if isinstance(data, str) else data
         self.values = np.frombuffer(stored, dtype.dtype).reshape(shape, order=order)
 
 
 class _FilledArray(_Array):
-    """An array that is made of its values, as in protocol 5."""
+    """An array that is constructed from its values, as in protocol 5."""
 
     def __init__(self, data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> None:
         self._fill(data, dtype, shape, order)
 
 
-# Classes alone, as a pickle could set the attributes of a function.
-KNOWN: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): None,  # only handed on
+# Only classes, as a pickle could set the attributes of a function.
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,  # only passed as an argument
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): bytes,  # bytes("text", "latin1") is how protocols 0 to 2 hold bytes
     **{(f"{core}.multiarray", "_reconstruct"): _Array for core in ("numpy.core", "numpy._core")},
@@ -68,24 +68,24 @@ KNOWN: dict[tuple[str, str], Any] = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in KNOWN:
-            raise ValueError(f"it names {module}.{name}, which no such file needs, and which was not called")
-        return KNOWN[module, name]
+        if (module, name) not in ALLOWED:
+            raise ValueError(f"it names {module}.{name}, which such a file does not need; it was not called")
+        return ALLOWED[module, name]
 
 
 def read_pickle(stream: BinaryIO, path: str | Path) -> dict[str, Any]:
-    """The dict in a pickle of any protocol, arrays among its values as numpy's; `path` is for messages.
+    """The dict in a pickle of any protocol, with numpy arrays among its values; `path` is used in messages.
 
-    What Python 2 wrote as str is str, decoded as latin-1. Errors: DataError for a pickle that names anything but
-    arrays, is damaged, or holds no dict.
+    A str written by Python 2 is decoded as latin-1. Errors: DataError for a pickle that names anything but arrays, is
+    damaged, or does not hold a dict.
     """
     try:
         contents = _Unpickler(stream, encoding="latin-1").load()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     except Exception as error:
-        # Damaged bytes are another program: there is no list of what it may raise. Nothing but `KNOWN` has run.
+        # Damaged bytes are an arbitrary program, which may raise anything. It can call nothing but `ALLOWED`.
         raise DataError(f"{path} is refused as a pickle: {error or type(error).__name__}") from None
     if not isinstance(contents, dict):
-        raise DataError(f"{path} holds no dict but {type(contents).__name__}; is it the authors' file?")
+        raise DataError(f"{path} holds {type(contents).__name__}, not a dict; is it the authors' file?")
     return {key: value.values if isinstance(value, _Array) else value for key, value in contents.items()}

@@ -45,11 +45,11 @@ def svhn(split: str, source: Path | None) -> Source:
 
 
 def read_digits(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A file of the authors' as (images [n, 32, 32, 3], labels [n] in 0..9). Errors: DataError naming the file."""
+    """One of the authors' files as (images [n, 32, 32, 3], labels [n] in 0..9). Errors: DataError naming the file."""
     try:
         contents = scipy.io.loadmat(path, variable_names=("X", "y"))
     except Exception as error:
-        # scipy's readers raise whatever they meet in a damaged file, zlib.error and TypeError among it.
+        # scipy's readers raise many types for damaged files, zlib.error and TypeError among them.
         raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}; get it again from {URL}") from None
     stored, digits = entry(contents, "X", path), entry(contents, "y", path)
     images = images_of(stored.transpose(3, 0, 1, 2) if stored.ndim == 4 else stored, (32, 32, 3), path)

@@ -1,1 +1,1 @@
-"""Atomic, verified writing of FFCV files in a supervised process."""
+"""Writes FFCV files in a supervised process; atomic and verified."""

@@ -1,4 +1,4 @@
-"""Decoding every source image once before anything is written, so that all broken ones are known together."""
+"""Decodes every source image before anything is written, so that all broken ones are reported together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import DataError
 from pipeline.data.sources.decode import BrokenImage, fitted_size
 from pipeline.data.sources.source import Source
-from pipeline.data.writing.verify import CHUNK, ProgressCallback, available_cores, thread_count
+from pipeline.data.writing.verify import CHUNK, ProgressCallback, available_cores, thread_pool
 
 RAW_LIMIT = 64
 """Images of up to 64 x 64 pixels are stored raw, bit-exact; JPEG would cost accuracy there and save little."""
@@ -19,7 +19,7 @@ RAW_LIMIT = 64
 
 @dataclass(frozen=True)
 class Scan:
-    """Which images of a source can be written, and what they will be."""
+    """Which images of a source can be written, and their stored sizes."""
 
     kept: NDArray[np.int64]
     """Indices into the source, ascending: sample s of the file is image kept[s]."""
@@ -29,7 +29,7 @@ class Scan:
     skipped: list[tuple[str, str]]
     """(name, reason) of the images that cannot be decoded."""
     unreadable: list[tuple[str, str]]
-    """(name, reason) of files that the system would not hand out; these are never skipped."""
+    """(name, reason) of files that the operating system fails to read; these are never skipped."""
 
     @property
     def image_mode(self) -> str:
@@ -37,14 +37,14 @@ class Scan:
         return "raw" if self.sizes.max() <= RAW_LIMIT else "jpg"
 
     def estimated_bytes(self, jpeg_quality: int) -> int:
-        """About what the file will take; generous, from 0.27 bytes per pixel at quality 90 and 0.73 at 100 on ImageNet
+        """A generous estimate of the file's size; ImageNet takes 0.27 bytes per pixel at quality 90, and 0.73 at 100
         (FFCV's table of file sizes)."""
         pixels = int(self.sizes.prod(axis=1).sum())
         per_pixel = 3.0 if self.image_mode == "raw" else 0.35 if jpeg_quality <= 90 else 0.9
         return int(pixels * per_pixel) + 48 * len(self.kept) + (8 << 20)
 
 
-def scan(source: Source, max_resolution: int, progress: ProgressCallback) -> Scan:
+def scan_source(source: Source, max_resolution: int, progress: ProgressCallback) -> Scan:
     """Decode all images of `source` in parallel."""
     count = len(source.names)
 
@@ -63,39 +63,39 @@ def scan(source: Source, max_resolution: int, progress: ProgressCallback) -> Sca
 
     outcomes: list[tuple[str, str, tuple[int, int]]] = []
     progress("scan", 0, count)
-    with thread_count(available_cores()) as pool:
+    with thread_pool(available_cores()) as pool:
         for chunk in pool.map(scan_chunk, range(0, count, CHUNK)):
             outcomes.extend(chunk)
             progress("scan", len(outcomes), count)
     kept = [i for i, outcome in enumerate(outcomes) if outcome[0] == "kept"]
     kinds = Counter(outcomes[i][1] for i in kept if outcomes[i][1] != "rgb")
 
-    def named(what: str) -> list[tuple[str, str]]:
-        return [(source.names[i], outcome[1]) for i, outcome in enumerate(outcomes) if outcome[0] == what]
+    def names_and_reasons(category: str) -> list[tuple[str, str]]:
+        return [(source.names[i], outcome[1]) for i, outcome in enumerate(outcomes) if outcome[0] == category]
 
     return Scan(
         kept=np.array(kept, np.int64),
         sizes=np.array([outcomes[i][2] for i in kept], np.int64).reshape(-1, 2),
         converted=dict(sorted(kinds.items())),
-        skipped=named("broken"),
-        unreadable=named("unreadable"),
+        skipped=names_and_reasons("broken"),
+        unreadable=names_and_reasons("unreadable"),
     )
 
 
 def refuse_broken(scans: list[tuple[Source, Scan]], skip_broken: bool) -> None:
-    """Raise one DataError that lists everything that cannot be written, over all splits; return if nothing stands."""
+    """Raise one DataError that lists every image of all splits that cannot be written, if there is any."""
     lines = []
-    for source, scanned in scans:
-        offenders = scanned.unreadable + ([] if skip_broken else scanned.skipped)
-        lines.extend(f"  {source.location}/{name}: {reason}" for name, reason in offenders)
+    for source, scan in scans:
+        broken = scan.unreadable + ([] if skip_broken else scan.skipped)
+        lines.extend(f"  {source.location}/{name}: {reason}" for name, reason in broken)
     if lines:
         raise DataError(
             f"{len(lines)} images cannot be read or decoded:\n"
             + "\n".join(lines)
-            + "\nrepair or remove them, or pass --skip-broken to leave undecodable ones out and record them"
+            + "\nrepair or remove them, or pass --skip-broken to omit undecodable ones and record them in the manifest"
         )
-    for source, scanned in scans:
-        counts = np.bincount(source.labels[scanned.kept], minlength=len(source.class_names))
-        emptied = [source.class_names[label] for label in np.flatnonzero(counts == 0)]
-        if emptied:
-            raise DataError(f"{source.location}: every image of these classes is broken: {', '.join(emptied)}")
+    for source, scan in scans:
+        counts = np.bincount(source.labels[scan.kept], minlength=len(source.class_names))
+        empty = [source.class_names[label] for label in np.flatnonzero(counts == 0)]
+        if empty:
+            raise DataError(f"{source.location}: every image of these classes is broken: {', '.join(empty)}")

@@ -1,6 +1,6 @@
-"""Reading every stored image of an FFCV file: after it was written, and whenever someone doubts it.
+"""Verifies every stored image of an FFCV file: after writing, and for `launch data verify`.
 
-Threads, not processes: reading, hashing and libjpeg-turbo all run without the GIL.
+Uses threads, not processes: reading, hashing and libjpeg-turbo all run without the GIL.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.data.manifest import (
 from pipeline.data.sources.decode import jpeg_fault
 
 CHUNK = 64
-"""Images that one thread takes at a time."""
+"""Images per task of a thread."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -40,29 +40,29 @@ ProgressCallback = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """What reading all samples gave, by sample id."""
+    """The result of reading all samples, by sample id."""
 
     crc32: NDArray[np.uint32]
     content_sha256: str
     faults: dict[int, str]
-    """Why a sample cannot be what was written; empty for a good file."""
+    """Reason by id of a damaged sample; empty for an intact file."""
 
     @property
     def crc32_base64(self) -> str:
-        """As the manifest holds it."""
+        """The manifest's `sample_crc32`."""
         return base64.b64encode(self.crc32.astype("<u4").tobytes()).decode()
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Damage found in a file; all are empty for a good one."""
+    """Damage to a file; all fields are empty for an intact one."""
 
     samples: dict[int, str]
     """Reason by sample id."""
     pages: list[int]
-    """Numbers of the 8 MiB pages whose bytes differ from those written, images or not."""
+    """Numbers of the 8 MiB pages that have changed since they were written, whether they hold images or not."""
     manifest: list[str]
-    """Hashes that are wrong while the file is as it was written: the manifest itself is damaged."""
+    """Names of wrong hashes in the manifest, if the manifest is damaged and the file is intact."""
 
     @property
     def damaged(self) -> bool:
@@ -70,13 +70,13 @@ class Verification:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which a cluster's scheduler often limits."""
+    """Number of cores that this process may use; a cluster's scheduler often limits it."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
-def thread_count(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose waiting work is dropped when the block is left by an error."""
+def thread_pool(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `count` threads that cancels its pending tasks when the block raises."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
@@ -90,7 +90,7 @@ def check_samples(
     progress: ProgressCallback,
     expected: Callable[[int], bytes] | None = None,
 ) -> SampleCheck:
-    """Read, hash and decode every sample. With `expected`, raw samples must equal expected(id) byte for byte."""
+    """Read, hash and decode every sample. If `expected` is given, raw samples must equal expected(id) exactly."""
     descriptor = os.open(path, os.O_RDONLY)
     count = len(index.samples)
     crc32 = np.zeros(count, np.uint32)
@@ -114,7 +114,7 @@ def check_samples(
 
     progress("check", 0, count)
     try:
-        with thread_count(available_cores()) as pool:
+        with thread_pool(available_cores()) as pool:
             for stop in pool.map(check_chunk, range(0, count, CHUNK)):
                 progress("check", stop, count)
     finally:
@@ -127,7 +127,7 @@ def _stored_fault(data: bytes, mode: int, height: int, width: int) -> str | None
     if mode == MODE_JPEG:
         return jpeg_fault(np.frombuffer(data, np.uint8), height, width)
     if mode != MODE_RAW:
-        return f"it has storage mode {mode}, which does not exist"
+        return f"its storage mode {mode} does not exist"
     if len(data) != height * width * 3:
         return f"it has {len(data)} bytes where {height} x {width} raw pixels are recorded"
     return None
@@ -149,15 +149,15 @@ def hash_file(path: str | Path, progress: ProgressCallback) -> tuple[str, list[s
 def verify_file(path: str | Path, progress: ProgressCallback) -> Verification:
     """Compare every byte of a file with its manifest and decode every image.
 
-    Errors: DataError if the file does not even pass `manifest.open_checked`.
+    Errors: DataError if the file does not pass `manifest.open_checked`.
     """
     manifest = open_checked(path)
-    found = check_samples(path, read_index(path, check_structure(path)), progress)
-    samples = dict(found.faults)
-    for i in np.flatnonzero(found.crc32 != manifest.crc32_of_samples()).tolist():
+    check = check_samples(path, read_index(path, check_structure(path)), progress)
+    samples = dict(check.faults)
+    for i in np.flatnonzero(check.crc32 != manifest.crc32_of_samples()).tolist():
         samples.setdefault(i, "its bytes differ from those written")
     whole, hashes = hash_file(path, progress)
     pages = [number for number, pair in enumerate(zip(hashes, manifest.pages, strict=True)) if pair[0] != pair[1]]
     wrong = [("sha256", whole != manifest.sha256 and not pages)]
-    wrong.append(("content_sha256", found.content_sha256 != manifest.content_sha256 and not samples))
+    wrong.append(("content_sha256", check.content_sha256 != manifest.content_sha256 and not samples))
     return Verification(dict(sorted(samples.items())), pages, [name for name, is_wrong in wrong if is_wrong])

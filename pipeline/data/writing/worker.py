@@ -1,7 +1,7 @@
-"""The writer process: scan, write with FFCV, check, hash. Started by `pipeline.data.writing.process`.
+"""The writer process: scans, writes with FFCV, checks and hashes. Started by `pipeline.data.writing.process`.
 
-It begins as a fresh interpreter, so that FFCV's workers are forked from a process without threads. A timer signal
-looks, four times a second, whether a worker has died and whether the parent still lives: FFCV's own loop asks neither.
+It is a fresh interpreter, so that FFCV's workers are forked from a process without threads. Four times a second, a
+timer signal checks that no worker has died and that the parent is alive: FFCV's own loop checks neither.
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ from pipeline.data.sources.decode import fit_longer_side
 from pipeline.data.sources.registry import open_source
 from pipeline.data.sources.source import Source
 from pipeline.data.writing.process import SplitJob, WriteError, WriteJob, remove_temporary
-from pipeline.data.writing.scan import Scan, refuse_broken, scan
+from pipeline.data.writing.scan import Scan, refuse_broken, scan_source
 from pipeline.data.writing.verify import check_samples, hash_file
 from pipeline.run.files import atomic_write_json
 
-LOOK_SECONDS = 0.25
+POLL_SECONDS = 0.25
 PR_SET_PDEATHSIG = 1
 FFCV_CHUNK = 100
-"""Samples that an FFCV worker takes at a time, at most."""
+"""Samples per task of an FFCV worker, at most."""
 
 
 class Reporter:
-    """Tells the parent how far the writer is, and ends the writer when its parent is gone."""
+    """Reports the writer's progress to its parent, and ends the writer when the parent has died."""
 
-    def __init__(self, descriptor: int, parent: int, orphaned: Callable[[], NoReturn]) -> None:
-        self._descriptor, self._parent, self._orphaned = descriptor, parent, orphaned
-        self._look: Callable[[], None] | None = None
-        self._position = ("start", 0, 0)
+    def __init__(self, descriptor: int, parent: int, on_orphaned: Callable[[], NoReturn]) -> None:
+        self._descriptor, self._parent, self._on_orphaned = descriptor, parent, on_orphaned
+        self._check: Callable[[], None] | None = None
+        self._progress = ("start", 0, 0)
         self.split = ""
         signal.signal(signal.SIGALRM, self._on_timer)
-        signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, POLL_SECONDS, POLL_SECONDS)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Note a position; a new stage is told at once, the rest by the timer."""
-        before, self._position = self._position, (f"{self.split} {stage}", done, total)
-        if before[0] != self._position[0]:
-            self._tell()
+        """Record progress; a new stage is reported at once, the rest at the next tick of the timer."""
+        before, self._progress = self._progress, (f"{self.split} {stage}", done, total)
+        if before[0] != self._progress[0]:
+            self._send_progress()
 
-    def watch(self, look: Callable[[], None] | None) -> None:
-        """Call `look` on every tick; what it raises ends the writer."""
-        self._look = look
+    def set_check(self, check: Callable[[], None] | None) -> None:
+        """Call `check` at every tick; an exception from it ends the writer."""
+        self._check = check
 
     def send(self, message: dict[str, Any]) -> None:
-        """One line for the parent. Short ones are atomic, so the timer cannot mix two; long ones come after `stop`."""
+        """Send one line. Short lines are atomic, so the timer cannot mix two; long ones are sent after `stop`."""
         data = json.dumps(message).encode() + b"\n"
         while data:
             data = data[os.write(self._descriptor, data) :]
@@ -80,22 +80,22 @@ class Reporter:
 
     def _on_timer(self, number: int, frame: FrameType | None) -> None:
         if os.getppid() != self._parent:
-            self._orphaned()
-        if self._look is not None:
-            self._look()
-        self._tell()
+            self._on_orphaned()
+        if self._check is not None:
+            self._check()
+        self._send_progress()
 
-    def _tell(self) -> None:
-        self.send(dict(zip(("stage", "done", "total"), self._position, strict=True)))
+    def _send_progress(self) -> None:
+        self.send(dict(zip(("stage", "done", "total"), self._progress, strict=True)))
 
 
-class Converted:
-    """What FFCV's workers index: sample s as (pixels uint8 [height, width, 3], label)."""
+class WriterDataset:
+    """The data set that FFCV's workers index: sample s as (pixels uint8 [height, width, 3], label)."""
 
     def __init__(self, source: Source, kept: NDArray[np.int64], max_resolution: int) -> None:
         self._source, self._kept, self._max_resolution = source, kept, max_resolution
         self._lock = multiprocessing.Lock()
-        # Without a lock for reading: a worker may die while it holds it, and the reader must notice, not wait.
+        # Read without a lock: a worker may die while it holds one, and the reader must detect that, not wait.
         self._done = multiprocessing.RawValue(ctypes.c_uint64, 0)
 
     @property
@@ -114,67 +114,67 @@ class Converted:
 
 
 def raise_if_worker_died() -> None:
-    """Collect children that ended well; raise WriteError for one that did not."""
+    """Reap children that have succeeded. Errors: WriteError for one that has not."""
     while True:
         try:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if ended is None:
+        if child is None:
             return
-        if ended.si_code != os.CLD_EXITED:
-            raise WriteError(f"a worker of the writer was killed by {signal.Signals(ended.si_status).name}")
-        if ended.si_status != 0:
+        if child.si_code != os.CLD_EXITED:
+            raise WriteError(f"a worker of the writer was killed by {signal.Signals(child.si_status).name}")
+        if child.si_status != 0:
             raise WriteError("a worker of the writer failed")
-        os.waitpid(ended.si_pid, 0)
+        os.waitpid(child.si_pid, 0)
 
 
 def die_with_parent() -> None:
-    """In a forked worker: be killed when the writer dies, as FFCV's workers would wait for work for ever."""
+    """In a forked worker: have the kernel kill it when the writer dies, as FFCV's workers would wait forever."""
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def write_ffcv(path: Path, source: Source, scanned: Scan, job: WriteJob, reporter: Reporter) -> None:
+def write_ffcv(path: Path, source: Source, scan: Scan, job: WriteJob, reporter: Reporter) -> None:
     """Write the samples with FFCV's DatasetWriter. Errors: WriteError if a worker dies."""
-    dataset = Converted(source, scanned.kept, job.max_resolution)
+    dataset = WriterDataset(source, scan.kept, job.max_resolution)
     count = len(dataset)
     reporter.progress("write", 0, count)
-    # After the scan, so that a source with broken images is refused without the seconds that this takes.
+    # Imported after the scan, so that a source with broken images is refused before the seconds that this takes.
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     fields = {
-        "image": RGBImageField(write_mode=scanned.image_mode, jpeg_quality=job.jpeg_quality),
+        "image": RGBImageField(write_mode=scan.image_mode, jpeg_quality=job.jpeg_quality),
         "label": IntField(),
     }
     workers = min(job.workers, count)
 
-    def look() -> None:
+    def check_workers() -> None:
         raise_if_worker_died()
         reporter.progress("write", dataset.done, count)
 
-    reporter.watch(look)
+    reporter.set_check(check_workers)
     DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(
         dataset, chunksize=max(1, min(FFCV_CHUNK, count // (4 * workers)))
     )
-    reporter.watch(None)
+    reporter.set_check(None)
 
 
-def finish(path: Path, source: Source, scanned: Scan, job: WriteJob, reporter: Reporter) -> Manifest:
-    """Check a written file against its source, sample by sample, flush it to disk and describe it."""
+def check_and_describe(path: Path, source: Source, scan: Scan, job: WriteJob, reporter: Reporter) -> Manifest:
+    """Check a written file against its source, sample by sample, flush it to disk and return its manifest."""
     structure = check_structure(path)
     index = read_index(path, structure)
-    labels = source.labels[scanned.kept]
+    labels = source.labels[scan.kept]
     sizes = np.stack([index.samples["height"], index.samples["width"]], axis=1)
-    if not np.array_equal(index.samples["label"], labels) or not np.array_equal(sizes, scanned.sizes):
-        raise WriteError("the labels or sizes written are not those of the source; did it change meanwhile?")
-    checked = check_samples(
-        path, index, reporter.progress, expected=lambda i: source.read(int(scanned.kept[i]))[0].tobytes()
+    if not np.array_equal(index.samples["label"], labels) or not np.array_equal(sizes, scan.sizes):
+        raise WriteError("the labels or sizes written differ from the source's; did it change meanwhile?")
+    check = check_samples(
+        path, index, reporter.progress, expected=lambda i: source.read(int(scan.kept[i]))[0].tobytes()
     )
-    if checked.faults:
-        shown = "; ".join(f"{source.names[scanned.kept[i]]}: {fault}" for i, fault in list(checked.faults.items())[:10])
-        raise WriteError(f"{len(checked.faults)} samples were not written as they should be: {shown}")
+    if check.faults:
+        first = "; ".join(f"{source.names[scan.kept[i]]}: {fault}" for i, fault in list(check.faults.items())[:10])
+        raise WriteError(f"{len(check.faults)} samples were written incorrectly: {first}")
     reporter.progress("flush", 0, 1)
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
@@ -186,23 +186,23 @@ def finish(path: Path, source: Source, scanned: Scan, job: WriteJob, reporter: R
         source_sha256=source.sha256,
         authors_md5=source.authors_md5,
         num_samples=structure.num_samples,
-        num_extra=int((scanned.kept >= len(source.labels) - source.num_extra).sum()),
+        num_extra=int((scan.kept >= len(source.labels) - source.num_extra).sum()),
         extra_source=source.extra_location,
         num_classes=len(source.class_names),
         class_names=list(source.class_names),
         chosen_from=list(source.chosen_from) if source.chosen_from else None,
         label_histogram=np.bincount(labels, minlength=len(source.class_names)).tolist(),
-        image_mode=scanned.image_mode,
+        image_mode=scan.image_mode,
         max_resolution=job.max_resolution,
         jpeg_quality=job.jpeg_quality,
-        skipped=[Skipped(path=name, reason=reason) for name, reason in scanned.skipped],
-        converted=scanned.converted,
+        skipped=[Skipped(path=name, reason=reason) for name, reason in scan.skipped],
+        converted=scan.converted,
         file_size=structure.file_size,
         sha256=sha256,
         index_sha256=index_sha256(path, structure),
-        content_sha256=checked.content_sha256,
+        content_sha256=check.content_sha256,
         pages=pages,
-        sample_crc32=checked.crc32_base64,
+        sample_crc32=check.crc32_base64,
         versions={
             **{name: importlib.metadata.version(name) for name in ("ffcv", "numpy", "pillow")},
             "opencv": cv2.__version__,
@@ -212,41 +212,41 @@ def finish(path: Path, source: Source, scanned: Scan, job: WriteJob, reporter: R
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raise WriteError if the files, as estimated, do not fit on the disk."""
+    """Errors: WriteError if `folder` has fewer bytes free than `needed`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise WriteError(f"{folder} has {free / 1e9:.1f} GB free, the files need about {needed / 1e9:.1f} GB")
 
 
-def open_listed(job: WriteJob, part: SplitJob) -> Source:
-    place, extra = (Path(name) if name else None for name in (job.source, job.extra))
-    source = open_source(job.dataset, part.split, place, job.classes, extra)
+def open_unchanged(job: WriteJob, part: SplitJob) -> Source:
+    path, extra = (Path(name) if name else None for name in (job.source, job.extra))
+    source = open_source(job.dataset, part.split, path, job.classes, extra)
     if source.sha256 != part.source_sha256:
         raise DataError(f"{source.location} changed while it was being listed; wait until it is complete")
     return source
 
 
-def convert(job: WriteJob, reporter: Reporter) -> None:
-    """Scan all splits, then write them one after another, telling the parent of each one that is complete."""
+def write_splits(job: WriteJob, reporter: Reporter) -> None:
+    """Scan all splits, then write them one after another; reports each one to the parent when it is complete."""
     scans = []
     for part in job.splits:
         reporter.split = part.split
         reporter.progress("list", 0, 1)
-        source = open_listed(job, part)
-        scans.append((source, scan(source, job.max_resolution, reporter.progress)))
+        source = open_unchanged(job, part)
+        scans.append((source, scan_source(source, job.max_resolution, reporter.progress)))
     refuse_broken(scans, job.skip_broken)
-    needed = sum(scanned.estimated_bytes(job.jpeg_quality) for _, scanned in scans)
+    needed = sum(scan.estimated_bytes(job.jpeg_quality) for _, scan in scans)
     check_free_space(Path(job.splits[0].temporary).parent, needed)
-    for part, (source, scanned) in zip(job.splits, scans, strict=True):
+    for part, (source, scan) in zip(job.splits, scans, strict=True):
         reporter.split, temporary = part.split, Path(part.temporary)
-        write_ffcv(temporary, source, scanned, job, reporter)
-        manifest = finish(temporary, source, scanned, job, reporter)
+        write_ffcv(temporary, source, scan, job, reporter)
+        manifest = check_and_describe(temporary, source, scan, job, reporter)
         atomic_write_json(manifest_path(temporary), manifest.model_dump())
         reporter.send({"ready": part.split})
 
 
-def abandon(job: WriteJob) -> NoReturn:
-    """End without waiting for anybody: FFCV's queues would wait for workers that no longer read."""
+def abort(job: WriteJob) -> NoReturn:
+    """Exit at once: FFCV's queues would wait for workers that no longer read."""
     for child in multiprocessing.active_children():
         child.kill()
     for part in job.splits:
@@ -260,9 +260,9 @@ def main(arguments: list[str]) -> None:
     job = WriteJob(**{**values, "splits": [SplitJob(**part) for part in values["splits"]]})
     cv2.setNumThreads(0)
     os.register_at_fork(after_in_child=die_with_parent)
-    reporter = Reporter(int(arguments[0]), job.parent, orphaned=partial(abandon, job))
+    reporter = Reporter(int(arguments[0]), job.parent, on_orphaned=partial(abort, job))
     try:
-        convert(job, reporter)
+        write_splits(job, reporter)
         reporter.stop()
     except BaseException as error:
         reporter.stop()
@@ -273,7 +273,7 @@ def main(arguments: list[str]) -> None:
         try:
             reporter.send({"failed": str(error) if expected else "the writer failed", "kind": kind})
         finally:
-            abandon(job)
+            abort(job)
 
 
 if __name__ == "__main__":

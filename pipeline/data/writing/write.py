@@ -1,8 +1,8 @@
-"""Writing the FFCV files of a data set: all or nothing, and never over a good file by accident.
+"""Writes the FFCV files of a data set: all or nothing, and never over an intact file by accident.
 
-A file is written under a temporary name in its own folder by a supervised process (`pipeline.data.writing.process`),
-checked there against its source and described; then its manifest and, last of all, the file itself are renamed. So
-whatever lies under the final name is complete, at whatever moment the machine stops.
+A supervised process (`pipeline.data.writing.process`) writes a file under a temporary name in its final folder, checks
+it against its source and writes its manifest; then the manifest and, last, the file itself are renamed. So a file with
+its final name is always complete, whenever the machine stops.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 from pipeline.data.manifest import DataError, Manifest, manifest_path, open_checked
 from pipeline.data.sources.registry import open_source
 from pipeline.data.sources.source import SPLITS, Source
-from pipeline.data.writing.process import SplitJob, WriteJob, remove_temporary, run_watched
+from pipeline.data.writing.process import SplitJob, WriteJob, remove_temporary, run_writer
 from pipeline.data.writing.verify import available_cores
 from pipeline.run.files import fsync_folder
 from pipeline.run.locks import lock, try_lock
 
 LARGEST_RESOLUTION = 1600
-"""An image must fit into one 8 MiB page of the file, however badly it compresses."""
+"""An image must fit into one 8 MiB page of the file, even uncompressed."""
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How images are stored, and how hard to try."""
+    """How images are stored and how they are written."""
 
     workers: int | None = None
-    """Processes; None means one per core that may be used."""
+    """Processes; None means one per available core."""
     max_resolution: int = 500
-    """Longer side in pixels; larger images are shrunk."""
+    """Longer side in pixels; larger images are reduced to it."""
     jpeg_quality: int = 90
     """For images above 64 x 64 pixels; smaller ones are stored raw."""
     skip_broken: bool = False
     stall_seconds: float = 120.0
-    """Without progress for so long, the writer is ended."""
+    """The writer is terminated after so long without progress."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -50,12 +50,12 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """One file that is now there."""
+    """A file of the data set after `write_dataset`."""
 
     path: Path
     manifest: Manifest
     was_there: bool
-    """It had been written before, from the same source in the same way, and was left as it is."""
+    """It had been written before, from the same source with the same options, and was kept."""
 
 
 def write_dataset(
@@ -69,17 +69,20 @@ def write_dataset(
     classes: Sequence[str] = (),
     extra: Path | None = None,
 ) -> list[Written]:
-    """Write out/train.beton and out/test.beton; a good file of the same source and options is left as it is.
+    """Write out/train.beton and out/test.beton; an intact file of the same source and options is kept.
 
-    `classes` and `extra` as `datasets.open_source`: some of the classes only, and a file of extra training images.
-    progress is called with (stage, done, total), stage being for example 'train scan'. Errors: DataError if the source
-    or an existing file stands in the way, with all broken images in one message; watch.WriteError if writing failed.
-    After an error neither a new final file nor a temporary one is left, except for a split that was complete before.
+    `classes` and `extra` as in `registry.open_source`: a subset of the classes, and a file of extra training images.
+    progress is called with (stage, done, total), where stage is for example 'train scan'. Errors: DataError for a bad
+    source, with all broken images in one message, or an existing file that must not be replaced; process.WriteError if
+    writing fails. After an error there is neither a temporary file nor a new final one, except for a split that was
+    complete by then.
     """
     sources = {split: open_source(dataset, split, source, classes, extra) for split in SPLITS}
     out.mkdir(parents=True, exist_ok=True)
     paths = {split: out / f"{split}.beton" for split in SPLITS}
-    done = {} if force else {s: m for s in SPLITS if (m := existing(paths[s], sources[s], options)) is not None}
+    done = (
+        {} if force else {s: m for s in SPLITS if (m := reusable_manifest(paths[s], sources[s], options)) is not None}
+    )
     to_do = [split for split in SPLITS if split not in done]
     if to_do:
         with ExitStack() as stack:
@@ -96,25 +99,28 @@ def write_dataset(
                 skip_broken=options.skip_broken,
                 parent=os.getpid(),
             )
-            run_watched(job, options.stall_seconds, progress, lambda split: commit(temporaries[split], paths[split]))
+            run_writer(
+                job, options.stall_seconds, progress, lambda split: commit_file(temporaries[split], paths[split])
+            )
     return [Written(paths[split], open_checked(paths[split]), split in done) for split in SPLITS]
 
 
-def existing(path: Path, source: Source, options: WriteOptions) -> Manifest | None:
-    """The manifest of a file that need not be written again; None if the way is free.
+def reusable_manifest(path: Path, source: Source, options: WriteOptions) -> Manifest | None:
+    """The manifest of an existing file that need not be written again; None if `path` may be written.
 
-    A file with a manifest that does not pass `open_checked` was written here and is damaged: it may be replaced.
-    Errors: DataError for a good file of something else, or a file without manifest, which somebody else may have made.
+    A file with a manifest that does not pass `open_checked` was written by this project and is damaged: it may be
+    replaced. Errors: DataError for an intact file of another source or other options, and for a file without a
+    manifest, whose origin is unknown.
     """
     if not path.exists():
         return None
     if not manifest_path(path).exists():
-        raise DataError(f"{path} exists and has no manifest, so it is not known what it is; --force replaces it")
+        raise DataError(f"{path} exists and has no manifest, so its origin is unknown; --force replaces it")
     try:
         manifest = open_checked(path)
     except DataError:
         return None
-    wanted = {
+    expected = {
         "dataset": source.dataset,
         "split": source.split,
         "class_names": list(source.class_names),
@@ -123,10 +129,10 @@ def existing(path: Path, source: Source, options: WriteOptions) -> Manifest | No
         "max_resolution": options.max_resolution,
         "jpeg_quality": options.jpeg_quality,
     }
-    differing = [name for name, value in wanted.items() if getattr(manifest, name) != value]
-    if differing:
+    differences = [name for name, value in expected.items() if getattr(manifest, name) != value]
+    if differences:
         raise DataError(
-            f"{path} exists and was written from {manifest.source} with other {', '.join(differing)}; "
+            f"{path} exists and was written from {manifest.source} with other {', '.join(differences)}; "
             "--force replaces it, --out DIR writes elsewhere"
         )
     return manifest
@@ -134,9 +140,9 @@ def existing(path: Path, source: Source, options: WriteOptions) -> Manifest | No
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A locked temporary file for `path`, removed at the end if it is still there.
+    """A locked temporary file for `path`, removed at the end if it still exists.
 
-    Temporary files that nobody holds locked are what a killed machine left, and are removed. Errors: DataError if
+    Other temporary files without a lock are leftovers of killed processes, and are removed. Errors: DataError if
     another process is writing `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -159,10 +165,11 @@ def _remove_unless_locked(other: Path, path: Path) -> None:
         remove_temporary(other)
 
 
-def commit(temporary: Path, path: Path) -> None:
-    """Give a complete temporary file its final name.
+def commit_file(temporary: Path, path: Path) -> None:
+    """Give a complete temporary file and its manifest their final names.
 
-    The old pair goes first and the file comes last, so that no file ever stands beside the manifest of another.
+    The old file and manifest are removed first and the new file comes last, so that a file never lies beside the
+    manifest of another.
     """
     open_checked(temporary)
     path.unlink(missing_ok=True)

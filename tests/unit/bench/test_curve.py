@@ -10,7 +10,7 @@ from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
 from tests.bench.curve import FORWARD, FP32, attack_passes, costs, main, mean_area, pgd_passes
 from tests.bench.scaling import ATTACK_PASS
-from tests.support.small_recipe import ROOT
+from tests.support.commands import ROOT
 
 FAITHFUL, FAST, FREE = (ROOT / "recipes" / f"imagenet_resnet50_{name}.yaml" for name in ("linf4", "fast", "free"))
 SMALL = ["data.train_images=1000", "data.validation_images=100", "evaluation.images=50"]
@@ -44,8 +44,8 @@ def test_evaluations_are_counted_pass_by_pass() -> None:
     assert parts["held-out images"] == pytest.approx(FP32 * 220 * 100 * pgd_passes(5, 1))
 
 
-def test_what_is_not_judged_by_pgd_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"objective.name=crown_ibp is not judged by PGD"):
+def test_an_objective_that_is_not_evaluated_by_pgd_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective.name=crown_ibp is not evaluated by PGD"):
         costs(load_recipe(ROOT / "recipes" / "fashion_mnist_crown_ibp.yaml"))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.recipe.file import load_recipe
 from tests.bench.scaling import ATTACK_PASS, Machine, Sent, compute_s, main, send_s
-from tests.support.small_recipe import ROOT
+from tests.support.commands import ROOT
 
 RECIPE = ROOT / "recipes" / "imagenet_resnet50_linf4.yaml"
 

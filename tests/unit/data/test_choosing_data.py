@@ -1,4 +1,4 @@
-"""Some of the classes, and extra images behind a data set's own: listed, written for real, and dealt in batches."""
+"""Chosen classes, and extra images after a data set's own: listed, written to real files, and loaded in batches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def batches(tmp_path: Path) -> Path:
     return folder
 
 
-def pseudo_labelled(path: Path, labels: np.ndarray, side: int = 32) -> np.ndarray:
-    """A file as Carmon et al.'s, or as Gowal et al.'s if it is called .npz; returns its images."""
+def write_extra_images(path: Path, labels: np.ndarray, side: int = 32) -> np.ndarray:
+    """Write a file in Carmon et al.'s format, or in Gowal et al.'s if its suffix is .npz; returns its images."""
     images = np.random.default_rng(5).integers(0, 256, (len(labels), side, side, 3), dtype=np.uint8)
     if path.suffix == ".npz":
         np.savez(path, image=images, label=labels)
@@ -41,17 +41,17 @@ def pseudo_labelled(path: Path, labels: np.ndarray, side: int = 32) -> np.ndarra
     return images
 
 
-def test_classes_are_numbered_as_they_are_named(batches: Path) -> None:
+def test_classes_are_numbered_in_the_order_of_their_names_in_the_choice(batches: Path) -> None:
     whole = open_source("cifar10", "train", batches)
     names = ["ship", "cat", "airplane"]
-    chosen = open_source("cifar10", "train", batches, names)
-    places = [i for i in range(200) if whole.class_names[whole.labels[i]] in names]
-    assert chosen.class_names == tuple(names)
-    assert chosen.chosen_from == CIFAR10_NAMES
-    assert [names[label] for label in chosen.labels] == [whole.class_names[whole.labels[i]] for i in places]
-    assert chosen.names == [whole.names[i] for i in places]
-    for n, i in enumerate(places):
-        np.testing.assert_array_equal(chosen.read(n)[0], whole.read(i)[0])
+    subset = open_source("cifar10", "train", batches, names)
+    indices = [i for i in range(200) if whole.class_names[whole.labels[i]] in names]
+    assert subset.class_names == tuple(names)
+    assert subset.chosen_from == CIFAR10_NAMES
+    assert [names[label] for label in subset.labels] == [whole.class_names[whole.labels[i]] for i in indices]
+    assert subset.names == [whole.names[i] for i in indices]
+    for n, i in enumerate(indices):
+        np.testing.assert_array_equal(subset.read(n)[0], whole.read(i)[0])
     hashes = [open_source("cifar10", "train", batches, c).sha256 for c in ((), names, names[::-1], names[:2])]
     assert len(set(hashes)) == 4
 
@@ -64,7 +64,7 @@ def test_classes_are_numbered_as_they_are_named(batches: Path) -> None:
         (["cat", "dog", "cat"], r"--classes cat,dog,cat: name two or more different classes"),
     ],
 )
-def test_choices_that_are_none_are_refused(batches: Path, names: list[str], words: str) -> None:
+def test_invalid_choices_of_classes_are_refused(batches: Path, names: list[str], words: str) -> None:
     with pytest.raises(DataError, match=words):
         open_source("cifar10", "train", batches, names)
 
@@ -78,9 +78,9 @@ def test_a_chosen_class_must_have_images_of_its_own(batches: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["ti.pickle", "1m.npz"])
-def test_extra_images_come_behind_the_training_images(batches: Path, tmp_path: Path, name: str) -> None:
+def test_extra_images_follow_the_training_images(batches: Path, tmp_path: Path, name: str) -> None:
     labels = np.arange(EXTRA) % 10
-    images = pseudo_labelled(tmp_path / name, labels)
+    images = write_extra_images(tmp_path / name, labels)
     own = open_source("cifar10", "train", batches)
     mixed = open_source("cifar10", "train", batches, extra=tmp_path / name)
     assert (mixed.num_extra, own.num_extra) == (EXTRA, 0)
@@ -95,7 +95,7 @@ def test_extra_images_come_behind_the_training_images(batches: Path, tmp_path: P
     assert two.num_extra == EXTRA // 5
     assert two.labels[-two.num_extra :].tolist() == [1, 0] * 3
     np.testing.assert_array_equal(two.read(len(two.labels) - 2)[0], images[EXTRA - 7])
-    pseudo_labelled(tmp_path / name, (labels + 1) % 10)
+    write_extra_images(tmp_path / name, (labels + 1) % 10)
     assert open_source("cifar10", "train", batches, extra=tmp_path / name).sha256 != mixed.sha256
 
 
@@ -108,24 +108,24 @@ def test_svhns_own_extra_digits_are_a_file_of_extra_images(tmp_path: Path) -> No
     assert source.labels[20:].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3]
 
 
-def test_extra_files_that_are_none_are_named(batches: Path, tmp_path: Path) -> None:
+def test_invalid_extra_files_are_named(batches: Path, tmp_path: Path) -> None:
     def refusal(name: str) -> str:
         with pytest.raises(DataError) as caught:
             open_source("cifar10", "train", batches, extra=tmp_path / name)
         assert name in str(caught.value)
         return str(caught.value)
 
-    assert "there is no such file" in refusal("absent.pickle")
+    assert "no such file" in refusal("absent.pickle")
     (tmp_path / "a.txt").touch()
     assert "expected a .pickle (data, extrapolated_targets), .npz (image, label) or .mat" in refusal("a.txt")
     for name in ("a.pickle", "a.npz"):
-        pseudo_labelled(tmp_path / name, np.array([0, 10]))
-        assert "label 10 of image 1 is none of the 10 classes" in refusal(name)
-        pseudo_labelled(tmp_path / name, np.array([0.0, 1.0]))
+        write_extra_images(tmp_path / name, np.array([0, 10]))
+        assert "label 10 of image 1 is not one of the 10 classes" in refusal(name)
+        write_extra_images(tmp_path / name, np.array([0.0, 1.0]))
         assert "labels are float64 [2], expected integers [2]" in refusal(name)
         whole = (tmp_path / name).read_bytes()
-        for cut in (0, 10, len(whole) // 2, len(whole) - 1):
-            (tmp_path / name).write_bytes(whole[:cut])
+        for length in (0, 10, len(whole) // 2, len(whole) - 1):
+            (tmp_path / name).write_bytes(whole[:length])
             refusal(name)
     (tmp_path / "a.pickle").write_bytes(pickle.dumps({"extrapolated_targets": [1]}))
     assert "has no entry 'data', only extrapolated_targets" in refusal("a.pickle")
@@ -136,19 +136,19 @@ def test_extra_files_that_are_none_are_named(batches: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_choice_with_extra_images_is_written_and_dealt_in_the_stated_share(
+def test_a_choice_with_extra_images_is_written_and_loaded_in_the_given_share(
     batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the command line, FFCV and the loader: every image of every micro-batch is the one the plan means."""
+    """Through the command line, FFCV and the loader: every micro-batch holds the images of the plan."""
     extra, out = tmp_path / "ti.pickle", tmp_path / "out"
-    pseudo_labelled(extra, np.arange(EXTRA) % 10)
+    write_extra_images(extra, np.arange(EXTRA) % 10)
     names = tmp_path / "names.txt"
     names.write_text("truck\n\n  deer\nbird\n")
     command = ["write", "cifar10", "--source", str(batches), "--out", str(out), "--extra", str(extra)]
     assert launch_data(*command, "--classes", f"@{names}", "--workers", "2") == 0
-    said = capsys.readouterr()
-    assert f"the last {3 * EXTRA // 10} images are extra, from {extra}" in said.out
-    assert "warning: data_batch_1 is not its authors' file" in said.err
+    printed = capsys.readouterr()
+    assert f"the last {3 * EXTRA // 10} images are extra, from {extra}" in printed.out
+    assert "warning: data_batch_1 is not its authors' file" in printed.err
 
     source = open_source("cifar10", "train", batches, ["truck", "deer", "bird"], extra)
     pixels = np.stack([source.read(i)[0] for i in range(len(source.labels))])
@@ -162,9 +162,9 @@ def test_a_choice_with_extra_images_is_written_and_dealt_in_the_stated_share(
     assert (open_checked(out / "test.beton").num_extra, open_checked(out / "test.beton").num_classes) == (0, 3)
 
     assert launch_data("info", str(out / "train.beton")) == 0
-    said = capsys.readouterr().out
-    assert "3 chosen from 10" in said
-    assert "not as published: data_batch_1, " in said
+    output = capsys.readouterr().out
+    assert "3 chosen from 10" in output
+    assert "not as published: data_batch_1, " in output
     assert launch_data(*command, "--classes", "truck,deer,bird") == 0
     assert capsys.readouterr().out.count("already written") == 2
     assert launch_data(*command, "--classes", "deer,truck,bird") == 2
@@ -202,10 +202,10 @@ def test_a_choice_with_extra_images_is_written_and_dealt_in_the_stated_share(
 def test_every_data_set_of_recipes_has_a_reader(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(DataError) as error:
         registry.open_source(dataset, "train", tmp_path / "nowhere")
-    assert "is none of" not in str(error.value)
+    assert "is not one of" not in str(error.value)
 
 
-def test_a_list_of_classes_that_cannot_be_read_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_list_of_classes_that_cannot_be_read_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert commands.class_list("T-shirt/top,Bag") == ("T-shirt/top", "Bag")
     assert commands.class_list(None) == ()
     (tmp_path / "empty.txt").write_text("\n \n")

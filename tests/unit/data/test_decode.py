@@ -1,4 +1,4 @@
-"""Image files of every kind become the RGB pixels that torchvision would see; broken ones are named."""
+"""Image files of every format decode to torchvision's RGB pixels; broken ones are refused."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
 )
 def test_pixels_are_those_of_torchvision(mode: str, channels: int, format: str, kind: str) -> None:
     data = encoded(Image.frombytes(mode, (30, 20), pixels(channels).tobytes()), format)
-    found, found_kind = decode_rgb(data)
+    rgb, rgb_kind = decode_rgb(data)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert found_kind == kind
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, expected)
+    assert rgb_kind == kind
+    assert rgb.dtype == np.uint8
+    np.testing.assert_array_equal(rgb, expected)
 
 
 def test_grey_is_replicated_bit_exactly() -> None:
     grey = pixels(1)
-    found, _ = decode_rgb(encoded(Image.fromarray(grey), "PNG"))
-    np.testing.assert_array_equal(found, np.stack([grey] * 3, axis=2))
+    rgb, _ = decode_rgb(encoded(Image.fromarray(grey), "PNG"))
+    np.testing.assert_array_equal(rgb, np.stack([grey] * 3, axis=2))
 
 
 def test_palette_with_transparency_loses_only_its_alpha() -> None:
     image = Image.fromarray(pixels(3)).quantize(16)
-    found, kind = decode_rgb(encoded(image, "PNG", transparency=3))
+    rgb, kind = decode_rgb(encoded(image, "PNG", transparency=3))
     assert kind == "palette"
-    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(rgb, np.asarray(image.convert("RGB")))
 
 
 def test_sixteen_bit_grey_keeps_its_upper_half() -> None:
     values = np.random.default_rng(0).integers(0, 65536, (20, 30)).astype(np.uint16)
-    found, kind = decode_rgb(encoded(Image.fromarray(values), "PNG"))
+    rgb, kind = decode_rgb(encoded(Image.fromarray(values), "PNG"))
     assert kind == "16-bit"
-    np.testing.assert_array_equal(found[:, :, 1], (values >> 8).astype(np.uint8))
+    np.testing.assert_array_equal(rgb[:, :, 1], (values >> 8).astype(np.uint8))
 
 
 def test_exif_orientation_is_ignored() -> None:
@@ -78,8 +78,8 @@ def test_exif_orientation_is_ignored() -> None:
     assert decode_rgb(encoded(image, "JPEG", exif=exif))[0].shape == (20, 30, 3)
 
 
-@pytest.mark.parametrize("data", [b"", b"404 not found", bytes(5000)])
-def test_what_is_no_image_is_broken(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"404 not rgb", bytes(5000)])
+def test_data_that_is_not_an_image_is_broken(data: bytes) -> None:
     with pytest.raises(BrokenImage, match="not an image"):
         decode_rgb(data)
 
@@ -91,11 +91,11 @@ def test_float_pixels_have_no_white_level() -> None:
 
 @given(st.integers(0, 2**32), st.sampled_from(["JPEG", "PNG"]))
 @settings(deadline=None, max_examples=50)
-def test_a_file_that_ends_early_is_broken(cut: int, format: str) -> None:
+def test_a_truncated_file_is_broken(length: int, format: str) -> None:
     data = encoded(Image.fromarray(pixels(3)), format)
-    # The last bytes are an end marker, which decoders may do without.
+    # The last bytes are an end marker, which decoders do not always require.
     with pytest.raises(BrokenImage):
-        decode_rgb(data[: cut % (len(data) - 40)])
+        decode_rgb(data[: length % (len(data) - 40)])
 
 
 def test_stored_jpeg_is_checked_strictly() -> None:
@@ -107,7 +107,7 @@ def test_stored_jpeg_is_checked_strictly() -> None:
         assert jpeg_fault(np.ascontiguousarray(damaged), 40, 50)
 
 
-def test_stored_jpeg_with_random_bytes_inside_is_found_though_pillow_takes_it() -> None:
+def test_random_bytes_inside_a_stored_jpeg_are_detected_though_pillow_accepts_them() -> None:
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((160, 120))
     data = np.frombuffer(encoded(smooth, "JPEG"), np.uint8).copy()

@@ -1,4 +1,4 @@
-"""ImageNet from its archives: the images, labels and order that torchvision has after unpacking the same archives."""
+"""ImageNet from its archives: images, labels and order equal torchvision's after it has unpacked them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VALIDATION = (WNIDS[1], WNIDS[0], WNIDS[2], WNIDS[0])
 
 
 def write_archives(folder: Path) -> None:
-    """Three classes of three images, four for validation, none of them in the order of their names."""
+    """Write archives of three classes of three images, and of four validation images, not in the order of names."""
     rng = np.random.default_rng(0)
 
     def jpeg(label: int, mode: str = "RGB") -> bytes:
@@ -50,7 +50,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unpacked(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What torchvision unpacks them to, told their MD5s."""
+    """The folder to which torchvision unpacks them; its MD5s are replaced by theirs."""
     for key, (name, _) in list(imagenet.ARCHIVE_META.items()):
         data = (archives / name).read_bytes()
         monkeypatch.setitem(imagenet.ARCHIVE_META, key, (name, hashlib.md5(data).hexdigest()))
@@ -82,7 +82,7 @@ def test_the_archives_hold_what_torchvision_unpacks(archives: Path, unpacked: Pa
     assert source.authors_md5 == {DEVKIT: False}
 
 
-def test_many_read_at_once(archives: Path) -> None:
+def test_threads_can_read_at_once(archives: Path) -> None:
     source = open_source("imagenet", "train", archives)
     alone = [source.read(i)[0] for i in range(len(source.names))]
     assert len({pixels.tobytes() for pixels in alone}) == 9
@@ -112,8 +112,8 @@ def test_missing_archives_are_named(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize(("split", "name"), [("train", TRAIN), ("test", VAL), ("test", DEVKIT)])
-def test_an_archive_cut_anywhere_is_named(archives: Path, tmp_path: Path, split: str, name: str, data: st.DataObject):
-    """Up to the zeros at a tar's end, of which one block is enough, and with any part of a tar.gz."""
+def test_a_truncated_archive_is_named(archives: Path, tmp_path: Path, split: str, name: str, data: st.DataObject):
+    """Truncated anywhere in a tar.gz, and in a tar before the zeros at its end, of which one block suffices."""
     for other in (TRAIN, VAL, DEVKIT):
         (tmp_path / other).write_bytes((archives / other).read_bytes())
     whole = (archives / name).read_bytes()
@@ -123,14 +123,14 @@ def test_an_archive_cut_anywhere_is_named(archives: Path, tmp_path: Path, split:
         open_source("imagenet", split, tmp_path)
 
 
-def test_a_cut_class_archive_does_not_run_into_the_next(archives: Path, tmp_path: Path) -> None:
-    """Python's tarfile would read on: the next header of the outer archive follows as if it were one of its own."""
+def test_a_truncated_class_archive_does_not_run_into_the_next(archives: Path, tmp_path: Path) -> None:
+    """Python's tarfile would read on, and take the next header of the outer archive for one of the inner archive."""
     write_archives(tmp_path)
     images = {f"{WNIDS[0]}_{n}.JPEG": bytes(100) for n in range(3)}
     without_end = tar_of(images).rstrip(b"\0")[: 512 * 5]
     inner = {f"{wnid}.tar": without_end + bytes(-len(without_end) % 512) for wnid in WNIDS}
     (tmp_path / TRAIN).write_bytes(tar_of(inner))
-    with pytest.raises(DataError, match=rf"{TRAIN}, {WNIDS[1]}\.tar is cut"):
+    with pytest.raises(DataError, match=rf"{TRAIN}, {WNIDS[1]}\.tar is truncated"):
         open_source("imagenet", "train", tmp_path)
 
 
@@ -149,13 +149,13 @@ def test_archives_of_something_else_are_refused(archives: Path, tmp_path: Path) 
     image = encoded(picture(np.random.default_rng(0), 0, 20, 20))
     good = {f"{wnid}.tar": tar_of({f"{wnid}_1.JPEG": image}) for wnid in WNIDS}
     for files, words in (
-        ({**good, "../../etc/passwd": b"x"}, "holds '../../etc/passwd', which is no plain file"),
-        ({**good, "readme.txt": b"x"}, "holds 'readme.txt' where a tar per class should be"),
+        ({**good, "../../etc/passwd": b"x"}, "holds '../../etc/passwd', which is not a regular file"),
+        ({**good, "readme.txt": b"x"}, "holds 'readme.txt' instead of one tar per class"),
         ({name: good[name] for name in list(good)[:2]}, f"only in {DEVKIT}: n15075141"),
-        ({**good, "../n02119789.tar": b"x"}, "which is no plain file"),
+        ({**good, "../n02119789.tar": b"x"}, "which is not a regular file"),
         ({**good, "n00000001.tar": good["n02119789.tar"]}, f"only in {TRAIN}: n00000001"),
         ({**good, "n02119789.tar": tar_of({})}, "no images in 1 of 3 classes: n02119789"),
-        ({**good, "n02119789.tar": tar_of({"x" * 120: image})}, "which is no plain file"),
+        ({**good, "n02119789.tar": tar_of({"x" * 120: image})}, "which is not a regular file"),
     ):
         (tmp_path / TRAIN).write_bytes(tar_of(files))
         with pytest.raises(DataError, match=words):
@@ -163,5 +163,5 @@ def test_archives_of_something_else_are_refused(archives: Path, tmp_path: Path) 
     (tmp_path / TRAIN).write_bytes(tar_of(good))
     assert len(open_source("imagenet", "train", tmp_path).labels) == 3
     (tmp_path / VAL).write_bytes(tar_of({f"ILSVRC2012_val_{n:08}.JPEG": image for n in range(5)}))
-    with pytest.raises(DataError, match=rf"{VAL} holds 5 images, but {DEVKIT} has classes of 4"):
+    with pytest.raises(DataError, match=rf"{VAL} holds 5 images, but {DEVKIT} lists 4"):
         open_source("imagenet", "test", tmp_path)

@@ -1,4 +1,4 @@
-"""The loader: exact pixels for any thread count, and an error, in time, for whatever goes wrong."""
+"""The loader: exact pixels for any number of threads, and an error within the deadline for every fault."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ffcv")
     for split, images in (("train", sources()["raw"]), ("val", sources()["jpg"])):
         for n, image in enumerate(images):
-            place = folder / "tree" / split / f"class-{n // 4}"
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(place / f"{n:02}.png")
+            class_folder = folder / "tree" / split / f"class-{n // 4}"
+            class_folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(class_folder / f"{n:02}.png")
     options = WriteOptions(workers=1, stall_seconds=60)
     raw, jpg = write_dataset("image_folder", folder / "tree", folder, options, force=False, progress=lambda *_: None)
     assert (raw.manifest.image_mode, jpg.manifest.image_mode) == ("raw", "jpg")
     return {"raw": raw.path, "jpg": jpg.path}
 
 
-def copied(path, folder):
+def copy_of(path, folder):
     """A copy of an FFCV file and its manifest, to be damaged."""
     for file in path.parent.glob(f"{path.name}*"):
         (folder / file.name).write_bytes(file.read_bytes())
@@ -64,12 +64,12 @@ def copied(path, folder):
 
 
 def stored(path, sample):
-    """(first byte, bytes) of a stored image."""
+    """(offset, bytes) of a stored image."""
     index = read_index(path, check_structure(path))
     return int(index.samples[sample]["data_ptr"]), int(index.sizes[sample])
 
 
-def decoded(path, sample):
+def pillow_pixels(path, sample):
     """Pillow's pixels of a stored JPEG, uint8."""
     begin, size = stored(path, sample)
     return np.asarray(Image.open(io.BytesIO(path.read_bytes()[begin : begin + size])).convert("RGB"))
@@ -129,7 +129,7 @@ def test_raw_pixels_are_the_source_with_the_crop_applied(files, data):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_on_a_device_images_are_shares_of_255(files):
+def test_on_a_device_images_are_float32_in_0_to_1(files):
     ids = np.arange(5)
     with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
         batch = loader.read(ids, sampling.whole_image_crops(np.full(5, SIDE), np.full(5, SIDE)))
@@ -153,12 +153,12 @@ def test_whole_raw_images_are_bit_exact_and_resized_by_area(files):
     assert np.abs(halved.astype(int) - expected).max() <= 1
 
 
-def test_what_grows_in_a_direction_is_resized_as_ffcv_does(files):
-    """By OpenCV, even if the other direction shrinks."""
+def test_crops_that_grow_in_one_direction_are_resized_as_by_ffcv(files):
+    """By OpenCV, even if they shrink in the other direction."""
     crops = np.array([[0, 2, 28, 16, 0], [3, 0, 17, 28, 0], [1, 1, 10, 12, 0]], np.int32)
     with Loader(files["raw"], image_size=20, threads=1) as loader:
-        found = pixels(loader.read(np.arange(3), crops))
-    for image, (top, left, high, wide, _), mine in zip(sources()["raw"], crops.tolist(), found, strict=False):
+        images_read = pixels(loader.read(np.arange(3), crops))
+    for image, (top, left, high, wide, _), mine in zip(sources()["raw"], crops.tolist(), images_read, strict=False):
         theirs = np.empty((20, 20, 3), np.uint8)
         source, target = image.ctypes.data, theirs.ctypes.data
         libffcv.ctypes_resize(0, source, SIDE, SIDE, top, top + high, left, left + wide, target, 20, 20)
@@ -170,8 +170,8 @@ def test_jpegs_decode_as_pillow_does_and_are_cropped_resized_and_mirrored(files)
     with Loader(files["jpg"], image_size=side, threads=1) as loader:
         for n in range(2, 40, 4):
             whole = pixels(loader.read(np.array([n]), np.array([[0, 0, side, side, 0]])))[0].astype(int)
-            # FFCV asks turbojpeg for its fast transform, Pillow for the accurate one.
-            difference = np.abs(whole - decoded(files["jpg"], n))
+            # FFCV uses turbojpeg's fast transform, Pillow the accurate one.
+            difference = np.abs(whole - pillow_pixels(files["jpg"], n))
             assert difference.mean() < 1.5
             assert difference.max() <= 10
 
@@ -179,11 +179,11 @@ def test_jpegs_decode_as_pillow_does_and_are_cropped_resized_and_mirrored(files)
     with Loader(files["jpg"], image_size=24, threads=1) as loader:
         ids = rng.integers(0, 40, 60)
         crops = sampling.random_resized_crops(ids, loader.heights[ids], loader.widths[ids], 0, 0)
-        found = pixels(loader.read(ids, crops)).astype(int)
+        images_read = pixels(loader.read(ids, crops)).astype(int)
     for n, (top, left, height, width, flip) in enumerate(crops):
-        region = decoded(files["jpg"], ids[n])[top : top + height, left : left + width]
+        region = pillow_pixels(files["jpg"], ids[n])[top : top + height, left : left + width]
         expected = cv2.resize(region, (24, 24), interpolation=cv2.INTER_AREA).astype(int)
-        difference = np.abs(found[n] - (expected[:, ::-1] if flip else expected))
+        difference = np.abs(images_read[n] - (expected[:, ::-1] if flip else expected))
         assert difference.mean() < 1.5
         assert difference.max() <= 10
 
@@ -203,37 +203,37 @@ def test_pixels_do_not_depend_on_threads_or_on_the_rest_of_the_batch(files, mode
         assert len(three.read(ids[:0], crops[:0]).images) == 0
 
 
-def test_prefetched_batches_are_the_plan_in_order_and_are_kept_intact(files):
+def test_prefetched_batches_follow_the_plan_and_are_not_overwritten(files):
     with Loader(files["jpg"], image_size=20, threads=2, ahead=1) as loader:
         expected = [loader.read(ids, crops) for ids, crops in plan(loader)]
-        found = list(loader.batches(plan(loader)))
+        images_read = list(loader.batches(plan(loader)))
         other = list(loader.batches(plan(loader, seed=1)))
-    assert len(found) == len(expected) == 6
-    for a, b in zip(found, expected, strict=True):
+    assert len(images_read) == len(expected) == 6
+    for a, b in zip(images_read, expected, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.ids, b.ids)
         assert torch.equal(a.labels, b.labels)
-    assert not torch.equal(found[0].images, other[0].images)
+    assert not torch.equal(images_read[0].images, other[0].images)
     assert prefetch_threads() == 0
 
 
 @pytest.mark.parametrize("mode", ["raw", "jpg"])
 def test_images_of_other_sizes_are_those_of_loaders_of_that_size(files, mode):
-    """The same bytes, whatever size came before, by a decoder that is compiled once."""
+    """The same bytes whatever the previous size, from a decoder that is compiled once."""
     sizes = [20, 64, 32, 96, 64, 20]
     with Loader(files[mode], image_size=20, threads=2) as loader:
         parts = list(plan(loader))
-        found = list(loader.batches(parts, sizes))
+        images_read = list(loader.batches(parts, sizes))
         decoder: Any = loader._decoder
         assert len(decoder.signatures) == 1
-    for part, size, batch in zip(parts, sizes, found, strict=True):
+    for part, size, batch in zip(parts, sizes, images_read, strict=True):
         with Loader(files[mode], image_size=size, threads=1) as alone:
             expected = alone.read(*part).images
         assert batch.images.shape == (8, 3, size, size)
         assert torch.equal(batch.images, expected)
 
 
-def test_a_crop_of_the_asked_size_is_copied(files):
+def test_a_crop_of_the_requested_size_is_copied(files):
     images = sources()["raw"]
     with Loader(files["raw"], image_size=64, threads=1) as loader:
         crops = np.array([[-3, 2, SIDE, SIDE, 1]], np.int32)
@@ -242,7 +242,7 @@ def test_a_crop_of_the_asked_size_is_copied(files):
             loader.read(np.array([7]), crops)
 
 
-def test_two_loaders_live_at_once(files):
+def test_two_loaders_can_be_open_at_once(files):
     with Loader(files["jpg"], image_size=20, threads=2) as a, Loader(files["raw"], image_size=28, threads=2) as b:
         alone = [list(loader.batches(plan(loader))) for loader in (a, b)]
         together = list(zip(a.batches(plan(a)), b.batches(plan(b)), strict=True))
@@ -262,7 +262,7 @@ def test_leaving_early_leaves_no_thread(files):
     assert threading.active_count() == before
 
 
-def test_closing_ends_an_iteration_that_is_under_way(files):
+def test_closing_ends_a_running_iteration(files):
     loader = Loader(files["raw"], image_size=SIDE, threads=1, ahead=1)
     batches = loader.batches(plan(loader, steps=1000))
     next(batches)
@@ -275,38 +275,38 @@ def test_closing_ends_an_iteration_that_is_under_way(files):
     assert prefetch_threads() == 0
 
 
-def test_memory_is_bounded_however_slow_the_consumer_is(files):
-    """Batches that wait (`ahead`), two that are read, the consumer's and the one before that."""
-    made: list[weakref.ref] = []
-    another = threading.Condition()
+def test_memory_is_bounded_even_for_a_slow_consumer(files):
+    """`ahead` batches that wait, two that are being read, the consumer's and the one before that."""
+    batches: list[weakref.ref] = []
+    new_batch = threading.Condition()
 
-    class Counting(Loader):
-        def _begun(self, ids, crops, image_size):
-            begun = super()._begun(ids, crops, image_size)
-            with another:
-                made.append(weakref.ref(begun.images))
-                another.notify_all()
-            return begun
+    class CountingLoader(Loader):
+        def _submit(self, ids, crops, image_size):
+            pending = super()._submit(ids, crops, image_size)
+            with new_batch:
+                batches.append(weakref.ref(pending.images))
+                new_batch.notify_all()
+            return pending
 
     ahead, most = 3, 0
-    with Counting(files["raw"], image_size=SIDE, threads=2, ahead=ahead) as loader:
+    with CountingLoader(files["raw"], image_size=SIDE, threads=2, ahead=ahead) as loader:
         for number, _batch in enumerate(loader.batches(plan(loader, steps=30))):
-            as_far_as_it_gets = min(number + 1 + ahead + 2, 30)
-            with another:
-                assert another.wait_for(lambda far=as_far_as_it_gets: len(made) >= far, timeout=60)
-            most = max(most, sum(one() is not None for one in made))
+            reachable = min(number + 1 + ahead + 2, 30)
+            with new_batch:
+                assert new_batch.wait_for(lambda count=reachable: len(batches) >= count, timeout=60)
+            most = max(most, sum(reference() is not None for reference in batches))
     assert ahead + 2 <= most <= ahead + 4
 
 
-def test_an_error_of_the_plan_is_raised_where_it_happened(files):
-    def failing(loader):
+def test_an_error_of_the_plan_is_raised_at_its_batch(files):
+    def failing_plan(loader):
         yield from plan(loader, steps=2)
-        raise RuntimeError("the plan broke")
+        raise RuntimeError("the plan failed")
 
     with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
-        batches = loader.batches(failing(loader))
+        batches = loader.batches(failing_plan(loader))
         assert len(next(batches).ids) == len(next(batches).ids) == 8
-        with pytest.raises(RuntimeError, match="the plan broke"):
+        with pytest.raises(RuntimeError, match="the plan failed"):
             next(batches)
         assert prefetch_threads() == 0
 
@@ -314,12 +314,12 @@ def test_an_error_of_the_plan_is_raised_where_it_happened(files):
 def test_a_stuck_plan_is_an_error_within_the_deadline(files):
     release = threading.Event()
 
-    def stuck(loader):
-        yield from plan(loader, steps=2)  # a batch is whole when the one after it is begun
+    def stuck_plan(loader):
+        yield from plan(loader, steps=2)  # a batch is completed once the next one is submitted
         release.wait(60)
 
     with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
-        batches = loader.batches(stuck(loader), deadline_s=0.5)
+        batches = loader.batches(stuck_plan(loader), deadline_s=0.5)
         next(batches)
         thread = next(thread for thread in threading.enumerate() if thread.name == "prefetch")
         with pytest.raises(LoaderError, match=r"no batch within 0\.5 s; its reader is stuck"):
@@ -340,7 +340,7 @@ DAMAGE = {
 @pytest.mark.parametrize("mode", ["raw", "jpg"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_images_are_named(files, tmp_path, mode, damage):
-    path = copied(files[mode], tmp_path)
+    path = copy_of(files[mode], tmp_path)
     for sample in (7, 13):
         begin, size = stored(path, sample)
         overwrite(path, begin, DAMAGE[damage](path.read_bytes()[begin : begin + size]))
@@ -349,16 +349,16 @@ def test_damaged_images_are_named(files, tmp_path, mode, damage):
         ids = np.arange(40)
         with pytest.raises(CorruptSample, match=rf"{path}: sample 7, 13: stored bytes differ"):
             loader.read(ids, whole)
-        sound = np.setdiff1d(ids, [7, 13])
-        assert len(loader.read(sound, whole[sound]).images) == 38
+        intact = np.setdiff1d(ids, [7, 13])
+        assert len(loader.read(intact, whole[intact]).images) == 38
         with pytest.raises(CorruptSample, match="sample 7: "):
-            list(loader.batches([(sound, whole[sound]), (ids[:8], whole[:8])]))
+            list(loader.batches([(intact, whole[intact]), (ids[:8], whole[:8])]))
         assert prefetch_threads() == 0
 
 
-def test_what_turbojpeg_refuses_is_named(files, tmp_path):
-    """The decoder's own verdict counts too: here the checksum agrees with the damage."""
-    path = copied(files["jpg"], tmp_path)
+def test_an_image_that_turbojpeg_cannot_decode_is_named(files, tmp_path):
+    """The decoder reports errors too: here the checksum matches the damaged bytes."""
+    path = copy_of(files["jpg"], tmp_path)
     begin, size = stored(path, 5)
     overwrite(path, begin, bytes(20))
     damaged = path.read_bytes()[begin : begin + size]
@@ -368,8 +368,8 @@ def test_what_turbojpeg_refuses_is_named(files, tmp_path):
             loader.read(np.arange(40), sampling.whole_image_crops(loader.heights, loader.widths))
 
 
-def test_a_file_that_is_cut_while_in_use_is_an_error(files, tmp_path):
-    path = copied(files["raw"], tmp_path)
+def test_a_file_that_is_truncated_while_in_use_is_an_error(files, tmp_path):
+    path = copy_of(files["raw"], tmp_path)
     with Loader(path, image_size=SIDE, threads=1) as loader:
         batches = loader.batches(plan(loader, steps=1000))
         next(batches)
@@ -379,7 +379,7 @@ def test_a_file_that_is_cut_while_in_use_is_an_error(files, tmp_path):
 
 
 def test_pointers_outside_the_file_are_refused_at_the_start(files, tmp_path):
-    path = copied(files["raw"], tmp_path)
+    path = copy_of(files["raw"], tmp_path)
     size, samples = path.stat().st_size, check_structure(path).num_samples
     overwrite(path, size - 24 * samples + 8, (size * 2).to_bytes(8, "little"))
     with pytest.raises(DataError, match=str(path)):
@@ -387,7 +387,7 @@ def test_pointers_outside_the_file_are_refused_at_the_start(files, tmp_path):
 
 
 @pytest.mark.parametrize("ids", [[40], [0, -1], [3, 10**12]])
-def test_ids_that_are_not_there_are_named(files, ids):
+def test_unknown_ids_are_named(files, ids):
     with (
         Loader(files["raw"], image_size=SIDE, threads=1) as loader,
         pytest.raises(CorruptSample, match=rf"{files['raw']}: no sample {ids[-1]}; its 40 samples"),

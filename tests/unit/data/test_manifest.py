@@ -1,4 +1,4 @@
-"""FFCV files built byte by byte: what opens, what is refused, what `verify` finds."""
+"""FFCV files constructed byte by byte: which open, which are refused, what `verify` detects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAMPLES = 6
 IN_PLACE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def quiet(stage: str, done: int, total: int) -> None:
+def check_progress(stage: str, done: int, total: int) -> None:
     assert 0 <= done <= total
 
 
@@ -46,8 +46,8 @@ def jpeg(rng: np.random.Generator, height: int, width: int) -> bytes:
     return stream.getvalue()
 
 
-def build(path: Path, seed: int = 0, height: int = 10, width: int = 12) -> Path:
-    """A file of three raw and three JPEG samples with its manifest; stored in reverse order."""
+def build_file(path: Path, seed: int = 0, height: int = 10, width: int = 12) -> Path:
+    """Write a file of three raw and three JPEG samples, stored in reverse order, and its manifest."""
     rng = np.random.default_rng(seed)
     raw = [rng.integers(0, 256, 3 * height * width, dtype=np.uint8).tobytes() for _ in range(3)]
     stored = raw + [jpeg(rng, height, width) for _ in range(3)]
@@ -66,15 +66,15 @@ def build(path: Path, seed: int = 0, height: int = 10, width: int = 12) -> Path:
     fields = np.zeros(2, FIELD)
     fields["type_id"], fields["name"] = [f[0] for f in FIELDS], [f[1] for f in FIELDS]
     path.write_bytes(header.tobytes() + fields.tobytes() + samples.tobytes() + data + table.tobytes())
-    describe(path)
+    write_manifest(path)
     return path
 
 
-def describe(path: Path) -> None:
+def write_manifest(path: Path) -> None:
     structure = check_structure(path)
-    checked = check_samples(path, read_index(path, structure), quiet)
-    assert not checked.faults
-    sha256, pages = hash_file(path, quiet)
+    check = check_samples(path, read_index(path, structure), check_progress)
+    assert not check.faults
+    sha256, pages = hash_file(path, check_progress)
     manifest = Manifest(
         dataset="image_folder",
         split="train",
@@ -92,9 +92,9 @@ def describe(path: Path) -> None:
         file_size=structure.file_size,
         sha256=sha256,
         index_sha256=index_sha256(path, structure),
-        content_sha256=checked.content_sha256,
+        content_sha256=check.content_sha256,
         pages=pages,
-        sample_crc32=checked.crc32_base64,
+        sample_crc32=check.crc32_base64,
         versions={},
         written_at="2026-01-01T00:00:00+00:00",
     )
@@ -107,24 +107,24 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         stream.write(data)
 
 
-def test_a_whole_file_opens_and_verifies(tmp_path: Path) -> None:
-    path = build(tmp_path / "a.beton")
+def test_an_intact_file_opens_and_verifies(tmp_path: Path) -> None:
+    path = build_file(tmp_path / "a.beton")
     assert check_structure(path).num_samples == SAMPLES
     assert open_checked(path).class_names == ["cat", "dog"]
-    assert not verify_file(path, quiet).damaged
+    assert not verify_file(path, check_progress).damaged
 
 
-def test_content_hash_ignores_order_and_sees_labels(tmp_path: Path) -> None:
-    path = build(tmp_path / "a.beton")
+def test_content_hash_depends_on_labels_and_not_on_order(tmp_path: Path) -> None:
+    path = build_file(tmp_path / "a.beton")
     structure = check_structure(path)
     index = read_index(path, structure)
-    content = check_samples(path, index, quiet).content_sha256
+    content = check_samples(path, index, check_progress).content_sha256
     swapped = index.samples.copy(), index.sizes.copy()
     for array in swapped:
         array[[0, 4]] = array[[4, 0]]
-    assert check_samples(path, type(index)(*swapped), quiet).content_sha256 == content
+    assert check_samples(path, type(index)(*swapped), check_progress).content_sha256 == content
     swapped[0]["label"][0] = 1
-    assert check_samples(path, type(index)(*swapped), quiet).content_sha256 != content
+    assert check_samples(path, type(index)(*swapped), check_progress).content_sha256 != content
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_content_hash_ignores_order_and_sees_labels(tmp_path: Path) -> None:
     ],
 )
 def test_foreign_and_unfinished_files_are_refused(tmp_path: Path, offset: int, data: bytes, words: str) -> None:
-    path = build(tmp_path / "a.beton")
+    path = build_file(tmp_path / "a.beton")
     overwrite(path, offset, data)
     with pytest.raises(DataError, match=words) as caught:
         open_checked(path)
@@ -150,7 +150,7 @@ def test_foreign_and_unfinished_files_are_refused(tmp_path: Path, offset: int, d
 
 
 def test_pointer_that_wraps_around_is_refused(tmp_path: Path) -> None:
-    path = build(tmp_path / "a.beton")
+    path = build_file(tmp_path / "a.beton")
     table = check_structure(path).alloc_table_ptr
     overwrite(path, table + 8, np.array([2**64 - 100, 200], "<u8").tobytes())
     with pytest.raises(DataError, match="outside the image data"):
@@ -160,7 +160,7 @@ def test_pointer_that_wraps_around_is_refused(tmp_path: Path) -> None:
 def test_missing_file_and_missing_manifest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         open_checked(tmp_path / "a.beton")
-    path = build(tmp_path / "b.beton")
+    path = build_file(tmp_path / "b.beton")
     manifest_path(path).unlink()
     with pytest.raises(DataError, match="no usable manifest"):
         open_checked(path)
@@ -168,8 +168,8 @@ def test_missing_file_and_missing_manifest(tmp_path: Path) -> None:
 
 @given(st.data())
 @IN_PLACE
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path, data: st.DataObject) -> None:
-    path = build(tmp_path / "a.beton")
+def test_a_truncated_file_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+    path = build_file(tmp_path / "a.beton")
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(DataError):
@@ -178,9 +178,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, data: st.DataObject) -> 
 
 @given(st.data())
 @IN_PLACE
-def test_any_changed_byte_is_found(tmp_path: Path, data: st.DataObject) -> None:
-    """In the index by `open_checked`, in an image by `verify`, which names the sample."""
-    path = build(tmp_path / "a.beton")
+def test_any_changed_byte_is_detected(tmp_path: Path, data: st.DataObject) -> None:
+    """In the index by `open_checked`, in an image by `verify_file`, which names the sample."""
+    path = build_file(tmp_path / "a.beton")
     structure, whole = check_structure(path), path.read_bytes()
     offset = data.draw(st.integers(0, len(whole) - 1))
     overwrite(path, offset, bytes([whole[offset] ^ data.draw(st.integers(1, 255))]))
@@ -192,15 +192,15 @@ def test_any_changed_byte_is_found(tmp_path: Path, data: st.DataObject) -> None:
     index = read_index(path, structure)
     begins = index.samples["data_ptr"].astype(int)
     [sample] = np.flatnonzero((begins <= offset) & (offset < begins + index.sizes.astype(int)))
-    found = verify_file(path, quiet)
-    assert list(found.samples) == [sample]
-    assert found.pages == [0]
+    verification = verify_file(path, check_progress)
+    assert list(verification.samples) == [sample]
+    assert verification.pages == [0]
 
 
 @given(st.data())
 @IN_PLACE
 def test_manifest_with_a_wrong_entry_is_refused_or_reported(tmp_path: Path, data: st.DataObject) -> None:
-    path = build(tmp_path / "a.beton")
+    path = build_file(tmp_path / "a.beton")
     values = json.loads(manifest_path(path).read_text())
     key = data.draw(
         st.sampled_from(
@@ -211,7 +211,7 @@ def test_manifest_with_a_wrong_entry_is_refused_or_reported(tmp_path: Path, data
     values[key] = wrong[type(values[key])](values[key])
     manifest_path(path).write_text(json.dumps(values))
     if key in ("sha256", "content_sha256"):
-        assert verify_file(path, quiet).manifest == [key]
+        assert verify_file(path, check_progress).manifest == [key]
     else:
         with pytest.raises(DataError):
             open_checked(path)
@@ -219,15 +219,15 @@ def test_manifest_with_a_wrong_entry_is_refused_or_reported(tmp_path: Path, data
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"dataset": "x"}', "\x00"])
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
-    path = build(tmp_path / "a.beton")
+    path = build_file(tmp_path / "a.beton")
     manifest_path(path).write_text(text)
     with pytest.raises(DataError, match=r"a\.beton"):
         open_checked(path)
 
 
-def test_a_good_manifest_beside_another_file_is_refused(tmp_path: Path) -> None:
-    """Same counts and sizes, other JPEG sizes: only the index hash can tell."""
-    path, other = build(tmp_path / "a.beton"), build(tmp_path / "b.beton", seed=1)
+def test_the_manifest_of_another_file_is_refused(tmp_path: Path) -> None:
+    """Numbers and file sizes are equal, JPEG sizes differ: only the index hash detects it."""
+    path, other = build_file(tmp_path / "a.beton"), build_file(tmp_path / "b.beton", seed=1)
     manifest_path(path).write_bytes(manifest_path(other).read_bytes())
     with pytest.raises(DataError):
         open_checked(path)

@@ -1,4 +1,4 @@
-"""Node-local copies of data files: exact, made once, never another's, and an error that names the original."""
+"""Copies of data files on a node: exact, made once, never of another file; errors name the original."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import RecipeError
 from pipeline.run.stop import StopRequested
 from pipeline.training.context import RunContext
-from tests.support.commands import wait_until
-from tests.support.small_recipe import ROOT, small_recipe
-from tests.unit.data.test_manifest import build, overwrite
+from tests.support.commands import ROOT, wait_until
+from tests.support.small_recipe import small_recipe
+from tests.unit.data.test_manifest import build_file, overwrite
 
 PAGE = 512
 DEADLINE_S = 60
@@ -47,7 +47,7 @@ SIDE = 10
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that files of a few kilobytes have several pages."""
+    """Files of a few kilobytes have several pages."""
     for module in ("manifest", "writing.verify", "loading.copy_file"):
         monkeypatch.setattr(f"pipeline.data.{module}.HASH_PAGE_BYTES", PAGE)
 
@@ -55,7 +55,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
     (tmp_path / "server").mkdir()
-    path = build(tmp_path / "server" / "train.beton")
+    path = build_file(tmp_path / "server" / "train.beton")
     assert len(open_checked(path).pages) > 5
     return path
 
@@ -70,7 +70,7 @@ def private(scratch: Path) -> Path:
 
 
 def names(scratch: Path) -> set[str]:
-    """What a user's folder holds, without the lock."""
+    """Files in the user's folder, without the lock."""
     return {path.name for path in private(scratch).iterdir()} - {"lock"}
 
 
@@ -80,62 +80,62 @@ def same_file(a: Path, b: Path) -> bool:
 
 @pytest.fixture
 def copyings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every original of which a copy was begun."""
-    begun: list[Path] = []
+    """The original of every copy that was started."""
+    originals: list[Path] = []
 
-    def counted(path: Path, *rest: Any) -> None:
-        begun.append(path)
+    def record_and_copy(path: Path, *rest: Any) -> None:
+        originals.append(path)
         copy_file.copy_verified(path, *rest)
 
-    monkeypatch.setattr(node_copy, "copy_verified", counted)
-    return begun
+    monkeypatch.setattr(node_copy, "copy_verified", record_and_copy)
+    return originals
 
 
 def test_a_copy_is_the_file_and_the_next_job_uses_it(original: Path, scratch: Path, copyings: list[Path]) -> None:
-    heard: list[str] = []
-    copy = copy_to_node(original, scratch, heard.append)
+    lines: list[str] = []
+    copy = copy_to_node(original, scratch, lines.append)
     assert same_file(copy, original)
     assert copy.parent == private(scratch)
     assert private(scratch).stat().st_mode & 0o777 == 0o700
     assert names(scratch) == {copy.name, manifest_path(copy).name}
     assert open_checked(original).sha256[:16] in copy.name
     pages, size = len(open_checked(original).pages), original.stat().st_size
-    assert len(set(heard)) == pages + 1
-    assert heard[-1] == f"pid {os.getpid()} on {platform.node()}, copying {original}: {size} of {size} bytes"
+    assert len(set(lines)) == pages + 1
+    assert lines[-1] == f"pid {os.getpid()} on {platform.node()}, copying {original}: {size} of {size} bytes"
     assert copy_to_node(original, scratch) == copy
     assert copyings == [original]
 
 
-def cached(path: Path) -> float:
-    """The share of a file's pages that are in memory."""
+def cached_share(path: Path) -> float:
+    """The share of a file's pages that are in the page cache."""
     libc = ctypes.CDLL(None, use_errno=True)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as pages:
-        found = np.zeros(-(-len(pages) // mmap.PAGESIZE), np.uint8)
-        content = np.frombuffer(pages, np.uint8)  # holds the mapping, which cannot be closed before it is gone
-        where = ctypes.c_void_p(content.ctypes.data)
-        said = libc.mincore(where, ctypes.c_size_t(len(pages)), ctypes.c_void_p(found.ctypes.data))
-        assert said == 0, os.strerror(ctypes.get_errno())
+        flags = np.zeros(-(-len(pages) // mmap.PAGESIZE), np.uint8)
+        content = np.frombuffer(pages, np.uint8)  # references the mapping, which cannot be closed before it is deleted
+        start = ctypes.c_void_p(content.ctypes.data)
+        code = libc.mincore(start, ctypes.c_size_t(len(pages)), ctypes.c_void_p(flags.ctypes.data))
+        assert code == 0, os.strerror(ctypes.get_errno())
         del content
-    return float((found & 1).mean())
+    return float((flags & 1).mean())
 
 
-def test_a_copy_is_in_memory_and_comes_back_into_it(tmp_path: Path, scratch: Path, copyings: list[Path]) -> None:
-    original = build(tmp_path / "train.beton", height=500, width=600)  # more than the system reads ahead by itself
+def test_a_copy_is_cached_and_reuse_reads_it_ahead(tmp_path: Path, scratch: Path, copyings: list[Path]) -> None:
+    original = build_file(tmp_path / "train.beton", height=500, width=600)  # more than Linux reads ahead by itself
     copy = copy_to_node(original, scratch)
-    assert cached(copy) == 1.0
+    assert cached_share(copy) == 1.0
     with copy.open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if cached(copy) == 1.0:
-        pytest.skip("this file system keeps files in memory whatever it is told")
+    if cached_share(copy) == 1.0:
+        pytest.skip("this file system ignores requests to drop files from memory")
     assert copy_to_node(original, scratch) == copy
     assert copyings == [original]
-    wait_until(lambda: cached(copy) == 1.0, 20, "the copy to be read ahead")
+    wait_until(lambda: cached_share(copy) == 1.0, 20, "the copy to be read ahead")
 
 
 def test_another_file_of_the_same_name_has_its_own_copy(original: Path, scratch: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    other = build(tmp_path / "other" / original.name, seed=1)
+    other = build_file(tmp_path / "other" / original.name, seed=1)
     copies = [copy_to_node(path, scratch) for path in (original, other)]
     assert same_file(copies[0], original)
     assert same_file(copies[1], other)
@@ -146,7 +146,7 @@ def damage_index(copy: Path) -> None:
     overwrite(copy, check_structure(copy).alloc_table_ptr + 16, b"\x00")
 
 
-def cut(copy: Path) -> None:
+def truncate(copy: Path) -> None:
     os.truncate(copy, copy.stat().st_size - 1)
 
 
@@ -155,8 +155,8 @@ def lose_manifest(copy: Path) -> None:
 
 
 def change_manifest(copy: Path) -> None:
-    said = json.loads(manifest_path(copy).read_text())
-    manifest_path(copy).write_text(json.dumps({**said, "sha256": "0" * 64}))
+    values = json.loads(manifest_path(copy).read_text())
+    manifest_path(copy).write_text(json.dumps({**values, "sha256": "0" * 64}))
 
 
 def link_elsewhere(copy: Path) -> None:
@@ -164,8 +164,8 @@ def link_elsewhere(copy: Path) -> None:
     copy.symlink_to(copy.parent.parent / "elsewhere")
 
 
-@pytest.mark.parametrize("spoil", [damage_index, cut, lose_manifest, change_manifest, link_elsewhere, Path.unlink])
-def test_a_copy_that_is_not_the_file_is_made_anew(
+@pytest.mark.parametrize("spoil", [damage_index, truncate, lose_manifest, change_manifest, link_elsewhere, Path.unlink])
+def test_a_copy_that_differs_from_the_file_is_replaced(
     original: Path, scratch: Path, copyings: list[Path], spoil: Callable[[Path], None]
 ) -> None:
     copy = copy_to_node(original, scratch)
@@ -178,9 +178,9 @@ def test_a_copy_that_is_not_the_file_is_made_anew(
 
 def test_another_users_copy_is_not_used(original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy, manifest = copy_to_node(original, scratch), open_checked(original)
-    assert node_copy._usable(copy, manifest)
+    assert node_copy._is_usable(copy, manifest)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert not node_copy._usable(copy, manifest)
+    assert not node_copy._is_usable(copy, manifest)
 
 
 def as_a_link(folder: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_folder_of_another_user_is_refused(original: Path, scratch: Path, monk
         copy_to_node(original, scratch)
 
 
-def test_a_folder_that_cannot_be_made_is_named(original: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(original: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=f"data.stage_to = {tmp_path}/file/x cannot be used on {platform.node()}"):
         copy_to_node(original, tmp_path / "file" / "x")
@@ -219,32 +219,33 @@ def test_a_folder_that_cannot_be_made_is_named(original: Path, tmp_path: Path) -
 
 def test_a_damaged_original_is_named_and_leaves_nothing(original: Path, scratch: Path) -> None:
     structure = check_structure(original)
-    for place in read_index(original, structure).samples["data_ptr"].tolist():
-        (before,) = original.read_bytes()[place : place + 1]
-        overwrite(original, place, bytes([before ^ 1]))
-        open_checked(original)  # sees nothing
-        with pytest.raises(DataError, match=f"{original} is damaged: its 8 MiB page {place // PAGE} is not"):
+    for offset in read_index(original, structure).samples["data_ptr"].tolist():
+        (before,) = original.read_bytes()[offset : offset + 1]
+        overwrite(original, offset, bytes([before ^ 1]))
+        open_checked(original)  # does not detect it
+        with pytest.raises(DataError, match=f"{original} is damaged: its 8 MiB page {offset // PAGE} differs"):
             copy_to_node(original, scratch)
         assert names(scratch) == set()
-        overwrite(original, place, bytes([before]))
+        overwrite(original, offset, bytes([before]))
     copy_to_node(original, scratch)
 
 
-def test_without_room_nothing_is_begun(
+def test_without_space_no_copy_is_started(
     original: Path, scratch: Path, copyings: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "other").mkdir()
-    there = copy_to_node(build(tmp_path / "other" / original.name, seed=1), scratch)
+    other_copy = copy_to_node(build_file(tmp_path / "other" / original.name, seed=1), scratch)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=node_copy.MARGIN_BYTES + PAGE))
     with pytest.raises(DataError) as caught:
         copy_to_node(original, scratch)
     assert f"{original} (" in str(caught.value)
-    for words in (f"on {platform.node()}, where 67.1 MB is free", there.name, "set data.stage_to=null"):
+    for words in (f"on {platform.node()}, where 67.1 MB is free", other_copy.name, "set data.stage_to=null"):
         assert words in str(caught.value)
     assert original not in copyings
-    assert names(scratch) == {there.name, manifest_path(there).name}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, free=0))  # it does not tell
+    assert names(scratch) == {other_copy.name, manifest_path(other_copy).name}
+    # Some file systems report no usage.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, free=0))
     assert same_file(copy_to_node(original, scratch), original)
 
 
@@ -268,22 +269,22 @@ def test_a_disk_that_fails_leaves_nothing(
 ) -> None:
     """Each call of this kind in turn."""
     real = getattr(os, call)
-    made: list[int] = []
+    calls: list[int] = []
 
     def failing_at(number: int) -> Callable[..., Any]:
-        made.clear()
+        calls.clear()
 
-        def maybe(*arguments: Any) -> Any:
-            made.append(len(made))
-            if made[-1] == number:
+        def call_or_fail(*arguments: Any) -> Any:
+            calls.append(len(calls))
+            if calls[-1] == number:
                 raise OSError(code, os.strerror(code))
             return real(*arguments)
 
-        return maybe
+        return call_or_fail
 
     monkeypatch.setattr(os, call, failing_at(-1))
     copy_to_node(original, scratch)
-    total = len(made)
+    total = len(calls)
     assert total > 1
     for number in range(total):
         shutil.rmtree(private(scratch))
@@ -296,68 +297,68 @@ def test_a_disk_that_fails_leaves_nothing(
         assert same_file(copy_to_node(original, scratch), original)
 
 
-def test_what_dead_copiers_of_this_host_left_is_removed(original: Path, scratch: Path) -> None:
+def test_leftovers_of_dead_processes_of_this_host_are_removed(original: Path, scratch: Path) -> None:
     ours = private(scratch)
     ours.mkdir(parents=True, mode=0o700)
-    left = [f"x-00.beton.{platform.node()}.1.tmp", ".x-00.beton.manifest.json.1.tmp"]
-    kept = ["x-00.beton.another-host.1.tmp", "notes.txt"]
-    for name in left + kept:
+    leftovers = [f"x-00.beton.{platform.node()}.1.tmp", ".x-00.beton.manifest.json.1.tmp"]
+    others = ["x-00.beton.another-host.1.tmp", "notes.txt"]
+    for name in leftovers + others:
         (ours / name).touch()
     copy = copy_to_node(original, scratch)
-    assert names(scratch) == {copy.name, manifest_path(copy).name, *kept}
+    assert names(scratch) == {copy.name, manifest_path(copy).name, *others}
 
 
-def test_a_listener_that_raises_ends_the_copying(original: Path, scratch: Path) -> None:
+def test_a_callback_that_raises_cancels_the_copy(original: Path, scratch: Path) -> None:
     count = iter(range(100))
 
-    def enough(doing: str) -> None:
+    def interrupt(status: str) -> None:
         if next(count) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        copy_to_node(original, scratch, enough)
+        copy_to_node(original, scratch, interrupt)
     assert names(scratch) == set()
 
 
 @contextmanager
-def a_copier_at_work(original: Path, scratch: Path) -> Iterator[tuple[Future[Path], threading.Event]]:
-    """One that has begun and goes on when the event is set."""
-    begun, go = threading.Event(), threading.Event()
+def paused_copy(original: Path, scratch: Path) -> Iterator[tuple[Future[Path], threading.Event]]:
+    """A copy that has started and continues when the event is set."""
+    started, go = threading.Event(), threading.Event()
 
-    def heard(doing: str) -> None:
-        begun.set()
+    def wait_for_go(status: str) -> None:
+        started.set()
         assert go.wait(DEADLINE_S)
 
     with ThreadPoolExecutor(1) as pool:
-        copying = pool.submit(copy_to_node, original, scratch, heard)
-        assert begun.wait(DEADLINE_S)
+        copying = pool.submit(copy_to_node, original, scratch, wait_for_go)
+        assert started.wait(DEADLINE_S)
         try:
             yield copying, go
         finally:
             go.set()
 
 
-def test_one_copies_and_the_others_wait(original: Path, scratch: Path, copyings: list[Path]) -> None:
+def test_one_process_copies_and_the_others_wait(original: Path, scratch: Path, copyings: list[Path]) -> None:
     waiting = threading.Event()
 
-    def heard(doing: str) -> None:
-        if doing.startswith(f"pid {os.getpid()} on {platform.node()}, copying {original}: 0 of "):
+    def notice_holder(status: str) -> None:
+        if status.startswith(f"pid {os.getpid()} on {platform.node()}, copying {original}: 0 of "):
             waiting.set()
 
-    with a_copier_at_work(original, scratch) as (copying, go), ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(copy_to_node, original, scratch, heard) for _ in range(2)]
-        assert waiting.wait(DEADLINE_S)  # they see who copies
+    with paused_copy(original, scratch) as (copying, go), ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(copy_to_node, original, scratch, notice_holder) for _ in range(2)]
+        assert waiting.wait(DEADLINE_S)  # their status names the process that copies
         assert not any(other.done() for other in others)
         go.set()
         assert {other.result(DEADLINE_S) for other in others} == {copying.result(DEADLINE_S)}
     assert copyings == [original]
 
 
-def test_who_waits_gives_up_on_a_copier_that_hangs_and_names_it(
+def test_a_waiting_process_gives_up_on_one_that_hangs_and_names_it(
     original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_copy, "STALL_S", 0.5)
-    with a_copier_at_work(original, scratch) as (copying, go):
+    with paused_copy(original, scratch) as (copying, go):
         with pytest.raises(NodeCopyFailed) as caught:
             copy_to_node(original, scratch)
         go.set()
@@ -366,30 +367,30 @@ def test_who_waits_gives_up_on_a_copier_that_hangs_and_names_it(
     assert holder in str(caught.value)
 
 
-def test_a_slow_copier_is_not_given_up(original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes four times the deadline altogether, and says something new before each is over."""
+def test_a_slow_copy_is_waited_for(original: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes four times the deadline in all, but its status changes within each."""
     clock = [0.0]
     monkeypatch.setattr(node_copy, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    words = [f"step {number}\n" for number in range(5)]
+    statuses = [f"step {number}\n" for number in range(5)]
     private(scratch).mkdir(parents=True, mode=0o700)
     with ExitStack() as stack:
         lock = stack.enter_context((private(scratch) / "lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
-        seen: list[str] = []
+        lines: list[str] = []
 
-        def listen(doing: str) -> None:
-            seen.append(doing)
-            if len(seen) % 2:
-                return  # it has been told since the last change only once
+        def advance(status: str) -> None:
+            lines.append(status)
+            if len(lines) % 2:
+                return  # the status is new: the clock advances at the next call
             clock[0] += 0.9 * node_copy.STALL_S
-            if words:
+            if statuses:
                 lock.seek(0)
-                lock.write(words.pop(0))
+                lock.write(statuses.pop(0))
                 lock.flush()
             else:
                 fcntl.flock(lock, fcntl.LOCK_UN)
 
-        assert same_file(copy_to_node(original, scratch, listen), original)
+        assert same_file(copy_to_node(original, scratch, advance), original)
     assert clock[0] > 4 * node_copy.STALL_S
 
 
@@ -401,18 +402,18 @@ from pipeline.data.loading import copy_file, node_copy
 
 manifest.HASH_PAGE_BYTES = copy_file.HASH_PAGE_BYTES = int(sys.argv[3])
 
-def heard(doing, seen=[]):
-    seen.append(doing)
-    if len(seen) == 5:
+def pause_half_way(status, lines=[]):
+    lines.append(status)
+    if len(lines) == 5:
         print("half", flush=True)
         sys.stdin.read()
 
-node_copy.copy_to_node(Path(sys.argv[1]), Path(sys.argv[2]), heard)
+node_copy.copy_to_node(Path(sys.argv[1]), Path(sys.argv[2]), pause_half_way)
 """
 
 
 @pytest.mark.slow
-def test_a_killed_copier_leaves_the_way_free(original: Path, scratch: Path, copyings: list[Path]) -> None:
+def test_after_a_killed_process_the_next_one_copies(original: Path, scratch: Path, copyings: list[Path]) -> None:
     command = [sys.executable, "-c", KILLED_HALF_WAY, str(original), str(scratch), str(PAGE)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as copier:
         assert copier.stdout is not None
@@ -422,8 +423,8 @@ def test_a_killed_copier_leaves_the_way_free(original: Path, scratch: Path, copy
             with pytest.raises(NodeCopyFailed, match=f"pid {copier.pid} on "):
                 copy_to_node(original, scratch)
         copier.send_signal(signal.SIGKILL)
-    (left,) = names(scratch)
-    assert left.endswith(f".{platform.node()}.{copier.pid}.tmp")
+    (leftover,) = names(scratch)
+    assert leftover.endswith(f".{platform.node()}.{copier.pid}.tmp")
     copy = copy_to_node(original, scratch)
     assert same_file(copy, original)
     assert names(scratch) == {copy.name, manifest_path(copy).name}
@@ -434,20 +435,20 @@ def crops(count: int) -> np.ndarray:
     return np.tile(np.array([0, 0, SIDE, SIDE, 0], np.int32), (count, 1))
 
 
-def test_a_loader_of_a_copy_reads_the_copy_and_speaks_of_the_original(original: Path, scratch: Path) -> None:
+def test_a_loader_of_a_copy_reads_the_copy_and_names_the_original(original: Path, scratch: Path) -> None:
     copy = copy_to_node(original, scratch)
     ids = np.arange(6)
     with Loader(original, image_size=SIDE, threads=1) as direct:
         expected = direct.read(ids, crops(6)).images
     structure = check_structure(original)
-    for i in (4, 0):  # the images of the original, after it was copied
+    for i in (4, 0):  # damages the original after it was copied
         overwrite(original, int(read_index(original, structure).samples["data_ptr"][i]), b"\x55" * 40)
     with NodeCopyLoader(original, copy, image_size=SIDE, threads=1) as loader:
         assert torch.equal(loader.read(ids, crops(6)).images, expected)
         assert loader.path == original
 
 
-def test_a_copy_found_damaged_is_removed_and_made_anew(original: Path, scratch: Path) -> None:
+def test_a_damaged_copy_is_removed_and_copied_again(original: Path, scratch: Path) -> None:
     copy = copy_to_node(original, scratch)
     overwrite(copy, int(read_index(copy, check_structure(copy)).samples["data_ptr"][1]) + 30, b"\x01\x02\x03")
     assert copy_to_node(original, scratch) == copy  # its images are not read again
@@ -465,7 +466,7 @@ def test_a_copy_found_damaged_is_removed_and_made_anew(original: Path, scratch: 
 
 
 class Exchange:
-    """What two ranks in two threads tell each other."""
+    """What two ranks, in two threads, exchange."""
 
     def __init__(self) -> None:
         self.values: list[Any] = [None, None]
@@ -492,13 +493,13 @@ def context_of(folder: Path, scratch: Path | None, group: Group, **more: Any) ->
     return RunContext(small_recipe(folder, data=data, model={"num_classes": 2}), folder, "token", group, **more)
 
 
-def alone() -> Group:
+def single_group() -> Group:
     return Group(0, 1, torch.device("cpu"))
 
 
 def test_a_worker_reads_the_copy_if_the_recipe_says_so(original: Path, scratch: Path) -> None:
     for where in (None, scratch):
-        context = context_of(original.parent, where, alone())
+        context = context_of(original.parent, where, single_group())
         loader = context.loader(str(original))
         assert loader is context.loader(str(original))
         assert isinstance(loader, NodeCopyLoader) == (where is not None)
@@ -507,8 +508,8 @@ def test_a_worker_reads_the_copy_if_the_recipe_says_so(original: Path, scratch: 
     assert same_file(next(private(scratch).glob("*.beton")), original)
 
 
-def test_messages_of_a_worker_name_the_original(original: Path, scratch: Path) -> None:
-    context = context_of(original.parent, scratch, alone())
+def test_a_workers_messages_name_the_original(original: Path, scratch: Path) -> None:
+    context = context_of(original.parent, scratch, single_group())
     context.recipe = context.recipe.model_copy(
         update={"model": context.recipe.model.model_copy(update={"num_classes": 3})}
     )
@@ -524,39 +525,39 @@ def two_contexts(original: Path, scratches: list[Path], **more: Any) -> list[Run
 
 
 def outcomes(contexts: list[RunContext], path: Path) -> list[Path | BaseException]:
-    """What `loader` gave or raised, per rank."""
+    """The path of the loader, or what `context.loader` raised, per rank."""
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(context.loader, str(path)) for context in contexts]
-        found = [future.exception(DEADLINE_S) or future.result().path for future in futures]
+        results = [future.exception(DEADLINE_S) or future.result().path for future in futures]
     for context in contexts:
         context.close()
-    return found
+    return results
 
 
 def test_workers_wait_for_the_copies_of_all_nodes(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one node copies; and while nothing moves, nobody tells the watchdog that it does."""
+    """While one node copies; without progress, nothing is reported to the watchdog."""
     scratches = [tmp_path / "node0", tmp_path / "node1"]
     events: list[tuple[str, dict[str, Any]]] = []
-    seen_at_round: list[int] = []
+    events_at_round: list[int] = []
     quiet = threading.Event()
     gather = Rank.gather
 
-    def watched_gather(self: Rank, value: Any) -> list[Any]:
-        seen_at_round.append(len(events))
-        last = seen_at_round[-20:]
+    def gather_and_count(self: Rank, value: Any) -> list[Any]:
+        events_at_round.append(len(events))
+        last = events_at_round[-20:]
         if len(last) == 20 and 0 < last[0] == last[-1]:
             quiet.set()
         return gather(self, value)
 
-    monkeypatch.setattr(Rank, "gather", watched_gather)
+    monkeypatch.setattr(Rank, "gather", gather_and_count)
 
     def observer(event: str, facts: dict[str, Any]) -> None:
         events.append((event, facts))
 
     contexts = two_contexts(original, scratches, observer=observer, staging_poll_s=0.05)
-    with a_copier_at_work(original, scratches[1]) as (_, go), ThreadPoolExecutor(1) as pool:
+    with paused_copy(original, scratches[1]) as (_, go), ThreadPoolExecutor(1) as pool:
         both = pool.submit(outcomes, contexts, original)
         assert quiet.wait(DEADLINE_S)
         assert list(private(scratches[0]).glob("*.beton")), "the first node has its copy"
@@ -568,37 +569,36 @@ def test_workers_wait_for_the_copies_of_all_nodes(
 
 def test_workers_fail_together(original: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    found = outcomes(two_contexts(original, [tmp_path / "node0", tmp_path / "file"]), original)
-    for error in found:
+    for error in outcomes(two_contexts(original, [tmp_path / "node0", tmp_path / "file"]), original):
         assert isinstance(error, DataError)
         assert f"{platform.node()}: data.stage_to = {tmp_path}/file cannot be used" in str(error)
 
 
-def test_what_a_restart_may_mend_is_no_users_error(
+def test_an_error_that_a_restart_may_fix_is_not_a_data_error(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
+    def failing_copy(*_: Any) -> None:
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(node_copy, "copy_verified", fails)
+    monkeypatch.setattr(node_copy, "copy_verified", failing_copy)
     for error in outcomes(two_contexts(original, [tmp_path / "node0", tmp_path / "node1"]), original):
         assert isinstance(error, NodeCopyFailed)
         assert f"{original} was not copied to" in str(error)
 
 
 def test_a_run_can_be_stopped_while_it_waits_for_a_copy(original: Path, scratch: Path) -> None:
-    asked = threading.Event()
-    context = context_of(original.parent, scratch, alone(), stop=asked.is_set)
-    with a_copier_at_work(original, scratch) as (copying, go), ThreadPoolExecutor(1) as pool:
+    stop = threading.Event()
+    context = context_of(original.parent, scratch, single_group(), stop=stop.is_set)
+    with paused_copy(original, scratch) as (copying, go), ThreadPoolExecutor(1) as pool:
         loading = pool.submit(context.loader, str(original))
-        asked.set()
+        stop.set()
         assert isinstance(loading.exception(DEADLINE_S), StopRequested)
         assert not copying.done()
         go.set()
     context.close()
 
 
-def test_the_recipe_key_decides_no_result_and_is_absolute(original: Path) -> None:
+def test_the_recipe_key_changes_no_result_and_must_be_absolute(original: Path) -> None:
     def with_stage_to(value: str | None) -> str:
         return recipe_hash(small_recipe(original.parent, data={"stage_to": value}))
 

@@ -1,4 +1,4 @@
-"""CIFAR and SVHN in their authors' formats: what torchvision reads from the same files, in the same order."""
+"""CIFAR and SVHN in their authors' formats: read as by torchvision, in the assert_equal_images order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unpack(dataset: str, files: dict[str, bytes], folder: Path) -> Path:
 
 
 def pack(dataset: str, files: dict[str, bytes], path: Path) -> Path:
-    """As the authors': the batches below their folder, and a page that nobody reads."""
+    """Write an archive like the authors': the batches in their folder, and a page that is ignored."""
     layout = cifar.LAYOUTS[dataset]
     inside = {f"{layout.folder}/{name}": data for name, data in {"readme.html": b"<a href=x>", **files}.items()}
     path.write_bytes(tar_of(inside, "w:gz"))
@@ -44,7 +44,7 @@ def pack(dataset: str, files: dict[str, bytes], path: Path) -> Path:
 
 
 def torchvisions_cifar(dataset: str, files: dict[str, bytes], root: Path, train: bool) -> tv.CIFAR10:
-    """torchvision's own class on these files, told their MD5s."""
+    """torchvision's own class on these files, with its MD5s replaced by theirs."""
     base = CIFARS[dataset]
     lists = {
         name: [[file, md5(files[file])] for file, _ in getattr(base, name)] for name in ("train_list", "test_list")
@@ -53,7 +53,7 @@ def torchvisions_cifar(dataset: str, files: dict[str, bytes], root: Path, train:
     return type("Small", (base,), {**lists, "meta": meta})(str(root), train=train)
 
 
-def same(source: Source, expected: tv.CIFAR10 | tv.SVHN, labels: object) -> None:
+def assert_equal_images(source: Source, expected: tv.CIFAR10 | tv.SVHN, labels: object) -> None:
     assert len(source.names) == len(expected) > 0
     np.testing.assert_array_equal(source.labels, labels)
     for i in range(len(expected)):
@@ -65,14 +65,14 @@ def same(source: Source, expected: tv.CIFAR10 | tv.SVHN, labels: object) -> None
 
 @pytest.mark.parametrize("dataset", CIFARS)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_cifar_is_what_torchvision_reads(tmp_path: Path, dataset: str, split: str) -> None:
+def test_cifar_is_read_as_by_torchvision(tmp_path: Path, dataset: str, split: str) -> None:
     files = cifar_files(dataset, np.random.default_rng(0), PER_BATCH)
     unpacked = unpack(dataset, files, tmp_path / "root")
     archive = pack(dataset, files, tmp_path / cifar.LAYOUTS[dataset].archive)
     expected = torchvisions_cifar(dataset, files, tmp_path / "root", split == "train")
     sources = [open_source(dataset, split, place) for place in (tmp_path / "root", unpacked, tmp_path, archive)]
     for source in sources:
-        same(source, expected, expected.targets)
+        assert_equal_images(source, expected, expected.targets)
         assert list(source.class_names) == expected.classes
     assert len({source.sha256 for source in sources}) == 1
     assert set(sources[0].authors_md5.values()) == {False}
@@ -91,7 +91,7 @@ def test_md5s_and_addresses_are_those_that_torchvision_publishes() -> None:
     assert theirs["devkit"] == (imagenet.DEVKIT, imagenet.DEVKIT_MD5)
 
 
-def test_the_authors_files_are_known_by_their_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_authors_files_are_recognised_by_their_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = cifar_files("cifar100", np.random.default_rng(0), PER_BATCH)
     unpack("cifar100", files, tmp_path)
     for name in ("train", "meta"):
@@ -100,12 +100,12 @@ def test_the_authors_files_are_known_by_their_md5(tmp_path: Path, monkeypatch: p
     assert open_source("cifar100", "test", tmp_path).authors_md5 == {"test": False, "meta": True}
 
 
-def test_a_cut_archive_and_missing_batches_are_named(tmp_path: Path) -> None:
+def test_a_truncated_archive_and_missing_batches_are_named(tmp_path: Path) -> None:
     files = cifar_files("cifar10", np.random.default_rng(0), PER_BATCH)
     archive = pack("cifar10", files, tmp_path / "cifar-10-python.tar.gz")
     whole = archive.read_bytes()
-    for cut in (0, 1, 20, 1000, len(whole) // 2, len(whole) - 30):
-        archive.write_bytes(whole[:cut])
+    for length in (0, 1, 20, 1000, len(whole) // 2, len(whole) - 30):
+        archive.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz cannot be read: .*get it again"):
             open_source("cifar10", "train", tmp_path)
     archive.write_bytes(whole.replace(whole[len(whole) // 2 :][:8], bytes(8)))
@@ -124,18 +124,18 @@ def test_a_cut_archive_and_missing_batches_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"labels": [0, 1, 10]}, r"label 10 of image 2 is none of the 10 classes"),
+        ({"labels": [0, 1, 10]}, r"label 10 of image 2 is not one of the 10 classes"),
         ({"labels": [0, 1, -1]}, r"label -1 of image 2"),
         ({"labels": [0, 1]}, r"labels are int64 \[2\], expected integers \[3\]"),
         ({"labels": [0, 1, "2"]}, r"labels are <U"),
-        ({"labels": [0, [1], 2]}, r"labels are no list of numbers"),
+        ({"labels": [0, [1], 2]}, r"labels are not a list of numbers"),
         ({"data": np.zeros((3, 3071), np.uint8)}, r"images are uint8 \[3, 3071\], expected uint8 \[n, 3072\]"),
         ({"data": np.zeros((3, 3072))}, r"images are float64 \[3, 3072\]"),
         ({"data": [0]}, r"images are list"),
         ({"data": None}, r"images are NoneType"),
     ],
 )
-def test_batches_that_are_none_are_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_invalid_batches_are_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
     files = cifar_files("cifar10", np.random.default_rng(0), 3)
     batch = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 2], **change}
     unpack("cifar10", {**files, "test_batch": pickle.dumps(batch)}, tmp_path)
@@ -147,7 +147,7 @@ def test_batches_that_are_none_are_named(tmp_path: Path, change: dict[str, objec
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_svhn_is_what_torchvision_reads(tmp_path: Path, split: str) -> None:
+def test_svhn_is_read_as_by_torchvision(tmp_path: Path, split: str) -> None:
     rng = np.random.default_rng(1)
     for name, count in (("train", 23), ("test", 12)):
         write_svhn(tmp_path / f"{name}_32x32.mat", rng, count)
@@ -155,7 +155,7 @@ def test_svhn_is_what_torchvision_reads(tmp_path: Path, split: str) -> None:
     lists = {split: ["", path.name, md5(path.read_bytes())]}
     expected = type("Small", (tv.SVHN,), {"split_list": lists})(str(tmp_path), split=split)
     source = open_source("svhn", split, tmp_path)
-    same(source, expected, expected.labels)
+    assert_equal_images(source, expected, expected.labels)
     assert source.class_names == tuple("0123456789")
     assert source.labels.tolist()[:11] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert source.authors_md5 == {path.name: False}
@@ -167,8 +167,8 @@ def test_damaged_svhn_files_are_named(tmp_path: Path) -> None:
         open_source("svhn", "test", tmp_path)
     write_svhn(path, np.random.default_rng(1), 12)
     whole = path.read_bytes()
-    for cut in (0, 3, 100, 127, 130, 300, len(whole) // 2, len(whole) - 30):
-        path.write_bytes(whole[:cut])
+    for length in (0, 3, 100, 127, 130, 300, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"test_32x32\.mat (cannot be read|has no entry)"):
             open_source("svhn", "test", tmp_path)
     labels = np.ones((3, 1), np.uint8)
@@ -186,14 +186,14 @@ def test_damaged_svhn_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "split", "file"), [("cifar10", "train", "cifar-10-python.tar.gz"), ("svhn", "test", "test_32x32.mat")]
 )
-def test_downloads_are_torchvisions_and_say_what_to_do_without_network(
+def test_torchvision_downloads_files_and_without_network_the_error_names_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, split: str, file: str
 ) -> None:
-    asked = []
+    requests = []
 
     def fetch(url: str, root: str, filename: str, md5: str) -> None:
-        asked.append((url, filename, md5))
-        if len(asked) == 1:
+        requests.append((url, filename, md5))
+        if len(requests) == 1:
             raise OSError("no network")
         folder = Path(root)
         folder.mkdir(parents=True)
@@ -208,6 +208,6 @@ def test_downloads_are_torchvisions_and_say_what_to_do_without_network(
     with pytest.raises(DataError, match=rf"{file} could not be downloaded \(no network\); get it from .*--source"):
         open_source(dataset, split, None)
     assert len(open_source(dataset, split, None).labels) == 15
-    assert [name for _, name, _ in asked] == [file, file]
-    assert asked[0][0].endswith(file)
-    assert len(asked[0][2]) == 32
+    assert [name for _, name, _ in requests] == [file, file]
+    assert requests[0][0].endswith(file)
+    assert len(requests[0][2]) == 32

@@ -1,4 +1,4 @@
-"""Shrinking by area against exact fractions, and against OpenCV."""
+"""Shrinking by area, compared with exact fractions and with OpenCV."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exact(region: NDArray[np.uint8], side: int) -> list[Fraction]:
     ]
 
 
-def shrunk(image: NDArray[np.uint8], top: int, left: int, high: int, wide: int, side: int) -> NDArray[np.uint8]:
+def shrink(image: NDArray[np.uint8], top: int, left: int, high: int, wide: int, side: int) -> NDArray[np.uint8]:
     smaller = np.full((side, side, 3), 77, np.uint8)
     resize_by_area(image.reshape(-1), image.shape[1], top, left, high, wide, smaller)
     return smaller
@@ -41,18 +41,18 @@ def shrunk(image: NDArray[np.uint8], top: int, left: int, high: int, wide: int, 
 @pytest.mark.slow
 @settings(deadline=None)  # the first call compiles
 @given(st.data())
-def test_each_new_pixel_is_the_mean_of_what_it_covers(data):
+def test_each_new_pixel_is_the_mean_of_its_area(data):
     side = data.draw(st.integers(1, 6))
     high, wide = (data.draw(st.integers(side, 20)) for _ in range(2))
     top, left, below, beside = (data.draw(st.integers(0, 3)) for _ in range(4))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    # Black and white are the furthest that a sum gets.
+    # Black and white give the extreme sums.
     values = data.draw(st.sampled_from([(0, 1, 127, 254, 255), (0,), (255,), tuple(range(256))]))
     image = rng.choice(np.array(values, np.uint8), (top + high + below, left + wide + beside, 3))
 
-    found = shrunk(image, top, left, high, wide, side).reshape(-1).tolist()
+    pixels = shrink(image, top, left, high, wide, side).reshape(-1).tolist()
 
-    for mine, mean in zip(found, exact(image[top : top + high, left : left + wide], side), strict=True):
+    for mine, mean in zip(pixels, exact(image[top : top + high, left : left + wide], side), strict=True):
         assert abs(mine - mean) <= Fraction(1, 2) + Fraction(1, 1000)
 
 
@@ -71,7 +71,7 @@ def test_shares_cover_every_pixel_once(count, more):
 
 
 def in_float64(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """The means, by two matrix products."""
+    """The means, computed as two matrix products."""
 
     def shares(length: int) -> NDArray[np.float64]:
         begin, pixel = np.arange(side)[:, None] * length / side, np.arange(length)
@@ -84,20 +84,20 @@ def in_float64(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
 @given(st.integers(0, 99), st.integers(224, 700), st.integers(224, 700))
 @example(0, 448, 224)
 @example(0, 336, 448)
-def test_opencv_makes_the_same_pixels_but_where_it_rounds_otherwise(seed, high, wide):
+def test_pixels_equal_opencvs_unless_rounding_differs(seed, high, wide):
     image = np.random.default_rng(seed).integers(0, 256, (high, wide, 3), np.uint8)
     other = cv2.resize(image, (224, 224), interpolation=cv2.INTER_AREA)
-    difference = np.abs(shrunk(image, 0, 0, high, wide, 224).astype(int) - other)
+    difference = np.abs(shrink(image, 0, 0, high, wide, 224).astype(int) - other)
     assert difference.max() <= 1
     means = in_float64(image, 224)[difference > 0]
     assert np.abs(means % 1 - 0.5).max(initial=0) < 1e-3
 
 
-def test_the_bits_are_those_of_other_processors():
-    """Digest as made with AVX-512, with AVX2 and with neither; fused multiplications, for one, have another."""
+def test_results_are_bit_identical_on_all_processors():
+    """The digest is the same with AVX-512, with AVX2 and with neither; fused multiply-adds would change it."""
     digest = hashlib.sha256()
     for high, wide, side in [(300, 451, 224), (225, 640, 224), (500, 375, 96), (256, 256, 224)]:
         numbers = np.arange(high * wide * 3, dtype=np.uint64) * np.uint64(2654435761)
         image = ((numbers >> np.uint64(13)) % np.uint64(256)).astype(np.uint8).reshape(high, wide, 3)
-        digest.update(shrunk(image, 0, 0, high, wide, side).tobytes())
+        digest.update(shrink(image, 0, 0, high, wide, side).tobytes())
     assert digest.hexdigest() == "8e67f554b5ed3e3691001a0e97fe1cf60a6c3466df378348b31a48ac889e094c"

@@ -1,4 +1,4 @@
-"""Pickles of arrays are read as Python reads them; whatever else a pickle could do is refused and not done."""
+"""Pickles of arrays are read as by Python's own unpickler; anything else that a pickle could do is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.data.sources.safe_pickle import DTYPES, read_pickle
 from tests.support.synthetic_data import python2_pickle
 
 
-def read(data: bytes) -> dict[str, Any]:
+def read_bytes(data: bytes) -> dict[str, Any]:
     return read_pickle(io.BytesIO(data), "some.pickle")
 
 
@@ -46,22 +46,22 @@ def test_arrays_lists_and_text_come_back_from_every_protocol(
     for name in ("numpy.core", "numpy._core"):  # before numpy 2, and since
         data = pickle.dumps(contents, protocol)
         data = re.sub(rb"numpy\._?core(?=\.)", name.encode(), data) if protocol < 4 else data
-        found = read(data)
-        assert {key: value for key, value in found.items() if key != "data"} == {
+        contents_read = read_bytes(data)
+        assert {key: value for key, value in contents_read.items() if key != "data"} == {
             key: value for key, value in contents.items() if key != "data"
         }
-        assert found["data"].dtype == array.dtype
-        np.testing.assert_array_equal(found["data"], array)
+        assert contents_read["data"].dtype == array.dtype
+        np.testing.assert_array_equal(contents_read["data"], array)
 
 
-def test_a_pickle_of_python_2_is_what_python_itself_reads() -> None:
+def test_a_pickle_of_python_2_is_read_as_by_python_itself() -> None:
     array = np.random.default_rng(0).integers(0, 256, (3, 300), dtype=np.uint8)
     data = python2_pickle({"data": array, "labels": [1, 2, 300], "batch_label": "x" * 300})
     expected = pickle.loads(data, encoding="latin1")
-    found = read(data)
+    contents = read_bytes(data)
     np.testing.assert_array_equal(expected.pop("data"), array)
-    np.testing.assert_array_equal(found.pop("data"), array)
-    assert found == expected
+    np.testing.assert_array_equal(contents.pop("data"), array)
+    assert contents == expected
 
 
 class Calls:
@@ -75,8 +75,8 @@ class Calls:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_what_a_pickle_would_run_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
-    """Control: Python's own unpickler does run it."""
+def test_calls_in_a_pickle_are_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
+    """Control: Python's own unpickler does run them."""
     victim = tmp_path / "made by the pickle"
     for function, arguments in ((os.mkdir, (str(victim),)), (eval, (f"__import__('os').mkdir({str(victim)!r})",))):
         data = pickle.dumps({"data": Calls(function, *arguments)}, protocol)
@@ -84,7 +84,7 @@ def test_what_a_pickle_would_run_is_refused_and_not_run(tmp_path: Path, protocol
         assert victim.exists()
         victim.rmdir()
         with pytest.raises(DataError, match=r"some\.pickle is refused as a pickle: it names \w+\.(mkdir|eval)"):
-            read(data)
+            read_bytes(data)
         assert not victim.exists()
 
 
@@ -105,7 +105,7 @@ def test_what_a_pickle_would_run_is_refused_and_not_run(tmp_path: Path, protocol
 def test_other_pickles_are_refused_in_every_protocol(contents: object) -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(DataError, match=r"some\.pickle"):
-            read(pickle.dumps(contents, protocol))
+            read_bytes(pickle.dumps(contents, protocol))
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ def test_other_pickles_are_refused_in_every_protocol(contents: object) -> None:
         b"",
     ],
 )
-def test_hand_made_programs_are_refused_and_leave_the_reader_as_it_was(program: bytes) -> None:
+def test_forged_programs_are_refused_and_do_not_change_the_reader(program: bytes) -> None:
     with pytest.raises(DataError, match=r"some\.pickle"):
-        read(program)
-    np.testing.assert_array_equal(read(pickle.dumps({"data": np.arange(3)}))["data"], [0, 1, 2])
+        read_bytes(program)
+    np.testing.assert_array_equal(read_bytes(pickle.dumps({"data": np.arange(3)}))["data"], [0, 1, 2])
 
 
 DTYPE = b"cnumpy\ndtype\n(U\x02%btR"
@@ -145,11 +145,11 @@ ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nNNtR(K\x01(K\x
     ids=["array in an array", "fields", "bytes as pointers", "objects"],
 )
 def test_a_forged_dtype_is_refused(code: bytes, state: bytes) -> None:
-    """numpy's own would read what such a state points to. Control: the plain dtype is read."""
+    """numpy's own dtype would dereference pointers in such a state. Control: the plain dtype is read."""
     whole = b"}U\x04data" + ARRAY + b"s."
-    np.testing.assert_array_equal(read(whole % (DTYPE % b"i8"))["data"], np.frombuffer(b"ABCDEFGH", "i8"))
-    with pytest.raises(DataError, match="is none of numbers"):
-        read(whole % (DTYPE % code + state))
+    np.testing.assert_array_equal(read_bytes(whole % (DTYPE % b"i8"))["data"], np.frombuffer(b"ABCDEFGH", "i8"))
+    with pytest.raises(DataError, match="does not hold plain numbers"):
+        read_bytes(whole % (DTYPE % code + state))
 
 
 @settings(deadline=None, max_examples=200)
@@ -158,8 +158,8 @@ def test_a_damaged_pickle_is_refused_or_is_a_dict(data: st.DataObject) -> None:
     whole = python2_pickle({"data": np.arange(40, dtype=np.uint8).reshape(4, 10), "labels": [1, 2, 3, 4]})
     place = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(DataError, match=r"some\.pickle"):
-        read(whole[:place])
+        read_bytes(whole[:place])
     changed = bytearray(whole)
     changed[place] = data.draw(st.integers(0, 255))
     with contextlib.suppress(DataError):
-        assert isinstance(read(bytes(changed)), dict)
+        assert isinstance(read_bytes(bytes(changed)), dict)

@@ -1,4 +1,4 @@
-"""Order and crops: pure functions of (ids, seed, epoch), the same for every world size, resumable at every step."""
+"""Sample order and crops: pure functions of (ids, seed, epoch), equal for every world size, resumable at every step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def pvalue(result: Any) -> float:
     return result.pvalue
 
 
-def everything(ids, _epoch):
+def whole_crops(ids, _epoch):
     return sampling.whole_image_crops(np.full(len(ids), 8), np.full(len(ids), 8))
 
 
-def plan(train_ids, seed=3, start=0, stop=7, batch=8, micro=2, rank=0, world=1, crops=everything, extra=(), share=0):
+def plan(train_ids, seed=3, start=0, stop=7, batch=8, micro=2, rank=0, world=1, crops=whole_crops, extra=(), share=0):
     return list(
         sampling.training_plan(
             train_ids, crops, seed=seed, start_step=start, stop_step=stop,
@@ -83,9 +83,9 @@ def test_a_training_subset_is_sorted_fixed_and_nested():
 @given(count=st.integers(1, 300), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
 def test_an_epoch_visits_each_id_once(count, seed, epoch):
     ids = np.arange(count, dtype=np.int64) * 3 + 1
-    visited = sampling.epoch_order(ids, seed, epoch)
-    assert np.array_equal(np.sort(visited), ids)
-    assert np.array_equal(visited, sampling.epoch_order(ids, seed, epoch))
+    order = sampling.epoch_order(ids, seed, epoch)
+    assert np.array_equal(np.sort(order), ids)
+    assert np.array_equal(order, sampling.epoch_order(ids, seed, epoch))
 
 
 def test_seeds_and_epochs_are_different_orders():
@@ -96,7 +96,7 @@ def test_seeds_and_epochs_are_different_orders():
     assert len(set(crops.values())) == 16
 
 
-def test_an_order_has_no_memory_of_the_position_in_the_file():
+def test_an_order_does_not_depend_on_the_position_in_the_file():
     ids = np.arange(4_000, dtype=np.int64)
     rank = np.argsort(sampling.epoch_order(ids, 0, 0))
     assert abs(np.corrcoef(ids, rank)[0, 1]) < 0.05
@@ -130,19 +130,19 @@ def test_a_plan_may_start_at_every_step():
 
 def test_an_epoch_of_a_plan_is_its_order_without_the_last_partial_batch():
     ids = np.arange(30, dtype=np.int64)
-    seen = np.concatenate([batch for batch, _ in plan(ids, start=3, stop=6)])
-    assert np.array_equal(seen, sampling.epoch_order(ids, 3, 1)[:24])
+    epoch_ids = np.concatenate([batch for batch, _ in plan(ids, start=3, stop=6)])
+    assert np.array_equal(epoch_ids, sampling.epoch_order(ids, 3, 1)[:24])
 
 
 def test_impossible_plans_are_refused_at_the_call():
     ids = np.arange(30, dtype=np.int64)
     for options, words in (
         ({"batch": 32}, "batch_per_step 32 is more than the 30 training images: no step is full"),
-        ({"world": 3}, "batch_per_step 8 is not cut evenly by micro_batch 2 and 3 workers"),
-        ({"extra": [30], "share": 3}, "3 extra images of 8 are not shared evenly by micro-batches of 2"),
-        ({"extra": [30], "share": 8}, "8 extra images of 8 are not shared evenly"),
+        ({"world": 3}, "batch_per_step 8 is not divisible by micro_batch 2 times 3 workers"),
+        ({"extra": [30], "share": 3}, "3 extra images of 8 cannot be split evenly among micro-batches of 2"),
+        ({"extra": [30], "share": 8}, "8 extra images of 8 cannot be split evenly"),
         ({"share": 4}, "extra_fraction: the training file holds no extra images; write it with .* --extra FILE"),
-        ({"batch": 64, "extra": [30], "share": 32}, "the 30 training images and the 32 extra ones of a step: no step"),
+        ({"batch": 64, "extra": [30], "share": 32}, "the 30 training images and the 32 extra ones per step: no step"),
     ):
         with pytest.raises(ValueError, match=words):
             plan(ids, **options)
@@ -153,40 +153,40 @@ def test_impossible_plans_are_refused_at_the_call():
     own=st.integers(1, 3), share=st.integers(1, 3), micro_batches=st.integers(1, 4), train=st.integers(12, 40),
     extra=st.integers(1, 30), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_every_micro_batch_has_the_stated_share_and_both_kinds_come_in_turn(
+def test_every_micro_batch_has_its_share_of_extra_images_and_both_kinds_keep_their_order(
     own, share, micro_batches, train, extra, seed
 ):
-    """Against the two sequences written down whole: epochs of the training images, passes over the extra ones."""
+    """Compared with both complete sequences: epochs of the training images, passes over the extra ones."""
     ids, extra_ids = np.arange(train, dtype=np.int64) * 2, np.arange(extra, dtype=np.int64) + 1000
 
-    def stamped(ids, number):
+    def numbered_crops(ids, number):
         return np.stack([ids, np.full_like(ids, number), *[ids * 0] * 3], axis=1).astype(np.int32)
 
     batch, per_epoch = (own + share) * micro_batches, train // (own * micro_batches)
     stop = 2 * per_epoch + 1
     batches = plan(
-        ids, seed, 0, stop, batch, own + share, crops=stamped, extra=extra_ids, share=share * micro_batches
+        ids, seed, 0, stop, batch, own + share, crops=numbered_crops, extra=extra_ids, share=share * micro_batches
     )  # fmt: skip
     assert len(batches) == stop * micro_batches
-    for chosen, crops in batches:
-        assert np.array_equal(crops[:, 0], chosen)
-        assert (chosen[:own] < 1000).all()
-        assert (chosen[own:] >= 1000).all()
-        assert len(chosen) == own + share
-    used = per_epoch * own * micro_batches
-    expected = np.concatenate([sampling.epoch_order(ids, seed, epoch)[:used] for epoch in range(3)])
-    found = np.concatenate([np.stack([chosen, crops[:, 1]], 1)[:own] for chosen, crops in batches])
-    assert np.array_equal(found[:, 0], expected[: len(found)])
-    assert np.array_equal(found[:, 1], np.arange(len(found)) // used)
-    found = np.concatenate([np.stack([chosen, crops[:, 1]], 1)[own:] for chosen, crops in batches])
-    assert np.array_equal(found[:, 1], np.arange(len(found)) // extra)
-    for begin in range(0, len(found) - extra + 1, extra):
-        assert np.array_equal(np.sort(found[begin : begin + extra, 0]), extra_ids)
+    for batch_ids, crops in batches:
+        assert np.array_equal(crops[:, 0], batch_ids)
+        assert (batch_ids[:own] < 1000).all()
+        assert (batch_ids[own:] >= 1000).all()
+        assert len(batch_ids) == own + share
+    epoch_images = per_epoch * own * micro_batches
+    expected = np.concatenate([sampling.epoch_order(ids, seed, epoch)[:epoch_images] for epoch in range(3)])
+    rows = np.concatenate([np.stack([batch_ids, crops[:, 1]], 1)[:own] for batch_ids, crops in batches])
+    assert np.array_equal(rows[:, 0], expected[: len(rows)])
+    assert np.array_equal(rows[:, 1], np.arange(len(rows)) // epoch_images)
+    rows = np.concatenate([np.stack([batch_ids, crops[:, 1]], 1)[own:] for batch_ids, crops in batches])
+    assert np.array_equal(rows[:, 1], np.arange(len(rows)) // extra)
+    for begin in range(0, len(rows) - extra + 1, extra):
+        assert np.array_equal(np.sort(rows[begin : begin + extra, 0]), extra_ids)
 
 
 @settings(deadline=None, max_examples=30)
 @given(extra=st.integers(1, 40), start=st.integers(0, 12), seed=st.integers(0, 99))
-def test_a_mixed_plan_is_the_same_from_every_step_and_for_every_world_size(extra, start, seed):
+def test_a_plan_with_extra_images_is_the_same_from_every_step_and_for_every_world_size(extra, start, seed):
     options = {"seed": seed, "stop": 12, "batch": 16, "micro": 4, "extra": np.arange(extra) + 50, "share": 4}
     ids = np.arange(50, dtype=np.int64)
     crops = sampling.training_crops("pad_crop_flip", np.full(200, 8), np.full(200, 8), 8, seed)
@@ -202,8 +202,8 @@ def test_passes_over_extra_images_are_different_orders():
     ids, extra = np.arange(8, dtype=np.int64), np.arange(300) + 8
     orders = set()
     for seed in range(3):
-        seen = np.concatenate([chosen[1:] for chosen, _ in plan(ids, seed, 0, 225, extra=extra, share=4)])
-        orders |= {seen[begin : begin + 300].tobytes() for begin in range(0, 900, 300)}
+        extra_ids = np.concatenate([batch_ids[1:] for batch_ids, _ in plan(ids, seed, 0, 225, extra=extra, share=4)])
+        orders |= {extra_ids[begin : begin + 300].tobytes() for begin in range(0, 900, 300)}
     assert len(orders) == 9
 
 
@@ -246,7 +246,7 @@ def test_random_resized_crops_have_torchvisions_distribution(height, width):
     assert pvalue(stats.binomtest(int(ours[:, 4].sum()), len(ids), 0.5)) > 0.001
 
 
-def test_the_distribution_test_tells_a_wrong_distribution():
+def test_the_distribution_test_detects_a_wrong_distribution():
     """The same comparison fails if the aspect ratio is uniform instead of log-uniform."""
     uniforms = rng.uniforms(rng.sample_keys(np.arange(4_000), 0, "test"), 2)
     log_uniform = np.log(3 / 4) + uniforms[:, 0] * (np.log(4 / 3) - np.log(3 / 4))

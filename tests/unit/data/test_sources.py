@@ -1,4 +1,4 @@
-"""Listing sources: labels, order, and what is refused before anything is read."""
+"""Listing sources: labels, order, and what is refused before an image is read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_idx_files(folder: Path, count: int = 30) -> np.ndarray:
-    """Four idx files, two of them gzipped; returns the training images."""
+    """Write four idx files, two of them gzipped; returns the training images."""
     folder.mkdir()
     images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
     labels = np.arange(count, dtype=np.uint8) % 10
@@ -41,7 +41,7 @@ def write_idx_files(folder: Path, count: int = 30) -> np.ndarray:
     return images
 
 
-def test_classes_and_files_are_sorted_and_other_files_passed_over(tmp_path: Path) -> None:
+def test_classes_and_files_are_sorted_and_other_files_ignored(tmp_path: Path) -> None:
     for split in ("train", "val"):
         folder = tmp_path / split
         touch(
@@ -53,7 +53,7 @@ def test_classes_and_files_are_sorted_and_other_files_passed_over(tmp_path: Path
     assert source.labels.tolist() == [0, 1, 1]
 
 
-def test_listing_hash_sees_names_and_sizes(tmp_path: Path) -> None:
+def test_listing_hash_depends_on_names_and_sizes(tmp_path: Path) -> None:
     touch(tmp_path / "train" / "a" / "1.png", tmp_path / "val" / "a" / "1.png")
     before = open_source("image_folder", "train", tmp_path).sha256
     assert open_source("image_folder", "train", tmp_path).sha256 == before
@@ -79,7 +79,7 @@ def test_empty_classes_are_named(tmp_path: Path) -> None:
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--source"):
         open_source("image_folder", "train", None)
-    with pytest.raises(DataError, match="train is no folder"):
+    with pytest.raises(DataError, match="train is not a folder"):
         open_source("image_folder", "train", tmp_path)
     touch(tmp_path / "train" / "1.png")
     with pytest.raises(DataError, match="no class folders"):
@@ -97,12 +97,12 @@ def test_idx_files_plain_and_gzipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_fashion_mnist_is_what_torchvision_reads(tmp_path: Path, split: str) -> None:
+def test_fashion_mnist_is_read_as_by_torchvision(tmp_path: Path, split: str) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.parent.mkdir()
     write_idx_files(raw)
-    for zipped in raw.glob("*.gz"):  # torchvision reads them unpacked, and we either way
-        zipped.with_suffix("").write_bytes(gzip.decompress(zipped.read_bytes()))
+    for gz_file in raw.glob("*.gz"):  # torchvision reads only uncompressed files
+        gz_file.with_suffix("").write_bytes(gzip.decompress(gz_file.read_bytes()))
     expected = tv.FashionMNIST(str(tmp_path), train=split == "train")
     source = open_source("fashion_mnist", split, raw)
     assert list(source.class_names) == expected.classes
@@ -113,8 +113,8 @@ def test_fashion_mnist_is_what_torchvision_reads(tmp_path: Path, split: str) -> 
         np.testing.assert_array_equal(pixels, np.stack([np.asarray(expected[i][0])] * 3, axis=2))
 
 
-def test_an_image_folder_is_what_torchvision_reads(tmp_path: Path) -> None:
-    """Names that need sorting, a folder below a class, and files that are no images."""
+def test_an_image_folder_is_read_as_by_torchvision(tmp_path: Path) -> None:
+    """Names that need sorting, a folder below a class, and a file that is not an image."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for n, name in enumerate(("b/10.png", "b/9.JPEG", "A/deep/x.Jpg", "A/1.jpeg")):
@@ -142,13 +142,13 @@ def test_missing_and_damaged_idx_files(tmp_path: Path) -> None:
     labels.unlink()
     with pytest.raises(DataError, match="lacks t10k-labels-idx1-ubyte"):
         open_source("fashion_mnist", "train", tmp_path / "idx")
-    zipped = tmp_path / "idx" / "t10k-images-idx3-ubyte.gz"
-    zipped.write_bytes(zipped.read_bytes()[:-100])
+    gz_file = tmp_path / "idx" / "t10k-images-idx3-ubyte.gz"
+    gz_file.write_bytes(gz_file.read_bytes()[:-100])
     with pytest.raises(DataError, match="cannot be read"):
         read_idx(tmp_path / "idx", "t10k-images-idx3-ubyte", 3)
 
 
-def test_failed_download_names_both_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_names_both_alternatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(root: str, train: bool, download: bool) -> None:
         raise RuntimeError("no network")
 

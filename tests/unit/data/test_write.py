@@ -1,4 +1,4 @@
-"""Writing FFCV files for real: what is in them, and that no fault leaves anything that opens, or hangs."""
+"""Writing real FFCV files: their content, and that no fault leaves a file that opens, or a process."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ from pipeline.data.sources.registry import open_source
 from pipeline.data.writing import write as write_module
 from pipeline.data.writing.process import WriteError
 from pipeline.data.writing.worker import check_free_space
-from pipeline.data.writing.write import WriteOptions, commit, temporary_beside, write_dataset
+from pipeline.data.writing.write import WriteOptions, commit_file, temporary_beside, write_dataset
+from tests.support.commands import ROOT
 from tests.support.synthetic_data import BROKEN, make_imagenet_tree
-from tests.unit.data.test_manifest import build
+from tests.unit.data.test_manifest import build_file
 from tests.unit.data.test_sources import idx
 
-ROOT = Path(__file__).parents[3]
 
-
-def quiet(stage: str, done: int, total: int) -> None:
+def check_progress(stage: str, done: int, total: int) -> None:
     assert 0 <= done <= total
 
 
@@ -78,8 +77,8 @@ def test_fashion_mnist_is_bit_exact_and_not_written_twice(tmp_path: Path, capsys
         assert structure.num_samples == len(slices[prefix, 3])
         assert samples["label"].tolist() == slices[prefix, 1].tolist()
         assert set(samples["mode"].tolist()) == {1}
-        found = np.stack([np.frombuffer(image, np.uint8).reshape(28, 28, 3) for image in images])
-        np.testing.assert_array_equal(found, np.stack([slices[prefix, 3]] * 3, axis=3))
+        pixels = np.stack([np.frombuffer(image, np.uint8).reshape(28, 28, 3) for image in images])
+        np.testing.assert_array_equal(pixels, np.stack([slices[prefix, 3]] * 3, axis=3))
     manifest = open_checked(out / "train.beton")
     assert manifest.converted == {"grey": 700}
     assert manifest.label_histogram == np.bincount(slices["train", 1], minlength=10).tolist()
@@ -107,18 +106,18 @@ def test_fashion_mnist_is_bit_exact_and_not_written_twice(tmp_path: Path, capsys
 
 
 def test_imagenet_shape_with_broken_images(tmp_path: Path) -> None:
-    """1,000 class folders; every broken file is named at once and nothing is written, or they are left out."""
+    """1,000 class folders: one error names all broken files and nothing is written, or they are skipped."""
     offenders = make_imagenet_tree(
         tmp_path / "tree", 1000, per_class=1, seed=1, val_per_class=1, sizes=(65, 100), broken=tuple(BROKEN)
     )
     out = tmp_path / "out"
     with pytest.raises(DataError, match=f"^{len(BROKEN)} images cannot be") as caught:
-        write_dataset("image_folder", tmp_path / "tree", out, WriteOptions(), False, quiet)
+        write_dataset("image_folder", tmp_path / "tree", out, WriteOptions(), False, check_progress)
     assert all(str(path) in str(caught.value) for path in offenders)
     assert list(out.iterdir()) == []
 
     options = WriteOptions(skip_broken=True, max_resolution=90)
-    train, test = write_dataset("image_folder", tmp_path / "tree", out, options, False, quiet)
+    train, test = write_dataset("image_folder", tmp_path / "tree", out, options, False, check_progress)
     assert sorted(path.name for path in out.iterdir()) == sorted(
         name for split in ("train", "test") for name in (f"{split}.beton", f"{split}.beton.manifest.json")
     )
@@ -129,17 +128,20 @@ def test_imagenet_shape_with_broken_images(tmp_path: Path) -> None:
     assert set(train.manifest.label_histogram) == {1}
     assert test.manifest.converted == {"cmyk": 100, "grey": 100}
 
-    # Sample s is the s-th good file of the sorted tree, within what JPEG and area shrinking lose.
+    # Sample s is the s-th intact file of the sorted tree, up to the losses of JPEG and of shrinking by area.
     source = open_source("image_folder", "test", tmp_path / "tree")
     _, images, samples = stored(test.path)
     assert samples["label"].tolist() == list(range(1000))
     for s in (0, 1, 4, 8, 998):
-        found = Image.open(io.BytesIO(images[s]))
-        assert found.format == "JPEG"
+        image = Image.open(io.BytesIO(images[s]))
+        assert image.format == "JPEG"
         with Image.open(Path(source.location) / source.names[s]) as original:
-            expected = original.convert("RGB").resize(found.size, Image.Resampling.BOX)
-            assert max(found.size) == min(90, max(original.size))
-        assert np.abs(np.asarray(found, float) - np.asarray(expected, float)).mean() < 4
+            expected = original.convert("RGB").resize(image.size, Image.Resampling.BOX)
+            assert max(image.size) == min(90, max(original.size))
+        assert np.abs(np.asarray(image, float) - np.asarray(expected, float)).mean() < 4
+
+
+WRITER = "pipeline.data.writing.worker"
 
 
 WRITER = "pipeline.data.writing.worker"
@@ -147,7 +149,7 @@ WRITER = "pipeline.data.writing.worker"
 
 
 def writer_processes() -> list[psutil.Process]:
-    """The writer first, then all that it started; not what other tests have left to this process."""
+    """The writer first, then its descendants; leftovers of other tests are not among them."""
     for child in psutil.Process().children():
         if WRITER in " ".join(child.cmdline()):
             return [child, *child.children(recursive=True)]
@@ -160,7 +162,7 @@ def shared_memory(processes: list[psutil.Process]) -> set[str]:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    """A forked one that is alive: neither the writer itself, nor the resource tracker that it started, nor a zombie."""
+    """Whether it is a living forked worker: not the writer itself, its resource tracker or a zombie."""
     try:
         command = " ".join(process.cmdline())
         return process.ppid() != os.getpid() and WRITER in command and process.status() != psutil.STATUS_ZOMBIE
@@ -171,31 +173,31 @@ def is_worker(process: psutil.Process) -> bool:
 def sabotage(
     tree: Path, spoil: Callable[[Path], None], act: Callable[[list[psutil.Process]], bool] | None
 ) -> tuple[Callable[[str, int, int], None], list[psutil.Process], set[str]]:
-    """A progress callback that spoils train's first image after the scan, and then acts on the writer until it worked.
+    """A progress callback that spoils train's first image after the scan, and then calls `act` until that returns True.
 
-    Also returns the lists that it fills: all processes and all shared memory of the writer that were ever seen.
+    Also returns the collections that it fills: all processes and all shared memory of the writer that it has seen.
     """
     victim = sorted((tree / "train").glob("*/*"))[0]
     processes: list[psutil.Process] = []
     memory: set[str] = set()
-    state = {"spoilt": False, "acted": False}
+    state = {"image done": False, "act done": False}
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "test list" and not state["spoilt"]:
+        if stage == "test list" and not state["image done"]:
             victim.unlink()
             spoil(victim)
-            state["spoilt"] = True
-        if stage == "train write" and act is not None and not state["acted"]:
+            state["image done"] = True
+        if stage == "train write" and act is not None and not state["act done"]:
             running = writer_processes()
             processes.extend(process for process in running if process not in processes)
             memory.update(shared_memory(running[:1]))
-            state["acted"] = act(running)
+            state["act done"] = act(running)
 
     return progress, processes, memory
 
 
 def kill_worker(running: list[psutil.Process]) -> bool:
-    """On every report: the worker that was seen may be the one that ends well, as only one meets the FIFO."""
+    """At every report: the first worker may be one that succeeds, as only one of them gets the FIFO."""
     for process in filter(is_worker, running):
         process.kill()
     return False
@@ -224,7 +226,7 @@ def test_a_fault_ends_in_one_error_and_leaves_nothing(
     act: Callable[[list[psutil.Process]], bool] | None,
     words: str,
 ) -> None:
-    """A FIFO in place of an image blocks an FFCV worker for as long as the test needs."""
+    """A FIFO in place of an image blocks an FFCV worker as long as the test needs."""
     progress, processes, memory = sabotage(small_tree, spoil, act)
     with pytest.raises(WriteError, match=words):
         write_dataset(
@@ -239,8 +241,8 @@ def test_a_fault_ends_in_one_error_and_leaves_nothing(
     assert alive == []
 
 
-def test_a_stuck_and_stopped_writer_is_ended(small_tree: Path, tmp_path: Path) -> None:
-    """A FIFO in place of an image keeps it in the scan, which counts; a stage that does not is allowed an hour."""
+def test_a_stuck_and_stopped_writer_is_terminated(small_tree: Path, tmp_path: Path) -> None:
+    """A FIFO in place of an image keeps it in the scan, which reports progress; stages that do not have an hour."""
     victim = sorted((small_tree / "train").glob("*/*"))[0]
     victim.unlink()
     os.mkfifo(victim)
@@ -272,10 +274,10 @@ def test_full_disk(small_tree: Path, tmp_path: Path) -> None:
     """A file may not grow beyond 9 MB; the first page ends at 16 MiB."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", FULL_DISK, str(small_tree), str(out)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1, ended.stderr
-    assert "File too large" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stderr
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
     assert list(out.iterdir()) == []
 
 
@@ -289,7 +291,7 @@ def test_writer_ends_when_its_parent_is_killed(small_tree: Path, tmp_path: Path)
     parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert parent.stderr is not None
     try:
-        # The FIFO holds the scan, so the writer is alive when it is orphaned.
+        # The FIFO blocks the scan, so the writer is alive when it is orphaned.
         assert any("train scan" in line for line in parent.stderr)
         orphans = psutil.Process(parent.pid).children(recursive=True)
         assert orphans
@@ -302,48 +304,48 @@ def test_writer_ends_when_its_parent_is_killed(small_tree: Path, tmp_path: Path)
     assert list(out.iterdir()) == []
 
 
-def test_too_little_space_is_said_before_writing(tmp_path: Path) -> None:
+def test_too_little_space_is_reported_before_writing(tmp_path: Path) -> None:
     check_free_space(tmp_path, 1)
     with pytest.raises(WriteError, match="GB free"):
         check_free_space(tmp_path, 1 << 60)
 
 
-@pytest.mark.parametrize("cut", range(5))
+@pytest.mark.parametrize("crash", range(5))
 def test_a_crash_while_renaming_leaves_all_or_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
 ) -> None:
-    """Whatever opens under the final name is the complete new file or the complete old one, with its own manifest."""
-    path, temporary = build(tmp_path / "a.beton", seed=1), build(tmp_path / "a.beton.1.tmp", seed=2)
+    """A file that opens under the final name is the complete new or the complete old one, with its own manifest."""
+    path, temporary = build_file(tmp_path / "a.beton", seed=1), build_file(tmp_path / "a.beton.1.tmp", seed=2)
     old, new = path.read_bytes(), temporary.read_bytes()
     calls = 0
 
-    def counted(operation: Callable[..., None]) -> Callable[..., None]:
+    def count_calls(operation: Callable[..., None]) -> Callable[..., None]:
         def call(*arguments: object, **options: object) -> None:
             nonlocal calls
-            if calls == cut:
+            if calls == crash:
                 raise KeyboardInterrupt
             calls += 1
             operation(*arguments, **options)
 
         return call
 
-    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
-    monkeypatch.setattr(write_module.os, "replace", counted(os.replace))
-    if cut < 4:
+    monkeypatch.setattr(Path, "unlink", count_calls(Path.unlink))
+    monkeypatch.setattr(write_module.os, "replace", count_calls(os.replace))
+    if crash < 4:
         with pytest.raises(KeyboardInterrupt):
-            commit(temporary, path)
+            commit_file(temporary, path)
     else:
-        commit(temporary, path)
+        commit_file(temporary, path)
         assert calls == 4
     if path.exists():
         open_checked(path)
-        assert path.read_bytes() == (old if cut == 0 else new)
-    assert path.exists() == (cut in (0, 4))
+        assert path.read_bytes() == (old if crash == 0 else new)
+    assert path.exists() == (crash in (0, 4))
 
 
-def test_temporary_files_of_the_dead_go_and_of_the_living_refuse(tmp_path: Path) -> None:
+def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_refuse(tmp_path: Path) -> None:
     path = tmp_path / "a.beton"
-    dead = build(tmp_path / "a.beton.1.tmp")
+    dead = build_file(tmp_path / "a.beton.1.tmp")
     with temporary_beside(path) as temporary:
         assert not dead.exists()
         assert not manifest_path(dead).exists()
@@ -360,7 +362,7 @@ def test_a_file_without_manifest_is_not_replaced(small_tree: Path, tmp_path: Pat
     precious.parent.mkdir()
     precious.write_bytes(b"somebody else's")
     with pytest.raises(DataError, match=r"no manifest.*--force"):
-        write_dataset("image_folder", small_tree, tmp_path / "out", WriteOptions(), False, quiet)
+        write_dataset("image_folder", small_tree, tmp_path / "out", WriteOptions(), False, check_progress)
     assert precious.read_bytes() == b"somebody else's"
 
 

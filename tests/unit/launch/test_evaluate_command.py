@@ -383,7 +383,7 @@ def test_a_list_that_does_not_come_is_one_line_and_a_failure(
     os.close(os.open(path, os.O_RDWR))  # whoever waits for a writer gets on
     assert (code, found) == (1, [])
     assert err == (
-        f"error: {path}: nothing within 0.05 s; its reader is stuck; "
+        f"error: {path}: no result within 0.05 s; its reader is stuck; "
         "finished chunks are kept; the same command continues with the next one\n"
     )
 
