@@ -102,11 +102,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged archive or pickle may raise anything
         if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(
-                f"{path} was not read: it refers to {match[1]}, and loading anything but tensors could run code. If you "
-                "trust the file, load it elsewhere and save its state dict alone, preferably as .safetensors"
+                f"{path} was not read: it refers to {match[1]}, and loading anything but tensors could run code. If "
+                "you trust the file, load it elsewhere and save its state dict alone, preferably as .safetensors"
             ) from None
         # torch's message recommends loading without weights_only, so it is not shown.
-        raise ValueError(f"{path} is damaged or not a weights file ({type(error).__name__}); download it again") from None
+        raise ValueError(
+            f"{path} is damaged or not a weights file ({type(error).__name__}); download it again"
+        ) from None
     return _state_dict_of(path, content)
 
 
@@ -131,7 +133,9 @@ def _state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:
         content_kind = f"a mapping with the keys {sorted(str(key) for key in content)}"
     else:
         content_kind = type(content).__name__
-    raise ValueError(f"{path} holds {content_kind}; expected a state dict, alone or under one of {', '.join(CONTAINERS)}")
+    raise ValueError(
+        f"{path} holds {content_kind}; expected a state dict, alone or under one of {', '.join(CONTAINERS)}"
+    )
 
 
 def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +176,7 @@ def _apply_masks(
             raise ValueError(
                 f"{path}: {layer}{SCORES} has no {name} of the same shape {tuple(score.shape)}; the file is damaged"
             )
-        # In floats, as the reference code does: (1 - 0.9) * 1000 is 99.99... and keeps 901. This gives the mask it used.
+        # In floats, as the reference code does: (1 - 0.9) * 1000 is 99.99... and keeps 901. So the mask is its own.
         kept = score.numel() - int((1 - float(keep_fraction)) * score.numel())
         try:
             mask = topk_mask(score.float(), kept)

@@ -35,8 +35,8 @@ def named_state(network: nn.Module) -> dict[str, Tensor]:
     """The live tensors that a checkpoint holds, under plain names.
 
     'weight/conv1.weight', 'weight/bn1.bias', 'score/conv1.weight', 'rate/conv1.weight' (learned allocation),
-    'buffer/bn1.running_mean'. A tensor registered under two names appears once. Masks and the normalisation's mean and std
-    are not part of it.
+    'buffer/bn1.running_mean'. A tensor registered under two names appears once. Masks, and the normalisation's mean and
+    std, are not part of it.
     """
     state: dict[str, Tensor] = {}
     seen: set[int] = set()

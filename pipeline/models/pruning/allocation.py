@@ -80,7 +80,9 @@ def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], keep_fraction: Decimal)
 def _round_to_budget(targets: Mapping[str, Fraction], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
     """Integers close to `targets` that sum to `budget`, each between 1 and the layer's size."""
     counts = {name: min(max(math.floor(value), 1), sizes[name]) for name, value in targets.items()}
-    order = sorted(counts, key=lambda name: math.floor(targets[name]) - targets[name])  # largest remainder first; stable
+    order = sorted(
+        counts, key=lambda name: math.floor(targets[name]) - targets[name]
+    )  # largest remainder first; stable
     while (missing := budget - sum(counts.values())) != 0:
         step = 1 if missing > 0 else -1
         for name in order if step > 0 else reversed(order):

@@ -36,7 +36,7 @@ class MaskDrift:
         """The masks of the last row, or the initial ones; None after loading a checkpoint that has none."""
 
     def measured(self) -> dict[str, float | None]:
-        """Values of a metrics row: the share of connections kept at the start, and at the last row, that are now pruned.
+        """For a metrics row: the share of connections kept at the start, and at the last row, that are now pruned.
 
         As many others replace them. One transfer from the device.
         """

@@ -19,11 +19,11 @@ from pipeline.robustness.bounds.operations import (
     Convolution,
     Dense,
     Flatten,
+    Identity,
     MaxPool,
     Operation,
     Pair,
     Relu,
-    Identity,
     Scale,
 )
 

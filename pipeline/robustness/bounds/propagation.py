@@ -164,7 +164,9 @@ def _bound_backward(
         if (coefficients := pending.pop(index, None)) is None:
             continue
         inputs = layers[index - 1].inputs
-        input_coefficients, below, above = operations[index - 1].bound_backward(coefficients, tuple(boxes[i] for i in inputs), parallel)
+        input_coefficients, below, above = operations[index - 1].bound_backward(
+            coefficients, tuple(boxes[i] for i in inputs), parallel
+        )
         low, high = low + below, high + above
         for i, part in zip(inputs, input_coefficients, strict=True):
             pending[i] = pending[i] + part if i in pending else part

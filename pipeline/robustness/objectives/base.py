@@ -53,8 +53,8 @@ class ObjectiveInput:
     attacking: Callable[[], AbstractContextManager[object]] = nullcontext
     """Context entered around the attack, to time it."""
     noise: Tensor | None = None
-    """Perturbation [n, ...] float32 of this micro-batch's positions in the step, 0 at the start of a stage. Values written
-    in place persist to the next step. None unless the objective carries a perturbation."""
+    """Perturbation [n, ...] float32 of this micro-batch's positions in the step, 0 at the start of a stage. Values
+    written in place persist to the next step. None unless the objective carries a perturbation."""
 
 
 class Objective(Protocol):

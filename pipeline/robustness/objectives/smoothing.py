@@ -55,7 +55,7 @@ def stability_training(sigma: float, beta: float) -> Objective:
 
 
 def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float, samples: int) -> Objective:
-    """Cross-entropy on noisy adversarial examples of the smoothed classifier (Salman et al., NeurIPS 2019, algorithm 1).
+    """Cross-entropy on noisy adversarial examples of the smoothed classifier (Salman et al., NeurIPS 2019, alg. 1).
 
     The attack starts at x, stays in the ball and in [0, 1], and maximises -log of the probability of y averaged over
     `samples` noise draws (their equation 6). The loss is the mean cross-entropy of the example under the same draws, in

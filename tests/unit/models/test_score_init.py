@@ -1,4 +1,4 @@
-"""Where scores start: the scaled formula, and draws that depend on seed, layer and position alone."""
+"""Initial scores: the scaled formula, and draws that depend on seed, layer and position alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_random_scores_are_a_function_of_seed_layer_and_position() -> None:
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(30, 200, 3), nn.Conv2d(60, 200, 3, groups=2), nn.Linear(300, 90)])
 @pytest.mark.parametrize("kind", [kind for kind in get_args(ScoreInit) if kind != "scaled"])
-def test_drawn_scores_are_distributed_as_torchs(kind: str, layer: nn.Conv2d | nn.Linear) -> None:
+def test_random_scores_have_the_distribution_of_torchs_initialisers(kind: str, layer: nn.Conv2d | nn.Linear) -> None:
     weight = layer.weight.detach()
     score = score_init.drawn(kind, 0)("a.weight", weight).flatten()
     gain = {"gain": nn.init.calculate_gain("relu")} if kind.startswith("xavier") else {}
@@ -60,7 +60,7 @@ def test_drawn_scores_are_distributed_as_torchs(kind: str, layer: nn.Conv2d | nn
     assert abs(neighbours) < 4 / np.sqrt(len(score))
 
 
-def test_a_layer_drawn_in_blocks_is_the_layer_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_in_blocks_gives_the_same_scores_as_drawing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score_init.drawn("random", 0)("a.weight", CONVOLUTION)
     monkeypatch.setattr(score_init, "BLOCK", 1000)  # 3 of 40 outputs
     assert torch.equal(score_init.drawn("random", 0)("a.weight", CONVOLUTION), whole)
@@ -73,7 +73,7 @@ def random_masks(seed: int, keep: str) -> dict[str, Tensor]:
     return {name: state[name] != 0 for name in maskable(network)}
 
 
-def test_a_random_network_keeps_any_connection_as_likely_as_another() -> None:
+def test_random_scores_keep_every_connection_with_equal_probability() -> None:
     denser, other, sparser = random_masks(0, "0.1"), random_masks(1, "0.1"), random_masks(0, "0.01")
     for name, mask in denser.items():
         n = mask.numel()
