@@ -141,9 +141,9 @@ def test_the_average_resumes_exactly_from_a_file(tmp_path: Path) -> None:
                 ema.load(load_file(tmp_path / "ema.safetensors"))
         return ema.state()
 
-    whole, resumed = train(None), train(3)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    uninterrupted, resumed = train(None), train(3)
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_half_precision_weights_are_averaged_in_float32() -> None:
@@ -165,7 +165,7 @@ def average_of_others(network: nn.Module) -> dict[str, Tensor]:
     ("act", "words"),
     [
         (lambda network: Ema(network, 1.0), r"decay 1\.0 must lie in \[0, 1\)"),
-        (lambda network: Ema(network, 0.9).update(0), r"step 0 must count from 1"),
+        (lambda network: Ema(network, 0.9).update(0), r"step 0 must be at least 1"),
         (lambda network: Ema(network, 0.9).load(average_of_others(network)), r"difference: ema/weight/4\.weight"),
     ],
 )

@@ -107,8 +107,8 @@ def test_a_rates_gradient_is_that_of_the_surrogate_over_its_largest_value() -> N
     masks, step = half_of(state), 1e-6
     importance = {name: state[f"score/{name}"].detach().abs() * 3.7 for name in NAMES}  # any scale: it cancels
 
-    def surrogate(name: str, moved: Tensor) -> float:
-        change = {one: moved - importance[one] if one == name else torch.zeros(()) for one in NAMES}
+    def surrogate(name: str, value: Tensor) -> float:
+        change = {one: value - importance[one] if one == name else torch.zeros(()) for one in NAMES}
         return float(loss_of([state[f"weight/{n}"].detach() * (masks[n] + change[n]) for n in NAMES]))
 
     grads = torch.autograd.grad(network(X).square().sum(), [state[f"rate/{name}"] for name in NAMES])

@@ -368,7 +368,7 @@ def test_initialisation_is_a_function_of_the_seed_alone(arch: str) -> None:
     first = build_network(model, 1, 32).state_dict()
     after_first = torch.rand(3)
     torch.manual_seed(5)
-    assert torch.equal(torch.rand(3), after_first), "building a network moved the caller's random state"
+    assert torch.equal(torch.rand(3), after_first), "building a network must not change the caller's random state"
     second, other = build_network(model, 1, 32).state_dict(), build_network(model, 2, 32).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     kernel = next(name for name in first if first[name].dim() == 4)

@@ -61,9 +61,9 @@ def test_random_scores_have_the_distribution_of_torchs_initialisers(kind: str, l
 
 
 def test_drawing_in_blocks_gives_the_same_scores_as_drawing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = score_init.drawn("random", 0)("a.weight", CONVOLUTION)
+    expected = score_init.drawn("random", 0)("a.weight", CONVOLUTION)
     monkeypatch.setattr(score_init, "BLOCK", 1000)  # 3 of 40 outputs
-    assert torch.equal(score_init.drawn("random", 0)("a.weight", CONVOLUTION), whole)
+    assert torch.equal(score_init.drawn("random", 0)("a.weight", CONVOLUTION), expected)
 
 
 def random_masks(seed: int, keep: str) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def test_an_all_zero_weight_is_named() -> None:
 def test_scores_attach_once_and_only_where_there_is_something_to_prune() -> None:
     network = small_network()
     Scores.attach(network, TENTH)
-    with pytest.raises(ValueError, match="scores already"):
+    with pytest.raises(ValueError, match="already has scores"):
         Scores.attach(network, TENTH)
     with pytest.raises(ValueError, match="nothing to prune"):
         Scores.attach(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), TENTH)

@@ -70,8 +70,8 @@ def test_autoattack_agrees_with_their_robust_accuracy(
     network: nn.Module, images: tuple[Tensor, Tensor], threat: ThreatModel
 ) -> None:
     eps = float(threat.eps)
-    whole = Ensemble("autoattack", threat, CLASSES, seed=3, iterations=20, queries=100)
-    ours = whole.verdicts(network, *images, IDS)["robust_correct"].numpy()
+    ensemble = Ensemble("autoattack", threat, CLASSES, seed=3, iterations=20, queries=100)
+    ours = ensemble.verdicts(network, *images, IDS)["robust_correct"].numpy()
     linf = threat.norm == "linf"
     pgd, nearest = (attacks.LinfPGD, LinfDeepFoolAttack) if linf else (attacks.L2PGD, L2DeepFoolAttack)
     theirs = robust_images(network, images, eps, pgd(abs_stepsize=eps / 10, steps=100), nearest())

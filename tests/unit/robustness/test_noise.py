@@ -34,10 +34,10 @@ def test_uniform_noise_matches_the_numpy_streams(key_list: list[int], shape: tup
 
 @pytest.mark.parametrize("noise", [uniform_noise, gaussian_noise])
 def test_a_samples_noise_does_not_depend_on_its_batch(noise: Callable[..., Tensor]) -> None:
-    whole = noise(keys_of(8), (3, 5, 5))
+    batch = noise(keys_of(8), (3, 5, 5))
     alone = torch.cat([noise(key.view(1), (3, 5, 5)) for key in keys_of(8)])
-    torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(whole, noise(keys_of(8, 1), (3, 5, 5)))
+    torch.testing.assert_close(batch, alone, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(batch, noise(keys_of(8, 1), (3, 5, 5)))
 
 
 @pytest.mark.parametrize(

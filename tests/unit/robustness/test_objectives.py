@@ -30,7 +30,7 @@ SMOOTHING = NAMES[-3:]
 X, Y = torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(8)
 KEYS = torch.from_numpy(rng.sample_keys(np.arange(8), 0, "attack").view(np.int64))
 NOISE = 0.2 * torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(2)) - 0.1
-"""The noise noise over from the previous step."""
+"""The noise carried over from the previous step."""
 
 
 def objective_named(name: str, norm: str = "linf", phase: str = "pretrain", **values: Any) -> Objective:
@@ -146,10 +146,10 @@ def test_free_training_updates_its_noise_with_the_gradient_of_the_same_backward(
     if norm == "linf":
         expected = (NOISE.double() + 0.05 * grad.sign()).clip(-0.1, 0.1)
     else:
-        moved = NOISE.double() + 0.05 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        length = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        unprojected = NOISE.double() + 0.05 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        length = unprojected.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         assert float(length.min()) > 0.1
-        expected = moved * 0.1 / length
+        expected = unprojected * 0.1 / length
     torch.testing.assert_close(noise.double(), expected, rtol=1e-4, atol=1e-6)
     assert all(parameter.grad is not None for parameter in network.parameters()), "the same backward trains"
 
@@ -180,13 +180,13 @@ def test_eps_warms_up_over_its_fraction_of_pretraining(name: str) -> None:
         objective = build_objective(usual_objective(name, step_size=step_size), threat_model, "pretrain")
         return run(objective, network)[1].inputs[-1]
 
-    whole = at_once(Fraction(1, 10), Fraction(1, 20))
+    full_strength = at_once(Fraction(1, 10), Fraction(1, 20))
     assert torch.equal(update_input(0.25, eps_warmup=0.5), at_once(Fraction(1, 20), Fraction(1, 40)))
     for elapsed in (0.5, 0.99):
-        assert torch.equal(update_input(elapsed, eps_warmup=0.5), whole)
+        assert torch.equal(update_input(elapsed, eps_warmup=0.5), full_strength)
     for phase in ("prune", "finetune", "magnitude"):
-        assert torch.equal(update_input(0.0, phase, eps_warmup=0.5), whole)
-    assert torch.equal(update_input(0.0), whole)
+        assert torch.equal(update_input(0.0, phase, eps_warmup=0.5), full_strength)
+    assert torch.equal(update_input(0.0), full_strength)
     if name != "smoothadv":
         torch.testing.assert_close(update_input(0.0, eps_warmup=0.5), X, rtol=0, atol=0)
 

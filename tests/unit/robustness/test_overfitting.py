@@ -123,8 +123,8 @@ def test_the_probe_distinguishes_one_step_and_multi_step_attacks() -> None:
 
 def test_the_probe_has_its_own_eps_with_any_measure() -> None:
     """During warmup, the row's verdicts are at full eps and the probe's at the current eps."""
-    whole = Pgd(ThreatModel(norm="linf", eps=Fraction(1, 10)), 20, 0.0125, restarts=1, seed=0)
+    full_eps = Pgd(ThreatModel(norm="linf", eps=Fraction(1, 10)), 20, 0.0125, restarts=1, seed=0)
     threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10000))
-    columns = probe_columns(whole, Pgd(threat_model, 20, 0.0000125, restarts=1, seed=0))
+    columns = probe_columns(full_eps, Pgd(threat_model, 20, 0.0000125, restarts=1, seed=0))
     assert int(columns["pgd_correct"].sum()) > int(columns["robust_correct"].sum())
-    assert "pgd_correct" in probe_columns(Fixed(), whole)
+    assert "pgd_correct" in probe_columns(Fixed(), full_eps)
