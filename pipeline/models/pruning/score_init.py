@@ -40,7 +40,7 @@ def scaled(name: str, weight: Tensor) -> Tensor:
 
 def first_scores(kind: str, seed: int) -> FirstScore:
     """`scaled`, or one of DRAWS."""
-    return scaled if kind == "scaled" else drawn(kind, seed)
+    return scaled if kind == "scaled" else random_scores(kind, seed)
 
 
 def zero(name: str, weight: Tensor) -> Tensor:
@@ -70,19 +70,19 @@ DRAWS = {
 reference code. Under `random`, every connection of a network is equally likely to rank first."""
 
 
-def drawn(kind: str, seed: int) -> FirstScore:
+def random_scores(kind: str, seed: int) -> FirstScore:
     """Initial scores of one of the kinds in DRAWS."""
     draw, scale_of = DRAWS[kind]
 
-    def first(name: str, weight: Tensor) -> Tensor:
+    def initial_scores(name: str, weight: Tensor) -> Tensor:
         field = weight[0, 0].numel()
         scale = scale_of(weight.shape[1] * field, weight.shape[0] * field)
-        return _drawn(name, weight, seed, kind, draw, scale)
+        return _draw_scores(name, weight, seed, kind, draw, scale)
 
-    return first
+    return initial_scores
 
 
-def _drawn(
+def _draw_scores(
     name: str,
     weight: Tensor,
     seed: int,

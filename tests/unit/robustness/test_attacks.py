@@ -99,10 +99,8 @@ def test_l2_step_has_its_length_for_tiny_and_zero_gradients() -> None:
     grad = torch.randn(3, 1, 4, 4)
     grad[1] *= 1e-30  # its squares underflow to zero in float32
     grad[2] = 0.0
-    displacement = L2Ball(1.0).step(x, grad, 0.25) - x
-    torch.testing.assert_close(
-        displacement.flatten(1).norm(dim=1), torch.tensor([0.25, 0.25, 0.0]), rtol=1e-5, atol=1e-6
-    )
+    delta = L2Ball(1.0).step(x, grad, 0.25) - x
+    torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.tensor([0.25, 0.25, 0.0]), rtol=1e-5, atol=1e-6)
 
 
 # --- PGD -------------------------------------------------------------------------------------------------------------
