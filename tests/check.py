@@ -1,9 +1,9 @@
 """Checks to run after every change, in about a minute: `python -m tests.check`, which `make check` calls.
 
-Runs lint, import contracts, types, and the quick unit tests of changed files in parallel. Changed files are those that differ from the
-last commit or, if none does, those that the last commit changed. Types are checked in changed files and in files that
-import them; tests run if they import a changed file, or name the folder of a changed file that is not Python. Exit
-code: 0 if all checks pass, and 1 otherwise.
+Runs lint, import contracts, types, and the quick unit tests of changed files in parallel. Changed files are those that
+differ from the last commit or, if none does, those that the last commit changed. Types are checked in changed files and
+in files that import them; tests run if they import a changed file, or name the folder of a changed file that is not
+Python. Exit code: 0 if all checks pass, and 1 otherwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Networks: the paper's, small ones for verification, torchvision's; each with its normalisation inside."""
+"""Networks: the paper's architectures, small ones for verification, and torchvision's. Normalisation is built in."""
 
 from pipeline.models.network import Network, build_network, check_size
 

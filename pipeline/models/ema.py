@@ -1,13 +1,13 @@
-"""The exponential moving average of a network's weights.
+"""The exponential moving average (EMA) of a network's weights.
 
-After steps 1 to t with decay d the average is sum_i d^(t-i) w_i / sum_i d^(t-i): every step's weights, later ones the
-more, and nothing of the initial ones (Kingma and Ba, ICLR 2015, section 3, divide out the same bias). Every rank holds
-the same weights after a step, so every rank has the same average, whatever their number.
+After steps 1 to t with decay d, the average is sum_i d^(t-i) w_i / sum_i d^(t-i): the initial weights do not contribute
+(the bias correction of Kingma and Ba, ICLR 2015, section 3). Weights are identical on all ranks after each step, so the
+average does not depend on the number of ranks.
 
-What trains is averaged, weights or scores, and so are BatchNorm's running statistics: they then belong to the same
-steps as the weights do, and no pass over the data is needed. (Averaged weights' own statistics are not the average of
-the statistics, but near it, because the steps that count are near each other.) Masks are not averaged: they are made
-from the averaged scores whenever the average is put into a network.
+Trainable tensors (weights or scores) are averaged, and so are BatchNorm's running statistics: they then belong to the
+same steps as the weights, and no extra pass over the data is needed. (The statistics of averaged weights are not the
+average of the statistics, but close to it, because the steps that dominate the average are close to each other.) Masks
+are not averaged: they are computed from the averaged scores whenever the average is applied.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PREFIX = "ema/"
 
 
 class Ema:
-    """The average of what changes while a phase trains: parameters that have requires_grad, and all buffers.
+    """The average of everything that changes during a phase: parameters that require grad, and all buffers.
 
-    Made when requires_grad is set for the phase and the network is where it trains; it is of no steps yet.
+    Construct it after requires_grad is set for the phase and the network is on its device. It starts with no steps.
     """
 
     prefix = PREFIX
@@ -46,12 +46,12 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step number `step`, 1 for the first of the phase.
+        """Add the weights after optimizer step `step`, counted from 1 in each phase.
 
-        Integer buffers become the network's own. Errors: ValueError unless step >= 1.
+        Integer buffers are copied. Errors: ValueError unless step >= 1.
         """
         if step < 1:
-            raise ValueError(f"step {step} must count from 1")
+            raise ValueError(f"step {step} must be at least 1; steps count from 1")
         share = (1.0 - self._decay) / (1.0 - self._decay**step)
         for name, tensor in self._live.items():
             mean = self._mean[name]
@@ -62,7 +62,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network with the average in place of what trains, and masks made from it; put back bit for bit."""
+        """Swap the average into the network, with masks computed from it; restores the network bit for bit on exit."""
         own = {name: tensor.detach().clone() for name, tensor in named_state(self._network).items()}
         load_state(self._network, own | self._mean, self._scores)
         try:
@@ -72,17 +72,17 @@ class Ema:
 
     def state(self) -> dict[str, Tensor]:
         """CPU copies, 'ema/<name as in named_state>' -> float32 (integer buffers as they are)."""
-        mean = self._mean.items()  # in the network's own memory layout, which safetensors does not write
+        mean = self._mean.items()  # in the network's memory format; safetensors requires contiguous tensors
         return {PREFIX + name: tensor.to("cpu", copy=True).contiguous() for name, tensor in mean}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned. Errors: ValueError when it is an average of other tensors."""
-        if odd := sorted(tensors.keys() ^ {PREFIX + name for name in self._mean}):
-            raise ValueError(f"the average is of other tensors than what trains; first difference: {odd[0]}")
+        """Load what `state` returned. Errors: ValueError if its names are not those of the averaged tensors."""
+        if mismatch := sorted(tensors.keys() ^ {PREFIX + name for name in self._mean}):
+            raise ValueError(f"the average does not fit the tensors that train; first difference: {mismatch[0]}")
         for name, tensor in self._mean.items():
             tensor.copy_(tensors[PREFIX + name])
 
 
 def overlaid(model: Mapping[str, Tensor], train_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's network with the average in place of what it is an average of; as it is where there is none."""
+    """A checkpoint's network with averaged tensors where the train state has them; the others are unchanged."""
     return {name: train_state.get(PREFIX + name, tensor) for name, tensor in model.items()}

@@ -1,10 +1,10 @@
-"""The result of a stage: `model.safetensors` that a plain torchvision model of the same architecture loads.
+"""The exported network of a stage: `model.safetensors`, which a plain torchvision model of the architecture loads.
 
     model = torchvision.models.resnet50()
     model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 
 Pruned connections are zeros in place. mean, std, keep_fraction, mask and recipe hash are in the file's metadata, not in
-tensors: images go in as (pixels in [0, 1] - mean) / std.
+tensors: a plain model expects (pixels in [0, 1] - mean) / std.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pipeline.run.files import fsync_folder, settle_file
 METADATA_KEY = "network"
 """Architecture, mean, std, keep_fraction and hashes, as one JSON object."""
 ORIGIN = {"weights", "weights_keep_fraction"}
-"""Keys of the recipe's model that say where training started; no part of the finished network."""
+"""Keys of the recipe's model section that name the initial weights; not part of the exported network."""
 
 
-def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, facts: dict[str, Any]) -> None:
-    """Write the finished network atomically; `facts` (JSON values) join architecture, mean and std in the metadata.
+def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, extra_metadata: dict[str, Any]) -> None:
+    """Write the network atomically; `extra_metadata` (JSON values) joins architecture, mean and std in the metadata.
 
-    An `image_size` among the facts is what `load_model` builds the network for; networks of one size need it.
+    `load_model` builds the network for `extra_metadata["image_size"]`; architectures of a fixed size need it.
     """
-    described = model.model_dump(mode="json", exclude=ORIGIN)
-    # One entry: safetensors writes several in a random order, and equal networks should be equal files.
-    metadata = {METADATA_KEY: json.dumps({**described, **facts}, sort_keys=True)}
+    model_metadata = model.model_dump(mode="json", exclude=ORIGIN)
+    # A single entry: safetensors writes several in random order, and equal networks must give equal files.
+    metadata = {METADATA_KEY: json.dumps({**model_metadata, **extra_metadata}, sort_keys=True)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -47,13 +47,13 @@ def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, fact
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_model` was told about the network. Errors: KeyError if the file is not one of its."""
+    """The metadata that `write_model` wrote. Errors: KeyError if another program wrote the file."""
     with safe_open(path, framework="pt") as stream:
         return json.loads((stream.metadata() or {})[METADATA_KEY])
 
 
 def load_model(path: Path) -> Network:
-    """A finished network as a plain module on the CPU. Errors: ValueError naming the file."""
+    """An exported network as a plain module on the CPU. Errors: ValueError naming the file."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a stage writes it when it is finished")
     try:

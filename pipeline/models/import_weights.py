@@ -1,9 +1,9 @@
-"""Weights that others trained, as the start of a run: torchvision's, timm's, RobustBench's, HYDRA's reference's.
+"""Initial weights from third-party checkpoints: torchvision, timm, RobustBench, HYDRA's reference code.
 
-A file is safetensors, or a pickle of a state dict that is read with `weights_only`, so that nothing in it runs. Its
-names are brought to the network's by the table of `LAYOUTS` that fits best, and then every name and every shape must
-agree: what does not is listed, all of it, and nothing is loaded. A normalisation that the file contains must be the
-recipe's; most files say nothing of theirs, and then model.mean and model.std have to be right by themselves.
+A file is safetensors, or a pickled state dict that is read with `weights_only`, so that no code in it runs. Its names
+are mapped to the network's by the `LAYOUTS` entry that fits best; then every name and shape must match. Otherwise all
+mismatches are listed and nothing is loaded. A normalisation stored in the file must equal the recipe's; most files
+store none, and then model.mean and model.std are not checked.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pipeline.models.pruning.topk import topk_mask
 from pipeline.recipe.sections import Model
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-"""Where training programs put the state dict among other things."""
+"""Keys under which training programs store the state dict."""
 WRAPPERS = ("module.", "model.", "backbone.", "1.")
-"""What DataParallel, a module around the network, and a Sequential after its normalisation put before every name."""
+"""Name prefixes added by DataParallel, by a wrapper module, and by a Sequential of normalisation and network."""
 MEANS = ("mean", "mu", "new_mean")
 STDS = ("std", "sigma", "new_std")
-"""Last parts of the names of a normalisation's tensors."""
+"""Last components of the names of a normalisation's tensors."""
 SCORES = ".popup_scores"
-"""HYDRA's reference keeps a layer's importance scores beside its `.weight`."""
+"""HYDRA's reference code stores a layer's importance scores next to its `.weight`."""
 
 LAYOUTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "the network's own names": (),
@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "wide ResNets with the first group twice": ((r"^sub_block1\..*", None),),
     "torchvision's first DenseNets": ((r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),),
 }
-"""Whose names -> (pattern, replacement) in order; None drops the tensor, which no forward pass there uses."""
+"""Source of the names -> (pattern, replacement) in order; None drops a tensor that no forward pass uses."""
 
 
 class _Mismatch(NamedTuple):
@@ -56,40 +56,40 @@ class _Mismatch(NamedTuple):
 
 
 def load_foreign(network: Network, path: Path, model: Model) -> None:
-    """Put the weights of `path` into a freshly built network without scores, in place; dtypes become the network's.
+    """Load the weights of `path` into a freshly built network without scores, in place, cast to the network's dtypes.
 
-    With model.weights_keep_fraction, weights are multiplied by the mask that the file's own scores make at that keep
-    fraction, counted as HYDRA's reference counts (`models/layers.py` there). Without, scores are passed over.
-    num_batches_tracked may be missing, as in files from before PyTorch 0.4.1: nothing here reads it.
-    Errors: ValueError naming the file and everything in it that does not fit; then nothing was loaded.
+    With model.weights_keep_fraction, weights are multiplied by the mask of the file's own scores at that keep fraction,
+    rounded as in HYDRA's reference code (`models/layers.py`). Without it, scores are ignored.
+    num_batches_tracked may be missing, as in files from before PyTorch 0.4.1: it is never read.
+    Errors: ValueError naming the file and every mismatch; then nothing was loaded.
     """
     tensors = _read(path)
     normalisation = {name: tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] in MEANS + STDS}
     _check_normalisation(path, normalisation, model)
-    bare = _unwrapped({name: tensor for name, tensor in tensors.items() if name not in normalisation})
+    bare = _strip_wrappers({name: tensor for name, tensor in tensors.items() if name not in normalisation})
     scores = {name.removesuffix(SCORES): tensor for name, tensor in bare.items() if name.endswith(SCORES)}
     weights = {name: tensor for name, tensor in bare.items() if not name.endswith(SCORES)}
     if model.weights_keep_fraction is not None:
-        weights = _masked(path, weights, scores, model.weights_keep_fraction)
+        weights = _apply_masks(path, weights, scores, model.weights_keep_fraction)
 
     expected = network.backbone.state_dict()
-    readings = {whose: _renamed(weights, table) for whose, table in LAYOUTS.items()}
-    found = {whose: _compare(expected, reading) for whose, reading in readings.items()}
-    whose = min(found, key=lambda name: found[name].size)
-    if found[whose].size:
-        missing, unexpected, shapes = found[whose]
+    candidates = {layout: _rename(weights, table) for layout, table in LAYOUTS.items()}
+    mismatches = {layout: _compare(expected, candidate) for layout, candidate in candidates.items()}
+    layout = min(mismatches, key=lambda name: mismatches[name].size)
+    if mismatches[layout].size:
+        missing, unexpected, shapes = mismatches[layout]
         raise ValueError(
-            f"{path} does not fit model.arch {model.arch} with num_classes {model.num_classes}, read as {whose}: "
-            f"missing {missing}, unexpected {unexpected}, of another shape {shapes}; "
-            "name the network that the file is of, or another file"
+            f"{path} does not fit model.arch {model.arch} with num_classes {model.num_classes}, read as {layout}: "
+            f"missing {missing}, unexpected {unexpected}, shape mismatch {shapes}; "
+            "set model.arch to the file's architecture, or give another file"
         )
-    reading = readings[whose]
-    damaged = sorted(name for name, tensor in reading.items() if not bool(tensor.isfinite().all()))
-    if damaged:
-        raise ValueError(f"{path} holds NaN or infinity in {damaged}; take another checkpoint of that training")
+    tensors = candidates[layout]
+    nonfinite = sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+    if nonfinite:
+        raise ValueError(f"{path} holds NaN or infinity in {nonfinite}; use another checkpoint of that training run")
     for name, tensor in expected.items():
-        if name in reading:
-            tensor.copy_(reading[name])
+        if name in tensors:
+            tensor.copy_(tensors[name])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -99,14 +99,16 @@ def _read(path: Path) -> dict[str, Tensor]:
         return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive or pickle raises whatever its bytes lead to
-        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+    except Exception as error:  # a damaged archive or pickle may raise anything
+        if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(
-                f"{path} was not read: it refers to {found[1]}, and what is no tensor could run a program. If you "
-                "trust the file, load it elsewhere and save its state dict alone, best as .safetensors"
+                f"{path} was not read: it refers to {match[1]}, and loading anything but tensors could run code. If "
+                "you trust the file, load it elsewhere and save its state dict alone, preferably as .safetensors"
             ) from None
-        # torch's own words advise to load without weights_only; they are not passed on.
-        raise ValueError(f"{path} is damaged or no file of weights ({type(error).__name__}); fetch it again") from None
+        # torch's message recommends loading without weights_only, so it is not shown.
+        raise ValueError(
+            f"{path} is damaged or not a weights file ({type(error).__name__}); download it again"
+        ) from None
     return _state_dict_of(path, content)
 
 
@@ -114,11 +116,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as stream:
-            own = json.loads((stream.metadata() or {}).get(METADATA_KEY, "{}"))
+            metadata = json.loads((stream.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: {' '.join(str(error).split())}") from None
-    # A network that this project exported says its normalisation in the metadata.
-    return tensors | {f"metadata.{key}": torch.tensor(own[key]) for key in ("mean", "std") if key in own}
+    # Networks exported by this project store their normalisation in the metadata.
+    return tensors | {f"metadata.{key}": torch.tensor(metadata[key]) for key in ("mean", "std") if key in metadata}
 
 
 def _state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:
@@ -128,78 +130,80 @@ def _state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:
         for container in CONTAINERS:
             if isinstance(content.get(container), Mapping):
                 return _state_dict_of(path, content[container])
-        shown = f"a mapping with the keys {sorted(str(key) for key in content)}"
+        content_kind = f"a mapping with the keys {sorted(str(key) for key in content)}"
     else:
-        shown = type(content).__name__
-    raise ValueError(f"{path} holds {shown}; expected a state dict, alone or under one of {', '.join(CONTAINERS)}")
+        content_kind = type(content).__name__
+    raise ValueError(
+        f"{path} holds {content_kind}; expected a state dict, alone or under one of {', '.join(CONTAINERS)}"
+    )
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the wrappers' prefixes that all names share."""
+def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Strip wrapper prefixes that all names share."""
     for prefix in WRAPPERS:
         if tensors and all(name.startswith(prefix) for name in tensors):
-            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+            return _strip_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     return tensors
 
 
-def _check_normalisation(path: Path, found: dict[str, Tensor], model: Model) -> None:
+def _check_normalisation(path: Path, normalisation: dict[str, Tensor], model: Model) -> None:
     problems = []
-    for name, tensor in found.items():
+    for name, tensor in normalisation.items():
         key = "mean" if name.rsplit(".", 1)[-1] in MEANS else "std"
-        wanted = torch.tensor(getattr(model, key))
+        expected = torch.tensor(getattr(model, key))
         values = tensor.detach().to(torch.float32).flatten()
         values = values.expand(3) if values.numel() == 1 else values
-        if values.shape != wanted.shape or not torch.allclose(values, wanted, rtol=0, atol=1e-6):
-            shown = [round(float(value), 6) for value in values]
+        if values.shape != expected.shape or not torch.allclose(values, expected, rtol=0, atol=1e-6):
+            rounded = [round(float(value), 6) for value in values]
             problems.append(
-                f"{name} is {shown}, but model.{key} is {list(getattr(model, key))}; set model.{key}={shown}"
+                f"{name} is {rounded}, but model.{key} is {list(getattr(model, key))}; set model.{key}={rounded}"
             )
     if problems:
-        raise ValueError(f"{path} normalises its images in another way: {'; '.join(problems)}")
+        raise ValueError(f"{path} has another normalisation than the recipe: {'; '.join(problems)}")
 
 
-def _masked(
+def _apply_masks(
     path: Path, weights: dict[str, Tensor], scores: dict[str, Tensor], keep_fraction: Decimal
 ) -> dict[str, Tensor]:
     if not scores:
         raise ValueError(
-            f"{path} holds no popup_scores, so nothing says what to keep; remove model.weights_keep_fraction"
+            f"{path} holds no popup_scores, so there is no mask to apply; remove model.weights_keep_fraction"
         )
-    masked = dict(weights)
+    masked_weights = dict(weights)
     for layer, score in scores.items():
         name = f"{layer}.weight"
         if name not in weights or weights[name].shape != score.shape:
             raise ValueError(
-                f"{path}: {layer}{SCORES} has no {name} of its shape {tuple(score.shape)}; the file is damaged"
+                f"{path}: {layer}{SCORES} has no {name} of the same shape {tuple(score.shape)}; the file is damaged"
             )
-        # In floats, as there: (1 - 0.9) * 1000 is 99.99... and keeps 901. The file's network is the one that it ran.
+        # In floats, as the reference code does: (1 - 0.9) * 1000 is 99.99... and keeps 901. So the mask is its own.
         kept = score.numel() - int((1 - float(keep_fraction)) * score.numel())
         try:
             mask = topk_mask(score.float(), kept)
         except ValueError as error:
             raise ValueError(f"{path}: {layer}{SCORES}: {error}") from None
-        masked[name] = weights[name] * mask
-    return masked
+        masked_weights[name] = weights[name] * mask
+    return masked_weights
 
 
-def _renamed(tensors: dict[str, Tensor], table: tuple[tuple[str, str | None], ...]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
+def _rename(tensors: dict[str, Tensor], table: tuple[tuple[str, str | None], ...]) -> dict[str, Tensor]:
+    tensors_by_name: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new: str | None = name
         for pattern, replacement in table:
             if new is not None and re.search(pattern, new):
                 new = None if replacement is None else re.sub(pattern, replacement, new)
         if new is not None:
-            renamed[new] = tensor
-    return renamed
+            tensors_by_name[new] = tensor
+    return tensors_by_name
 
 
-def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> _Mismatch:
-    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in found if name not in expected]
+def _compare(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> _Mismatch:
+    missing = [name for name in expected if name not in actual and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in actual if name not in expected]
     shapes = [
-        f"{name} ({tuple(found[name].shape)} in the file, {tuple(tensor.shape)} in the network)"
+        f"{name} ({tuple(actual[name].shape)} in the file, {tuple(tensor.shape)} in the network)"
         for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in actual and actual[name].shape != tensor.shape
     ]
     return _Mismatch(missing, unexpected, shapes)

@@ -1,7 +1,7 @@
-"""The network of a recipe: a classifier whose first layer is the normalisation.
+"""Builds a recipe's network: a classifier whose first layer is the normalisation.
 
-Images are in [0, 1] everywhere else, so that eps is in pixels and every attack, in training and in evaluation, passes
-through the same normalisation.
+Images are in [0, 1] everywhere else, so that eps is in pixel units and every attack, in training and in evaluation,
+goes through the same normalisation.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {
     "ra_resnet50": RaResNet50,
     **{name: partial(torchvision_classifier, name) for name in TORCHVISION},
 }
-"""arch of the recipe -> constructor that takes num_classes."""
+"""model.arch -> constructor that takes num_classes."""
 
 BACKBONES_OF_ONE_SIZE: dict[str, Callable[[int, int], nn.Module]] = {"cnn_small": cnn_small, "cnn_large": cnn_large}
-"""arch of the recipe -> constructor that takes num_classes and image_size."""
+"""model.arch -> constructor that takes num_classes and image_size."""
 
 
 class Network(nn.Module):
     """Normalisation followed by `backbone`.
 
-    mean and std are not in the state dict: the state of a network is its backbone's, under the backbone's names.
+    mean and std are not in the state dict: the state of a network is that of its backbone, under the backbone's names.
     """
 
     mean: Tensor
@@ -62,9 +62,9 @@ class Network(nn.Module):
 def build_network(model: Model, seed: int, image_size: int | None = None) -> Network:
     """The network that `model` names, freshly initialised on the CPU in float32.
 
-    The weights are a function of `seed` alone; the caller's random state is left as it was. With an `image_size`, in
-    pixels, the network is known to take images of that size. Without, no such promise is made.
-    Errors: ValueError for an image size that the network cannot take, or none where it must be known.
+    The weights depend on `seed` alone; the caller's random state is unchanged. With `image_size` (pixels), the network
+    is checked to take images of that size.
+    Errors: ValueError for an image size that the network cannot take, or if the architecture needs one and it is None.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -80,9 +80,9 @@ def build_network(model: Model, seed: int, image_size: int | None = None) -> Net
 
 
 def check_size(backbone: nn.Module, arch: str, image_size: int, key: str) -> None:
-    """Pass the shape of one image through, whose size comes from the recipe's `key`.
+    """Propagate the shape of one image through `backbone`; `key` is the recipe key that sets the size.
 
-    Errors: ValueError in place of what a layer would say at the first step.
+    Errors: ValueError if a layer rejects it, which otherwise surfaces at the first training step.
     """
     shapes = {name: tensor.to("meta") for name, tensor in backbone.state_dict().items()}
     image = torch.empty(1, 3, image_size, image_size, device="meta")

@@ -1,6 +1,6 @@
-"""The state of a network under plain names: what a checkpoint holds, what trains, what is exported, what is counted.
+"""A network's state under plain names: for checkpoints, optimizers, export and connection counts.
 
-Plain names are the backbone's own ('layer1.0.conv1.weight'), with and without scores, whatever wraps it.
+Plain names are the backbone's own ('layer1.0.conv1.weight'), with or without scores and wrappers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MASK = "parametrizations.weight.0.mask"
 
 
 class LayerCount(TypedDict):
-    """Kept and all connections of one weight."""
+    """Kept and total connections of one weight."""
 
     name: str
     kept: int
@@ -35,8 +35,8 @@ def named_state(network: nn.Module) -> dict[str, Tensor]:
     """The live tensors that a checkpoint holds, under plain names.
 
     'weight/conv1.weight', 'weight/bn1.bias', 'score/conv1.weight', 'rate/conv1.weight' (learned allocation),
-    'buffer/bn1.running_mean'. A tensor that the network uses under two names appears once. Masks and the normalisation
-    are not state.
+    'buffer/bn1.running_mean'. A tensor registered under two names appears once. Masks, and the normalisation's mean and
+    std, are not part of it.
     """
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -59,14 +59,14 @@ def _is_score(name: str) -> bool:
 
 
 def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm: BatchNormMode = "trained") -> None:
-    """Set requires_grad for a phase, of a network in training mode.
+    """Set requires_grad for a phase; the network must be in training mode.
 
     weights: every weight, bias and normalisation parameter trains, scores are frozen (pretrain, finetune).
-    scores: scores, rates and the affine parameters of normalisation layers train, all else is frozen (prune).
-    scores, with BatchNorm frozen: its affine parameters do not train either, and it is put in eval mode, so that it
-    normalises by its running statistics, which stay. (The reference's --freeze-bn freezes the affine parameters only:
-    its training forwards go on normalising by the batch, and updating the running statistics.)
-    Errors: ValueError for "scores" on a network that has none.
+    scores: scores, rates and the affine parameters of normalisation layers train, the rest is frozen (prune).
+    scores, with batchnorm "frozen": BatchNorm's affine parameters are frozen too, and it is set to eval mode, so that
+    it normalises by its running statistics and does not update them. (The reference code's --freeze-bn freezes the
+    affine parameters only: training forwards still normalise by the batch and update the running statistics.)
+    Errors: ValueError for "scores" on a network without scores.
     """
     scores = [tensor for name, tensor in named_state(network).items() if _is_score(name)]
     if what == "scores" and not scores:
@@ -85,17 +85,17 @@ def train_only(network: nn.Module, what: Literal["weights", "scores"], batchnorm
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of `named_state` that have requires_grad: what the phase's optimizer holds."""
+    """The parameters of `named_state` that require grad: those of the phase's optimizer."""
     state = named_state(network).items()
     return {name: value for name, value in state if isinstance(value, nn.Parameter) and value.requires_grad}
 
 
 @torch.no_grad()
 def load_state(network: nn.Module, tensors: Mapping[str, Tensor], scores: Scores | None = None) -> None:
-    """Copy `tensors`, named as in `named_state`, into the network in place; masks follow the loaded scores.
+    """Copy `tensors`, named as in `named_state`, into the network in place; masks are recomputed.
 
-    A network that has scores is given together with them. Errors: ValueError naming missing and unexpected names, or a
-    tensor of another shape; then nothing was copied.
+    `scores` is required if the network has scores. Errors: ValueError naming missing and unexpected names, or a shape
+    mismatch; then nothing was copied.
     """
     state = named_state(network)
     missing, unexpected = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
@@ -104,7 +104,7 @@ def load_state(network: nn.Module, tensors: Mapping[str, Tensor], scores: Scores
     for name, tensor in state.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"{name}: the network has {tuple(tensor.shape)}, the state {tuple(tensors[name].shape)}")
-    assert any(map(_is_score, state)) == (scores is not None), "masks can only follow if the scores are handed in"
+    assert any(map(_is_score, state)) == (scores is not None), "pass `scores` exactly if the network has scores"
     for name, tensor in state.items():
         tensor.copy_(tensors[name])
     if scores is not None:
@@ -112,16 +112,16 @@ def load_state(network: nn.Module, tensors: Mapping[str, Tensor], scores: Scores
 
 
 def _masks(network: nn.Module) -> dict[str, Tensor]:
-    """Plain weight name -> bool mask; a layer that is used twice appears twice."""
+    """Plain weight name -> bool mask; a layer registered under two names appears twice."""
     buffers = backbone_of(network).named_buffers(remove_duplicate=False)
     return {name.removesuffix(_MASK) + "weight": mask for name, mask in buffers if name.endswith(_MASK)}
 
 
 @torch.no_grad()
 def effective_state(network: nn.Module) -> dict[str, Tensor]:
-    """The network as a plain one: the backbone's own names, pruned weights zero in place, detached copies.
+    """Detached copies of the backbone's tensors under their own names, pruned weights zero in place.
 
-    It is what a plain model of the architecture loads with strict=True.
+    A plain model of the architecture loads it with strict=True.
     """
     masks = _masks(network)
     state: dict[str, Tensor] = {}
@@ -131,13 +131,13 @@ def effective_state(network: nn.Module) -> dict[str, Tensor]:
             continue
         value = tensor.detach().clone(memory_format=torch.contiguous_format)
         if (mask := masks.get(name)) is not None:
-            value.masked_fill_(~mask, 0.0)  # a product would leave -0.0 for negative weights
+            value.masked_fill_(~mask, 0.0)  # multiplying would leave -0.0 for negative weights
         state[name] = value
     return state
 
 
 def layer_counts(network: nn.Module) -> list[LayerCount]:
-    """Kept and all connections per maskable weight, in the network's order; without scores all are kept."""
+    """Kept and total connections per maskable weight, in network order; without scores all are kept."""
     state, masks = named_state(network), _masks(network)
     counts: list[LayerCount] = []
     for name in maskable(network):

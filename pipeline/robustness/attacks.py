@@ -1,7 +1,7 @@
-"""Adversarial examples: balls, projected gradient descent, and the mode that a network is in while they are crafted.
+"""Adversarial attacks: perturbation balls, projected gradient descent (PGD), and the network's mode during an attack.
 
-Images are [n, ...] float32 in [0, 1] and eps is in pixels. Random starts are keyed (`pipeline.robustness.noise`):
-sample i's is a function of keys[i] alone.
+Images are [n, ...] float32 in [0, 1] and eps is in pixel units. Random starts are keyed (`pipeline.robustness.noise`):
+that of sample i depends on keys[i] alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _unit(direction: Tensor) -> Tensor:
-    """Each sample divided by its l2 norm; a zero sample stays zero."""
-    # Dividing by the largest entry first keeps the squares of a confident network's tiny gradients from vanishing.
+    """Each sample divided by its l2 norm; zero stays zero."""
+    # Dividing by the largest entry first avoids underflow: the gradients of a confident network are tiny.
     flat = direction.flatten(1)
     flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp_min(TINY)
     norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
@@ -49,11 +49,11 @@ class LinfBall:
         return x_adv + step_size * grad.sign()
 
     def confine(self, delta: Tensor) -> Tensor:
-        """The nearest difference from an image that the ball allows, whatever the image."""
+        """Project a perturbation onto the ball, without clipping to [0, 1]."""
         return delta.clamp(-self.eps, self.eps)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The nearest point in the ball and in [0, 1]; [0, 1] holds exactly, eps up to one float32 rounding (6e-8)."""
+        """The nearest point in the ball and in [0, 1]: [0, 1] exactly, eps up to one float32 rounding (6e-8)."""
         return torch.clamp(x_adv, x - self.eps, x + self.eps).clamp_(0.0, 1.0)
 
 
@@ -64,7 +64,7 @@ class L2Ball:
     eps: float
 
     def random_start(self, x: Tensor, keys: Tensor) -> Tensor:
-        """Uniform in the ball: a uniform direction, and a radius eps * u^(1/d); then clipped to [0, 1]."""
+        """Uniform in the ball (uniform direction, radius eps * u^(1/d)), then clipped to [0, 1]."""
         count = x[0].numel()
         uniforms = uniform_stream(keys, count + count % 2 + 1)
         direction = _unit(box_muller(uniforms[:, :-1])[:, :count].reshape(x.shape))
@@ -76,13 +76,13 @@ class L2Ball:
         return x_adv + step_size * _unit(grad)
 
     def confine(self, delta: Tensor) -> Tensor:
-        """The nearest difference from an image that the ball allows, whatever the image."""
+        """Project a perturbation onto the ball, without clipping to [0, 1]."""
         norm = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         scale = (self.eps / norm.clamp_min(TINY)).clamp_max(1.0)
         return _per_sample(scale, delta) * delta
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Back into the ball, then into [0, 1], which only brings it nearer to x.
+        """Project onto the ball, then clip to [0, 1], which does not leave the ball.
 
         [0, 1] holds exactly, eps up to float32 rounding (relative 1e-6).
         """
@@ -93,7 +93,7 @@ Ball = LinfBall | L2Ball
 
 
 def ball_of(threat_model: ThreatModel) -> Ball:
-    """The ball that a recipe's threat model names."""
+    """The ball of a recipe's threat model."""
     eps = float(threat_model.eps)
     return LinfBall(eps) if threat_model.norm == "linf" else L2Ball(eps)
 
@@ -110,10 +110,10 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent on the loss inside the ball around x (Madry et al., ICLR 2018, section 2.1).
 
-    `forward` maps images [n, ...] to logits, `loss_of` maps logits to one loss per sample [n]. The gradient is that of
-    the sum, so a sample's result does not depend on how many others are in the batch, and goes to the input only: no
-    parameter's .grad is touched. One step from a random start is FGSM-RS (Wong et al., ICLR 2020, algorithm 3).
-    Returns the last iterate, detached, in the ball and in [0, 1] as `ball.project` states.
+    `forward` maps images [n, ...] to logits, `loss_of` maps logits to one loss per sample [n]. Losses are summed, so a
+    sample's result does not depend on the batch size; the gradient is taken with respect to the input only, and no
+    parameter's .grad changes. One step from a random start is FGSM-RS (Wong et al., ICLR 2020, algorithm 3).
+    Returns the last iterate, detached, in the ball and in [0, 1] to the precision of `ball.project`.
     """
     x_adv = start.detach()
     for _ in range(steps):
@@ -130,22 +130,22 @@ def pgd(
 def crafting(
     network: nn.Module, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> Iterator[None]:
-    """Eval mode and weights computed once, for an attack on `network` whose forwards run under `autocast`.
+    """Eval mode and cached masked weights, for an attack on `network` whose forwards run under `autocast`.
 
-    BatchNorm uses its running statistics and leaves them alone. Parameters are frozen: a compiled backward computes the
-    gradients of all that require one, asked for or not. Every module's training flag and every requires_grad is put
-    back as it was, also after an error.
+    BatchNorm uses its running statistics and does not update them. Parameters are frozen, because a compiled backward
+    computes the gradients of all parameters that require one. On exit, also after an error, every module's training
+    flag and every requires_grad is restored.
     """
     training = [(module, module.training) for module in network.modules()]
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     network.eval()
     try:
         with cached_weights(network, autocast):
-            for parameter in trained:
+            for parameter in trainable:
                 parameter.requires_grad_(False)
             yield
     finally:
         for module, flag in training:
             module.training = flag
-        for parameter in trained:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -1,6 +1,6 @@
-"""Keyed random numbers on the device: a sample's noise is a function of its key alone, never of the batch it is in.
+"""Keyed random numbers on the device: a sample's noise depends on its key alone, not on its batch.
 
-They continue the streams of `pipeline.rng`, which are numpy's, with torch.
+The torch counterpart of `pipeline.rng`, which is numpy: same keys, same streams.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pipeline.rng import GOLDEN_GAMMA, MIX_1, MIX_2, sample_keys
 def device_keys(
     sample_ids: NDArray[np.int64], device: torch.device, seed: int, purpose: str, *scope: int | str
 ) -> Tensor:
-    """`pipeline.rng.sample_keys` as the noise here takes them: [n] int64 with their bits, on a device."""
+    """`pipeline.rng.sample_keys` as int64 [n] with the same bits, on `device`."""
     return to_device(torch.from_numpy(sample_keys(sample_ids, seed, purpose, *scope).view(np.int64)), device)
 
 
 def _signed(x: int) -> int:
-    """The int64 that has the bits of a uint64; torch has no uint64 arithmetic, and products wrap alike."""
+    """The int64 with the bits of a uint64: torch has no uint64 arithmetic, and int64 products wrap the same way."""
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 taken as uint64."""
+    """Logical shift of the uint64 bits in an int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -41,7 +41,7 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def uniform_stream(keys: Tensor, count: int) -> Tensor:
-    """The first `count` numbers of every key's SplitMix64 stream: [n] int64 -> [n, count] float32 in [0, 1)."""
+    """The first `count` numbers of each key's SplitMix64 stream: [n] int64 -> [n, count] float32 in [0, 1)."""
     counters = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * _signed(GOLDEN_GAMMA)
     bits = _mix64(keys[:, None] + counters)
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
@@ -50,7 +50,7 @@ def uniform_stream(keys: Tensor, count: int) -> Tensor:
 def uniform_noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Uniform numbers: keys [n] int64 (the uint64 of `pipeline.rng`, same bits) -> [n, *shape] float32 in [0, 1).
 
-    The same bits on every device: the top 24 of the bits that `pipeline.rng.uniforms` takes 53 of.
+    Identical on every device: the top 24 of the 53 bits that `pipeline.rng.uniforms` uses.
     """
     return uniform_stream(keys, math.prod(shape)).view(-1, *shape)
 
@@ -58,7 +58,7 @@ def uniform_noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
 def box_muller(uniforms: Tensor) -> Tensor:
     """Box and Muller (1958): [n, 2 m] in [0, 1) -> [n, 2 m] standard normal."""
     first, second = uniforms.chunk(2, dim=1)
-    radius = (-2.0 * torch.log1p(-first)).sqrt()  # 1 - u lies in (0, 1], so that the logarithm is finite
+    radius = (-2.0 * torch.log1p(-first)).sqrt()  # 1 - u is in (0, 1], so the logarithm is finite
     angle = 2.0 * math.pi * second
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
 
@@ -72,7 +72,7 @@ def gaussian_noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
 def derived_keys(keys: Tensor, numbers: Tensor) -> Tensor:
     """Streams for several independent draws per sample: keys [n] and numbers [m], both int64 -> [n, m] int64.
 
-    Mixed as `pipeline.rng.sample_keys` mixes sample ids into a scope: a draw's stream neither depends on which other
-    draws are made nor overlaps with theirs.
+    Mixed as `pipeline.rng.sample_keys` mixes sample ids into a scope: a draw's stream neither depends on nor overlaps
+    with those of other draws.
     """
     return _mix64(keys[:, None] ^ _mix64(numbers * _signed(GOLDEN_GAMMA) + 1))

@@ -1,8 +1,8 @@
-"""Catastrophic overfitting to one-step attacks: how it is told, and what training goes on with.
+"""Catastrophic overfitting to one-step attacks: the detection rule, and the stronger attacks training resumes with.
 
-A network trained on one-step examples may come to withstand just those, while its accuracy under several steps falls to
-nothing within an epoch (Wong et al., ICLR 2020, section 5.4; Andriushchenko and Flammarion, NeurIPS 2020). Both
-accuracies on the held-out images tell. No torch here.
+A network trained on one-step examples may become robust to these only, while its accuracy under multi-step attacks
+drops to 0 within an epoch (Wong et al., ICLR 2020, section 5.4; Andriushchenko and Flammarion, NeurIPS 2020).
+Comparing both accuracies on the held-out images detects it. Does not import torch.
 """
 
 from __future__ import annotations
@@ -10,38 +10,40 @@ from __future__ import annotations
 import math
 
 STRONGEST = 4
-"""The last level: PGD of 16 steps. What overfits to that as well is not this, and stops."""
-CHANCE = 2.0
-"""Standard errors that the ratio must be below what is allowed, so that a few images do not decide."""
+"""The last level, PGD of 16 steps. A network that still overfits has another problem, and training stops."""
+NUM_STANDARD_ERRORS = 2.0
+"""How far the count must be below the allowed one, so that chance in a few images does not trigger a rollback."""
 
 
 class CatastrophicOverfitting(RuntimeError):
-    """The held-out images show it; raised on all ranks, after an epoch, and answered by going back."""
+    """Detected on the held-out images after an epoch; raised on all ranks, and handled by a rollback."""
 
     def __init__(self, stage: str, step: int, level: int, good_step: int | None, right: tuple[int, int]) -> None:
-        """`right`: how many held-out images PGD and how many one step leaves right."""
+        """`right`: numbers of held-out images classified correctly under PGD and under the one-step attack."""
         super().__init__(
-            f"{stage}: catastrophic overfitting at step {step}: of the held-out images {right[0]} withstand PGD and "
-            f"{right[1]} one step"
+            f"{stage}: catastrophic overfitting at step {step}: of the held-out images, {right[0]} are robust to PGD "
+            f"and {right[1]} to one step"
         )
         self.step, self.level, self.good_step = step, level, good_step
 
 
 class StillOverfitting(ValueError):
-    """The strongest level overfits too; only another recipe helps."""
+    """Even the strongest level overfits; the recipe must change."""
 
 
 def overfits(right_under_pgd: int, right_under_one_step: int, smallest: float) -> bool:
-    """Whether so few of the images that withstand one step withstand PGD: fewer than `smallest` of them, by more than
-    chance (two standard errors of a binomial count of that share)."""
+    """Whether robust accuracy under PGD is below the fraction `smallest` of that under one step.
+
+    The difference must exceed chance: `NUM_STANDARD_ERRORS` of a binomial count with probability `smallest`.
+    """
     allowed = smallest * right_under_one_step
-    return right_under_pgd < allowed - CHANCE * math.sqrt(allowed * (1.0 - smallest))
+    return right_under_pgd < allowed - NUM_STANDARD_ERRORS * math.sqrt(allowed * (1.0 - smallest))
 
 
 def stronger(level: int, eps: float, step_size: float) -> tuple[int, float]:
-    """(steps, step_size) of the PGD that training goes on with at a level of 1 or more: 2^level steps.
+    """(steps, step_size) of the PGD attack at a level of 1 or more: 2^level steps.
 
-    They are as long as before, unless 2.5 eps / steps, which is enough to cross the ball (Madry et al. 2018), is less.
+    The step size is kept, but at most 2.5 eps / steps, which suffices to cross the ball (Madry et al. 2018).
     """
     steps = 2**level
     return steps, min(step_size, 2.5 * eps / steps)

@@ -1,8 +1,9 @@
-"""torchvision's classifiers, and their ResNets in the form for small images.
+"""torchvision's classifiers, and its ResNets adapted to small images.
 
-Weights keep torchvision's names and a plain torchvision model loads them. Two things differ while training, and neither
-is in the state: dropout and stochastic depth are off, because they would draw from a random state that no checkpoint
-carries, and pooling to more than one cell is `GridAverage`, because torch's has no deterministic backward on a GPU.
+Weights keep torchvision's names, so a plain torchvision model loads them. Training differs in two ways, neither of
+which shows in the state dict: dropout and stochastic depth are off, because they draw from an RNG state that
+checkpoints do not save, and pooling to more than one cell is `GridAverage`, because torch's adaptive pooling has no
+deterministic backward on a GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torchvision.ops import StochasticDepth
 from pipeline.models.architectures.pooling import GridAverage
 
 WITH_AUXILIARY_LOGITS = ("googlenet", "inception_v3")
-"""In training they return three tensors unless told not to."""
+"""Return three tensors in training mode unless `aux_logits` is off."""
 
 
-def _make_repeatable(network: nn.Module) -> None:
+def _make_deterministic(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.p = 0.0
@@ -30,20 +31,20 @@ def _make_repeatable(network: nn.Module) -> None:
 
 
 def torchvision_classifier(name: str, num_classes: int) -> nn.Module:
-    """The classifier that torchvision knows under `name`, freshly initialised."""
+    """torchvision's classifier `name`, freshly initialised."""
     options: dict[str, Any] = {}
     if name in WITH_AUXILIARY_LOGITS:
         options = {"aux_logits": False, "init_weights": True}
     network = torchvision.models.get_model(name, num_classes=num_classes, **options)
-    _make_repeatable(network)
+    _make_deterministic(network)
     return network
 
 
 def cifar_resnet(name: str, num_classes: int) -> nn.Module:
-    """torchvision's ResNet `name` with a 3 x 3 stem of stride 1 and no max-pooling: images of 32 pixels end as 4 x 4.
+    """torchvision's ResNet `name` with a 3 x 3 stem of stride 1 and no max-pooling: 32-pixel images end as 4 x 4.
 
-    He et al. 2016 (section 4.2) shrink the stem so for CIFAR; with ImageNet's four stages it is what the robustness
-    literature, HYDRA's reference and RobustBench call ResNet-18, 34 and 50 on CIFAR.
+    The stem follows He et al. 2016 (section 4.2, CIFAR); combined with ImageNet's four stages, it is what the
+    robustness literature, HYDRA's reference code and RobustBench call ResNet-18, 34 and 50 on CIFAR.
     """
     network = torchvision.models.get_model(name, num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)

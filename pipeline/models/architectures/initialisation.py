@@ -1,4 +1,4 @@
-"""The initial weights that the networks of this package share."""
+"""Weight initialisation shared by the architectures of this package."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import nn
 
 
 def he_normal(network: nn.Module) -> None:
-    """Every convolution ~ N(0, 2 / (k^2 out_channels)) without bias, in place (He et al. 2015, section 2.2, fan-out).
+    """Initialise convolutions in place: weights ~ N(0, 2 / (k^2 out_channels)), bias 0 (He et al. 2015, fan-out).
 
-    Linear and normalisation layers keep torch's own.
+    Linear and normalisation layers keep torch's default initialisation.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,7 +1,7 @@
-"""Average pooling to a fixed grid with a backward pass that is deterministic everywhere.
+"""Average pooling to a fixed grid, with a deterministic backward pass on every device.
 
-torch's own adaptive pooling refuses to run backward on a GPU under deterministic algorithms, but to one cell, where it
-takes a mean.
+Under deterministic algorithms, torch's adaptive pooling has no backward on a GPU, except to one cell, where it is a
+mean.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 
 def grid_average(features: Tensor, rows: int, columns: int) -> Tensor:
-    """Adaptive average pooling, as two matrix products: [n, c, h, w] -> [n, c, rows, columns], larger or smaller.
+    """Adaptive average pooling as two matrix products: [n, c, h, w] -> [n, c, rows, columns], larger or smaller.
 
-    Features that have this size already come back as they are. Linear, with no negative coefficient.
+    Linear, with non-negative coefficients. Features that already have the size are returned unchanged.
     """
     height, width = features.shape[-2:]
     if (height, width) == (rows, columns):
@@ -24,12 +24,12 @@ def grid_average(features: Tensor, rows: int, columns: int) -> Tensor:
     return down.T @ features @ across
 
 
-# The size decides what is done, which symbolic tracing cannot follow; it sees one call of this function instead.
+# The branch on the size cannot be traced symbolically; wrapped, the function is one node of the trace.
 fx.wrap("grid_average")
 
 
 class GridAverage(nn.Module):
-    """`grid_average` as a layer; stands in for nn.AdaptiveAvgPool2d and has no state either."""
+    """`grid_average` as a layer: a stateless replacement for nn.AdaptiveAvgPool2d."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
 """RaResNet-50: ResNet-50 rebuilt for robustness at equal parameters (Peng et al., BMVC 2023, arXiv 2308.16258).
 
-What is changed: a wider convolutional stem that halves the image once and has no max-pooling, so that detail is lost
-later; depths 5-8-13-1 with matching widths; bottlenecks of two groups without normalisation before the 3 x 3
+Differences from ResNet-50: a wider convolutional stem that downsamples by 2 and has no max-pooling, so that detail
+survives longer; depths 5-8-13-1 with matching widths; bottlenecks with two groups and no normalisation before the 3 x 3
 convolution; squeeze-and-excitation; the smooth activation SiLU. On ImageNet at Linf 4/255 the authors report 70.17 %
-clean and 44.14 % AutoAttack accuracy, where Salman et al. 2020 have 64.02 % and 34.96 % with ResNet-50, for 1.5 times
-the arithmetic. Parameters have the names of the authors' code, so that their file fits.
+clean and 44.14 % AutoAttack accuracy, against 64.02 % and 34.96 % for Salman et al. 2020 with ResNet-50, at 1.5 times
+the FLOPs. Parameters keep the names of the authors' code, so that their checkpoint loads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, grouped 3 x 3, squeeze-and-excitation, 1 x 1; added to what came in, then activated."""
+    """1 x 1, grouped 3 x 3, squeeze-and-excitation, 1 x 1; added to the shortcut, then activated."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Bottleneck(nn.Module):
 
 
 class Stem(nn.Module):
-    """7 x 7 convolution of stride 2; its module names are the authors'."""
+    """7 x 7 convolution of stride 2, with the authors' module names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def _stage(number: int, inputs: int, outputs: int, depth: int) -> nn.Sequential:
 
 
 class RaResNet50(nn.Module):
-    """26.1 M parameters for a thousand classes."""
+    """26.1 M parameters for 1000 classes."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

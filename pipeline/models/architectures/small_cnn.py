@@ -1,7 +1,7 @@
-"""A small CNN for small images: the demo's network.
+"""A small CNN for small images, used by the demo.
 
-Two strided convolutions and one wide linear layer: a CPU can afford adversarial training of it, and at 99 % pruned no
-layer is too thin to carry signal. (With three convolutions of 16, 32 and 64 channels the first kept 8 weights, and the
+Two strided convolutions and one wide linear layer: cheap enough for adversarial training on a CPU, and at 99 % sparsity
+every layer still carries signal. (With three convolutions of 16, 32 and 64 channels, the first kept 8 weights and the
 prune phase collapsed.)
 """
 
@@ -28,7 +28,7 @@ class SmallCNN(nn.Module):
         self.conv2 = nn.Conv2d(first, second, kernel_size=3, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(second)
         self.relu2 = nn.ReLU()
-        self.avgpool = GridAverage(GRID, GRID)  # 28 pixels leave this grid; other sizes are averaged to it
+        self.avgpool = GridAverage(GRID, GRID)  # the identity at 28 pixels; other sizes are averaged to this grid
         self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(second * GRID * GRID, HIDDEN, bias=False)
         self.bn3 = nn.BatchNorm1d(HIDDEN)

@@ -1,7 +1,8 @@
 """VGG for small images, as HYDRA trains it (Simonyan & Zisserman 2015, configurations A, B and D, and shorter ones).
 
-Convolutions without bias, features averaged to 2 x 2, three linear layers of 256, 256 and num_classes. Parameters have
-torchvision's form of name, `features.N` and `classifier.N`, and the places of the reference's, so that its files fit.
+Convolutions without bias, features averaged to 2 x 2, three linear layers of 256, 256 and num_classes. Parameters are
+named as torchvision does, `features.N` and `classifier.N`, with the reference code's indices, so that its checkpoints
+load.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {
     13: ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
     16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
 }
-"""Depth -> widths of the convolutions, in groups between which the image is halved.
+"""Depth -> convolution widths, in groups separated by max-pooling.
 
-Up to 8 the depth counts convolutions; from 11 on it is Simonyan & Zisserman's, with their three linear layers.
+Up to 8, depth counts convolutions; from 11 on, it also counts the three linear layers, as Simonyan & Zisserman do.
 """
 HALVINGS = 4
-"""At most: the deep ones do not halve the image after their last group, so that 32 pixels end as 2 x 2."""
+"""Maximum number of poolings: the deep networks have none after their last group, so that 32 pixels end as 2 x 2."""
 GRID = 2
 HIDDEN = 256
 
@@ -46,7 +47,7 @@ def _features(depth: int, batch_norm: bool) -> nn.Sequential:
 
 
 class CifarVGG(nn.Module):
-    """Convolutions of `WIDTHS[depth]`, with or without batch normalisation, and three linear layers."""
+    """The convolutions of `WIDTHS[depth]`, with or without batch normalisation, and three linear layers."""
 
     def __init__(self, depth: int, batch_norm: bool, num_classes: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Wide residual networks for small images (Zagoruyko & Komodakis 2016, WRN-depth-width, basic blocks, no dropout).
 
-Pre-activation blocks, as in table 1 there. Names are those of the PyTorch code that TRADES, HYDRA and RobustBench share
-(`block1.layer.0.conv1`, `convShortcut`), so that their WideResNet loads a file of ours and theirs fit here; without the
-`sub_block1` that their forward pass never uses.
+Pre-activation blocks, as in their table 1. Names are those of the PyTorch code that TRADES, HYDRA and RobustBench share
+(`block1.layer.0.conv1`, `convShortcut`), so that checkpoints load in both directions; `sub_block1`, which their forward
+pass never uses, is omitted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.models.architectures.initialisation import he_normal
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions, each after normalisation and ReLU, added to what came in."""
+    """Two 3 x 3 convolutions, each after normalisation and ReLU, added to the shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""How a budget of connections is allocated to layers: from scores to masks, by pure functions of shapes and scores.
+"""Allocates a budget of connections to layers: from scores to masks, as pure functions of shapes and scores.
 
-Every allocation keeps at least one connection of each layer, so that signal can pass, and an exact total.
+Every allocation keeps at least one connection per layer, so that signal can pass, and an exact total.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pipeline.models.pruning.topk import kept_count, kth_largest, topk_mask
 from pipeline.recipe.sections import Allocation
 
 MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
-"""Scores of every layer, and rates where the allocation is learned -> bool masks of the scores' shapes.
+"""Scores per layer, and rates if the allocation is learned -> bool masks of the scores' shapes.
 
 Errors: ValueError for NaN, naming the layer.
 """
 
 LARGEST_RATE = 30.0
-"""A layer whose rate is this much above the mean has the budget before the others do; exp must not overflow."""
+"""Bound on |rate - mean rate|, so that exp does not overflow; such a layer already takes the budget first."""
 
 
 def mask_rule(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocation: Allocation) -> MaskRule:
-    """The rule that makes the masks of a network whose weights have `shapes`; it can be pickled."""
+    """The mask rule of a network whose weights have `shapes`; picklable."""
     counts = (erdos_renyi_kernel if allocation == "erk" else uniform)(shapes, keep_fraction)
     budget = total_kept(shapes, keep_fraction)
     if allocation == "learned":
@@ -46,41 +46,43 @@ def _by_scores(
 
 
 def uniform(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
-    """The same fraction of every layer, as in the paper."""
+    """Connections kept per layer: the same fraction of each, as in the paper."""
     return {name: kept_count(shape.numel(), keep_fraction) for name, shape in shapes.items()}
 
 
 def total_kept(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> int:
-    """The budget of the allocations that are not uniform: of all connections taken together, one per layer at least."""
+    """The budget of the non-uniform allocations: keep_fraction of all connections, at least one per layer."""
     return max(kept_count(sum(shape.numel() for shape in shapes.values()), keep_fraction), len(shapes))
 
 
 def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
     """ERK (Evci et al., ICML 2020, section 3): the density of a layer is proportional to the sum of its dimensions
-    over their product, and at most 1; small layers stay denser.
+    over their product, at most 1; small layers stay denser.
 
-    Fractions are rounded so that the total is exact: the largest remainders are rounded up, ties in order of layers.
+    Counts are rounded by largest remainder, so that the total is exact; ties go to earlier layers.
     """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     raw = {name: Fraction(sum(shape), shape.numel()) for name, shape in shapes.items()}
     budget = total_kept(shapes, keep_fraction)
     dense: set[str] = set()
-    while True:  # a layer whose share is more than it has stays dense, and the others share what is left
-        open_ = [name for name in sizes if name not in dense]
+    while True:  # a layer whose share exceeds its size stays dense, and the others share the rest
+        sparse = [name for name in sizes if name not in dense]
         room = budget - sum(sizes[name] for name in dense)
-        scale = room / sum((raw[name] * sizes[name] for name in open_), Fraction(0)) if open_ else Fraction(0)
-        over = {name for name in open_ if scale * raw[name] > 1}
+        scale = room / sum((raw[name] * sizes[name] for name in sparse), Fraction(0)) if sparse else Fraction(0)
+        over = {name for name in sparse if scale * raw[name] > 1}
         if not over:
             break
         dense |= over
-    wanted = {name: Fraction(sizes[name]) if name in dense else scale * raw[name] * sizes[name] for name in sizes}
-    return _rounded(wanted, sizes, budget)
+    targets = {name: Fraction(sizes[name]) if name in dense else scale * raw[name] * sizes[name] for name in sizes}
+    return _round_to_budget(targets, sizes, budget)
 
 
-def _rounded(wanted: Mapping[str, Fraction], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Whole numbers that sum to `budget`, near `wanted`, each from 1 to the layer's size."""
-    counts = {name: min(max(math.floor(value), 1), sizes[name]) for name, value in wanted.items()}
-    order = sorted(counts, key=lambda name: math.floor(wanted[name]) - wanted[name])  # largest remainder first; stable
+def _round_to_budget(targets: Mapping[str, Fraction], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Integers close to `targets` that sum to `budget`, each between 1 and the layer's size."""
+    counts = {name: min(max(math.floor(value), 1), sizes[name]) for name, value in targets.items()}
+    order = sorted(
+        counts, key=lambda name: math.floor(targets[name]) - targets[name]
+    )  # largest remainder first; stable
     while (missing := budget - sum(counts.values())) != 0:
         step = 1 if missing > 0 else -1
         for name in order if step > 0 else reversed(order):
@@ -91,10 +93,10 @@ def _rounded(wanted: Mapping[str, Fraction], sizes: Mapping[str, int], budget: i
 
 
 def global_masks(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """The `budget` connections of largest |score| of all layers together, as one bool mask per layer.
+    """The `budget` connections of largest |score| across all layers, as one bool mask per layer.
 
-    Every layer keeps its strongest connection. Among equals, earlier layers and lower row-major indices win.
-    Errors: ValueError for NaN, naming the layer, or a budget that the layers cannot hold.
+    Every layer keeps its strongest connection. Ties go to earlier layers and lower row-major indices.
+    Errors: ValueError for NaN, naming the layer, or a budget larger than the layers.
     """
     strongest = {name: _mask(name, score, 1) for name, score in scores.items()}
     magnitudes = [
@@ -107,12 +109,12 @@ def global_masks(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]
 def learned_masks(
     scores: Mapping[str, Tensor], rates: Mapping[str, Tensor], counts: Mapping[str, int], budget: int
 ) -> dict[str, Tensor]:
-    """The global masks of |s| exp(t) / h, where h is the layer's threshold by the uniform `counts`.
+    """The global masks of |s| exp(t) / h, where h is the layer's threshold at the uniform `counts`.
 
-    Layers learn their shares of one budget (the idea of HARP: Zhao and Wressnegger, ICLR 2023, who reach the budget by
-    a penalty). With equal rates t all layers have the same threshold: that is the uniform allocation, as near as an
-    exact total allows, however far apart the scales of the layers' scores are. A rate that is larger by r keeps what
-    is above exp(-r) h. Rates count from their mean, up to LARGEST_RATE.
+    Layers learn their shares of one budget (the idea of HARP: Zhao and Wressnegger, ICLR 2023, who enforce the budget
+    by a penalty). With equal rates t, all layers have the same threshold: this is the uniform allocation, as close as
+    an exact total allows, whatever the scales of the layers' scores. Raising a layer's rate by r lowers its threshold
+    to exp(-r) h. Rates are relative to their mean and clamped to LARGEST_RATE.
     """
     mean = torch.stack(list(rates.values())).mean(0)
     importance = {}
@@ -125,13 +127,13 @@ def learned_masks(
 def _threshold(score: Tensor, kept: int) -> Tensor:
     magnitude = score.detach().abs().flatten()
     threshold = kth_largest(magnitude, kept)
-    # A layer of fewer nonzero scores than it may keep has no threshold; half its digits below its largest is as good.
+    # With fewer nonzero scores than `kept` the threshold is 0; eps times the largest |score| replaces it.
     limits = torch.finfo(score.dtype)
     return threshold.maximum(magnitude.amax() * limits.eps).clamp_min(limits.tiny)
 
 
 def layer_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """The top `counts` of each layer on its own. Errors: ValueError for NaN, naming the layer."""
+    """The `counts` largest |score| of each layer separately. Errors: ValueError for NaN, naming the layer."""
     return {name: _mask(name, score, counts[name]) for name, score in scores.items()}
 
 

@@ -1,4 +1,4 @@
-"""A masked weight: its score, the mask made from it, and the gradient that passes straight through the ranking."""
+"""A masked weight: its scores, the mask computed from them, and the straight-through gradient."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ RATE_STEP = 0.1
 
 
 class _StraightThrough(torch.autograd.Function):
-    """weight * mask. dL/dz = dL/dw_eff * w for the importance z that is ranked, of kept and pruned alike (HYDRA).
+    """weight * mask. dL/dz = dL/dw_eff * w for the ranked importance z, of kept and pruned connections alike (HYDRA).
 
-    z is |s|, and c |s| exp(t) where the allocation is learned, c being the same throughout the layer. Scores learn as
-    without a rate t: dL/ds = dL/dw_eff * w * sign(s), as the layer's factor c exp(t) ranks nothing inside it. dL/dt is
-    the sum of dL/dz z over the layer. Its length says how steep the loss is, and grows with exp(t): trained by it, the
-    rates of a small network were NaN within 70 steps. So it is divided by the sum of |dL/dz z|, in which c exp(t) drops
-    out: what is left, in [-1, 1], is how far the connections agree. It does not shrink with the loss.
+    z is |s|, or c |s| exp(t) with a learned allocation, where c is constant in the layer. The gradient of scores is the
+    same in both: dL/ds = dL/dw_eff * w * sign(s), because the factor c exp(t) does not change the ranking within the
+    layer. dL/dt is the sum of dL/dz z over the layer. Its magnitude scales with the loss's gradient and with exp(t):
+    used as it is, it made the rates of a small network NaN within 70 steps. It is therefore normalised by the sum of
+    |dL/dz z|, which cancels c exp(t): the result, in [-1, 1], measures how far the connections agree in sign, and does
+    not shrink with the loss.
 
-    The product may be in half precision, as a layer under autocast has it; a parameter's gradient is in its own.
+    The product may be in half precision under autocast; parameter gradients have the parameter's dtype.
     """
 
     @staticmethod
@@ -38,18 +39,18 @@ class _StraightThrough(torch.autograd.Function):
         grad_weight = grad.to(weight.dtype) * mask if ctx.needs_input_grad[0] else None
         grad_score = grad_rate = None
         if ctx.needs_input_grad[2]:
-            grad_score = score.sign().mul_(weight).mul_(grad)  # in one tensor of the layer's size
+            grad_score = score.sign().mul_(weight).mul_(grad)  # allocates one tensor of the layer's size
         if rate is not None and ctx.needs_input_grad[3]:
-            pulls = grad * weight * score.abs()
-            agreement = pulls.sum() / pulls.abs().sum().clamp_min(torch.finfo(pulls.dtype).tiny)
+            terms = grad * weight * score.abs()
+            agreement = terms.sum() / terms.abs().sum().clamp_min(torch.finfo(terms.dtype).tiny)
             grad_rate = RATE_STEP * agreement.view(1)
         return grad_weight, None, grad_score, grad_rate, None
 
 
 class Masked(nn.Module):
-    """Parametrization of a weight: `score` (a parameter of the weight's shape) and the bool `mask` made from it.
+    """Parametrization of a weight: `score` (a parameter of the weight's shape) and the bool `mask` computed from it.
 
-    The mask is no part of the state dict, because scores and mask rule determine it.
+    The mask is not in the state dict, because scores and mask rule determine it.
     """
 
     mask: Tensor
@@ -58,34 +59,34 @@ class Masked(nn.Module):
         super().__init__()
         self.score = nn.Parameter(score)
         self.rate = None if rate is None else nn.Parameter(rate)
-        """[1]: logarithm of what the layer's scores are multiplied by where layers compete; None: by nothing."""
+        """[1]: log of the factor on the layer's scores when layers compete for the budget; None unless learned."""
         self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
         self._product = torch.empty(0)
-        self._made_from: tuple[Any, ...] = ()
+        self._cache_key: tuple[Any, ...] = ()
 
     def weight_changed(self) -> None:
-        """To be called when an optimizer has moved the weight: fused ones and ZeRO do so behind torch's back."""
-        self._made_from = ()
+        """Call after an optimizer step: fused optimizers and ZeRO do not increment the weight's version counter."""
+        self._cache_key = ()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """weight * mask, in the same memory at every step: a reader who keeps it longer clones it."""
+        """weight * mask, in the same memory at every step: clone it to keep it longer."""
         product = self._product_of(weight).detach()
         return _StraightThrough.apply(weight, self.mask, self.score, self.rate, product)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def _product_of(self, weight: Tensor) -> Tensor:
-        """weight * mask, in autocast's precision if that is on; kept until weight or mask changes."""
+        """weight * mask, in autocast's dtype if enabled; cached until weight or mask changes."""
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        made_from = (weight.data_ptr(), weight._version, self.mask.data_ptr(), self.mask._version, dtype)
-        if self._made_from != made_from:
-            # Fresh memory costs a CPU more than the product itself.
-            like = (weight.shape, weight.stride(), weight.device, dtype)
-            if (self._product.shape, self._product.stride(), self._product.device, self._product.dtype) != like:
+        cache_key = (weight.data_ptr(), weight._version, self.mask.data_ptr(), self.mask._version, dtype)
+        if self._cache_key != cache_key:
+            # On a CPU, allocating memory costs more than the product.
+            layout = (weight.shape, weight.stride(), weight.device, dtype)
+            if (self._product.shape, self._product.stride(), self._product.device, self._product.dtype) != layout:
                 self._product = torch.empty_like(weight, dtype=dtype)
             torch.mul(weight, self.mask, out=self._product)
-            self._made_from = made_from
+            self._cache_key = cache_key
         return self._product
 
 
@@ -95,7 +96,7 @@ def masked_layers(network: nn.Module) -> list[nn.Module]:
 
 
 def parametrization_of(layer: nn.Module) -> Masked | None:
-    """The parametrization that masks a layer's weight."""
+    """The parametrization that masks a layer's weight; None if it has none."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     first = layer.parametrizations["weight"][0]  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
@@ -106,10 +107,10 @@ def parametrization_of(layer: nn.Module) -> Masked | None:
 def cached_weights(
     network: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Iterator[None]:
-    """Compute every masked weight once, and without a graph, for all forwards inside the context.
+    """Compute every masked weight once, without a graph, for all forwards inside the context.
 
-    Under `autocast` they are in its precision, so that no forward has to cast them. An attack's forwards then build no
-    graph to weights or scores; gradients to the input flow as ever. Without scores there is nothing to compute.
+    Under `autocast` they have its dtype, so that no forward casts them. An attack's forwards then build no graph to
+    weights or scores; gradients still reach the input. Does nothing for a network without scores.
     """
     with parametrize.cached():
         with torch.no_grad(), autocast():

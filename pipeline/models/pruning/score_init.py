@@ -1,7 +1,7 @@
-"""Where scores start: scaled from the weights, as in the paper, or drawn at random.
+"""Initial scores: scaled from the weights, as in the paper, or drawn at random.
 
-Draws are functions of (seed, kind, layer name, position in the layer), made by numpy on the CPU: the same on every
-device, on every rank and however many of these there are.
+Random scores are a function of (seed, kind, layer name, position in the layer), computed by numpy on the CPU: the same
+on every device and rank, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from pipeline.rng import sample_keys, uniforms
 
 FirstScore = Callable[[str, Tensor], Tensor]
-"""(plain name, weight) -> the layer's first scores, of the weight's shape, dtype and device."""
+"""(plain name, weight) -> the layer's initial scores, of the weight's shape, dtype and device."""
 
 BLOCK = 1 << 22
-"""Numbers drawn at once: a layer of 100 million connections would need gigabytes for its keys."""
+"""Numbers drawn at once: a layer of 100 million connections would need gigabytes of keys."""
 
 
 def scaled(name: str, weight: Tensor) -> Tensor:
-    """sqrt(6 / fan_in) * w / max|w| (HYDRA's scaled initialisation): its ranking is the ranking by magnitude.
+    """sqrt(6 / fan_in) * w / max|w| (HYDRA's scaled initialisation): ranks connections by magnitude.
 
-    Errors: ValueError naming an all-zero weight, which has no ranking.
+    Errors: ValueError naming an all-zero or NaN weight, which has no ranking.
     """
     weight = weight.detach()
     largest = weight.abs().amax()
@@ -40,11 +40,11 @@ def scaled(name: str, weight: Tensor) -> Tensor:
 
 def first_scores(kind: str, seed: int) -> FirstScore:
     """`scaled`, or one of DRAWS."""
-    return scaled if kind == "scaled" else drawn(kind, seed)
+    return scaled if kind == "scaled" else random_scores(kind, seed)
 
 
 def zero(name: str, weight: Tensor) -> Tensor:
-    """For scores that are about to be loaded."""
+    """Placeholder for scores that are about to be loaded."""
     return torch.zeros_like(weight, requires_grad=False)
 
 
@@ -66,23 +66,23 @@ DRAWS = {
     "xavier_uniform": (_symmetric, lambda fan_in, fan_out: math.sqrt(12 / (fan_in + fan_out))),
     "xavier_normal": (_normal, lambda fan_in, fan_out: math.sqrt(4 / (fan_in + fan_out))),
 }
-"""Kind -> what is drawn and what it is multiplied by: He et al. 2015 and Glorot and Bengio 2010, these with the gain of
-ReLU, sqrt(2), as HYDRA's reference has them. `random` ranks any connection of a network as likely first as another."""
+"""Kind -> distribution and scale: He et al. 2015, and Glorot and Bengio 2010 with ReLU's gain sqrt(2), as in HYDRA's
+reference code. Under `random`, every connection of a network is equally likely to rank first."""
 
 
-def drawn(kind: str, seed: int) -> FirstScore:
-    """Scores of one of DRAWS."""
+def random_scores(kind: str, seed: int) -> FirstScore:
+    """Initial scores of one of the kinds in DRAWS."""
     draw, scale_of = DRAWS[kind]
 
-    def first(name: str, weight: Tensor) -> Tensor:
+    def initial_scores(name: str, weight: Tensor) -> Tensor:
         field = weight[0, 0].numel()
         scale = scale_of(weight.shape[1] * field, weight.shape[0] * field)
-        return _drawn(name, weight, seed, kind, draw, scale)
+        return _draw_scores(name, weight, seed, kind, draw, scale)
 
-    return first
+    return initial_scores
 
 
-def _drawn(
+def _draw_scores(
     name: str,
     weight: Tensor,
     seed: int,
@@ -90,7 +90,7 @@ def _drawn(
     draw: Callable[[NDArray[np.uint64], int], NDArray[np.float64]],
     scale: float,
 ) -> Tensor:
-    """A number per connection: one stream per output of the layer."""
+    """One number per connection, one stream per output of the layer."""
     outputs, inputs = weight.shape[0], weight[0].numel()
     keys = sample_keys(np.arange(outputs), seed, "score", kind, name)
     score = np.empty((outputs, inputs), np.float32)

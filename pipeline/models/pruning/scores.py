@@ -1,8 +1,8 @@
-"""Importance scores on a network and the masks that they make (HYDRA: Sehwag et al., NeurIPS 2020).
+"""Importance scores of a network and the masks computed from them (HYDRA: Sehwag et al., NeurIPS 2020).
 
 Every Conv2d and Linear gets one score per weight. The effective weight is weight * mask, the mask is the top-k of
-|score| in its layer or among all layers, and the gradient passes straight through the ranking. Masks change only in
-`Scores.refresh`, once per optimizer step, however many forwards an attack takes.
+|score| per layer or across all layers, and the gradient is straight-through. Masks change only in `Scores.refresh`,
+once per optimizer step, however many forwards an attack takes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MASKABLE = (nn.Conv2d, nn.Linear)
 
 
 def backbone_of(network: nn.Module) -> nn.Module:
-    """The module whose names are the plain names."""
+    """The module whose parameter names are the plain names."""
     return network.backbone if isinstance(network, Network) else network
 
 
 def maskable(network: nn.Module) -> dict[str, nn.Module]:
-    """Plain weight name -> layer, for every Conv2d and Linear; a layer that is used twice appears once.
+    """Plain weight name -> layer, for every Conv2d and Linear; a layer registered under two names appears once.
 
-    Errors: ValueError when two layers share one weight tensor, which can have only one mask.
+    Errors: ValueError if two layers share one weight tensor, which can have only one mask.
     """
     layers: dict[str, nn.Module] = {}
     owner: dict[int, str] = {}
@@ -56,9 +56,9 @@ def _original(layer: nn.Module) -> Tensor:
 
 
 class Scores:
-    """The scores of one network, with the rule by which they make its masks. `attach` makes them.
+    """The scores of one network and its mask rule; constructed by `attach`.
 
-    The scores themselves are parameters of the network's parametrized layers, so they follow it to its device.
+    The scores are parameters of the network's parametrized layers, so they move with it to its device.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], masked: Mapping[str, Masked], rule: MaskRule) -> None:
@@ -74,18 +74,17 @@ class Scores:
         allocation: Allocation = "uniform",
         init: FirstScore = scaled,
     ) -> Scores:
-        """Give every maskable weight its scores, as `init` says, and the mask that they make.
+        """Add scores, initialised by `init`, and their mask to every maskable weight.
 
-        `allocation` divides the connections among layers: the same fraction of each (the paper), ERK, by rank among the
-        scores of all layers, or by that rank with one rate per layer that learns along. Scores that are loaded
-        afterwards may start as `score_init.zero`. Errors: ValueError when there is nothing to mask, when scores are
-        there already, or those of `init`.
+        `allocation` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
+        scores, or global ranking with one learned rate per layer. Use `score_init.zero` if scores are loaded next.
+        Errors: ValueError if there is nothing to mask or scores are already attached, and those of `init`.
         """
         layers = maskable(network)
         if not layers:
             raise ValueError("the network has no Conv2d and no Linear, so there is nothing to prune")
         if any(parametrization_of(layer) for layer in layers.values()):
-            raise ValueError("the network has scores already; attach them once")
+            raise ValueError("the network already has scores; attach them once")
         masked: dict[str, Masked] = {}
         rule = mask_rule({name: _original(layer).shape for name, layer in layers.items()}, keep_fraction, allocation)
         for name, layer in layers.items():
@@ -99,7 +98,7 @@ class Scores:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make every mask from the scores as they are now; call it once after each optimizer step that moved them.
+        """Recompute every mask from the current scores; call it once after each optimizer step that changes them.
 
         Errors: ValueError naming the weight whose scores are NaN.
         """
@@ -110,17 +109,17 @@ class Scores:
             entry.mask.copy_(masks[name])
 
     def weights_changed(self) -> None:
-        """Compute masked weights again at their next use, after an optimizer's step; other changes are noticed."""
+        """Invalidate cached masked weights; call it after an optimizer step. Other changes are detected."""
         for entry in self._masked.values():
             entry.weight_changed()
 
     def masks(self) -> dict[str, Tensor]:
-        """Plain weight name -> the live bool mask that it has now."""
+        """Plain weight name -> its live bool mask."""
         return {name: entry.mask for name, entry in self._masked.items()}
 
     @torch.no_grad()
     def first_masks(self, init: FirstScore) -> dict[str, Tensor]:
-        """The masks that `attach` would make of the present weights, by the same rule; scores and masks stay.
+        """The masks that `attach` would compute from the current weights; scores and masks are unchanged.
 
         Errors: those of `init`.
         """
@@ -129,7 +128,7 @@ class Scores:
         return self._rule(scores, rates)
 
     def mask_sha256(self) -> str:
-        """SHA-256 over the names, shapes and bits of all masks, whatever their memory format."""
+        """SHA-256 over the names, shapes and bits of all masks; independent of memory format."""
         digest = hashlib.sha256()
         for name, mask in sorted(self.masks().items()):
             digest.update(f"{name} {tuple(mask.shape)}\n".encode())

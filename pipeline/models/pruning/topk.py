@@ -1,6 +1,7 @@
-"""Masks as arithmetic: how many connections are kept, and which ones.
+"""Top-k masks: how many connections are kept, and which ones.
 
-Pure functions of tensors (HYDRA: Sehwag et al., NeurIPS 2020); `pipeline.models.pruning.scores` puts them on networks.
+Pure functions of tensors (HYDRA: Sehwag et al., NeurIPS 2020); `pipeline.models.pruning.scores` applies them to
+networks.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 
 def kept_count(n: int, keep_fraction: Decimal) -> int:
-    """How many of `n` connections a layer keeps: n - floor((1 - k) n), exact in the decimal as written.
+    """Number of connections kept of `n`: n - floor((1 - keep_fraction) n), at least 1, in exact decimal arithmetic.
 
-    In floats (1 - 0.9) * 1000 is 99.99..., which keeps 901. At least one connection is kept.
+    In floats, (1 - 0.9) * 1000 is 99.99..., which keeps 901.
     Errors: ValueError unless 0 < keep_fraction <= 1.
     """
     if not 0 < keep_fraction <= 1:
@@ -26,10 +27,7 @@ def kept_count(n: int, keep_fraction: Decimal) -> int:
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest (k from 1 to n) of values [n], as a scalar; NaN, on top of all others, if there is one.
-
-    Linear time.
-    """
+    """The k-th largest (k from 1 to n) of values [n], as a scalar, in linear time. NaN ranks above everything."""
     if values.device.type == "cpu":
         # numpy's partition is vectorised: 0.8 ms for 0.5 M float32 values, where torch's kthvalue takes 8 ms.
         place = values.numel() - k
@@ -38,23 +36,23 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 
 
 def topk_mask(score: Tensor, kept: int) -> Tensor:
-    """The `kept` entries of largest |score|, as bool of score's shape; among equals the lower row-major index wins.
+    """The `kept` entries of largest |score|, as a bool mask of score's shape; ties go to the lower row-major index.
 
-    Row-major means the logical index, so that memory formats and devices agree. Linear time.
+    Row-major refers to the logical index, so that memory formats and devices agree. Linear time.
     Errors: ValueError for NaN, or a `kept` outside [0, n].
     """
     magnitude = score.detach().abs()
     if not 0 <= kept <= magnitude.numel():
         raise ValueError(f"cannot keep {kept} of {magnitude.numel()} scores")
-    # All values in the order in which they lie in memory, which copies nothing.
-    places = sorted(range(magnitude.dim()), key=magnitude.stride, reverse=True)
-    values = magnitude.permute(places).reshape(-1)
+    # Flattened in memory order, which copies nothing.
+    dims = sorted(range(magnitude.dim()), key=magnitude.stride, reverse=True)
+    values = magnitude.permute(dims).reshape(-1)
     threshold = kth_largest(values, kept) if kept else values.new_tensor(math.inf)
     mask = magnitude >= threshold
     surplus = int(mask.count_nonzero()) - kept
-    if surplus < 0:  # nothing is as large as NaN
+    if surplus < 0:  # the threshold is NaN, and comparisons with it are false
         raise ValueError("scores contain NaN; lower the learning rate of the prune phase")
     if surplus:
-        equals = (magnitude == threshold).nonzero()
-        mask[tuple(equals[-surplus:].T)] = False
+        ties = (magnitude == threshold).nonzero()
+        mask[tuple(ties[-surplus:].T)] = False
     return mask

@@ -1,4 +1,4 @@
-"""Sound bounds of networks over Linf balls: interval bound propagation, CROWN-IBP and symbolic intervals.
+"""Sound bounds of networks over Linf balls: interval bound propagation (IBP), CROWN-IBP and symbolic intervals.
 
 graph = trace(network)                               # once
 bounds = interval_bounds(graph, linf_box(images, eps))

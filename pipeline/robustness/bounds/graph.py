@@ -1,6 +1,6 @@
-"""A network as a list of operations, found once by torch.fx.
+"""A network as a list of operations, traced once by torch.fx.
 
-Weights are read through the modules anew at every `bind`, so that masks apply and gradients reach weights and scores.
+Every `bind` reads the weights through the modules again, so that masks apply and gradients reach weights and scores.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from pipeline.robustness.bounds.layers import FUNCTIONS, MODULES, Bind, Statistics, Unsupported, constantly
+from pipeline.robustness.bounds.layers import FUNCTIONS, MODULES, Bind, Statistics, Unsupported, fixed_operation
 from pipeline.robustness.bounds.operations import Operation, Scale, Sum
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Makes one value of a network from earlier ones; value 0 is the image, and layer i makes value i + 1."""
+    """Computes one value of a network from earlier ones; value 0 is the image, and layer i computes value i + 1."""
 
     name: str
     inputs: tuple[int, ...]
     bind: Bind
-    """Reads the weights and returns the operation that they make."""
+    """Reads the current weights and returns the operation."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A network's layers, each after those that it needs; `output` is the value that the logits are."""
+    """A network's layers in topological order; `output` is the index of the logits' value."""
 
     layers: tuple[Layer, ...]
     output: int
@@ -50,7 +50,7 @@ SUPPORTED = ", ".join(
 
 
 class _Tracer(fx.Tracer):
-    """Stops at the layers that have bounds, scores or not."""
+    """Treats layers that have bounds as leaves, with or without scores."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, tuple(MODULES)) or super().is_leaf_module(m, module_qualified_name)
@@ -59,20 +59,20 @@ class _Tracer(fx.Tracer):
 def trace(network: nn.Module) -> Graph:
     """The layers of a network that maps images [n, channels, h, w] to logits [n, classes].
 
-    Its weights may change afterwards, and so may its mode and device; its layers may not.
-    Errors: ValueError naming a layer without bounds and listing those that have them, or a forward that cannot be
+    Weights, mode and device may change afterwards; the layers may not.
+    Errors: ValueError naming a layer without bounds and listing the supported ones, or for a forward that cannot be
     traced.
     """
     try:
-        traced = _Tracer().trace(network)
+        fx_graph = _Tracer().trace(network)
     except (TraceError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{type(network).__name__} cannot be bounded: its forward depends on more than its layers ({error}); "
+            f"{type(network).__name__} cannot be bounded: its forward cannot be traced ({error}); "
             "write it without branches on its input"
         ) from error
     values: dict[fx.Node, int] = {}
     layers: list[Layer] = []
-    for node in traced.nodes:
+    for node in fx_graph.nodes:
         if node.op == "placeholder":
             if values:
                 raise ValueError(f"{type(network).__name__} cannot be bounded: its forward takes more than the images")
@@ -82,7 +82,7 @@ def trace(network: nn.Module) -> Graph:
             if not isinstance(logits, fx.Node):
                 raise ValueError(f"{type(network).__name__} cannot be bounded: it returns more than logits")
             return Graph(tuple(layers), values[logits])
-        elif node.op != "get_attr":  # constants are read by those who use them
+        elif node.op != "get_attr":  # constants are read by the operations that use them
             layers.append(_layer(network, node, values))
             values[node] = len(layers)
     raise AssertionError("a traced graph ends with its output")
@@ -90,34 +90,34 @@ def trace(network: nn.Module) -> Graph:
 
 def _layer(network: nn.Module, node: fx.Node, values: dict[fx.Node, int]) -> Layer:
     module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-    what = getattr(node.target, "__name__", node.target) if module is None else type(module).__name__
-    name = f"{node.name if module is None else node.target} ({what})"
+    kind = getattr(node.target, "__name__", node.target) if module is None else type(module).__name__
+    name = f"{node.name if module is None else node.target} ({kind})"
     inputs = tuple(values[a] for a in node.args if isinstance(a, fx.Node) and a in values)
     try:
-        if _changes_its_input(node, module) and len(node.all_input_nodes[0].users) > 1:
-            raise Unsupported("it changes in place what another layer reads as well; give it its own copy")
+        if _modifies_input(node, module) and len(node.all_input_nodes[0].users) > 1:
+            raise Unsupported("it modifies in place a tensor that another layer reads; give it its own copy")
         if module is not None:
-            build = MODULES.get(type_before_parametrizations(module))  # a subclass may do anything in its forward
+            build = MODULES.get(type_before_parametrizations(module))  # exact type: a subclass may override forward
             bind = None if build is None else build(module)
         elif node.target in FUNCTIONS and len(inputs) == 1:
             bind = FUNCTIONS[node.target](*node.args[1:], **node.kwargs)
         else:
             bind = _arithmetic(network, node, values)
         if bind is None:
-            raise Unsupported("there are no bounds for it")
+            raise Unsupported("it has no bounds")
     except (Unsupported, TypeError) as error:
         raise ValueError(f"{name} cannot be bounded: {error}; supported are {SUPPORTED}") from None
     return Layer(name, inputs, bind)
 
 
-def _changes_its_input(node: fx.Node, module: nn.Module | None) -> bool:
+def _modifies_input(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         return bool(getattr(module, "inplace", False))
     return node.target in IN_PLACE or str(node.target).endswith("_") or bool(node.kwargs.get("inplace", False))
 
 
 def _arithmetic(network: nn.Module, node: fx.Node, values: dict[fx.Node, int]) -> Bind | None:
-    """The sum of two values, or + - * / of a value and a constant; None if the node is none of these."""
+    """The sum of two values, or + - * / of a value and a constant; None for other nodes."""
     kind = next((k for k in (ADDITIONS, SUBTRACTIONS, MULTIPLICATIONS, DIVISIONS) if node.target in k), None)
     if kind is None:
         return None
@@ -126,11 +126,11 @@ def _arithmetic(network: nn.Module, node: fx.Node, values: dict[fx.Node, int]) -
     left, right = node.args
     if left in values and right in values:
         if kind is not ADDITIONS:
-            raise Unsupported("of two branches only the sum has bounds")
-        return constantly(Sum())
+            raise Unsupported("only the sum of two branches has bounds")
+        return fixed_operation(Sum())
     if left not in values:
         if kind not in (ADDITIONS, MULTIPLICATIONS):
-            raise Unsupported("its first operand is a constant; write it with the constant last")
+            raise Unsupported("its first operand is a constant; write the constant second")
         right = left
 
     def bind(statistics: Statistics) -> Operation:
@@ -160,15 +160,15 @@ def _constant(network: nn.Module, argument: Any) -> Tensor:
 
 @contextmanager
 def batch_statistics_of(network: nn.Module) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Catches what every BatchNorm in training mode normalises by in the one forward inside the context.
+    """Captures the batch statistics of every BatchNorm in training mode during the one forward inside the context.
 
-    The statistics of the clean images, with their graph: bounds that normalise by them are those of the very function
-    that the clean forward computed, and no other forward moves the running statistics. (Bounds have no batch of their
-    own to take statistics of: no point of a box is more its sample than another.)
+    They are the statistics of the clean images, with their autograd graph: bounds normalised by them are bounds of
+    exactly the function that the clean forward computed, and no further forward updates the running statistics. (A box
+    has no batch statistics of its own, because none of its points is a sample.)
     """
     statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def catch(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def capture(layer: nn.Module, inputs: Any, output: Any) -> None:
         if layer.training:
             values = inputs[0]
             values = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -176,7 +176,7 @@ def batch_statistics_of(network: nn.Module) -> Iterator[dict[nn.Module, tuple[Te
             statistics[layer] = (mean, variance)
 
     layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    hooks = [layer.register_forward_hook(catch) for layer in layers]
+    hooks = [layer.register_forward_hook(capture) for layer in layers]
     try:
         yield statistics
     finally:

@@ -1,7 +1,7 @@
-"""Which layers have bounds, and what operation each makes of its weights.
+"""The layers that have bounds, and the operation that each stands for.
 
-A builder looks at a layer's settings once and refuses those without bounds; what it returns reads the weights anew at
-every call, through the module, so that masks apply and gradients reach weights and scores.
+A builder checks a layer's settings once and rejects those without bounds. The `Bind` that it returns reads the weights
+through the module at every call, so that masks apply and gradients reach weights and scores.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from pipeline.robustness.bounds.operations import (
     Convolution,
     Dense,
     Flatten,
+    Identity,
     MaxPool,
     Operation,
     Pair,
     Relu,
-    Same,
     Scale,
 )
 
 Statistics = Mapping[nn.Module, tuple[Tensor, Tensor]]
-"""BatchNorm layer in training mode -> (mean, biased variance) [channels] of the batch that it normalises by."""
+"""BatchNorm layer in training mode -> (mean, biased variance) of the batch, each [channels]."""
 
 Bind = Callable[[Statistics], Operation]
-"""Reads the weights as they are now."""
+"""Reads the current weights."""
 
 
 class Unsupported(ValueError):
-    """What stands in the way, without the layer's name."""
+    """Why a layer has no bounds; the caller adds the layer's name."""
 
 
 def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def constantly(operation: Operation) -> Bind:
+def fixed_operation(operation: Operation) -> Bind:
     return lambda statistics: operation
 
 
 def _convolution(layer: nn.Conv2d) -> Bind:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise Unsupported(f"padding {layer.padding!r} of mode {layer.padding_mode!r}; use a number of zeros")
+        raise Unsupported(f"padding {layer.padding!r} of mode {layer.padding_mode!r}; use numeric zero padding")
     stride, padding, dilation = _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation)
     return lambda statistics: Convolution(layer.weight, layer.bias, stride, padding, dilation, layer.groups)
 
@@ -64,7 +64,7 @@ def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> Bind:
         if layer in statistics:
             mean, variance = statistics[layer]
         elif layer.training or layer.running_mean is None or layer.running_var is None:
-            raise Unsupported("it normalises by batch statistics, which are not given; see batch_statistics_of")
+            raise Unsupported("it normalises by batch statistics, which are missing; see batch_statistics_of")
         else:
             mean, variance = layer.running_mean, layer.running_var
         factor = torch.rsqrt(variance + layer.eps)
@@ -79,7 +79,7 @@ def _dropout(layer: nn.Dropout | nn.Dropout2d) -> Bind:
     def bind(statistics: Statistics) -> Operation:
         if layer.training and layer.p > 0:
             raise Unsupported(f"dropout with p {layer.p} in training mode; train with p 0")
-        return Same()
+        return Identity()
 
     return bind
 
@@ -93,7 +93,7 @@ def _average(
     divisor_override: int | None = None,
 ) -> Bind:
     if divisor_override is not None:
-        raise Unsupported(f"divisor_override {divisor_override}; leave it out")
+        raise Unsupported(f"divisor_override {divisor_override}; remove it")
     kernels, paddings = _pair(kernel_size), _pair(padding)
     strides = kernels if stride is None else _pair(stride)
 
@@ -101,7 +101,7 @@ def _average(
         options = (kernels[axis], strides[axis], paddings[axis], ceil_mode, count_include_pad)
         return lambda size, like: F.avg_pool1d(torch.eye(size).to(like), *options)
 
-    return constantly(Average((matrix(0), matrix(1))))
+    return fixed_operation(Average((matrix(0), matrix(1))))
 
 
 def _adaptive_average(output_size: Any) -> Bind:
@@ -112,7 +112,7 @@ def _adaptive_average(output_size: Any) -> Bind:
             None if pooled in (None, size) else F.adaptive_avg_pool1d(torch.eye(size).to(like), pooled)
         )
 
-    return constantly(Average((matrix(sizes[0]), matrix(sizes[1]))))
+    return fixed_operation(Average((matrix(sizes[0]), matrix(sizes[1]))))
 
 
 def _max_pool(
@@ -124,19 +124,19 @@ def _max_pool(
     return_indices: bool = False,
 ) -> Bind:
     if _pair(dilation) != (1, 1) or ceil_mode or return_indices:
-        raise Unsupported("max pooling with dilation, ceil_mode or return_indices; leave them out")
+        raise Unsupported("max pooling with dilation, ceil_mode or return_indices; remove them")
     kernel = _pair(kernel_size)
-    return constantly(MaxPool(kernel, kernel if stride is None else _pair(stride), _pair(padding)))
+    return fixed_operation(MaxPool(kernel, kernel if stride is None else _pair(stride), _pair(padding)))
 
 
 def _flatten(start_dim: int = 0, end_dim: int = -1) -> Bind:
     if (start_dim, end_dim) != (1, -1):
         raise Unsupported(f"flatten from {start_dim} to {end_dim}; flatten from 1 to -1")
-    return constantly(Flatten())
+    return fixed_operation(Flatten())
 
 
 def _relu(inplace: bool = False) -> Bind:
-    return constantly(Relu())
+    return fixed_operation(Relu())
 
 
 MODULES: dict[type[nn.Module], Callable[[Any], Bind]] = {
@@ -159,11 +159,11 @@ MODULES: dict[type[nn.Module], Callable[[Any], Bind]] = {
         layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices
     ),
     nn.Flatten: lambda layer: _flatten(layer.start_dim, layer.end_dim),
-    nn.Identity: lambda layer: constantly(Same()),
+    nn.Identity: lambda layer: fixed_operation(Identity()),
     nn.Dropout: _dropout,
     nn.Dropout2d: _dropout,
 }
-"""Layer -> what it is made of."""
+"""Layer type -> builder, from the layer."""
 
 FUNCTIONS: dict[Any, Callable[..., Bind]] = {
     F.relu: _relu,
@@ -176,4 +176,4 @@ FUNCTIONS: dict[Any, Callable[..., Bind]] = {
     "relu_": _relu,
     "flatten": _flatten,
 }
-"""Function, or name of a tensor's method -> what it is made of, from the arguments after the tensor."""
+"""Function, or name of a tensor method -> builder, from the arguments after the tensor."""

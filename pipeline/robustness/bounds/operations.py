@@ -1,13 +1,13 @@
-"""What a network is made of, each with its interval and its linear bounds.
+"""A network's operations, each with interval and linear bounds.
 
 An operation maps boxes of its inputs to a box of its output (`interval`), and linear functions of its output to linear
-functions of its inputs (`pull`): for coefficients a [n, specs, ...output] it returns one coefficient tensor
-[n, specs, ...input] per input and two constants [n, specs] so that, wherever the inputs lie in their boxes,
+functions of its inputs (`bound_backward`): for coefficients a [n, specs, ...output] it returns one coefficient tensor
+[n, specs, ...input] per input and two constants [n, specs] such that, for all inputs in their boxes,
 
     sum(a * output) >= sum(coefficients * input) + low
 
-and, with `parallel` lines, sum(a * output) <= sum(coefficients * input) + high for the same coefficients. Affine
-operations are exact both ways. All of it is differentiable, in weights and in boxes.
+and, if `parallel`, sum(a * output) <= sum(coefficients * input) + high with the same coefficients. For affine
+operations both are equalities. Everything is differentiable with respect to weights and boxes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NARROW = 1e-6
-"""A box that is narrower is bounded by a line of slope 0 or 1; the slope of the chord would have gradients of 1e6."""
+"""Narrower boxes are bounded by a line of slope 0 or 1: the gradient of the chord's slope would reach 1e6."""
 
 Constant = Tensor | float
-Pulled = tuple[tuple[Tensor, ...], Constant, Constant]
+BackwardBound = tuple[tuple[Tensor, ...], Constant, Constant]
 Pair = tuple[int, int]
 
 
@@ -44,18 +44,18 @@ class Box(NamedTuple):
 
 
 class Operation(Protocol):
-    """One step of a network, with its weights as they are now."""
+    """One operation of a network, with its current weights."""
 
     mixes: ClassVar[bool]
-    """Whether an output depends on several inputs, so that the box of a chain of two is no longer the tightest."""
+    """Whether an output depends on several inputs, so that intervals of two such operations in a row are not tight."""
 
     def interval(self, *boxes: Box) -> Box: ...
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled: ...
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound: ...
 
 
 def _dot(a: Tensor, values: Tensor) -> Tensor:
-    """[n, specs, ...] and [n, ...] -> [n, specs]: the sum over everything else."""
+    """[n, specs, ...] and [n, ...] -> [n, specs]: the inner product over the other dimensions."""
     return torch.bmm(a.flatten(2), values.flatten(1).unsqueeze(2)).squeeze(2)
 
 
@@ -70,7 +70,7 @@ def highest(a: Tensor, box: Box) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Same:
+class Identity:
     """Identity, and dropout in eval mode."""
 
     mixes: ClassVar[bool] = False
@@ -78,7 +78,7 @@ class Same:
     def interval(self, *boxes: Box) -> Box:
         return boxes[0]
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         return (a,), 0.0, 0.0
 
 
@@ -102,19 +102,19 @@ class Convolution:
         radius = F.conv2d(box.radius, self.weight.abs(), None, *geometry)
         return Box(center - radius, center + radius)
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         geometry = zip(self.weight.shape[-2:], self.stride, self.padding, self.dilation, strict=True)
-        reached = [
+        covered_sizes = [
             (pooled - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
             for pooled, (kernel, stride, padding, dilation) in zip(a.shape[-2:], geometry, strict=True)
         ]
-        # What the stride never reached at the lower right; a transposed convolution has to be told of it.
-        left_over = [size - end for size, end in zip(boxes[0].lower.shape[-2:], reached, strict=True)]
-        back = F.conv_transpose2d(
-            a.flatten(0, 1), self.weight, None, self.stride, self.padding, left_over, self.groups, self.dilation
+        # Rows and columns at the lower right that the stride skips: output_padding of the transposed convolution.
+        output_padding = [size - end for size, end in zip(boxes[0].lower.shape[-2:], covered_sizes, strict=True)]
+        coefficients = F.conv_transpose2d(
+            a.flatten(0, 1), self.weight, None, self.stride, self.padding, output_padding, self.groups, self.dilation
         )
         constant = 0.0 if self.bias is None else a.sum(dim=(3, 4)) @ self.bias
-        return (back.unflatten(0, a.shape[:2]),), constant, constant
+        return (coefficients.unflatten(0, a.shape[:2]),), constant, constant
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ class Dense:
         radius = F.linear(boxes[0].radius, self.weight.abs())
         return Box(center - radius, center + radius)
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         constant = 0.0 if self.bias is None else a @ self.bias
         return (a @ self.weight,), constant, constant
 
 
 @dataclass(frozen=True)
 class Scale:
-    """x * factor + offset with constants that broadcast over the batch: normalisation, and BatchNorm."""
+    """x * factor + offset, broadcast over the batch: normalisation and BatchNorm."""
 
     factor: Tensor
     offset: Tensor
@@ -150,16 +150,16 @@ class Scale:
         radius = boxes[0].radius * self.factor.abs()
         return Box(center - radius, center + radius)
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         constant = (a * self.offset).flatten(2).sum(dim=2)
         return (a * self.factor,), constant, constant
 
 
 @dataclass(frozen=True)
 class Average:
-    """Average pooling of any kind: one matrix for rows and one for columns, both without negative entries.
+    """Average pooling of any kind: one non-negative matrix for rows and one for columns.
 
-    `matrices` are functions of (size, like) that give [size, pooled size]; None where an axis is left as it is.
+    `matrices` are functions of (size, like) that return [size, pooled size], or None if an axis is unchanged.
     """
 
     matrices: tuple[Callable[[int, Tensor], Tensor | None], Callable[[int, Tensor], Tensor | None]]
@@ -178,7 +178,7 @@ class Average:
 
         return Box(pool(boxes[0].lower), pool(boxes[0].upper))
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         rows, columns = self._of(boxes[0].lower)
         a = a if rows is None else rows @ a
         return (a if columns is None else a @ columns.T,), 0.0, 0.0
@@ -186,14 +186,14 @@ class Average:
 
 @dataclass(frozen=True)
 class Flatten:
-    """Everything but the batch becomes one dimension."""
+    """All dimensions except the batch become one."""
 
     mixes: ClassVar[bool] = False
 
     def interval(self, *boxes: Box) -> Box:
         return Box(boxes[0].lower.flatten(1), boxes[0].upper.flatten(1))
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         return (a.reshape(*a.shape[:2], *boxes[0].lower.shape[1:]),), 0.0, 0.0
 
 
@@ -207,7 +207,7 @@ class Sum:
         first, second = boxes
         return Box(first.lower + second.lower, first.upper + second.upper)
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         return (a, a), 0.0, 0.0
 
 
@@ -215,9 +215,9 @@ class Sum:
 class Relu:
     """max(x, 0).
 
-    Above an undecided one lies the chord of its box, below it a line through zero: of slope 1 where that leaves less
-    area, else 0 (CROWN: Zhang et al., NeurIPS 2018, table 2 and its adaptive choice); or, `parallel`, of the chord's
-    slope (Wang et al. 2018, symbolic linear relaxation).
+    An undecided (unstable) ReLU is bounded from above by the chord over its box and from below by a line through zero:
+    of slope 1 if that leaves less area, else 0 (CROWN: Zhang et al., NeurIPS 2018, table 2, adaptive choice); if
+    `parallel`, of the chord's slope (Wang et al. 2018, symbolic linear relaxation).
     """
 
     mixes: ClassVar[bool] = True
@@ -225,7 +225,7 @@ class Relu:
     def interval(self, *boxes: Box) -> Box:
         return Box(boxes[0].lower.relu(), boxes[0].upper.relu())
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         lower, upper = boxes[0]
         undecided = (lower < 0) & (upper > 0)
         width = upper - lower
@@ -233,7 +233,7 @@ class Relu:
         mostly_on = (upper > -lower).to(lower.dtype)
         decided = torch.where(undecided, mostly_on, (lower >= 0).to(lower.dtype))
         slope = torch.where(wide, upper / torch.where(wide, width, 1.0), decided)
-        # Any slope in [0, 1] is sound with this height, so that neither rounding nor a narrow box can make it too low.
+        # This height is sound for any slope in [0, 1], despite rounding and narrow boxes.
         height = torch.where(undecided, torch.maximum(-lower * slope, upper * (1 - slope)), 0.0)
         positive = a.relu()
         negative = a - positive
@@ -248,9 +248,9 @@ class Relu:
 class MaxPool:
     """MaxPool2d without dilation.
 
-    A window is at least its entry of highest lower bound, and at most the highest upper bound; where that entry beats
-    all others for certain, it is the window. With `parallel` lines an undecided window is only known to be between the
-    two constants.
+    A window's maximum is at least its entry of highest lower bound, and at most the highest upper bound; a window is
+    decided if no other entry can exceed that entry. If `parallel`, an undecided window is bounded by these two
+    constants.
     """
 
     kernel: Pair
@@ -265,7 +265,7 @@ class MaxPool:
     def interval(self, *boxes: Box) -> Box:
         return Box(self._pool(boxes[0].lower), self._pool(boxes[0].upper))
 
-    def pull(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> Pulled:
+    def bound_backward(self, a: Tensor, boxes: tuple[Box, ...], parallel: bool) -> BackwardBound:
         lower, upper = boxes[0]
         floor, ceiling = self._pool(lower), self._pool(upper)
         decided = self._rivals(upper, floor) == 1
@@ -276,19 +276,19 @@ class MaxPool:
             low = _dot(positive, loose_floor) + _dot(negative, loose_ceiling)
             high = _dot(negative, loose_floor) + _dot(positive, loose_ceiling)
             return (self._route(a * decided.unsqueeze(1), lower),), low, high
-        kept = positive + negative * decided.unsqueeze(1)
-        return (self._route(kept, lower),), _dot(negative, loose_ceiling), float("nan")
+        coefficients = positive + negative * decided.unsqueeze(1)
+        return (self._route(coefficients, lower),), _dot(negative, loose_ceiling), float("nan")
 
     def _rivals(self, upper: Tensor, floor: Tensor) -> Tensor:
-        """How many entries of every window may reach its highest lower bound; one of them always does."""
+        """Number of entries per window that may reach its highest lower bound; at least 1."""
         (rows, columns), (down, right) = self.padding, self.stride
         padded = F.pad(upper, (columns, columns, rows, rows), value=-torch.inf)
         windows = padded.unfold(2, self.kernel[0], down).unfold(3, self.kernel[1], right)
         return (windows >= floor[..., None, None]).flatten(4).sum(dim=4)
 
     def _route(self, a: Tensor, lower: Tensor) -> Tensor:
-        """Coefficients of windows -> of the entries that have the highest lower bound: the gradient of pooling."""
+        """Coefficients of windows -> of their entries of highest lower bound, as the gradient of pooling."""
         with torch.enable_grad():
             at = lower.detach().unsqueeze(1).expand(-1, a.shape[1], -1, -1, -1).flatten(0, 1).requires_grad_()
-            (routed,) = torch.autograd.grad(self._pool(at), at, a.flatten(0, 1), create_graph=a.requires_grad)
-        return routed.unflatten(0, a.shape[:2])
+            (coefficients,) = torch.autograd.grad(self._pool(at), at, a.flatten(0, 1), create_graph=a.requires_grad)
+        return coefficients.unflatten(0, a.shape[:2])

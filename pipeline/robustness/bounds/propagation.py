@@ -1,9 +1,9 @@
-"""Sound bounds of a network over boxes: intervals, one linear pass over them, and symbolic intervals.
+"""Sound bounds of a network over boxes: intervals, a linear backward pass over them, and symbolic intervals.
 
-Margins are lower bounds of logit_y - logit_j for every class j; the image is proved robust if all but the one of y
-itself, which is 0, are positive. Everything is computed in the weights' precision, float32 in practice, with autocast
-off: bfloat16 keeps 8 bits, and a bound that was rounded the wrong way by a percent bounds nothing. float32 rounds to
-nearest as well, so a bound may err as the network's own forward does, by about 1e-6 of the largest activation.
+Margins are lower bounds of logit_y - logit_j for every class j; an image is proved robust if all of them are positive,
+except that of y itself, which is 0. Everything is computed in the weights' dtype, float32 in practice, with autocast
+off: bfloat16 has 8 significant bits, and rounding errors of that size make a bound unsound. float32 rounds to nearest
+as well, so a bound has the same error as the network's own forward, about 1e-6 of the largest activation.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RUNNING: Statistics = MappingProxyType({})
 
 
 def linf_box(x: Tensor, eps: float) -> Box:
-    """All images within eps of x in every pixel and in [0, 1]: the valid range, not the range that x happens to use."""
+    """All images within eps of x in every pixel, clipped to the valid range [0, 1]."""
     return Box((x - eps).clamp(0.0, 1.0), (x + eps).clamp(0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Boxes of all values of a network, and what follows from them."""
+    """Boxes of all values of a network, and the margins derived from them."""
 
     graph: Graph
     operations: tuple[Operation, ...]
@@ -43,7 +43,7 @@ class Bounds:
         return self.boxes[self.graph.output]
 
     def interval_margins(self, y: Tensor) -> Tensor:
-        """Margins [n, classes] from the boxes, the last linear layer merged with the difference of logits.
+        """Margins [n, classes] from the boxes, with the last linear layer merged into the difference of logits.
 
         (Gowal et al. 2018, section 3, "elision of the last layer".)
         """
@@ -51,32 +51,32 @@ class Bounds:
             a, value, constant = _differences(y, self.logits.lower), self.graph.output, 0.0
             while value and isinstance(operation := self.operations[value - 1], Dense):
                 (value,) = self.graph.layers[value - 1].inputs
-                (a,), low, _ = operation.pull(a, (self.boxes[value],), parallel=False)
+                (a,), low, _ = operation.bound_backward(a, (self.boxes[value],), parallel=False)
                 constant = constant + low
             return lowest(a, self.boxes[value]) + constant
 
     def linear_margins(self, y: Tensor, parallel: bool = False) -> Tensor:
-        """Margins [n, classes] as linear functions of the image, carried back through all layers.
+        """Margins [n, classes] as linear functions of the image, propagated backward through all layers.
 
-        With boxes from intervals this is CROWN-IBP (Zhang et al., ICLR 2020, section 3.2); with `parallel` lines and
-        symbolic boxes, the symbolic intervals of MixTrain.
+        With interval boxes this is CROWN-IBP (Zhang et al., ICLR 2020, section 3.2); with `parallel` lines and symbolic
+        boxes, the symbolic intervals of MixTrain.
         """
         with torch.autocast(y.device.type, enabled=False):
             a = _differences(y, self.logits.lower)
-            low, _ = _pull_back(self.graph.layers, self.operations, self.boxes, self.graph.output, a, parallel)
+            low, _ = _bound_backward(self.graph.layers, self.operations, self.boxes, self.graph.output, a, parallel)
         return low
 
 
 def proved(margins: Tensor, y: Tensor) -> Tensor:
-    """Whether margins [n, classes] leave no class but y [n] possible: bool [n]."""
+    """Whether margins [n, classes] rule out every class but y [n]: bool [n]."""
     return (margins > 0).scatter(1, y.unsqueeze(1), True).all(dim=1)
 
 
 def interval_bounds(graph: Graph, box: Box, statistics: Statistics = RUNNING) -> Bounds:
     """Interval bound propagation (Gowal et al. 2018, section 3): center and radius through every layer.
 
-    `box` is of images [n, channels, h, w]; BatchNorm in training mode needs `batch_statistics_of` the clean forward.
-    Errors: ValueError where statistics are missing.
+    `box` holds images [n, channels, h, w]; BatchNorm in training mode needs `batch_statistics_of` the clean forward.
+    Errors: ValueError if statistics are missing.
     """
     with torch.autocast(box.lower.device.type, enabled=False):
         operations = _bind(graph, statistics)
@@ -87,47 +87,47 @@ def interval_bounds(graph: Graph, box: Box, statistics: Statistics = RUNNING) ->
 
 
 def symbolic_bounds(graph: Graph, box: Box, statistics: Statistics = RUNNING) -> Bounds:
-    """Symbolic intervals (Wang et al., MixTrain, 2018): what enters a ReLU is a linear function of the image.
+    """Symbolic intervals (Wang et al., MixTrain, 2018): a ReLU's input is bounded by linear functions of the image.
 
-    An undecided ReLU lies between two parallel lines. The published code carries the linear functions forwards, with
-    one symbol per pixel and per undecided ReLU; here they are carried back from where they are needed, which gives the
-    same numbers in less memory, and each box is cut with that of intervals, which is tighter. Only undecided ReLUs need
-    it; counting them costs a GPU one wait per layer. Takes time and memory in proportion to n times their number.
+    An undecided ReLU lies between two parallel lines. The published code propagates the linear functions forward, with
+    one symbol per pixel and per undecided ReLU; propagating backward from each layer gives the same numbers in less
+    memory, and each box is intersected with the interval box, which is tighter. Only undecided ReLUs are refined;
+    counting them costs one GPU synchronisation per layer. Time and memory are proportional to n times their number.
     """
     with torch.autocast(box.lower.device.type, enabled=False):
         operations = _bind(graph, statistics)
-        wanted: dict[int, list[Operation]] = {}
+        readers: dict[int, list[Operation]] = {}
         for layer, operation in zip(graph.layers, operations, strict=True):
             if isinstance(operation, Relu | MaxPool):
-                wanted.setdefault(layer.inputs[0], []).append(operation)
+                readers.setdefault(layer.inputs[0], []).append(operation)
         boxes, depths = [box], [0]
         for value, (layer, operation) in enumerate(zip(graph.layers, operations, strict=True), start=1):
             boxes.append(operation.interval(*(boxes[i] for i in layer.inputs)))
             depths.append(max(depths[i] for i in layer.inputs) + operation.mixes)
-            if value in wanted and depths[value] > 1:  # up to the first layer that mixes, boxes are exact
-                boxes[value] = _refined(graph.layers, operations, boxes, value, wanted[value])
+            if value in readers and depths[value] > 1:  # boxes are exact up to the first layer that mixes
+                boxes[value] = _refine(graph.layers, operations, boxes, value, readers[value])
         return Bounds(graph, operations, tuple(boxes))
 
 
-def _refined(
+def _refine(
     layers: tuple[Layer, ...],
     operations: tuple[Operation, ...],
     boxes: list[Box],
     value: int,
     readers: list[Operation],
 ) -> Box:
-    """The box of `value`, cut with its symbolic bounds where that can matter to its readers."""
+    """The box of `value`, intersected with its symbolic bounds where its readers can use them."""
     lower, upper = (bound.flatten(1) for bound in boxes[value])
-    chosen = torch.ones_like(lower[0], dtype=torch.bool)
+    to_refine = torch.ones_like(lower[0], dtype=torch.bool)
     if all(isinstance(reader, Relu) for reader in readers):
-        chosen = ((lower < 0) & (upper > 0)).any(dim=0)
-    index = chosen.nonzero().squeeze(1)
+        to_refine = ((lower < 0) & (upper > 0)).any(dim=0)
+    index = to_refine.nonzero().squeeze(1)
     if len(index) == 0:
         return boxes[value]
     shape = boxes[value].lower.shape
     a = F.one_hot(index, lower.shape[1]).to(lower.dtype).expand(len(lower), -1, -1).reshape(len(lower), -1, *shape[1:])
-    low, high = _pull_back(layers, operations, boxes, value, a, parallel=True)
-    # By rounding alone the two could cross, and each layer of intervals would make more of such a negative width.
+    low, high = _bound_backward(layers, operations, boxes, value, a, parallel=True)
+    # Rounding could make the two cross, and interval propagation would amplify the negative width.
     low = torch.minimum(torch.maximum(lower[:, index], low), upper[:, index])
     high = torch.maximum(torch.minimum(upper[:, index], high), low)
     return Box(lower.index_copy(1, index, low).view(shape), upper.index_copy(1, index, high).view(shape))
@@ -149,7 +149,7 @@ def _differences(y: Tensor, like: Tensor) -> Tensor:
     return eye[y].unsqueeze(1) - eye
 
 
-def _pull_back(
+def _bound_backward(
     layers: tuple[Layer, ...],
     operations: tuple[Operation, ...],
     boxes: tuple[Box, ...] | list[Box],
@@ -164,8 +164,10 @@ def _pull_back(
         if (coefficients := pending.pop(index, None)) is None:
             continue
         inputs = layers[index - 1].inputs
-        pulled, below, above = operations[index - 1].pull(coefficients, tuple(boxes[i] for i in inputs), parallel)
+        input_coefficients, below, above = operations[index - 1].bound_backward(
+            coefficients, tuple(boxes[i] for i in inputs), parallel
+        )
         low, high = low + below, high + above
-        for i, part in zip(inputs, pulled, strict=True):
+        for i, part in zip(inputs, input_coefficients, strict=True):
             pending[i] = pending[i] + part if i in pending else part
     return lowest(pending[0], boxes[0]) + low, highest(pending[0], boxes[0]) + high

@@ -1,4 +1,4 @@
-"""Robust training techniques: functions that are given the attack and return a loss."""
+"""Robust training objectives: functions of a micro-batch that return its loss and counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def attack_strength(objective: schema.Objective, phase: str, elapsed: float) -> float:
-    """Share of its eps and step_size that an attack has, in [0, 1], when `elapsed` of a phase is done."""
+    """Fraction of eps and step_size, in [0, 1], that an attack uses after the fraction `elapsed` of a phase."""
     if phase != "pretrain" or not isinstance(objective, Attacking):
         return 1.0
     return strength_at(elapsed, objective.eps_warmup)
@@ -54,13 +54,12 @@ def attack_strength(objective: schema.Objective, phase: str, elapsed: float) -> 
 
 @singledispatch
 def build_objective(objective: Technique, threat_model: ThreatModel | None, phase: str, level: int = 0) -> Objective:
-    """The objective that a recipe names, for a phase; eps, step_size and sigma are in pixels.
+    """The recipe's objective for a phase; eps, step_size and sigma are in pixel units.
 
-    From `level` 1 on, a one-step objective is adversarial training by PGD (see `pipeline.robustness.overfitting`).
+    From `level` 1 on, a one-step objective becomes PGD adversarial training (see `pipeline.robustness.overfitting`).
 
-    Schedules of eps and of mixing run in pretrain only: the other phases begin with a network that is robust at the
-    whole of it. The techniques that need a threat model have it in their signature; a recipe without it is refused when
-    it is read.
+    Schedules of eps and of loss weights run in pretrain only: the other phases start from a network trained at full
+    eps. Objectives that need a threat model require it in their signature; the recipe's validation ensures it is set.
     """
     raise NotImplementedError(f"{type(objective).__name__} has no training")
 
@@ -75,7 +74,7 @@ def _(objective: Pgd | Fgsm, threat_model: ThreatModel, phase: str, level: int =
     def train(ball: Ball, step_size: float) -> Objective:
         return adversarial_training(ball, objective.steps, step_size)
 
-    return _attacking(objective, threat_model, phase, level, train)
+    return _with_attack(objective, threat_model, phase, level, train)
 
 
 @build_objective.register
@@ -83,12 +82,12 @@ def _(objective: Nfgsm, threat_model: ThreatModel, phase: str, level: int = 0) -
     def train(ball: Ball, step_size: float) -> Objective:
         return nfgsm_training(LinfBall(ball.eps), step_size, objective.noise_magnitude)
 
-    return _attacking(objective, threat_model, phase, level, train)
+    return _with_attack(objective, threat_model, phase, level, train)
 
 
 @build_objective.register
 def _(objective: Free, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
-    return _attacking(objective, threat_model, phase, level, free_training)
+    return _with_attack(objective, threat_model, phase, level, free_training)
 
 
 @build_objective.register
@@ -96,7 +95,7 @@ def _(objective: Trades, threat_model: ThreatModel, phase: str, level: int = 0) 
     def train(ball: Ball, step_size: float) -> Objective:
         return trades_training(ball, objective.steps, step_size, objective.beta)
 
-    return _attacking(objective, threat_model, phase, level, train)
+    return _with_attack(objective, threat_model, phase, level, train)
 
 
 @build_objective.register
@@ -115,33 +114,33 @@ def _(objective: SmoothAdv, threat_model: ThreatModel, phase: str, level: int = 
         smoothing = float(objective.sigma), objective.noise_samples
         return smoothadv_training(L2Ball(ball.eps), objective.steps, step_size, *smoothing)
 
-    return _attacking(objective, threat_model, phase, level, train)
+    return _with_attack(objective, threat_model, phase, level, train)
 
 
 @build_objective.register
 def _(objective: Ibp | CrownIbp, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
     kappa = (objective.kappa_start, objective.kappa_end)
     crown = (objective.crown_start, objective.crown_end) if isinstance(objective, CrownIbp) else (0.0, 0.0)
-    return _scheduled(certified_training(float(threat_model.eps), objective.eps_ramp, kappa, crown), phase)
+    return _with_schedules(certified_training(float(threat_model.eps), objective.eps_ramp, kappa, crown), phase)
 
 
 @build_objective.register
 def _(objective: MixTrain, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
     robust = objective.robust_samples, objective.robust_probability
     weight = (objective.robust_weight_start, objective.robust_weight_end)
-    return _scheduled(mixtrain_training(float(threat_model.eps), objective.eps_ramp, *robust, weight), phase)
+    return _with_schedules(mixtrain_training(float(threat_model.eps), objective.eps_ramp, *robust, weight), phase)
 
 
-def _attacking(
+def _with_attack(
     objective: Attacking,
     threat_model: ThreatModel,
     phase: str,
     level: int,
     train: Callable[[Ball, float], Objective],
 ) -> Objective:
-    """`train` with the ball and step size that the attack has: growing in pretrain, at once whole in other phases.
+    """`train` with the ball and step size of the attack: warmed up in pretrain, at full strength in other phases.
 
-    eps and step_size grow in proportion, as N-FGSM's step is not held back by any ball.
+    eps and step_size grow together, because N-FGSM's step is not projected onto the ball.
     """
 
     def at(strength: float) -> Objective:
@@ -154,18 +153,18 @@ def _attacking(
     if phase != "pretrain" or not objective.eps_warmup:
         return at(1.0)
 
-    def warming_up(given: ObjectiveInput) -> ObjectiveOutput:
-        return at(strength_at(given.elapsed, objective.eps_warmup))(given)
+    def with_warmup(batch: ObjectiveInput) -> ObjectiveOutput:
+        return at(strength_at(batch.elapsed, objective.eps_warmup))(batch)
 
-    return warming_up
+    return with_warmup
 
 
-def _scheduled(objective: Objective, phase: str) -> Objective:
-    """With its schedules over pretrain; at their end throughout the other phases."""
+def _with_schedules(objective: Objective, phase: str) -> Objective:
+    """The objective, with schedules running over pretrain and fixed at their end values in the other phases."""
     if phase == "pretrain":
         return objective
 
-    def settled(given: ObjectiveInput) -> ObjectiveOutput:
-        return objective(replace(given, elapsed=1.0))
+    def at_schedule_end(batch: ObjectiveInput) -> ObjectiveOutput:
+        return objective(replace(batch, elapsed=1.0))
 
-    return settled
+    return at_schedule_end

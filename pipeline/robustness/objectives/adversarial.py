@@ -1,4 +1,4 @@
-"""Cross-entropy on clean images, and on adversarial ones."""
+"""Cross-entropy on clean images and on adversarial examples."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pipeline.robustness.objectives.base import (
 )
 
 
-def clean_training(given: ObjectiveInput) -> ObjectiveOutput:
-    """Empirical risk minimisation: cross-entropy on the images as they are."""
-    logits = given.forward(given.x).float()
-    return ObjectiveOutput(F.cross_entropy(logits, given.y), count_correct(logits, given.y), None)
+def clean_training(batch: ObjectiveInput) -> ObjectiveOutput:
+    """Empirical risk minimisation: cross-entropy on clean images."""
+    logits = batch.forward(batch.x).float()
+    return ObjectiveOutput(F.cross_entropy(logits, batch.y), count_correct(logits, batch.y), None)
 
 
 def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
     """Cross-entropy on PGD examples (Madry et al., ICLR 2018, equation 2.1).
 
-    The attack maximises the same loss from a uniform start in the ball. With one step it is fast adversarial training
-    (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
+    The attack maximises the same loss from a uniform start in the ball. With one step, this is fast adversarial
+    training (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
     """
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        return _attacked(given, ball, steps, step_size, lambda: ball.random_start(given.x, given.keys))
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        return _loss_under_attack(batch, ball, steps, step_size, lambda: ball.random_start(batch.x, batch.keys))
 
     return objective
 
@@ -41,34 +41,34 @@ def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
 def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Objective:
     """Cross-entropy on N-FGSM examples (de Jorge et al., NeurIPS 2022, algorithm 1).
 
-    Uniform noise of up to magnitude * eps per pixel, then one signed step. Nothing is projected onto the ball, so an
-    example may lie magnitude * eps + step_size away; noisy image and example are clipped to [0, 1].
+    Uniform noise of up to magnitude * eps per pixel, then one signed step. There is no projection onto the ball, so an
+    example may be magnitude * eps + step_size away; noisy image and example are clipped to [0, 1].
     """
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
         def start() -> Tensor:
-            noise = 2.0 * uniform_noise(given.keys, given.x.shape[1:]) - 1.0
-            return (given.x + magnitude * ball.eps * noise).clamp_(0.0, 1.0)
+            noise = 2.0 * uniform_noise(batch.keys, batch.x.shape[1:]) - 1.0
+            return (batch.x + magnitude * ball.eps * noise).clamp_(0.0, 1.0)
 
-        return _attacked(given, LinfBall(math.inf), 1, step_size, start)
+        return _loss_under_attack(batch, LinfBall(math.inf), 1, step_size, start)
 
     return objective
 
 
-def _attacked(
-    given: ObjectiveInput, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]
+def _loss_under_attack(
+    batch: ObjectiveInput, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]
 ) -> ObjectiveOutput:
-    """Cross-entropy on what PGD makes of the start, which is part of the attack."""
-    y = given.y
-    with given.attacking(), crafting(given.network, given.autocast):
+    """Cross-entropy on PGD examples; computing `start` counts as part of the attack."""
+    y = batch.y
+    with batch.attacking(), crafting(batch.network, batch.autocast):
         x_adv = pgd(
-            craft_forward(given.network, given.autocast),
-            given.x,
+            craft_forward(batch.network, batch.autocast),
+            batch.x,
             lambda logits: F.cross_entropy(logits, y, reduction="none"),
             ball=ball,
             steps=steps,
             step_size=step_size,
             start=start(),
         )
-    logits = given.forward(x_adv).float()
+    logits = batch.forward(x_adv).float()
     return ObjectiveOutput(F.cross_entropy(logits, y), None, count_correct(logits, y))

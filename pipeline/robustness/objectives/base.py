@@ -1,4 +1,4 @@
-"""What an objective is, what it is given and what it returns."""
+"""The objective protocol, with its input and output."""
 
 from __future__ import annotations
 
@@ -11,36 +11,32 @@ import torch
 from torch import Tensor, nn
 
 Autocast = Callable[[], AbstractContextManager[object]]
-"""Opens the engine's mixed-precision context anew at every call; nullcontext for fp32."""
+"""Returns a new mixed-precision context of the engine at every call; nullcontext for fp32."""
 
 Forward = Callable[[Tensor], Tensor]
-
-
-def nothing_left() -> None:
-    """Most objectives are done when they return."""
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
     """The loss of a micro-batch, a float32 scalar with its graph, and counts of correct predictions, scalar int64.
 
-    The counts are of the forwards that the loss is made of; None where the objective has no such forward.
+    The counts come from the forwards of the loss; None if the objective has no such forward.
     """
 
     loss: Tensor
     clean_correct: Tensor | None
     robust_correct: Tensor | None
-    after_backward: Callable[[], None] = nothing_left
-    """Called right after the loss's backward, before the parameters move: for what needs the gradient that this one
-    backward leaves at tensors of the objective's own."""
+    after_backward: Callable[[], None] = lambda: None
+    """Called after the loss's backward and before the optimizer step, for objectives that use the gradient of their own
+    tensors."""
 
 
 @dataclass(frozen=True)
 class ObjectiveInput:
-    """One micro-batch, and what an objective may do with it.
+    """One micro-batch and the network to train on it.
 
-    `network` is the bare module that adversarial examples are crafted on; `forward` is what the update's forwards go
-    through, an engine with its own autocast. Both lead to the same weights.
+    Adversarial examples are crafted on `network`, the bare module; the update's forwards use `forward`, an engine with
+    its own autocast. Both share the same weights.
     """
 
     network: nn.Module
@@ -53,27 +49,27 @@ class ObjectiveInput:
     """One random stream per sample, [n] int64."""
     autocast: Autocast = nullcontext
     elapsed: float = 0.0
-    """Share of the phase's steps that are done, in [0, 1): what schedules of eps and of mixing go by."""
+    """Fraction of the phase's steps completed, in [0, 1); schedules of eps and of loss weights depend on it."""
     attacking: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Opened around the attack, for whoever wants to know how long it takes; nothing else depends on it."""
+    """Context entered around the attack, to time it."""
     noise: Tensor | None = None
-    """Perturbation [n, ...] float32 of this micro-batch's places in the step, 0 when a stage begins; what is written
-    to it is there again in the next step. For objectives that carry one; None for the others."""
+    """Perturbation [n, ...] float32 of this micro-batch's positions in the step, 0 at the start of a stage. Values
+    written in place persist to the next step. None unless the objective carries a perturbation."""
 
 
 class Objective(Protocol):
-    """A robust training technique, as a function."""
+    """A training objective."""
 
-    def __call__(self, given: ObjectiveInput) -> ObjectiveOutput:
-        """The loss of one micro-batch. The caller calls backward, once."""
+    def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput:
+        """The loss of one micro-batch; the caller calls backward on it once."""
         ...
 
 
 def craft_forward(network: nn.Module, autocast: Autocast) -> Forward:
-    """A forward for crafting: under autocast, which the bare module lacks, with float32 logits.
+    """A forward for crafting examples: under autocast, which the bare module lacks, with float32 logits.
 
-    Autocast is opened per forward, because it keeps its casts of the weights until it is left: one made under no_grad
-    would stand in for the weight in a later forward.
+    Each forward enters its own autocast context, because autocast caches weight casts until exit: a cast made under
+    no_grad would be reused by later forwards, without a graph to the weight.
     """
 
     def forward(images: Tensor) -> Tensor:
@@ -86,5 +82,5 @@ def craft_forward(network: nn.Module, autocast: Autocast) -> Forward:
 
 @torch.no_grad()
 def count_correct(logits: Tensor, y: Tensor) -> Tensor:
-    """How many of logits [n, classes] have their largest entry at y [n]: scalar int64 on the same device."""
+    """Number of logits [n, classes] whose argmax is y [n]: scalar int64 on the same device."""
     return (logits.argmax(dim=1) == y).sum()

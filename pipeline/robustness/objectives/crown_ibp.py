@@ -1,4 +1,4 @@
-"""Training by sound bounds: interval bound propagation and CROWN-IBP."""
+"""Certified training: interval bound propagation (IBP) and CROWN-IBP."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.robustness.objectives.base import Objective, ObjectiveInput, Objec
 
 
 def worst_case_loss(margins: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of the worst logits that margins [n, classes] allow (Wong and Kolter, ICML 2018, theorem 2).
+    """Mean cross-entropy of the worst-case logits of margins [n, classes] (Wong and Kolter, ICML 2018, theorem 2).
 
-    Each class gets the highest value that logit_j - logit_y may take, and y itself 0: an upper bound of the loss of
-    every image in the box.
+    The logit of class j is the upper bound of logit_j - logit_y, 0 for y itself: an upper bound of the loss of every
+    image in the box.
     """
     return F.cross_entropy(-margins, y)
 
@@ -27,29 +27,29 @@ def certified_training(eps: float, ramp: float, kappa: tuple[float, float], crow
 
     The worst case is that of the margins beta * CROWN-IBP + (1 - beta) * IBP (Zhang et al., ICLR 2020, equations 10 and
     11); beta 0 throughout is plain interval bound propagation (Gowal et al. 2018, equation 13). eps rises from 0 over
-    the share `ramp` of the phase, while kappa and beta (`crown`) go from the first to the second of their pair. Counts
-    as robust what either bound proves at the eps of the moment.
+    the fraction `ramp` of the phase, while kappa and beta (`crown`) move from the first to the second value of their
+    pair. An image counts as robust if either bound proves it at the current eps.
 
-    The bounds are taken on the bare network in float32, whatever the engine's precision: bfloat16 bounds are not sound.
-    BatchNorm normalises them by the clean micro-batch, whose forward the engine does; the loss always contains it, even
-    at kappa 0, because ZeRO prepares its reduction of gradients when that forward's gradient arrives.
+    Bounds are computed on the bare network in float32, whatever the engine's precision: bfloat16 bounds are not sound.
+    BatchNorm normalises them by the statistics of the clean micro-batch, whose forward runs through the engine; the
+    loss always includes that forward, even at kappa 0, because ZeRO sets up gradient reduction in its backward.
     """
     graph_of = lru_cache(maxsize=1)(trace)
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        y = given.y
-        with batch_statistics_of(given.network) as statistics:
-            clean = given.forward(given.x).float()
-        box = linf_box(given.x, ramp_at(0.0, eps, ramp, given.elapsed))
-        bounds = interval_bounds(graph_of(given.network), box, statistics)
-        margins = best = bounds.interval_margins(y)
-        beta = ramp_at(*crown, ramp, given.elapsed)
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        y = batch.y
+        with batch_statistics_of(batch.network) as statistics:
+            clean = batch.forward(batch.x).float()
+        box = linf_box(batch.x, ramp_at(0.0, eps, ramp, batch.elapsed))
+        bounds = interval_bounds(graph_of(batch.network), box, statistics)
+        margins = tightest = bounds.interval_margins(y)
+        beta = ramp_at(*crown, ramp, batch.elapsed)
         if beta > 0:
             linear = bounds.linear_margins(y)
-            best = torch.maximum(margins, linear)
+            tightest = torch.maximum(margins, linear)
             margins = beta * linear + (1.0 - beta) * margins
-        natural = ramp_at(*kappa, ramp, given.elapsed)
+        natural = ramp_at(*kappa, ramp, batch.elapsed)
         loss = natural * F.cross_entropy(clean, y) + (1.0 - natural) * worst_case_loss(margins, y)
-        return ObjectiveOutput(loss, count_correct(clean, y), proved(best, y).sum())
+        return ObjectiveOutput(loss, count_correct(clean, y), proved(tightest, y).sum())
 
     return objective

@@ -10,25 +10,25 @@ from pipeline.robustness.objectives.base import Objective, ObjectiveInput, Objec
 
 
 def free_training(ball: Ball, step_size: float) -> Objective:
-    """Cross-entropy of x + noise, clipped to [0, 1]; the same backward moves the noise (their algorithm 1).
+    """Cross-entropy of x + noise, clipped to [0, 1]; the same backward updates the noise (their algorithm 1).
 
-    One steepest step up the loss, then back into the ball: the noise is ready for the next step, on the same images or
-    the next ones. Nothing is crafted, so a step costs what a clean one does, and BatchNorm is in training mode in its
-    one forward, whose predictions are the robust count. A pixel that clipping holds at 0 or 1 has no gradient, and
-    leaves its noise as it is. Who replays the images is the loop; see `pipeline.training.batches`.
+    The noise takes one step of steepest ascent, is projected onto the ball and is used in the next step, on the same
+    images or the next ones. There is no separate attack, so a step costs as much as a clean one; BatchNorm is in
+    training mode in its only forward, whose predictions give the robust count. A pixel clipped to 0 or 1 has no
+    gradient, so its noise does not change. The training loop replays the images; see `pipeline.training.batches`.
     """
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        carried = given.noise
-        assert carried is not None, "free training carries its noise from step to step"
-        noise = carried.detach().requires_grad_(True)
-        logits = given.forward((given.x + noise).clamp(0.0, 1.0)).float()
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        perturbation = batch.noise
+        assert perturbation is not None, "free training carries its noise from step to step"
+        noise = perturbation.detach().requires_grad_(True)
+        logits = batch.forward((batch.x + noise).clamp(0.0, 1.0)).float()
 
         @torch.no_grad()
-        def move() -> None:
+        def update_noise() -> None:
             assert noise.grad is not None
-            carried.copy_(ball.confine(ball.step(carried, noise.grad, step_size)))
+            perturbation.copy_(ball.confine(ball.step(perturbation, noise.grad, step_size)))
 
-        return ObjectiveOutput(F.cross_entropy(logits, given.y), None, count_correct(logits, given.y), move)
+        return ObjectiveOutput(F.cross_entropy(logits, batch.y), None, count_correct(logits, batch.y), update_noise)
 
     return objective

@@ -1,8 +1,8 @@
-"""Training for randomized smoothing: on Gaussian noise, for stability under it, and on attacks of the smoothed network.
+"""Training for randomized smoothing: Gaussian noise augmentation, stability training, and SmoothAdv.
 
-The smoothed network answers what the network most often answers for x + N(0, sigma^2 I) (Cohen et al., ICML 2019,
-equation 1); `evaluate.certify` proves the radius in which it does. Noisy images are never clipped to [0, 1]: the proof
-is about the whole Gaussian, and certification does not clip either.
+The smoothed classifier returns the class that the network predicts most often for x + N(0, sigma^2 I) (Cohen et al.,
+ICML 2019, equation 1); `pipeline.evaluation.measures.randomized_smoothing` certifies its radius. Noisy images are never
+clipped to [0, 1]: the certificate assumes the full Gaussian.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from pipeline.robustness.objectives.base import (
 from pipeline.robustness.objectives.trades import kl_divergence
 
 
-def _noisy(given: ObjectiveInput, sigma: float) -> Tensor:
-    return given.x + sigma * gaussian_noise(given.keys, given.x.shape[1:])
+def _noisy(batch: ObjectiveInput, sigma: float) -> Tensor:
+    return batch.x + sigma * gaussian_noise(batch.keys, batch.x.shape[1:])
 
 
 def noise_training(sigma: float) -> Objective:
     """Cross-entropy on noisy images (Cohen et al., ICML 2019, section 3.3)."""
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        logits = given.forward(_noisy(given, sigma)).float()
-        return ObjectiveOutput(F.cross_entropy(logits, given.y), None, count_correct(logits, given.y))
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        logits = batch.forward(_noisy(batch, sigma)).float()
+        return ObjectiveOutput(F.cross_entropy(logits, batch.y), None, count_correct(logits, batch.y))
 
     return objective
 
 
 def stability_training(sigma: float, beta: float) -> Objective:
-    """CE(f(x), y) + beta * mean KL(p(x) || p(x + noise)) (Li et al., NeurIPS 2019, with the KL that HYDRA takes).
+    """CE(f(x), y) + beta * mean KL(p(x) || p(x + noise)) (Li et al., NeurIPS 2019, with HYDRA's KL).
 
-    The gradient flows through both sides, and clean and noisy images are two forwards, for the reasons that TRADES has.
+    The gradient flows through both sides, and clean and noisy images take separate forwards, as in `trades_training`.
     """
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        clean, noisy = given.forward(given.x).float(), given.forward(_noisy(given, sigma)).float()
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        clean, noisy = batch.forward(batch.x).float(), batch.forward(_noisy(batch, sigma)).float()
         divergence = kl_divergence(clean.log_softmax(dim=1), noisy.log_softmax(dim=1))
-        loss = F.cross_entropy(clean, given.y) + beta * divergence.mean()
-        return ObjectiveOutput(loss, count_correct(clean, given.y), count_correct(noisy, given.y))
+        loss = F.cross_entropy(clean, batch.y) + beta * divergence.mean()
+        return ObjectiveOutput(loss, count_correct(clean, batch.y), count_correct(noisy, batch.y))
 
     return objective
 
 
 def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float, samples: int) -> Objective:
-    """Cross-entropy on noisy adversarial examples of the smoothed network (Salman et al., NeurIPS 2019, algorithm 1).
+    """Cross-entropy on noisy adversarial examples of the smoothed classifier (Salman et al., NeurIPS 2019, alg. 1).
 
     The attack starts at x, stays in the ball and in [0, 1], and maximises -log of the probability of y averaged over
-    `samples` noises (their equation 6). The update is the mean cross-entropy of the example under the same noises, in
+    `samples` noise draws (their equation 6). The loss is the mean cross-entropy of the example under the same draws, in
     one forward of n * samples images. An image counts as correct if the averaged probability is highest at y.
     """
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        x, y = given.x, given.y
-        keys = derived_keys(given.keys, torch.arange(samples, device=x.device))
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        x, y = batch.x, batch.y
+        keys = derived_keys(batch.keys, torch.arange(samples, device=x.device))
         noise = sigma * gaussian_noise(keys.flatten(), x.shape[1:]).unflatten(0, (len(x), samples))
 
         def noisy(images: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float,
             log_p = logits.log_softmax(dim=1).unflatten(0, (len(x), samples))
             return log_p.logsumexp(dim=1) - math.log(samples)
 
-        with given.attacking(), crafting(given.network, given.autocast):
-            logits_of = craft_forward(given.network, given.autocast)
+        with batch.attacking(), crafting(batch.network, batch.autocast):
+            logits_of = craft_forward(batch.network, batch.autocast)
             x_adv = pgd(
                 lambda images: log_average(logits_of(noisy(images))),
                 x,
@@ -85,7 +85,7 @@ def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float,
                 step_size=step_size,
                 start=x,
             )
-        logits = given.forward(noisy(x_adv)).float()
+        logits = batch.forward(noisy(x_adv)).float()
         loss = F.cross_entropy(logits, y.repeat_interleave(samples))
         return ObjectiveOutput(loss, None, count_correct(log_average(logits.detach()), y))
 

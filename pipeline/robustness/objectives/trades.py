@@ -17,26 +17,26 @@ from pipeline.robustness.objectives.base import (
 )
 
 START_SIGMA = 0.001
-"""Standard deviation of the start's noise, in pixels (algorithm 1). At x itself the KL has no gradient."""
+"""Standard deviation of the noise at the start, in pixel units (algorithm 1). At x itself the KL has zero gradient."""
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) per sample, in nats: log-probabilities [n, classes] twice -> [n]."""
+    """KL(p || q) per sample, in nats: two tensors of log-probabilities [n, classes] -> [n]."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
 def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Objective:
     """CE(f(x), y) + beta * mean KL(p(x) || p(x_adv)), x_adv maximising that KL (equation 5, beta for their 1/lambda).
 
-    The gradient flows through both sides of the KL. The update takes two forwards rather than one of twice the batch:
-    BatchNorm then normalises clean and adversarial images each by their own statistics, as the authors' code does, and
-    not by those of a mixture that no evaluation ever sees.
+    The gradient flows through both sides of the KL. The update uses two forwards instead of one of twice the batch:
+    BatchNorm then normalises clean and adversarial images by their own statistics, as the authors' code does, and not
+    by those of a mixture that never occurs at test time.
     """
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        x, y = given.x, given.y
-        with given.attacking(), crafting(given.network, given.autocast):
-            logits_of = craft_forward(given.network, given.autocast)
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        x, y = batch.x, batch.y
+        with batch.attacking(), crafting(batch.network, batch.autocast):
+            logits_of = craft_forward(batch.network, batch.autocast)
             with torch.no_grad():
                 log_p = logits_of(x).log_softmax(dim=1)
             x_adv = pgd(
@@ -46,9 +46,9 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
                 ball=ball,
                 steps=steps,
                 step_size=step_size,
-                start=ball.project(x + START_SIGMA * gaussian_noise(given.keys, x.shape[1:]), x),
+                start=ball.project(x + START_SIGMA * gaussian_noise(batch.keys, x.shape[1:]), x),
             )
-        clean, adversarial = given.forward(x).float(), given.forward(x_adv).float()
+        clean, adversarial = batch.forward(x).float(), batch.forward(x_adv).float()
         divergence = kl_divergence(clean.log_softmax(dim=1), adversarial.log_softmax(dim=1))
         loss = F.cross_entropy(clean, y) + beta * divergence.mean()
         return ObjectiveOutput(loss, count_correct(clean, y), count_correct(adversarial, y))

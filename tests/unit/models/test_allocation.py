@@ -1,4 +1,4 @@
-"""Budgets dealt to layers: exact totals, something for every layer, the densities and ranks as defined."""
+"""Budgets split among layers: exact totals, at least one connection per layer, densities and ranks as defined."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ shape = st.one_of(
     st.tuples(dimension, dimension), st.tuples(dimension, dimension, st.integers(1, 3), st.integers(1, 3))
 )
 shapes_of_layers = st.lists(shape, min_size=1, max_size=6).map(
-    lambda found: {f"layer{i}": torch.Size(dimensions) for i, dimensions in enumerate(found)}
+    lambda layers: {f"layer{i}": torch.Size(dimensions) for i, dimensions in enumerate(layers)}
 )
 keep_fraction = st.integers(1, 1000).map(lambda thousandths: Decimal(thousandths) / 1000)
 
 
 def densities(shapes: dict[str, torch.Size], budget: int) -> dict[str, float]:
-    """ERK's densities by bisection on their common factor, instead of by closing layers one by one."""
-    low, high, found = 0.0, 1e9, dict[str, float]()
+    """ERK's densities by bisection on their common factor, instead of by saturating layers one by one."""
+    low, high, result = 0.0, 1e9, dict[str, float]()
     for _ in range(200):
         factor = (low + high) / 2
-        found = {name: min(1.0, factor * sum(s) / math.prod(s)) for name, s in shapes.items()}
-        if sum(found[name] * math.prod(s) for name, s in shapes.items()) > budget:
+        result = {name: min(1.0, factor * sum(s) / math.prod(s)) for name, s in shapes.items()}
+        if sum(result[name] * math.prod(s) for name, s in shapes.items()) > budget:
             high = factor
         else:
             low = factor
-    return found
+    return result
 
 
 @settings(deadline=None, max_examples=150)
@@ -52,14 +52,14 @@ def test_erk_has_its_densities_and_an_exact_total(shapes: dict[str, torch.Size],
     budget = max(n - math.floor((1 - Fraction(keep)) * n), len(shapes))
     assert sum(counts.values()) == budget == total_kept(shapes, keep)
     assert all(1 <= counts[name] <= sizes[name] for name in shapes)
-    wanted = {name: density * sizes[name] for name, density in densities(shapes, budget).items()}
-    lifted = sum(1 - value for value in wanted.values() if value < 1)  # to one connection, which others give
-    assert all(abs(counts[name] - value) <= 1 + lifted + 1e-6 for name, value in wanted.items())
+    targets = {name: density * sizes[name] for name, density in densities(shapes, budget).items()}
+    minimum_excess = sum(1 - value for value in targets.values() if value < 1)  # raised to 1 at the others' expense
+    assert all(abs(counts[name] - value) <= 1 + minimum_excess + 1e-6 for name, value in targets.items())
 
 
-def test_uniform_is_the_papers() -> None:
+def test_uniform_matches_the_paper() -> None:
     shapes = {"conv1.weight": torch.Size([64, 3, 7, 7]), "fc.weight": torch.Size([1000, 2048])}
-    assert uniform(shapes, Decimal("0.01")) == {"conv1.weight": 95, "fc.weight": 20480}  # as the reference keeps
+    assert uniform(shapes, Decimal("0.01")) == {"conv1.weight": 95, "fc.weight": 20480}  # as the reference code keeps
 
 
 @settings(deadline=None, max_examples=150)
@@ -78,8 +78,8 @@ def test_global_masks_are_the_strongest_of_all_and_one_of_each(
     firsts = {name: max((v, -i) for other, i, v in entries if other == name) for name in scores}
     ranked = sorted(range(len(entries)), key=lambda e: (firsts[entries[e][0]] != _key(entries[e]), -entries[e][2], e))
     kept = {entries[e][:2] for e in ranked[:budget]}
-    found = {(name, i) for name in masks for i, bit in enumerate(masks[name].flatten().tolist()) if bit}
-    assert found == kept
+    actual = {(name, i) for name in masks for i, bit in enumerate(masks[name].flatten().tolist()) if bit}
+    assert actual == kept
 
 
 def _key(entry: tuple[str, int, float]) -> tuple[float, int]:
@@ -94,7 +94,7 @@ def _key(entry: tuple[str, int, float]) -> tuple[float, int]:
 def test_every_layer_of_a_network_keeps_something_and_the_total_is_exact(
     arch: str, keep: str, allocation: Allocation
 ) -> None:
-    """The first convolution among them: of wrn_28_4's 432 connections, 1 % is 4.3."""
+    """Includes small layers: 1 % of the 432 connections of wrn_28_4's first convolution is 4.3."""
     network = build_network(Model(arch=arch, num_classes=10), 0, 32)
     Scores.attach(network, Decimal(keep), allocation)
     counts = layer_counts(network)
@@ -126,5 +126,5 @@ def test_a_mask_rule_can_be_pickled(allocation: Allocation) -> None:
     scores = {"a": torch.linspace(-1, 1, 20).view(4, 5), "b": torch.linspace(0, 3, 12).view(3, 4)}
     rates = {name: torch.zeros(1) for name in scores} if allocation == "learned" else {}
     rule = mask_rule({name: score.shape for name, score in scores.items()}, Decimal("0.3"), allocation)
-    expected, found = rule(scores, rates), pickle.loads(pickle.dumps(rule))(scores, rates)
-    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    expected, masks = rule(scores, rates), pickle.loads(pickle.dumps(rule))(scores, rates)
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())

@@ -1,4 +1,4 @@
-"""The average of weights: a closed-form sum, masks made from it, and a network that is put back as it was."""
+"""The EMA of weights: a closed-form sum, masks computed from it, and a network that is restored exactly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def small_network() -> nn.Module:
 
 
 def training(network: nn.Module, scores: Scores | None, steps: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Moves everything that a phase moves, by chance, and yields copies of the state after every step."""
+    """Changes everything that a phase trains at random, and yields a copy of the state after every step."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         with torch.no_grad():
@@ -43,9 +43,9 @@ def training(network: nn.Module, scores: Scores | None, steps: int, seed: int = 
 def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, steps: int) -> None:
     network = small_network()
     ema = Ema(network, decay)
-    seen = []
+    states = []
     for step, state in enumerate(training(network, None, steps), start=1):
-        seen.append(state)
+        states.append(state)
         ema.update(step)
     average = ema.state()
     weights = torch.tensor([decay ** (steps - i) for i in range(1, steps + 1)], dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, steps: int) 
         f"ema/buffer/1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
     }
     for name, mean in average.items():
-        values = torch.stack([state[name.removeprefix("ema/")].double() for state in seen])
+        values = torch.stack([state[name.removeprefix("ema/")].double() for state in states])
         if name.endswith("num_batches_tracked"):
             assert int(mean) == steps
             continue
@@ -80,7 +80,7 @@ def phase_of(trains: str) -> tuple[nn.Module, Scores]:
 
 
 @pytest.mark.parametrize("trains", ["scores", "weights"])
-def test_masks_are_made_from_the_average_and_nothing_is_left_behind(trains: str) -> None:
+def test_masks_are_computed_from_the_average_and_the_network_is_restored(trains: str) -> None:
     network, scores = phase_of(trains)
     ema = Ema(network, 0.8, scores)
     for step, _ in enumerate(training(network, scores, 6), start=1):
@@ -93,7 +93,9 @@ def test_masks_are_made_from_the_average_and_nothing_is_left_behind(trains: str)
     with ema.applied():
         inside = effective_state(network)
         state = named_state(network)
-        assert {name: id(tensor) for name, tensor in state.items()} == live, "the engine holds these very tensors"
+        assert {name: id(tensor) for name, tensor in state.items()} == live, (
+            "the engine holds references to these tensors"
+        )
         for name, kept in (("0.weight", 49), ("4.weight", 65)):  # n - floor(0.7 n) of 162 and of 216
             own = f"{name[:2]}parametrizations.weight"
             score = average[f"ema/score/{name}"] if trains == "scores" else before[f"{own}.0.score"]
@@ -109,7 +111,7 @@ def test_masks_are_made_from_the_average_and_nothing_is_left_behind(trains: str)
     assert kinds == ({"score", "weight", "buffer"} if trains == "scores" else {"weight", "buffer"})
 
 
-def test_the_network_is_put_back_after_an_error() -> None:
+def test_the_network_is_restored_after_an_error() -> None:
     network = small_network()
     ema = Ema(network, 0.5)
     list(training(network, None, 2))
@@ -120,14 +122,14 @@ def test_the_network_is_put_back_after_an_error() -> None:
     def fail_inside() -> None:
         with ema.applied():
             assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
-            raise RuntimeError("amid a validation")
+            raise RuntimeError("during validation")
 
-    with pytest.raises(RuntimeError, match="amid a validation"):
+    with pytest.raises(RuntimeError, match="during validation"):
         fail_inside()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_the_average_goes_on_from_a_file_as_if_it_had_never_been_one(tmp_path: Path) -> None:
+def test_the_average_resumes_exactly_from_a_file(tmp_path: Path) -> None:
     def train(save_after: int | None) -> dict[str, Tensor]:
         network, scores = phase_of("scores")
         ema = Ema(network, 0.7, scores)
@@ -139,9 +141,9 @@ def test_the_average_goes_on_from_a_file_as_if_it_had_never_been_one(tmp_path: P
                 ema.load(load_file(tmp_path / "ema.safetensors"))
         return ema.state()
 
-    whole, resumed = train(None), train(3)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    uninterrupted, resumed = train(None), train(3)
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_half_precision_weights_are_averaged_in_float32() -> None:
@@ -163,10 +165,10 @@ def average_of_others(network: nn.Module) -> dict[str, Tensor]:
     ("act", "words"),
     [
         (lambda network: Ema(network, 1.0), r"decay 1\.0 must lie in \[0, 1\)"),
-        (lambda network: Ema(network, 0.9).update(0), r"step 0 must count from 1"),
+        (lambda network: Ema(network, 0.9).update(0), r"step 0 must be at least 1"),
         (lambda network: Ema(network, 0.9).load(average_of_others(network)), r"difference: ema/weight/4\.weight"),
     ],
 )
-def test_what_fits_not_is_refused(act: Callable[[nn.Module], object], words: str) -> None:
+def test_invalid_arguments_are_refused(act: Callable[[nn.Module], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         act(small_network())

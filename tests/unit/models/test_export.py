@@ -1,4 +1,4 @@
-"""Finished networks: files that plain torchvision loads, and clear words about files that are none."""
+"""Exported networks: files that plain torchvision loads, and clear errors for other files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-def foreign(path: Path, kind: str) -> None:
+def write_other_file(path: Path, kind: str) -> None:
     state = effective_state(build_network(SMALL, 0))
     if kind == "without metadata":
         save_file(state, path)
@@ -87,7 +87,7 @@ def foreign(path: Path, kind: str) -> None:
         export.write_model(path, state, SMALL, {"arch": "vgg12"})
     elif kind == "with the tensors of another":
         export.write_model(path, state, RESNET, {})
-    elif kind == "cut":
+    elif kind == "truncated":
         export.write_model(path, state, SMALL, {})
         os.truncate(path, path.stat().st_size - 1000)
     else:
@@ -101,13 +101,13 @@ def foreign(path: Path, kind: str) -> None:
         "with metadata of others",
         "with an unknown architecture",
         "with the tensors of another",
-        "cut",
+        "truncated",
         "of another format",
     ],
 )
-def test_files_that_are_none_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_other_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.safetensors"
-    foreign(path, kind)
+    write_other_file(path, kind)
     with pytest.raises(ValueError, match=f"{path} is damaged or was not written by this project: .") as caught:
         export.load_model(path)
     assert "\n" not in str(caught.value)

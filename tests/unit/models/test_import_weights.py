@@ -1,4 +1,4 @@
-"""Weights of others: files in their formats, written by networks of their own, give their own logits here."""
+"""Third-party weights: files in their formats give the same logits here as in the networks that wrote them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ State = dict[str, Tensor]
 PLAIN: dict[str, Any] = {"num_classes": 10, "mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
-def lively(network: nn.Module) -> nn.Module:
+def with_random_state(network: nn.Module) -> nn.Module:
     """With running statistics, affine parameters and biases that are not those of a fresh network."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def assert_same_logits(path: Path, model: Model, source: Callable[[Tensor], Tens
     return network
 
 
-# Networks of others, with their names
+# Third-party networks, with their names
 
 
 class TheirBasicBlock(nn.Module):
@@ -118,7 +118,7 @@ class TheirWideGroup(nn.Module):
 
 
 class TheirWRN28x4(nn.Module):
-    """As TRADES, HYDRA's reference and RobustBench name things, with the group that they never call."""
+    """With the names of TRADES, HYDRA's reference code and RobustBench, and the group that they never call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class TheirNormalisation(nn.Module):
 
 
 def their_small_cnn() -> nn.Sequential:
-    """Wong et al.'s small network for CIFAR: what most tests below use, as it is quick."""
+    """Wong et al.'s small network for CIFAR, which most tests below use because it is fast."""
     torch.manual_seed(4)
     convolutions = (nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU())
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10))
@@ -222,7 +222,7 @@ SMALL = Model(arch="cnn_small", **PLAIN)
 def test_torchvision_and_timm(tmp_path: Path, ending: str) -> None:
     """timm's ResNets have torchvision's names."""
     torch.manual_seed(0)
-    source = lively(torchvision.models.resnet18(num_classes=10))
+    source = with_random_state(torchvision.models.resnet18(num_classes=10))
     path = tmp_path / f"resnet18.{ending}"
     if ending == "pth":
         torch.save(source.state_dict(), path)
@@ -240,7 +240,7 @@ def test_torchvision_and_timm(tmp_path: Path, ending: str) -> None:
 def test_cifar_resnet_of_robustbench_behind_its_normalisation(tmp_path: Path) -> None:
     torch.manual_seed(0)
     mean, std = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
-    parts = OrderedDict(normalize=TheirNormalisation(mean, std), model=lively(TheirCifarResNet18()))
+    parts = OrderedDict(normalize=TheirNormalisation(mean, std), model=with_random_state(TheirCifarResNet18()))
     source = nn.Sequential(parts)
     torch.save({"state_dict": nn.DataParallel(source).state_dict(), "epoch": 90}, tmp_path / "r18.pt")
     model = Model.model_validate({"arch": "resnet18_cifar", "num_classes": 10, "mean": mean, "std": std})
@@ -249,7 +249,7 @@ def test_cifar_resnet_of_robustbench_behind_its_normalisation(tmp_path: Path) ->
 
 def test_wide_resnet_of_the_reference_with_its_unused_group(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    source = lively(TheirWRN28x4())
+    source = with_random_state(TheirWRN28x4())
     checkpoint = {"epoch": 100, "arch": "wrn_28_4", "state_dict": source.state_dict(), "best_prec1": 57.2}
     torch.save(checkpoint, tmp_path / "checkpoint.pth.tar")
     assert_same_logits(tmp_path / "checkpoint.pth.tar", Model(arch="wrn_28_4", **PLAIN), source)
@@ -258,10 +258,10 @@ def test_wide_resnet_of_the_reference_with_its_unused_group(tmp_path: Path) -> N
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("keep", [None, 0.9, 0.01])
 def test_masked_vgg_of_the_reference(tmp_path: Path, prefix: str, keep: float | None) -> None:
-    """At 0.9 the reference keeps 2305 of the last layer's 2560 weights, not 2304: so must we, of its file."""
+    """At 0.9 the reference keeps 2305 of the last layer's 2560 weights, not 2304; its files must load the same way."""
     torch.manual_seed(0)
     source = TheirMaskedVGG4()
-    lively(source)
+    with_random_state(source)
     state = {prefix + name: tensor for name, tensor in source.state_dict().items()}
     optimizer = torch.optim.SGD(source.parameters(), lr=0.1, momentum=0.9)
     torch.save({"state_dict": state, "optimizer": optimizer.state_dict()}, tmp_path / "masked.pth.tar")
@@ -279,7 +279,7 @@ def test_dense_file_of_the_reference(tmp_path: Path) -> None:
 
 def test_first_densenets_of_torchvision(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    source = lively(torchvision.models.densenet121(num_classes=10))
+    source = with_random_state(torchvision.models.densenet121(num_classes=10))
     old = {re.sub(r"(\.(?:norm|conv))([12]\.)", r"\1.\2", name): tensor for name, tensor in source.state_dict().items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     assert "features.denseblock1.denselayer1.norm1.weight" not in old
@@ -308,7 +308,7 @@ def test_old_files_and_other_dtypes(tmp_path: Path, dtype: torch.dtype, legacy: 
 def test_files_from_before_batches_were_counted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = TheirMaskedVGG4()
-    lively(source)
+    with_random_state(source)
     state = {k: v for k, v in source.state_dict().items() if not k.endswith(("num_batches_tracked", "popup_scores"))}
     torch.save(state, tmp_path / "old.pth")
     assert_same_logits(tmp_path / "old.pth", Model(arch="vgg4_bn_cifar", **PLAIN), source)
@@ -318,7 +318,7 @@ def test_files_from_before_batches_were_counted(tmp_path: Path) -> None:
 
 
 def refusal(path: Path, model: Model = SMALL) -> str:
-    """What is said about the file; the network is as it was."""
+    """The error message about the file; the network is unchanged."""
     network = build_network(model, 0, 32)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
@@ -329,8 +329,8 @@ def refusal(path: Path, model: Model = SMALL) -> str:
     return str(caught.value)
 
 
-def saved(path: Path, change: Callable[[State], Any]) -> Path:
-    """cnn_small's state dict after `change`, which alters it in place or returns what is saved in its stead."""
+def save_changed(path: Path, change: Callable[[State], Any]) -> Path:
+    """Saves cnn_small's state dict after `change`, which modifies it in place or returns a replacement."""
     state = dict(their_small_cnn().state_dict())
     torch.save(change(state) or state, path)
     return path
@@ -343,12 +343,12 @@ def test_every_mismatch_is_listed(tmp_path: Path) -> None:
         state["7.weight"] = torch.zeros(11, 100)
         state["7.bias"] = torch.zeros(11)
 
-    said = refusal(saved(tmp_path / "w.pth", change))
-    assert "does not fit model.arch cnn_small with num_classes 10, read as the network's own names: " in said
-    assert "missing ['0.bias', '2.weight'], unexpected ['9.weight', 'extra'], of another shape [" in said
-    assert "'7.weight ((11, 100) in the file, (10, 100) in the network)'" in said
-    assert "'7.bias ((11,) in the file, (10,) in the network)'" in said
-    assert said.endswith("name the network that the file is of, or another file")
+    message = refusal(save_changed(tmp_path / "w.pth", change))
+    assert "does not fit model.arch cnn_small with num_classes 10, read as the network's own names: " in message
+    assert "missing ['0.bias', '2.weight'], unexpected ['9.weight', 'extra'], shape mismatch [" in message
+    assert "'7.weight ((11, 100) in the file, (10, 100) in the network)'" in message
+    assert "'7.bias ((11,) in the file, (10,) in the network)'" in message
+    assert message.endswith("set model.arch to the file's architecture, or give another file")
 
 
 def test_the_nearest_names_are_reported(tmp_path: Path) -> None:
@@ -356,16 +356,16 @@ def test_the_nearest_names_are_reported(tmp_path: Path) -> None:
     state = TheirCifarResNet18().state_dict()
     del state["linear.bias"]
     torch.save(state, tmp_path / "w.pth")
-    said = refusal(tmp_path / "w.pth", Model(arch="resnet18_cifar", **PLAIN))
-    assert "read as CIFAR ResNets of HYDRA's reference and RobustBench: missing ['fc.bias'], unexpected []" in said
+    message = refusal(tmp_path / "w.pth", Model(arch="resnet18_cifar", **PLAIN))
+    assert "read as CIFAR ResNets of HYDRA's reference and RobustBench: missing ['fc.bias'], unexpected []" in message
 
 
 def test_the_file_of_another_network_is_refused_key_by_key(tmp_path: Path) -> None:
     state = build_network(Model(arch="vgg2_bn_cifar", **PLAIN), 0).backbone.state_dict()
     torch.save(state, tmp_path / "vgg.pth")
-    said = refusal(tmp_path / "vgg.pth")
+    message = refusal(tmp_path / "vgg.pth")
     expected = [*their_small_cnn().state_dict(), *state]
-    assert [name for name in expected if f"'{name}'" not in said] == []
+    assert [name for name in expected if f"'{name}'" not in message] == []
 
 
 @pytest.mark.parametrize("names", [("mean", "std"), ("normalize.mean", "normalize.std"), ("module.mu", "module.sigma")])
@@ -374,37 +374,41 @@ def test_another_normalisation_is_refused_with_the_fix(tmp_path: Path, names: tu
         state[names[0]] = torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1)
         state[names[1]] = torch.tensor([2.0])
 
-    path = saved(tmp_path / "w.pth", change)
-    said = refusal(path)
-    assert f"{names[0]} is [0.5, 0.25, 0.125], but model.mean is [0.0, 0.0, 0.0]; " in said
-    assert f"set model.mean=[0.5, 0.25, 0.125]; {names[1]} is [2.0, 2.0, 2.0]" in said
-    assert "set model.std=[2.0, 2.0, 2.0]" in said
-    mended = Model(arch="cnn_small", num_classes=10, mean=(0.5, 0.25, 0.125), std=(2, 2, 2))
-    load_foreign(build_network(mended, 0, 32), path, mended)
+    path = save_changed(tmp_path / "w.pth", change)
+    message = refusal(path)
+    assert f"{names[0]} is [0.5, 0.25, 0.125], but model.mean is [0.0, 0.0, 0.0]; " in message
+    assert f"set model.mean=[0.5, 0.25, 0.125]; {names[1]} is [2.0, 2.0, 2.0]" in message
+    assert "set model.std=[2.0, 2.0, 2.0]" in message
+    matching = Model(arch="cnn_small", num_classes=10, mean=(0.5, 0.25, 0.125), std=(2, 2, 2))
+    load_foreign(build_network(matching, 0, 32), path, matching)
 
 
-def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     def change(state: State) -> None:
         state["5.bias"].fill_(torch.nan)
 
-    said = refusal(saved(tmp_path / "w.pth", change))
-    assert "holds NaN or infinity in ['5.bias']" in said
+    message = refusal(save_changed(tmp_path / "w.pth", change))
+    assert "holds NaN or infinity in ['5.bias']" in message
 
 
 MASKED = Model.model_validate({"arch": "cnn_small", **PLAIN, "weights": "x", "weights_keep_fraction": 0.5})
 
 
 def test_a_mask_needs_scores_that_fit(tmp_path: Path) -> None:
-    said = refusal(saved(tmp_path / "dense.pth", lambda state: None), MASKED)
-    assert "holds no popup_scores, so nothing says what to keep; remove model.weights_keep_fraction" in said
+    message = refusal(save_changed(tmp_path / "dense.pth", lambda state: None), MASKED)
+    assert "holds no popup_scores, so there is no mask to apply; remove model.weights_keep_fraction" in message
 
     def with_scores(state: State, score: Tensor) -> None:
         state["0.popup_scores"] = score
 
-    said = refusal(saved(tmp_path / "cut.pth", lambda state: with_scores(state, torch.zeros(3))), MASKED)
-    assert "0.popup_scores has no 0.weight of its shape (3,)" in said
-    said = refusal(saved(tmp_path / "nan.pth", lambda state: with_scores(state, torch.nan * state["0.weight"])), MASKED)
-    assert "0.popup_scores: scores contain NaN" in said
+    message = refusal(
+        save_changed(tmp_path / "misshapen.pth", lambda state: with_scores(state, torch.zeros(3))), MASKED
+    )
+    assert "0.popup_scores has no 0.weight of the same shape (3,)" in message
+    message = refusal(
+        save_changed(tmp_path / "nan.pth", lambda state: with_scores(state, torch.nan * state["0.weight"])), MASKED
+    )
+    assert "0.popup_scores: scores contain NaN" in message
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -412,7 +416,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_damaged_files_are_named(tmp_path: Path, ending: str, damage: str) -> None:
     path = tmp_path / f"w.{ending}"
     state = their_small_cnn().state_dict()
@@ -420,7 +424,7 @@ def test_damaged_files_are_named(tmp_path: Path, ending: str, damage: str) -> No
         torch.save(state, path)
     else:
         save_file(state, path)
-    if damage == "cut":
+    if damage == "truncated":
         os.truncate(path, path.stat().st_size // 2)
     else:
         path.write_bytes(b"" if damage == "empty" else b"<!DOCTYPE html><title>404</title>")
@@ -428,7 +432,7 @@ def test_damaged_files_are_named(tmp_path: Path, ending: str, damage: str) -> No
 
 
 class Malicious:
-    """A pickle that makes a file when it is read by pickle.load."""
+    """A pickle that creates a folder when pickle.load reads it."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -442,16 +446,16 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, legacy: 
     path, target = tmp_path / "w.pth", tmp_path / "done"
     content = {"state_dict": their_small_cnn().state_dict(), "best": Malicious(target)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    said = refusal(path)
-    assert "it refers to posix.mkdir" in said
-    assert "save its state dict alone, best as .safetensors" in said
+    message = refusal(path)
+    assert "it refers to posix.mkdir" in message
+    assert "save its state dict alone, preferably as .safetensors" in message
     assert not target.exists()
     torch.load(path, weights_only=False)
-    assert target.exists(), "the file was harmless, so the test proves nothing"
+    assert target.exists(), "the file must be harmful for the test to prove anything"
 
 
 def test_harmless_objects_are_refused_as_well(tmp_path: Path) -> None:
-    path = saved(tmp_path / "timm.pth", lambda state: {"state_dict": state, "args": argparse.Namespace(lr=0.1)})
+    path = save_changed(tmp_path / "timm.pth", lambda state: {"state_dict": state, "args": argparse.Namespace(lr=0.1)})
     assert "it refers to argparse.Namespace" in refusal(path)
 
 
@@ -464,6 +468,6 @@ def test_harmless_objects_are_refused_as_well(tmp_path: Path) -> None:
         ({}, "a mapping with the keys []"),
     ],
 )
-def test_files_without_a_state_dict_say_what_they_hold(tmp_path: Path, content: Any, words: str) -> None:
+def test_files_without_a_state_dict_are_refused_with_their_content(tmp_path: Path, content: Any, words: str) -> None:
     torch.save(content, tmp_path / "w.pth")
     assert words in refusal(tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""The learned allocation: its gradients, its start, its exact total, and its state wherever scores have theirs."""
+"""The learned allocation: gradients, initial masks, exact total, and rates as part of the state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HALF = Decimal("0.5")
 
 
 def two_layers(keep: Decimal = HALF) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A network in float64, whose rates are away from their start, and its state."""
+    """A network in float64 with rates that differ from their initial values, and its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
@@ -53,7 +53,7 @@ X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6).sin()
 
 
 def by_brute_force(state: dict[str, Tensor], budget: int, counts: tuple[int, int]) -> dict[str, Tensor]:
-    """The masks that are wanted: the strongest of every layer, then the strongest of all."""
+    """The expected masks: the strongest of every layer, then the strongest overall."""
     entries = []
     for name, count in zip(NAMES, counts, strict=True):
         magnitudes = state[f"score/{name}"].detach().abs().flatten().tolist()
@@ -91,28 +91,28 @@ def test_gradients_are_the_closed_formulas() -> None:
     weights, scores = ([state[f"{kind}/{name}"].detach() for name in NAMES] for kind in ("weight", "score"))
     effective = [(w * m).requires_grad_() for w, m in zip(weights, masks.values(), strict=True)]
     by_effective = torch.autograd.grad(loss_of(effective), effective)
-    wanted = [state[f"{kind}/{name}"] for kind in ("score", "rate") for name in NAMES]
-    found = torch.autograd.grad(network(X).square().sum(), wanted)
+    tensors = [state[f"{kind}/{name}"] for kind in ("score", "rate") for name in NAMES]
+    grads = torch.autograd.grad(network(X).square().sum(), tensors)
     for layer, (grad, weight, score) in enumerate(zip(by_effective, weights, scores, strict=True)):
-        torch.testing.assert_close(found[layer], grad * weight * score.sign())
-        pulls = grad * weight * score.abs()
-        torch.testing.assert_close(found[2 + layer], (0.1 * pulls.sum() / pulls.abs().sum()).view(1))
-        assert 0.001 < abs(float(found[2 + layer])) < 0.1
+        torch.testing.assert_close(grads[layer], grad * weight * score.sign())
+        terms = grad * weight * score.abs()
+        torch.testing.assert_close(grads[2 + layer], (0.1 * terms.sum() / terms.abs().sum()).view(1))
+        assert 0.001 < abs(float(grads[2 + layer])) < 0.1
 
 
 def test_a_rates_gradient_is_that_of_the_surrogate_over_its_largest_value() -> None:
-    """Straight-through replaces the ranking's step by z moved by a constant: w_eff = w (mask + z - z0). A tenth of the
-    derivative for a rate, by differences, over what it were if all connections of the layer pulled one way."""
+    """Straight-through replaces the ranking's step by z shifted by a constant: w_eff = w (mask + z - z0). The gradient
+    is a tenth of the rate's derivative, by finite differences, over its value if all connections agreed in sign."""
     network, state = two_layers()
     masks, step = half_of(state), 1e-6
     importance = {name: state[f"score/{name}"].detach().abs() * 3.7 for name in NAMES}  # any scale: it cancels
 
-    def surrogate(name: str, moved: Tensor) -> float:
-        change = {one: moved - importance[one] if one == name else torch.zeros(()) for one in NAMES}
+    def surrogate(name: str, value: Tensor) -> float:
+        change = {one: value - importance[one] if one == name else torch.zeros(()) for one in NAMES}
         return float(loss_of([state[f"weight/{n}"].detach() * (masks[n] + change[n]) for n in NAMES]))
 
-    found = torch.autograd.grad(network(X).square().sum(), [state[f"rate/{name}"] for name in NAMES])
-    for name, grad in zip(NAMES, found, strict=True):
+    grads = torch.autograd.grad(network(X).square().sum(), [state[f"rate/{name}"] for name in NAMES])
+    for name, grad in zip(NAMES, grads, strict=True):
         z = importance[name]
         derivative = (surrogate(name, z * math.exp(step)) - surrogate(name, z * math.exp(-step))) / (2 * step)
         largest = 0.0
@@ -153,19 +153,18 @@ def test_it_begins_with_the_uniform_allocation_but_for_roundings(
     budget = max(n - math.floor((1 - Fraction(keep)) * n), len(shapes))
     assert sum(entry["kept"] for entry in layer_counts(network)) == budget
     uniform, learned = effective_state(plain), effective_state(network)
-    lifted = (
-        sum(kept_count(size, keep) for size in sizes) - budget
-    )  # what rounding up per layer keeps beyond the budget
+    # What rounding up per layer keeps beyond the budget.
+    rounding_excess = sum(kept_count(size, keep) for size in sizes) - budget
     missing = 0
     for name, weight in learned.items():
         assert not bool(((weight != 0) & (uniform[name] == 0)).any()), "what a layer keeps is its strongest"
         missing += int((uniform[name] != 0).sum()) - int((weight != 0).sum())
-    assert missing == lifted <= len(shapes)
+    assert missing == rounding_excess <= len(shapes)
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), shapes=shapes_of_layers, keep=keep_fraction)
-def test_whatever_is_learnt_the_total_is_exact_and_no_layer_empty(
+def test_for_any_rates_the_total_is_exact_and_no_layer_is_empty(
     data: st.DataObject, shapes: list[tuple[int, int]], keep: Decimal
 ) -> None:
     network = layers_of(shapes, 0)
@@ -188,7 +187,7 @@ def test_whatever_is_learnt_the_total_is_exact_and_no_layer_empty(
     assert sum(counts) == sum(uniform) == total_kept({str(i): torch.Size(s) for i, s in enumerate(shapes)}, keep)
     assert min(counts) >= 1
     if len(shapes) == 1:
-        assert scores.mask_sha256() == before, "a layer alone has nobody to share with"
+        assert scores.mask_sha256() == before, "a single layer has no other to share with"
 
 
 def test_a_rate_that_grows_takes_connections_from_the_others() -> None:
@@ -207,7 +206,7 @@ def test_a_rate_that_grows_takes_connections_from_the_others() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(shapes=shapes_of_layers, keep=keep_fraction, exponents=st.lists(st.integers(-20, 20), min_size=5, max_size=5))
-def test_the_scale_of_a_layers_scores_gives_it_nothing(
+def test_the_scale_of_a_layers_scores_does_not_matter(
     shapes: list[tuple[int, int]], keep: Decimal, exponents: list[int]
 ) -> None:
     network = layers_of(shapes, 0)
@@ -254,12 +253,12 @@ def test_rates_are_state_that_trains_with_the_scores_and_is_averaged() -> None:
     with torch.no_grad():
         state["rate/conv1.weight"] += 3.0
     scores.refresh()
-    moved = scores.mask_sha256()
-    assert moved != own_masks
+    new_masks = scores.mask_sha256()
+    assert new_masks != own_masks
     ema.update(1)
     load_state(network, own, scores)
     with ema.applied():
-        assert scores.mask_sha256() == moved, "masks follow the averaged rates"
+        assert scores.mask_sha256() == new_masks, "masks follow the averaged rates"
     assert scores.mask_sha256() == own_masks
 
     again = build_network(Model(arch="small_cnn", num_classes=10), 1)

@@ -1,4 +1,4 @@
-"""`load`: the network that was meant, as a plain module on [0, 1] images, without anything of training."""
+"""`load`: the selected network as a plain module on [0, 1] images, without training dependencies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPARSITIES: dict[str, Any] = {"keep_fractions": [0.1, "0.05"], "baselines": ["ma
 
 
 def finish(run: Path, stage: Stage, recipe: Recipe, seed: int) -> None:
-    """What a finished stage leaves: a network that is a function of `seed`."""
+    """Write the output of a finished stage: a network that is a function of `seed`."""
     folder = run / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     network = build_network(recipe.model, seed, recipe.data.image_size)
@@ -41,7 +41,7 @@ def finish(run: Path, stage: Stage, recipe: Recipe, seed: int) -> None:
     atomic_write_json(folder / "result.json", {"model_sha256": sha256_of(folder / "model.safetensors")})
 
 
-def written(run: Path, **sections: Any) -> tuple[Path, dict[str, int]]:
+def write_run(run: Path, **sections: Any) -> tuple[Path, dict[str, int]]:
     """A finished run, and the seed of every stage's network."""
     recipe = small_recipe(Path("/data"), **sections)
     run.mkdir()
@@ -54,7 +54,7 @@ def written(run: Path, **sections: Any) -> tuple[Path, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    return written(tmp_path_factory.mktemp("runs") / "demo", sparsity=SPARSITIES)
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", sparsity=SPARSITIES)
 
 
 def is_of(network: nn.Module, run: Path, stage: str) -> bool:
@@ -80,7 +80,7 @@ def is_of(network: nn.Module, run: Path, stage: str) -> bool:
         ({"keep_fraction": 0.05, "stage": "snip"}, "keep-0.05/snip"),
     ],
 )
-def test_the_network_that_was_meant(
+def test_arguments_select_the_network(
     finished: tuple[Path, dict[str, int]], arguments: dict[str, Any], stage: str
 ) -> None:
     run, seeds = finished
@@ -102,7 +102,7 @@ def test_the_network_that_was_meant(
         ({"method": "magnitude"}, "several networks; give keep_fraction, one of 0.1, 0.05"),
     ],
 )
-def test_what_is_not_there_is_refused_with_what_is(
+def test_a_missing_network_is_refused_with_the_alternatives(
     finished: tuple[Path, dict[str, int]], arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -112,14 +112,14 @@ def test_what_is_not_there_is_refused_with_what_is(
 def test_without_finetune_the_pruned_network_is_hydras(tmp_path: Path) -> None:
     phase = {"epochs": 1, "lr": 0.1}
     phases = {"pretrain": phase, "prune": phase, "finetune": None}
-    run, _ = written(tmp_path / "search", phases=phases, sparsity={"keep_fractions": [0.1], "baselines": []})
+    run, _ = write_run(tmp_path / "search", phases=phases, sparsity={"keep_fractions": [0.1], "baselines": []})
     assert is_of(load_network(run, 0.1), run, "keep-0.1/prune")
 
 
 def test_it_takes_images_in_0_1_and_gives_the_networks_own_logits(tmp_path: Path) -> None:
-    """The truth is a plain backbone behind torchvision's normalisation, with the same weights."""
+    """The reference is a plain backbone after torchvision's normalisation, with the same weights."""
     mean, std = (0.1, 0.5, 0.3), (0.2, 0.3, 0.4)
-    run, _ = written(tmp_path / "run", model={"mean": mean, "std": std})
+    run, _ = write_run(tmp_path / "run", model={"mean": mean, "std": std})
     network = load_network(run, keep_fraction=0.1)
     images = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     backbone = build_network(small_recipe(Path("/data")).model, seed=9).backbone.eval()
@@ -129,43 +129,43 @@ def test_it_takes_images_in_0_1_and_gives_the_networks_own_logits(tmp_path: Path
         torch.testing.assert_close(network(images), backbone(normalize(images, list(mean), list(std))))
         assert float(network(images).std()) > 1e-3
     for name, tensor in weights.items():
-        if tensor.ndim > 1:  # masks are baked in: n - floor(0.9 n) are kept
+        if tensor.ndim > 1:  # masks are applied: n - floor(0.9 n) are kept
             assert int(tensor.count_nonzero()) == tensor.numel() - tensor.numel() * 9 // 10, name
 
 
-def unfinished(run: Path) -> None:
+def remove_result(run: Path) -> None:
     (run / "keep-0.1/finetune/result.json").unlink()
 
 
-def replaced(run: Path) -> None:
+def replace_model(run: Path) -> None:
     (run / "pretrain/model.safetensors").replace(run / "keep-0.1/finetune/model.safetensors")
 
 
-def cut(run: Path) -> None:
+def truncate_model(run: Path) -> None:
     path = run / "keep-0.1/finetune/model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def gone(run: Path) -> None:
+def remove_model(run: Path) -> None:
     (run / "keep-0.1/finetune/model.safetensors").unlink()
 
 
-def no_run(run: Path) -> None:
+def remove_recipe(run: Path) -> None:
     (run / "recipe.yaml").unlink()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (unfinished, r"keep-0.1/finetune is not finished; python -m launch resume .*/run"),
-        (replaced, "keep-0.1/finetune/model.safetensors is not the network that the stage ended with"),
-        (cut, "keep-0.1/finetune/model.safetensors is damaged"),
-        (gone, "keep-0.1/finetune/model.safetensors does not exist"),
-        (no_run, r"run is not a run \(it has no recipe.yaml\); give its folder"),
+        (remove_result, r"keep-0.1/finetune is not finished; python -m launch resume .*/run"),
+        (replace_model, "keep-0.1/finetune/model.safetensors is not the network that the stage exported"),
+        (truncate_model, "keep-0.1/finetune/model.safetensors is damaged"),
+        (remove_model, "keep-0.1/finetune/model.safetensors does not exist"),
+        (remove_recipe, r"run is not a run \(it has no recipe.yaml\); give its folder"),
     ],
 )
-def test_a_run_that_is_not_as_it_was_left(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
-    run, _ = written(tmp_path / "run")
+def test_a_damaged_run_is_refused(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    run, _ = write_run(tmp_path / "run")
     spoil(run)
     with pytest.raises(ValueError, match=message):
         load_network(run, keep_fraction=0.1)
@@ -174,14 +174,14 @@ def test_a_run_that_is_not_as_it_was_left(tmp_path: Path, spoil: Callable[[Path]
 def test_a_file_is_one_network(finished: tuple[Path, dict[str, int]]) -> None:
     file = finished[0] / "pretrain" / "model.safetensors"
     assert not load_network(file).training
-    with pytest.raises(ValueError, match=f"{re.escape(str(file))} is one network; leave keep_fraction out"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} is one network; omit keep_fraction"):
         load_network(file, keep_fraction=0.1)
     with pytest.raises(ValueError, match=r"nowhere\.safetensors does not exist"):
         load_network("nowhere.safetensors")
 
 
 @pytest.mark.slow
-def test_loading_imports_nothing_of_training() -> None:
+def test_loading_imports_no_training_dependency() -> None:
     heavy = ["ray", "deepspeed", "ffcv", "numba", "cv2", "wandb", "matplotlib", "submitit", "pyautoattack", "pyarrow"]
     code = f"import sys, pipeline; pipeline.load; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -196,7 +196,7 @@ def test_the_guides_snippet_loads_and_attacks(tmp_path: Path, monkeypatch: pytes
     ]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    run, _ = written(tmp_path / "runs" / "demo", sparsity={"keep_fractions": ["0.01"]})
+    run, _ = write_run(tmp_path / "runs" / "demo", sparsity={"keep_fractions": ["0.01"]})
     generator = torch.Generator().manual_seed(0)
     names: dict[str, Any] = {"images": torch.rand(2, 3, 28, 28, generator=generator)}
     exec(snippet, names)

@@ -1,4 +1,4 @@
-"""Mask drift, counted here connection by connection; an interruption changes nothing of it."""
+"""Mask drift against a count connection by connection, with and without interruptions."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def move_scores(network: nn.Module, scores: Scores, amount: float) -> None:
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_masks_are_made_again_from_the_weights(kind: str, allocation: Allocation) -> None:
+def test_the_initial_masks_are_recomputed_from_the_weights(kind: str, allocation: Allocation) -> None:
     network, first = small_network(), first_scores(kind, seed=3)
     scores = Scores.attach(network, Decimal("0.2"), allocation, first)
-    begun = {name: mask.clone() for name, mask in scores.masks().items()}
+    initial_masks = {name: mask.clone() for name, mask in scores.masks().items()}
     move_scores(network, scores, 1.0)
-    assert kept(scores) != kept_by(begun)
+    assert kept(scores) != kept_by(initial_masks)
     state = {name: tensor.clone() for name, tensor in named_state(network).items()}
 
-    resumed = small_network(seed=9)  # as a stage is resumed: other weights, then the checkpoint's
+    resumed = small_network(seed=9)  # as on resume: other weights, then those of the checkpoint
     resumed_scores = Scores.attach(resumed, Decimal("0.2"), allocation, zero)
     load_state(resumed, state, resumed_scores)
     drift = MaskDrift(resumed_scores, first, CPU)
-    assert all(torch.equal(drift.start[name], mask) for name, mask in begun.items())
+    assert all(torch.equal(drift.start[name], mask) for name, mask in initial_masks.items())
     assert all(torch.equal(tensor, state[name]) for name, tensor in named_state(resumed).items())
     assert kept(resumed_scores) == kept(scores)
 
@@ -66,7 +66,7 @@ def test_the_first_masks_are_made_again_from_the_weights(kind: str, allocation: 
     events=st.lists(st.sampled_from(["step", "row", "interrupted"]), max_size=12),
     allocation=st.sampled_from(ALLOCATIONS),
 )
-def test_shares_are_those_counted_and_survive_interruptions(
+def test_shares_match_a_count_and_do_not_depend_on_interruptions(
     seed: int, events: list[str], allocation: Allocation
 ) -> None:
     first = first_scores("scaled", 0)
@@ -79,24 +79,24 @@ def test_shares_are_those_counted_and_survive_interruptions(
         if event == "step":
             move_scores(network, scores, 0.3)
         elif event == "row":
-            now, measured = kept(scores), drift.measured()
-            assert measured["since_start"] == pytest.approx(len(start - now) / len(start), abs=1e-12)
-            assert measured["since_row"] == pytest.approx(len(row - now) / len(row), abs=1e-12)
+            now, shares = kept(scores), drift.measured()
+            assert shares["since_start"] == pytest.approx(len(start - now) / len(start), abs=1e-12)
+            assert shares["since_row"] == pytest.approx(len(row - now) / len(row), abs=1e-12)
             row = now
         else:
             state: dict[str, Tensor] = {name: t.clone() for name, t in named_state(network).items()}
-            carried = drift.state()
+            saved_state = drift.state()
             network = small_network(seed=1)
             scores = Scores.attach(network, Decimal("0.3"), allocation, zero)
             load_state(network, state, scores)
             drift = MaskDrift(scores, first, CPU)
-            drift.load(carried)
+            drift.load(saved_state)
 
 
 def test_a_checkpoint_holds_a_bit_per_connection() -> None:
     scores = Scores.attach(small_network(), Decimal("0.3"))
-    carried = MaskDrift(scores, first_scores("scaled", 0), CPU).state()
-    assert {name: (len(t), t.dtype) for name, t in carried.items()} == {
+    saved_state = MaskDrift(scores, first_scores("scaled", 0), CPU).state()
+    assert {name: (len(t), t.dtype) for name, t in saved_state.items()} == {
         f"{PREFIX}0.weight": (17, torch.uint8),  # 135 connections
         f"{PREFIX}2.weight": (18, torch.uint8),  # 140
     }
@@ -118,16 +118,16 @@ def test_memory_formats_agree() -> None:
                 tensor.data += torch.randn(tensor.shape)
         scores.refresh()
         drift.measured()
-        carried = drift.state()
+        saved_state = drift.state()
         drift = MaskDrift(scores, first, CPU)
-        drift.load(carried)
+        drift.load(saved_state)
         shares.append(drift.measured())
     assert shares[0] == shares[1]
     assert shares[0]["since_row"] == 0.0
     assert shares[0]["since_start"] != 0.0
 
 
-def test_a_checkpoint_of_before_has_no_masks_of_its_last_row() -> None:
+def test_a_checkpoint_may_have_no_last_row_masks() -> None:
     drift = MaskDrift(Scores.attach(small_network(), Decimal("0.3")), first_scores("scaled", 0), CPU)
     drift.load({})
     assert drift.state() == {}

@@ -1,4 +1,4 @@
-"""The masked copy of a weight: made once per step, and never an old one."""
+"""The masked copy of a weight: computed once per step and never stale."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ def network() -> Network:
 
 @pytest.fixture
 def scores(network: Network) -> Scores:
-    """The scores of `network`, which train; its weights are frozen."""
+    """Trainable scores on `network`, whose weights are frozen."""
     scores = Scores.attach(network, KEEP)
     train_only(network, "scores")
     return scores
 
 
 def layers(network: nn.Module) -> dict[str, Tensor]:
-    """What a forward is given now."""
+    """The weights that a forward uses."""
     return {name: layer.weight for name, layer in maskable(network).items()}  # pyright: ignore[reportReturnType]
 
 
 def products(network: nn.Module, scores: Scores) -> dict[str, Tensor]:
-    """What it must be."""
+    """The expected weights."""
     state, masks = named_state(network), scores.masks()
     return {name: state[f"weight/{name}"] * masks[name] for name in masks}
 
 
 def assert_current(network: nn.Module, scores: Scores, dtype: torch.dtype = torch.float32) -> None:
-    right = products(network, scores)
-    assert right
+    expected = products(network, scores)
+    assert expected
     for name, weight in layers(network).items():
         assert weight.dtype == dtype
-        assert torch.equal(weight, right[name].to(dtype)), name
+        assert torch.equal(weight, expected[name].to(dtype)), name
 
 
-def test_it_keeps_its_memory_and_nothing_goes_back_through_an_older_one(network: Network, scores: Scores) -> None:
+def test_memory_is_reused_and_backward_through_an_older_graph_fails(network: Network, scores: Scores) -> None:
     def loss() -> Tensor:
         return network(torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))).square().sum()
 
@@ -63,7 +63,7 @@ def test_it_keeps_its_memory_and_nothing_goes_back_through_an_older_one(network:
     new.backward()
 
 
-def test_it_is_never_an_old_one(network: Network, scores: Scores) -> None:
+def test_the_copy_is_never_stale(network: Network, scores: Scores) -> None:
     assert_current(network, scores)
     with torch.no_grad():
         for name, parameter in trained_parameters(network).items():
@@ -86,7 +86,7 @@ def test_it_is_never_an_old_one(network: Network, scores: Scores) -> None:
 
 
 @pytest.mark.usefixtures("scores")
-def test_it_is_made_once_for_all_forwards_of_a_step(network: Network) -> None:
+def test_the_copy_is_computed_once_for_all_forwards_of_a_step(network: Network) -> None:
     first, second = ({name: w.data_ptr() for name, w in layers(network).items()} for _ in range(2))
     assert first == second
     with torch.autocast("cpu", torch.bfloat16):
@@ -97,10 +97,10 @@ def test_it_is_made_once_for_all_forwards_of_a_step(network: Network) -> None:
 
 
 def test_weights_that_train_are_multiplied_once_per_step(network: Network, scores: Scores) -> None:
-    """Fused SGD, for one, changes them without torch's count of their versions."""
+    """Fused SGD, for example, does not increment the version counter of the weights."""
     train_only(network, "weights")
-    held = layers(network), layers(network)
-    assert all(held[0][name].data_ptr() == held[1][name].data_ptr() for name in held[0])
+    first, second = layers(network), layers(network)
+    assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
     optimizer = torch.optim.SGD(trained_parameters(network).values(), lr=1.0, fused=True)
     network(torch.rand(4, 3, 28, 28)).sum().backward()
     optimizer.step()
@@ -109,12 +109,12 @@ def test_weights_that_train_are_multiplied_once_per_step(network: Network, score
 
 
 def test_half_precision_gives_the_gradients_of_a_cast_by_autocast(network: Network, scores: Scores) -> None:
-    """Written out: autocast casts weight * mask, whose gradient is cast back, and passes to the scores."""
+    """The reference: autocast casts weight * mask, and its gradient is cast back before it reaches the scores."""
     x, y = torch.rand(4, 3, 28, 28), torch.arange(4)
     with torch.autocast("cpu", torch.bfloat16):
         loss = F.cross_entropy(network(x).float(), y)
     loss.backward()
-    found = {name: score.grad for name, score in trained_parameters(network).items()}
+    grads = {name: score.grad for name, score in trained_parameters(network).items()}
 
     plain = build_network(Model(arch="small_cnn", num_classes=10), 0)
     state, masks = named_state(network), scores.masks()
@@ -128,8 +128,8 @@ def test_half_precision_gives_the_gradients_of_a_cast_by_autocast(network: Netwo
     for name, weight in weights.items():
         assert weight.grad is not None
         score = state[f"score/{name}"]
-        right = weight.grad * state[f"weight/{name}"] * score.sign()
-        ours = found[f"score/{name}"]
-        assert ours is not None
-        assert ours.dtype == torch.float32
-        assert torch.equal(ours, right), name
+        expected = weight.grad * state[f"weight/{name}"] * score.sign()
+        grad = grads[f"score/{name}"]
+        assert grad is not None
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, expected), name

@@ -1,4 +1,4 @@
-"""Networks: sizes and names, normalisation inside, initialisation from the seed alone, fit for pruning and tracing."""
+"""Networks: sizes and names, built-in normalisation, seeded initialisation, suitability for pruning and tracing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL = Model(arch="small_cnn", num_classes=10)
 
 @functools.cache
 def on_meta(arch: str, num_classes: int = 10, image_size: int | None = 32) -> Network:
-    """Names and shapes only; shared, so only to be looked at."""
+    """Names and shapes only; shared between tests, so read-only."""
     with torch.device("meta"):
         return build_network(Model(arch=arch, num_classes=num_classes), 0, image_size)
 
@@ -43,7 +43,7 @@ def num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def test_every_name_has_its_constructor_and_no_other() -> None:
+def test_every_name_has_exactly_one_constructor() -> None:
     assert sorted(OWN + TORCHVISION) == sorted([*BACKBONES, *BACKBONES_OF_ONE_SIZE])
     assert sorted(TORCHVISION + REFUSED) == torchvision.models.list_models(module=torchvision.models)
 
@@ -123,7 +123,7 @@ def test_vgg16_has_the_published_trunk() -> None:
 
 
 @pytest.mark.parametrize("depth", WIDTHS)
-def test_vggs_are_as_deep_as_their_name_says(depth: int) -> None:
+def test_vggs_have_the_depth_in_their_name(depth: int) -> None:
     layers = [m for m in on_meta(f"vgg{depth}_cifar").modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
     assert depth == (convolutions if depth < 11 else len(layers))
@@ -157,12 +157,12 @@ def test_documented_sizes(arch: str, num_classes: int, millions: float) -> None:
     assert round(num_parameters(on_meta(arch, num_classes, 32 if num_classes == 10 else 224)) / 1e6, 2) == millions
 
 
-def test_documented_sizes_are_of_all_our_networks() -> None:
+def test_documented_sizes_cover_all_our_networks() -> None:
     without_batch_norm = {f"vgg{depth}_cifar" for depth in WIDTHS}
     assert {arch for arch, _, _ in documented_sizes()} >= set(OWN) - without_batch_norm
 
 
-# Images that a network cannot take
+# Unsupported image sizes
 
 
 def test_a_network_of_one_size_asks_for_it() -> None:
@@ -178,7 +178,7 @@ def test_images_too_small_are_refused_when_the_network_is_built(arch: str, size:
     assert "\n" not in str(caught.value)
 
 
-def test_a_checked_network_is_as_an_unchecked_one() -> None:
+def test_the_size_check_does_not_change_the_network() -> None:
     model = Model(arch="vgg2_bn_cifar", num_classes=3)
     checked, unchecked = build_network(model, 0, 32), build_network(model, 0)
     assert all(module.training for module in checked.modules())
@@ -245,7 +245,7 @@ def test_torchvision_loads_our_weights_and_gives_the_same_logits(arch: str) -> N
 @pytest.mark.parametrize("arch", ["squeezenet1_1", "efficientnet_b0"])
 @torch.no_grad()
 def test_training_draws_no_random_number(arch: str) -> None:
-    """Plain torchvision's dropout and stochastic depth do, from a state that no checkpoint carries."""
+    """Plain torchvision's dropout and stochastic depth do, from an RNG state that checkpoints do not save."""
     images = torch.rand(4, 3, 64, 64)
     model = Model(arch=arch, num_classes=10)
     network, plain = build_network(model, 0), torchvision.models.get_model(arch, num_classes=10)
@@ -268,37 +268,37 @@ def test_networks_with_auxiliary_logits_give_one_tensor_in_training(arch: str) -
 
 
 def unscored_share(backbone: nn.Module) -> float:
-    """Share of the parameters that lie in no convolution, linear or normalisation layer."""
+    """Fraction of the parameters outside convolution, linear and normalisation layers."""
     layers = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm)
     inside = {id(p) for m in backbone.modules() if isinstance(m, layers) for p in m.parameters(recurse=False)}
     return sum(p.numel() for p in backbone.parameters() if id(p) not in inside) / num_parameters(backbone)
 
 
 @pytest.mark.parametrize("arch", [arch for arch in TORCHVISION if not arch.startswith("regnet")])
-def test_any_classifier_of_torchvision_takes_its_images_and_nearly_all_of_it_can_be_pruned(arch: str) -> None:
+def test_every_torchvision_classifier_takes_its_images_and_is_almost_fully_prunable(arch: str) -> None:
     assert unscored_share(on_meta(arch, 7, 224).backbone) < 1e-3  # position tables and layer scales
 
 
 @pytest.mark.parametrize("arch", ["regnet_x_400mf", "regnet_y_400mf"])
-def test_regnets_do_too(arch: str) -> None:
+def test_regnets_take_their_images_and_can_be_pruned(arch: str) -> None:
     """Not on the meta device: torchvision computes their widths with tensors."""
     assert unscored_share(build_network(Model(arch=arch, num_classes=7), 0, 224).backbone) < 1e-3
 
 
 @pytest.mark.parametrize("arch", ["vit_b_16", "vit_b_32"])
-def test_what_is_refused_could_not(arch: str) -> None:
+def test_unsupported_torchvision_networks_are_refused_with_the_reason(arch: str) -> None:
     with torch.device("meta"):
         assert 0.24 < unscored_share(torchvision.models.get_model(arch, num_classes=7)) < 0.26
     with pytest.raises(ValueError, match="its attention holds a quarter of the weights"):
         known_architecture(arch)
 
 
-# What the rest of the pipeline does with networks
+# Use by the rest of the pipeline
 
 
 @pytest.mark.parametrize("arch", OWN)
 def test_every_matrix_and_kernel_has_scores(arch: str) -> None:
-    """Norms and biases are vectors; whatever has two dimensions or more is a connection."""
+    """Norm parameters and biases are vectors; tensors of two or more dimensions hold connections."""
     backbone = on_meta(arch).backbone
     connections = [name for name, parameter in backbone.named_parameters() if parameter.dim() > 1]
     assert list(maskable(backbone)) == connections
@@ -316,7 +316,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_pruned_networks_train_repeatably_under_deterministic_algorithms(name: str) -> None:
+def test_pruned_networks_train_deterministically(name: str) -> None:
     torch.manual_seed(0)
     network = TINY[name](3)
     Scores.attach(network, Decimal("0.1"))
@@ -343,7 +343,7 @@ def test_pruned_networks_train_repeatably_under_deterministic_algorithms(name: s
 
 @pytest.mark.parametrize("arch", OWN)
 def test_own_networks_can_be_traced(arch: str) -> None:
-    """Bounds walk the graph; of our own functions only the pooling may stand in it."""
+    """Bounds traverse the graph; pooling is the only function of this project that may appear in it."""
     graph = fx.symbolic_trace(on_meta(arch)).graph
     functions = {getattr(node.target, "__name__", "") for node in graph.nodes if node.op == "call_function"}
     of_torchvision = {"iadd", "flatten", "mul"}
@@ -368,7 +368,7 @@ def test_initialisation_is_a_function_of_the_seed_alone(arch: str) -> None:
     first = build_network(model, 1, 32).state_dict()
     after_first = torch.rand(3)
     torch.manual_seed(5)
-    assert torch.equal(torch.rand(3), after_first), "building a network moved the caller's random state"
+    assert torch.equal(torch.rand(3), after_first), "building a network must not change the caller's random state"
     second, other = build_network(model, 1, 32).state_dict(), build_network(model, 2, 32).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     kernel = next(name for name in first if first[name].dim() == 4)
@@ -376,7 +376,7 @@ def test_initialisation_is_a_function_of_the_seed_alone(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["cnn_large", "vgg6_cifar", "wrn_28_4", "resnet18_cifar"])
-def test_convolutions_begin_with_he_normal_weights(arch: str) -> None:
+def test_convolutions_have_he_normal_initial_weights(arch: str) -> None:
     """The sample deviation of n normal weights is within 5 standard errors, sigma / sqrt(2 n), of sigma."""
     network = build_network(Model(arch=arch, num_classes=10), 0, 32).backbone
     for layer in (m for m in network.modules() if isinstance(m, nn.Conv2d)):

@@ -1,4 +1,4 @@
-"""What a stage goes on from: its own newest whole checkpoint, and only while the stage is its own."""
+"""Resuming a stage: from its newest complete checkpoint, and only while holding its lease."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_newest_whole_one_and_nothing_beyond_it(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_used_and_later_steps_are_removed(tmp_path: Path) -> None:
     folder = stage_with_checkpoints(tmp_path / "pretrain")
     (checkpoint.folder_of(folder, 10) / "model.safetensors").write_bytes(b"")
     leases = Leases([folder])
@@ -42,7 +42,7 @@ def test_the_newest_whole_one_and_nothing_beyond_it(tmp_path: Path) -> None:
     assert (folder / "metrics.jsonl").read_text() == ROWS.splitlines(keepends=True)[0]
 
 
-def test_without_a_whole_one_the_run_stops_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_without_a_complete_checkpoint_the_run_stops_and_nothing_is_lost(tmp_path: Path) -> None:
     folder = stage_with_checkpoints(tmp_path / "pretrain")
     for step in (5, 10):
         (checkpoint.folder_of(folder, step) / "model.safetensors").write_bytes(b"")
@@ -51,16 +51,16 @@ def test_without_a_whole_one_the_run_stops_and_nothing_is_lost(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"none of its checkpoints is whole \(steps 5, 10;.* delete its step-"):
         _own_checkpoint(folder, leases.token)
     assert everything(folder) == before
-    for step in (5, 10):  # which were never complete, and so are no loss
+    for step in (5, 10):  # without a manifest they were never complete, so nothing is lost
         (checkpoint.folder_of(folder, step) / "MANIFEST.json").unlink()
     assert _own_checkpoint(folder, leases.token) is None
     leases.release()
     assert checkpoint.steps_on_disk(folder) == []
 
 
-def test_who_was_replaced_removes_nothing_of_its_successors(tmp_path: Path) -> None:
+def test_a_process_without_the_lease_removes_nothing(tmp_path: Path) -> None:
     folder = stage_with_checkpoints(tmp_path / "pretrain")
-    (checkpoint.folder_of(folder, 15)).mkdir()  # which the successor is writing
+    (checkpoint.folder_of(folder, 15)).mkdir()  # being written by the lease's new holder
     leases = Leases([folder])
     before = everything(folder)
     with pytest.raises(LeaseHeld, match="is no longer ours"):

@@ -1,4 +1,4 @@
-"""Where scores start: the scaled formula, and draws that depend on seed, layer and position alone."""
+"""Initial scores: the scaled formula, and draws that depend on seed, layer and position alone."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def test_scaled_scores_are_the_formula(layer: nn.Linear | nn.Conv2d, fan_in: int
 
 
 def test_random_scores_are_a_function_of_seed_layer_and_position() -> None:
-    first = score_init.drawn("random", 3)
+    first = score_init.random_scores("random", 3)
     score = first("a.weight", CONVOLUTION)
     for output, kernel in enumerate(score.flatten(1)):
         stream = uniforms(sample_keys(np.array([output]), 3, "score", "random", "a.weight"), kernel.numel())[0]
         assert np.array_equal(kernel.numpy(), (2 * stream - 1).astype(np.float32))
     assert torch.equal(first("a.weight", CONVOLUTION.to(memory_format=torch.channels_last)), score)
     assert torch.equal(first("a.weight", CONVOLUTION.double()), score.double())
-    for other in (first("b.weight", CONVOLUTION), score_init.drawn("random", 4)("a.weight", CONVOLUTION)):
+    for other in (first("b.weight", CONVOLUTION), score_init.random_scores("random", 4)("a.weight", CONVOLUTION)):
         assert abs(np.corrcoef(score.flatten(), other.flatten())[0, 1]) < 4 / np.sqrt(score.numel())
     assert scipy.stats.kstest(score.abs().flatten().numpy(), "uniform").pvalue > 1e-3
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(30, 200, 3), nn.Conv2d(60, 200, 3, groups=2), nn.Linear(300, 90)])
 @pytest.mark.parametrize("kind", [kind for kind in get_args(ScoreInit) if kind != "scaled"])
-def test_drawn_scores_are_distributed_as_torchs(kind: str, layer: nn.Conv2d | nn.Linear) -> None:
+def test_random_scores_have_the_distribution_of_torchs_initialisers(kind: str, layer: nn.Conv2d | nn.Linear) -> None:
     weight = layer.weight.detach()
-    score = score_init.drawn(kind, 0)("a.weight", weight).flatten()
+    score = score_init.random_scores(kind, 0)("a.weight", weight).flatten()
     gain = {"gain": nn.init.calculate_gain("relu")} if kind.startswith("xavier") else {}
     torch.manual_seed(0)
     theirs = getattr(nn.init, f"{kind}_")(torch.empty_like(weight), **gain).flatten()
@@ -60,20 +60,20 @@ def test_drawn_scores_are_distributed_as_torchs(kind: str, layer: nn.Conv2d | nn
     assert abs(neighbours) < 4 / np.sqrt(len(score))
 
 
-def test_a_layer_drawn_in_blocks_is_the_layer_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = score_init.drawn("random", 0)("a.weight", CONVOLUTION)
+def test_drawing_in_blocks_gives_the_same_scores_as_drawing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = score_init.random_scores("random", 0)("a.weight", CONVOLUTION)
     monkeypatch.setattr(score_init, "BLOCK", 1000)  # 3 of 40 outputs
-    assert torch.equal(score_init.drawn("random", 0)("a.weight", CONVOLUTION), whole)
+    assert torch.equal(score_init.random_scores("random", 0)("a.weight", CONVOLUTION), expected)
 
 
 def random_masks(seed: int, keep: str) -> dict[str, Tensor]:
     network = build_network(Model(arch="small_cnn", num_classes=10), 0)
-    Scores.attach(network, Decimal(keep), "global", score_init.drawn("random", seed))
+    Scores.attach(network, Decimal(keep), "global", score_init.random_scores("random", seed))
     state = effective_state(network)
     return {name: state[name] != 0 for name in maskable(network)}
 
 
-def test_a_random_network_keeps_any_connection_as_likely_as_another() -> None:
+def test_random_scores_keep_every_connection_with_equal_probability() -> None:
     denser, other, sparser = random_masks(0, "0.1"), random_masks(1, "0.1"), random_masks(0, "0.01")
     for name, mask in denser.items():
         n = mask.numel()

@@ -1,4 +1,4 @@
-"""Scores on networks: where they attach, their gradients, and how masks follow them."""
+"""Scores on networks: where they attach, their gradients, and how masks are computed from them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def to_channels_last(network: nn.Module) -> None:
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-# --- scores at the start ---------------------------------------------------------------------------------------------
+# --- initial scores --------------------------------------------------------------------------------------------------
 
 
 def test_attached_scores_keep_the_largest_weights() -> None:
@@ -68,7 +68,7 @@ def test_an_all_zero_weight_is_named() -> None:
 def test_scores_attach_once_and_only_where_there_is_something_to_prune() -> None:
     network = small_network()
     Scores.attach(network, TENTH)
-    with pytest.raises(ValueError, match="scores already"):
+    with pytest.raises(ValueError, match="already has scores"):
         Scores.attach(network, TENTH)
     with pytest.raises(ValueError, match="nothing to prune"):
         Scores.attach(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), TENTH)
@@ -76,7 +76,7 @@ def test_scores_attach_once_and_only_where_there_is_something_to_prune() -> None
 
 @pytest.mark.parametrize("allocation", get_args(Allocation))
 def test_scores_leave_nothing_on_the_network_that_cannot_be_pickled(allocation: Allocation) -> None:
-    """torch itself refuses to pickle a parametrized layer, so the scores go before."""
+    """torch refuses to pickle a parametrized layer, so the scores are removed first."""
     network = small_network()
     before = set(vars(network.backbone))
     Scores.attach(network, TENTH, allocation)
@@ -84,15 +84,15 @@ def test_scores_leave_nothing_on_the_network_that_cannot_be_pickled(allocation: 
     expected = effective_state(network)
     for layer in maskable(network).values():
         parametrize.remove_parametrizations(layer, "weight")
-    found = pickle.loads(pickle.dumps(network)).backbone.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    unpickled = pickle.loads(pickle.dumps(network)).backbone.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in unpickled.items())
 
 
 # --- any nn.Module ---------------------------------------------------------------------------------------------------
 
 
 class Twice(nn.Module):
-    """One layer used under two names, in a nest."""
+    """One nested layer registered under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_shared_layer_has_one_score_and_its_plain_state_both_names() -> None:
     torch.testing.assert_close(plain(x), network(x))
 
 
-def test_a_layer_alone_is_a_network() -> None:
+def test_a_single_layer_is_a_network() -> None:
     layer = nn.Linear(10, 10)
     Scores.attach(layer, TENTH)
     assert set(named_state(layer)) == {"weight/weight", "weight/bias", "score/weight"}
@@ -161,7 +161,7 @@ def test_gradients_are_the_closed_formulas() -> None:
     target = torch.randn(5, 4, dtype=torch.float64)
     loss = (layer(x) - target).square().sum()
     grad_weight, grad_score = torch.autograd.grad(loss, [weight, score])
-    # d loss / d w_eff of a linear layer under squared error, by hand.
+    # d loss / d w_eff of a linear layer under squared error, derived analytically.
     effective = weight.detach() * mask
     grad_effective = 2 * (F.linear(x, effective, layer.bias.detach()) - target).T @ x
     torch.testing.assert_close(grad_weight, grad_effective * mask)
@@ -170,7 +170,7 @@ def test_gradients_are_the_closed_formulas() -> None:
 
 
 def test_score_gradient_is_that_of_the_surrogate_by_finite_differences() -> None:
-    # Straight-through replaces the step by |s| moved by a constant: w_eff(s) = w * (mask + |s| - |s0|).
+    # Straight-through replaces the step by |s| shifted by a constant: w_eff(s) = w * (mask + |s| - |s0|).
     layer, _, weight, score, x = linear_in_float64()
     mask, start = topk_mask(score, 12).double(), score.detach().clone()
 
@@ -191,7 +191,7 @@ def test_weight_gradient_by_finite_differences() -> None:
     layer, scores, weight, _, x = linear_in_float64()
 
     def loss_at(values: Tensor) -> Tensor:
-        scores.weights_changed()  # gradcheck moves them without torch's count of their versions
+        scores.weights_changed()  # gradcheck changes them without incrementing their version counter
         return torch.func.functional_call(layer, {"parametrizations.weight.original": values}, (x,)).tanh().sum()
 
     assert torch.autograd.gradcheck(loss_at, [weight.detach().clone().requires_grad_()])
@@ -266,7 +266,7 @@ def norms_of(network: nn.Module) -> list[nn.BatchNorm2d | nn.BatchNorm1d]:
     return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)]
 
 
-def test_a_frozen_batchnorm_is_that_of_the_dense_network_through_a_step() -> None:
+def test_a_frozen_batchnorm_keeps_the_dense_networks_values_through_a_step() -> None:
     network = small_network()
     network(torch.rand(16, 3, 28, 28) ** 2)  # statistics that are not the initial ones
     Scores.attach(network, TENTH)

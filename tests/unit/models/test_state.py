@@ -46,7 +46,7 @@ def test_state_round_trip(scored: bool) -> None:
         with torch.no_grad():
             named_state(source)["score/fc1.weight"].copy_(torch.randn(256, 3136))
         source_scores.refresh()
-    source(torch.rand(8, 3, 28, 28))  # moves the running statistics
+    source(torch.rand(8, 3, 28, 28))  # updates the running statistics
     saved = {name: tensor.detach().clone() for name, tensor in named_state(source).items()}
     live = named_state(target)
     load_state(target, saved, target_scores)
@@ -103,7 +103,7 @@ def test_effective_state_is_a_plain_torchvision_network(scored: bool) -> None:
 
 
 class Counting(nn.Module):
-    """Stands before `Masked` in a layer's parametrizations and counts how often the weight is computed."""
+    """Precedes `Masked` in a layer's parametrizations and counts how often the weight is computed."""
 
     calls = 0
 
@@ -134,7 +134,7 @@ def test_cached_weights_are_computed_once_without_a_graph() -> None:
     assert counter.calls == 3
 
 
-def test_cached_weights_end_with_the_context_also_after_an_error() -> None:
+def test_the_cache_ends_with_the_context_also_after_an_error() -> None:
     network = small_network()
     Scores.attach(network, TENTH)
     with contextlib.suppress(RuntimeError), cached_weights(network):

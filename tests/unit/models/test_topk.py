@@ -1,4 +1,4 @@
-"""Masks against brute-force statements of their definitions."""
+"""Masks against brute-force implementations of their definitions."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_kept_count_examples(n: int, keep_fraction: str, kept: int) -> None:
 
 
 @pytest.mark.parametrize("keep_fraction", ["0", "-0.1", "1.01"])
-def test_kept_count_refuses_what_is_no_fraction(keep_fraction: str) -> None:
+def test_kept_count_refuses_an_invalid_fraction(keep_fraction: str) -> None:
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
         kept_count(10, Decimal(keep_fraction))
 
 
 def brute_force_mask(score: Tensor, kept: int) -> Tensor:
-    """The definition: sort the logical indices by falling |score|, then by rising index, and keep the first."""
+    """The definition: sort logical indices by descending |score|, then by ascending index, and keep the first."""
     indices = list(itertools.product(*(range(size) for size in score.shape)))
     ranked = sorted(range(len(indices)), key=lambda i: (-abs(score[indices[i]].item()), i))
     mask = torch.zeros(score.shape, dtype=torch.bool)
@@ -56,7 +56,7 @@ def brute_force_mask(score: Tensor, kept: int) -> Tensor:
 @st.composite
 def scores_in_any_layout(draw: st.DrawFn) -> Tensor:
     shape = draw(st.one_of(st.tuples(*[st.integers(1, 4)] * 4), st.tuples(*[st.integers(1, 8)] * 2)))
-    # Few distinct values make ties, and -0.0 and 0.0 are one of them.
+    # Few distinct values, so that there are ties, including -0.0 and 0.0.
     values = st.one_of(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0]), st.floats(-3, 3, width=32))
     count = math.prod(shape)
     score = torch.tensor(draw(st.lists(values, min_size=count, max_size=count)), dtype=torch.float32).view(shape)

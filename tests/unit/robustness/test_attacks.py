@@ -1,4 +1,4 @@
-"""Attacks: balls, PGD against a loop written out here, and an independent attack as a yardstick."""
+"""Attacks: balls, PGD against a reference loop, and PGD against an independent attack."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def distance(ball: Ball, x_adv: Tensor, x: Tensor) -> Tensor:
 
 
 def assert_inside(ball: Ball, x_adv: Tensor, x: Tensor) -> None:
-    """[0, 1] exactly; eps up to what one rounding of x + eps to float32 allows, or of a norm."""
+    """[0, 1] exactly; eps up to one float32 rounding of x + eps or of the norm."""
     assert x_adv.dtype == torch.float32
     assert float(x_adv.min()) >= 0.0
     assert float(x_adv.max()) <= 1.0
@@ -61,7 +61,7 @@ def test_ball_of_a_threat_model() -> None:
 def test_projection_is_inside_and_keeps_what_is_inside(seed: int, eps: float, reach: float, kind: type) -> None:
     generator = torch.Generator().manual_seed(seed)
     ball = kind(eps)
-    x = torch.rand(4, 3, 5, 5, generator=generator).round(decimals=1)  # exact 0 and 1 among them
+    x = torch.rand(4, 3, 5, 5, generator=generator).round(decimals=1)  # includes exact 0 and 1
     far = x + reach * torch.randn(x.shape, generator=generator)
     projected = ball.project(far, x)
     assert_inside(ball, projected, x)
@@ -97,10 +97,10 @@ def test_l2_random_start_is_uniform_in_the_ball() -> None:
 def test_l2_step_has_its_length_for_tiny_and_zero_gradients() -> None:
     x = torch.full((3, 1, 4, 4), 0.5)
     grad = torch.randn(3, 1, 4, 4)
-    grad[1] *= 1e-30  # its squares are zero in float32
+    grad[1] *= 1e-30  # its squares underflow to zero in float32
     grad[2] = 0.0
-    moved = L2Ball(1.0).step(x, grad, 0.25) - x
-    torch.testing.assert_close(moved.flatten(1).norm(dim=1), torch.tensor([0.25, 0.25, 0.0]), rtol=1e-5, atol=1e-6)
+    delta = L2Ball(1.0).step(x, grad, 0.25) - x
+    torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.tensor([0.25, 0.25, 0.0]), rtol=1e-5, atol=1e-6)
 
 
 # --- PGD -------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_linf_pgd_on_a_linear_model_reaches_the_optimum() -> None:
 
 def test_l2_pgd_on_a_linear_model_reaches_the_optimum() -> None:
     model, x, y = Linear((3, 4, 4)), torch.full((2, 3, 4, 4), 0.5), torch.tensor([0, 1])
-    ball = L2Ball(0.4)  # small enough that [0, 1] is nowhere in the way
+    ball = L2Ball(0.4)  # small enough that clipping to [0, 1] has no effect
     start = ball.random_start(x, keys_of(2))
     x_adv = pgd(model, x, cross_entropy(y), ball=ball, steps=40, step_size=0.2, start=start)
     direction = model.direction.detach() / model.direction.detach().norm()
@@ -148,10 +148,8 @@ def test_l2_pgd_on_a_linear_model_reaches_the_optimum() -> None:
     torch.testing.assert_close(x_adv, x + 0.4 * towards, rtol=0, atol=1e-4)
 
 
-def pgd_written_out(
-    model: nn.Module, x: Tensor, y: Tensor, ball: Ball, steps: int, size: float, start: Tensor
-) -> Tensor:
-    """One image at a time, coordinates through numpy: the definition, not the implementation."""
+def pgd_reference(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, steps: int, size: float, start: Tensor) -> Tensor:
+    """The definition, in numpy and one image at a time."""
     results = []
     for i in range(len(x)):
         image, current = x[i].double().numpy(), start[i].double().numpy()
@@ -171,13 +169,13 @@ def pgd_written_out(
 
 
 @pytest.mark.parametrize("ball", BALLS, ids=lambda ball: type(ball).__name__)
-def test_pgd_equals_the_loop_written_out(ball: Ball) -> None:
+def test_pgd_equals_the_reference_loop(ball: Ball) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softplus(), nn.Flatten(), nn.Linear(8 * 16, 5))
     x, y = torch.rand(5, 3, 6, 6), torch.tensor([0, 1, 2, 3, 4])
     start = ball.random_start(x, keys_of(5))
     x_adv = pgd(model, x, cross_entropy(y), ball=ball, steps=4, step_size=ball.eps / 3, start=start)
-    torch.testing.assert_close(x_adv, pgd_written_out(model, x, y, ball, 4, ball.eps / 3, start), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x_adv, pgd_reference(model, x, y, ball, 4, ball.eps / 3, start), rtol=0, atol=1e-5)
     assert_inside(ball, x_adv, x)
     assert not x_adv.requires_grad
     assert not start.requires_grad
@@ -252,7 +250,7 @@ def test_crafting_restores_every_training_flag(fails: bool) -> None:
 
 
 def train_on_stripes(test_images: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A small network on four kinds of noisy gratings, and test images of them."""
+    """A small network trained on four classes of noisy gratings, and test images."""
     torch.manual_seed(0)
     angles = torch.arange(4) * math.pi / 4
     grid = torch.stack(torch.meshgrid(torch.arange(10.0), torch.arange(10.0), indexing="ij"))

@@ -18,14 +18,14 @@ from pipeline.recipe.objective import ThreatModel
 from tests.support.synthetic_data import BALLS, CLASSES, draw, trained_network
 
 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-    from foolbox import attacks  # names a module of scipy by its old name
+    from foolbox import attacks  # imports a scipy module by its deprecated name
     from foolbox.attacks.deepfool import L2DeepFoolAttack, LinfDeepFoolAttack
     from foolbox.models.pytorch import PyTorchModel
 
 COUNT = 400
 IDS = np.arange(COUNT)
 TOLERANCE = 0.01
-"""Between AutoAttack's robust accuracy and what Foolbox's PGD and DeepFool leave."""
+"""Between the robust accuracies of AutoAttack and of Foolbox's PGD and DeepFool combined."""
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def images() -> tuple[Tensor, Tensor]:
     return draw(COUNT, seed=1000)
 
 
-def withstood(network: nn.Module, images: tuple[Tensor, Tensor], eps: float, *theirs: Any) -> NDArray[np.bool_]:
-    """Which images are right, and still are after each of their attacks."""
+def robust_images(network: nn.Module, images: tuple[Tensor, Tensor], eps: float, *theirs: Any) -> NDArray[np.bool_]:
+    """Which images are classified correctly, also under each of their attacks."""
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
         model = PyTorchModel(network, bounds=(0, 1), device="cpu")
@@ -52,28 +52,28 @@ def withstood(network: nn.Module, images: tuple[Tensor, Tensor], eps: float, *th
 def test_pgd_is_within_noise_of_theirs(
     network: nn.Module, images: tuple[Tensor, Tensor], threat: ThreatModel, steps: int
 ) -> None:
-    """Same loss, steps, and start, uniform in the ball, which matters after three steps. Random numbers differ."""
+    """Same loss and steps, and a uniform start in the ball, which matters for three steps. Random numbers differ."""
     eps = float(threat.eps)
     ours = Pgd(threat, steps, eps / 4, restarts=1, seed=3).verdicts(network, *images, IDS)["robust_correct"].numpy()
     kind = attacks.LinfPGD if threat.norm == "linf" else attacks.L2PGD
-    theirs = withstood(network, images, eps, kind(abs_stepsize=eps / 4, steps=steps, random_start=True))
-    found = mcnemar(ours, theirs)
+    theirs = robust_images(network, images, eps, kind(abs_stepsize=eps / 4, steps=steps, random_start=True))
+    comparison = mcnemar(ours, theirs)
     assert 0.1 < ours.mean() < 0.8, "the attack must neither fail nor break everything"
-    assert found.p_value > 0.05, found
+    assert comparison.p_value > 0.05, comparison
     if steps == 3:
-        centred = withstood(network, images, eps, kind(abs_stepsize=eps / 4, steps=steps, random_start=False))
-        assert mcnemar(ours, centred).p_value < 0.001, "another attack is told apart"
+        centred = robust_images(network, images, eps, kind(abs_stepsize=eps / 4, steps=steps, random_start=False))
+        assert mcnemar(ours, centred).p_value < 0.001, "the test must distinguish a different attack"
 
 
 @pytest.mark.parametrize("threat", BALLS.values(), ids=BALLS)
-def test_autoattack_agrees_with_theirs_on_the_whole(
+def test_autoattack_agrees_with_their_robust_accuracy(
     network: nn.Module, images: tuple[Tensor, Tensor], threat: ThreatModel
 ) -> None:
     eps = float(threat.eps)
-    whole = Ensemble("autoattack", threat, CLASSES, seed=3, iterations=20, queries=100)
-    ours = whole.verdicts(network, *images, IDS)["robust_correct"].numpy()
+    ensemble = Ensemble("autoattack", threat, CLASSES, seed=3, iterations=20, queries=100)
+    ours = ensemble.verdicts(network, *images, IDS)["robust_correct"].numpy()
     linf = threat.norm == "linf"
     pgd, nearest = (attacks.LinfPGD, LinfDeepFoolAttack) if linf else (attacks.L2PGD, L2DeepFoolAttack)
-    theirs = withstood(network, images, eps, pgd(abs_stepsize=eps / 10, steps=100), nearest())
+    theirs = robust_images(network, images, eps, pgd(abs_stepsize=eps / 10, steps=100), nearest())
     assert 0.05 < ours.mean() < 0.5
     assert abs(ours.mean() - theirs.mean()) <= TOLERANCE, (ours.mean(), theirs.mean())

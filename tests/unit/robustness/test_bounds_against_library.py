@@ -1,7 +1,6 @@
-"""Margins agree with those of another library: bound-propagation (Mathiesen), which this project did not write.
+"""Margins agree with those of an independent library, bound-propagation (Mathiesen).
 
-It knows linear layers, ReLU and sums of branches. Convolutions and the difference of logits are handed to it as the
-matrices that they are.
+It supports linear layers, ReLU and sums of branches. Convolutions and the difference of logits are passed as matrices.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from tests.unit.robustness.test_bounds import CLASSES, all_margins, dense_form, 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 SETTINGS = {"ibp": ("ibp", True), "crown_ibp": ("crown_ibp", True), "parallel": ("crown_ibp", False)}
-"""Ours -> the library's method, and whether its ReLU's lower line is CROWN's adaptive one or parallel to the chord."""
+"""Our method -> the library's, and whether the lower line of a ReLU is adaptive (CROWN) or parallel to the chord."""
 
 
 def theirs(network: nn.Module, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-    """Lower bounds of a network of their layers over one box: low and high [n]."""
+    """The library's lower bounds of a network of supported layers over one box: low and high [n]."""
     from bound_propagation import BoundModelFactory, HyperRectangle
 
     region = HyperRectangle(low[None], high[None])
@@ -49,11 +48,15 @@ def differences(y: int) -> np.ndarray:
     return np.eye(CLASSES)[y] - np.eye(CLASSES)
 
 
-def agree(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_agree(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for kind in SETTINGS:
-        found = ours[kind][0].double()
-        torch.testing.assert_close(found, expected[kind], rtol=1e-4, atol=1e-4, msg=lambda m, kind=kind: f"{kind}: {m}")
-    assert not torch.allclose(expected["ibp"], expected["crown_ibp"], rtol=1e-2), "the methods say the same of this one"
+        actual = ours[kind][0].double()
+        torch.testing.assert_close(
+            actual, expected[kind], rtol=1e-4, atol=1e-4, msg=lambda m, kind=kind: f"{kind}: {m}"
+        )
+    assert not torch.allclose(expected["ibp"], expected["crown_ibp"], rtol=1e-2), (
+        "the methods must differ on this network"
+    )
 
 
 def as_their_layers(network: nn.Sequential, y: int, shape: torch.Size) -> nn.Sequential:
@@ -79,7 +82,9 @@ def test_the_shipped_cnns_dense_and_masked(build: Any, keep: str | None, eps: fl
     if keep is not None:
         Scores.attach(network, Decimal(keep))
     low, high = (bound.flatten().double() for bound in linf_box(x, eps))
-    agree(all_margins(network, x, torch.tensor([y]), eps), theirs(as_their_layers(network, y, x.shape[1:]), low, high))
+    assert_agree(
+        all_margins(network, x, torch.tensor([y]), eps), theirs(as_their_layers(network, y, x.shape[1:]), low, high)
+    )
 
 
 @torch.no_grad()
@@ -95,4 +100,4 @@ def test_a_sum_of_branches(seed: int) -> None:
     merged = linear(differences(y) @ last.weight.double().numpy(), differences(y) @ last.bias.double().numpy())
     ours = all_margins(nn.Sequential(*trunk, last), x, torch.tensor([y]), eps)
     low, high = (bound[0].double() for bound in linf_box(x, eps))
-    agree(ours, theirs(nn.Sequential(*trunk, merged).double(), low, high))
+    assert_agree(ours, theirs(nn.Sequential(*trunk, merged).double(), low, high))

@@ -1,4 +1,4 @@
-"""Certified training: losses and schedules against formulas, what is proved, and what recipes may ask for."""
+"""Certified training: losses and schedules against formulas, proofs, and recipe validation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(objective: Objective, network: nn.Module, elapsed: float = 0.5) -> Objec
 
 
 def parts(network: nn.Module, eps: float, symbolic: bool = False) -> dict[str, Tensor]:
-    """The terms that losses are made of, from a forward of its own."""
+    """The terms of the losses, from a separate forward."""
     with batch_statistics_of(network) as statistics:
         clean = network(X)
     graph, box = trace(network), linf_box(X, eps)
@@ -87,14 +87,16 @@ def test_certified_losses_are_their_formula(name: str, elapsed: float, eps: floa
     margins = share * terms["crown"] + (1 - share) * terms["ibp"]
     expected = kappa * terms["clean"] + (1 - kappa) * F.cross_entropy(-margins, Y)
     assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    best = torch.maximum(terms["crown"], terms["ibp"]) if share else terms["ibp"]
-    by_hand = sum(all(float(row[j]) > 0 for j in range(10) if j != y) for row, y in zip(best.detach(), Y, strict=True))
+    tightest = torch.maximum(terms["crown"], terms["ibp"]) if share else terms["ibp"]
+    proofs = sum(
+        all(float(row[j]) > 0 for j in range(10) if j != y) for row, y in zip(tightest.detach(), Y, strict=True)
+    )
     assert outcome.robust_correct is not None
-    assert int(outcome.robust_correct) == by_hand
+    assert int(outcome.robust_correct) == proofs
     assert outcome.robust_correct.dtype == torch.int64
 
 
-def test_proofs_are_counted_at_the_eps_of_the_moment() -> None:
+def test_proofs_are_counted_at_the_current_eps() -> None:
     network = build_network(Model(arch="small_cnn", num_classes=10), 0)
     scores = Scores.attach(network, Decimal("0.5"))
     train_only(network.train(), "scores")
@@ -111,7 +113,7 @@ def test_proofs_are_counted_at_the_eps_of_the_moment() -> None:
 
 @pytest.mark.parametrize("phase", ["prune", "finetune", "magnitude"])
 @pytest.mark.parametrize("name", NAMES)
-def test_after_pretrain_schedules_have_reached_their_end(name: str, phase: str) -> None:
+def test_after_pretrain_schedules_are_at_their_end(name: str, phase: str) -> None:
     late = run(objective_named(name, robust_probability=1.0), scored_network(), 1.0).loss
     early = run(objective_named(name, robust_probability=1.0), scored_network(), 0.0).loss
     here = run(objective_named(name, phase, robust_probability=1.0), scored_network(), 0.0).loss
@@ -119,7 +121,7 @@ def test_after_pretrain_schedules_have_reached_their_end(name: str, phase: str) 
     assert here.item() != early.item()
 
 
-def test_mixtrain_is_its_formula_on_the_images_that_the_keys_choose() -> None:
+def test_mixtrain_matches_its_formula_on_the_images_drawn_from_the_keys() -> None:
     options: dict[str, Any] = {
         "eps_ramp": 0.25,
         "robust_samples": 3,
@@ -141,8 +143,8 @@ def test_mixtrain_is_its_formula_on_the_images_that_the_keys_choose() -> None:
     assert outcome.robust_correct is None
 
 
-def test_mixtrain_leaves_the_robust_term_out_as_often_as_it_is_told() -> None:
-    """Of a network whose clean cross-entropy is exactly log 2, and whose worst case is not; it weighs w to 1."""
+def test_mixtrain_includes_the_robust_term_with_the_given_probability() -> None:
+    """On a network whose clean cross-entropy is exactly log 2, and whose worst case, of weight w, is not."""
     layer = nn.Linear(4, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
@@ -158,7 +160,7 @@ def test_mixtrain_leaves_the_robust_term_out_as_often_as_it_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_exactly_what_trains(name: str) -> None:
+def test_gradients_reach_exactly_the_trainable_tensors(name: str) -> None:
     network = scored_network()
     outcome = run(objective_named(name, robust_probability=1.0), network, 0.5)
     assert outcome.loss.dtype == torch.float32
@@ -168,26 +170,26 @@ def test_gradients_reach_exactly_what_trains(name: str) -> None:
     grads = {n: tensor.grad for n, tensor in state.items() if tensor.grad is not None}
     assert grads.keys() == trained_parameters(network).keys()
     assert all(bool(torch.isfinite(grad).all()) for grad in grads.values())
-    assert int(state["buffer/bn1.num_batches_tracked"]) == 1, "bounds take no statistics"
+    assert int(state["buffer/bn1.num_batches_tracked"]) == 1, "bounds do not update statistics"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_contains_the_clean_forward_even_where_it_weighs_nothing(name: str) -> None:
-    """ZeRO's preparations hang on the gradient of the update's forward."""
-    network, seen = scored_network(), []
+def test_the_loss_includes_the_clean_forward_even_with_weight_zero(name: str) -> None:
+    """ZeRO sets up gradient reduction in the backward of the update's forward."""
+    network, grads = scored_network(), []
 
     def forward(images: Tensor) -> Tensor:
         logits = network(images)
-        logits.register_hook(seen.append)
+        logits.register_hook(grads.append)
         return logits
 
     objective = objective_named(name, kappa_start=0.0, kappa_end=0.0, robust_probability=1.0)
     objective(ObjectiveInput(network, forward, X, Y, KEYS, elapsed=0.9)).loss.backward()
-    assert len(seen) == 1
+    assert len(grads) == 1
 
 
 @pytest.mark.parametrize("name", ["ibp", "crown_ibp"])
-def test_training_raises_what_is_proved(name: str) -> None:
+def test_training_increases_the_number_of_proofs(name: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)]
     network = Network(nn.Sequential(*layers), (0.5,) * 3, (0.25,) * 3)
@@ -204,7 +206,7 @@ def test_training_raises_what_is_proved(name: str) -> None:
     assert network.training
 
 
-def test_what_is_verified_is_right_and_symbolic_proves_no_less() -> None:
+def test_proved_images_are_correct_and_symbolic_intervals_prove_no_fewer() -> None:
     torch.manual_seed(1)
     layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 10)]
     network = nn.Sequential(*layers)
@@ -214,17 +216,17 @@ def test_what_is_verified_is_right_and_symbolic_proves_no_less() -> None:
         F.cross_entropy(network(X), Y).backward()
         optimizer.step()
     labels = Y.clone()
-    labels[0] = 5  # the network learnt otherwise
+    labels[0] = 5  # not the class that was trained
     proofs = {}
     for eps in (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 1.0):
-        cheap, dear = verified(network, X, labels, eps), verified(network, X, labels, eps, symbolic=True)
-        assert torch.equal(cheap.prediction, network(X).argmax(dim=1))
-        assert bool((cheap.prediction == labels)[cheap.proved].all())
-        assert bool((dear.proved | ~cheap.proved).all())
-        proofs[eps] = (int(cheap.proved.sum()), int(dear.proved.sum()))
+        interval, symbolic = verified(network, X, labels, eps), verified(network, X, labels, eps, symbolic=True)
+        assert torch.equal(interval.prediction, network(X).argmax(dim=1))
+        assert bool((interval.prediction == labels)[interval.proved].all())
+        assert bool((symbolic.proved | ~interval.proved).all())
+        proofs[eps] = (int(interval.proved.sum()), int(symbolic.proved.sum()))
     assert proofs[0.0] == (7, 7)
     assert proofs[1.0] == (0, 0)
-    assert any(cheap < dear for cheap, dear in proofs.values()), proofs
+    assert any(interval < symbolic for interval, symbolic in proofs.values()), proofs
 
 
 SHARE = st.floats(0.0, 1.0)

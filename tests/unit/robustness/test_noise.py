@@ -1,4 +1,4 @@
-"""Attack noise: the streams of pipeline.rng, continued in torch, with the distributions that they claim."""
+"""Attack noise: the streams of pipeline.rng in torch, with the documented distributions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def keys_of(count: int, *scope: int | str) -> Tensor:
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=5), st.tuples(st.integers(1, 3), st.integers(1, 9)))
 @settings(deadline=None)
-def test_uniform_noise_continues_the_streams_of_keys(key_list: list[int], shape: tuple[int, int]) -> None:
+def test_uniform_noise_matches_the_numpy_streams(key_list: list[int], shape: tuple[int, int]) -> None:
     key_array = np.array(key_list, dtype=np.uint64)
     noise = uniform_noise(torch.from_numpy(key_array.view(np.int64)), shape)
     assert noise.dtype == torch.float32
@@ -34,10 +34,10 @@ def test_uniform_noise_continues_the_streams_of_keys(key_list: list[int], shape:
 
 @pytest.mark.parametrize("noise", [uniform_noise, gaussian_noise])
 def test_a_samples_noise_does_not_depend_on_its_batch(noise: Callable[..., Tensor]) -> None:
-    whole = noise(keys_of(8), (3, 5, 5))
+    batch = noise(keys_of(8), (3, 5, 5))
     alone = torch.cat([noise(key.view(1), (3, 5, 5)) for key in keys_of(8)])
-    torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(whole, noise(keys_of(8, 1), (3, 5, 5)))
+    torch.testing.assert_close(batch, alone, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(batch, noise(keys_of(8, 1), (3, 5, 5)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Objectives: losses against statements of their own, gradients, counts, and what they leave untouched."""
+"""Objectives: losses against reference formulas, gradients, counts, and the state they leave unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMOOTHING = NAMES[-3:]
 X, Y = torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(8)
 KEYS = torch.from_numpy(rng.sample_keys(np.arange(8), 0, "attack").view(np.int64))
 NOISE = 0.2 * torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(2)) - 0.1
-"""What an objective that carries noise finds."""
+"""The noise carried over from the previous step."""
 
 
 def objective_named(name: str, norm: str = "linf", phase: str = "pretrain", **values: Any) -> Objective:
@@ -47,16 +47,16 @@ def scored_network(seed: int = 0) -> Network:
 
 
 class Recorder:
-    """The update's forward: keeps what was fed to it and what came out."""
+    """The update's forward: records its inputs and outputs."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.fed: list[Tensor] = []
+        self.inputs: list[Tensor] = []
         self.logits: list[Tensor] = []
 
     def __call__(self, images: Tensor) -> Tensor:
         assert self.network.training, "the update runs in train mode"
-        self.fed.append(images)
+        self.inputs.append(images)
         self.logits.append(self.network(images))
         return self.logits[-1]
 
@@ -70,15 +70,15 @@ def count(logits: Tensor) -> int:
     return sum(int(row.argmax()) == int(label) for row, label in zip(logits.detach(), Y, strict=True))
 
 
-def cross_entropy_by_hand(logits: Tensor) -> float:
+def cross_entropy_reference(logits: Tensor) -> float:
     probabilities = logits.detach().double().softmax(dim=1)
     return -float(np.mean([float(probabilities[i, label].log()) for i, label in enumerate(Y.tolist())]))
 
 
 def test_clean_is_cross_entropy_on_the_images() -> None:
     outcome, forward = run(objective_named("clean"), scored_network())
-    assert [fed is X for fed in forward.fed] == [True]
-    assert outcome.loss.item() == pytest.approx(cross_entropy_by_hand(forward.logits[0]), rel=1e-5)
+    assert [fed is X for fed in forward.inputs] == [True]
+    assert outcome.loss.item() == pytest.approx(cross_entropy_reference(forward.logits[0]), rel=1e-5)
     assert outcome.clean_correct is not None
     assert int(outcome.clean_correct) == count(forward.logits[0])
     assert outcome.clean_correct.dtype == torch.int64
@@ -90,8 +90,8 @@ def test_clean_is_cross_entropy_on_the_images() -> None:
 def test_adversarial_training_is_cross_entropy_on_worse_images(name: str, norm: str) -> None:
     network = scored_network()
     outcome, forward = run(objective_named(name, norm), network)
-    (x_adv,) = forward.fed
-    assert outcome.loss.item() == pytest.approx(cross_entropy_by_hand(forward.logits[0]), rel=1e-5)
+    (x_adv,) = forward.inputs
+    assert outcome.loss.item() == pytest.approx(cross_entropy_reference(forward.logits[0]), rel=1e-5)
     assert outcome.robust_correct is not None
     assert int(outcome.robust_correct) == count(forward.logits[0])
     assert outcome.clean_correct is None
@@ -112,7 +112,7 @@ def linear_network(classes: int) -> tuple[nn.Module, Tensor]:
 
 
 def test_nfgsm_steps_from_noise_and_leaves_the_ball() -> None:
-    """On a linear network every gradient is known: the example is two clips written out here."""
+    """On a linear network every gradient is known, so the example has a closed form with two clips."""
     network, weight = linear_network(classes=2)
     labels, forward = Y % 2, Recorder(network)
     outcome = objective_named("nfgsm", noise_magnitude=1.5)(ObjectiveInput(network, forward, X, labels, KEYS))
@@ -120,23 +120,23 @@ def test_nfgsm_steps_from_noise_and_leaves_the_ball() -> None:
     towards_the_other = (weight[1] - weight[0]).sign().view_as(X[0]) * torch.where(labels == 0, 1, -1).view(-1, 1, 1, 1)
     start = (X + 1.5 * 0.1 * (2 * noise - 1)).clip(0, 1)
     expected = (start + 0.05 * towards_the_other).clip(0, 1)
-    torch.testing.assert_close(forward.fed[0].double(), expected, rtol=0, atol=1e-6)
-    reach = (forward.fed[0] - X).abs()
+    torch.testing.assert_close(forward.inputs[0].double(), expected, rtol=0, atol=1e-6)
+    reach = (forward.inputs[0] - X).abs()
     assert 0.19 < float(reach.max()) <= 1.5 * 0.1 + 0.05 + 1e-6
     assert outcome.loss.item() == pytest.approx(F.cross_entropy(forward.logits[0], labels).item())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_free_training_moves_its_noise_by_the_gradient_of_the_one_backward(norm: str) -> None:
+def test_free_training_updates_its_noise_with_the_gradient_of_the_same_backward(norm: str) -> None:
     """On a linear network the gradient is known: (p - onehot(y)) W / n, and none where the sum leaves [0, 1]."""
     network, weight = linear_network(classes=10)
-    carried, forward = NOISE.clone(), Recorder(network)
-    outcome = objective_named("free", norm)(ObjectiveInput(network, forward, X, Y, KEYS, noise=carried))
-    (fed,) = forward.fed
+    noise, forward = NOISE.clone(), Recorder(network)
+    outcome = objective_named("free", norm)(ObjectiveInput(network, forward, X, Y, KEYS, noise=noise))
+    (fed,) = forward.inputs
     assert torch.equal(fed, (X + NOISE).clip(0, 1))
-    assert outcome.loss.item() == pytest.approx(cross_entropy_by_hand(forward.logits[0]), rel=1e-5)
+    assert outcome.loss.item() == pytest.approx(cross_entropy_reference(forward.logits[0]), rel=1e-5)
     outcome.loss.backward()
-    assert torch.equal(carried, NOISE), "it moves after the backward"
+    assert torch.equal(noise, NOISE), "it changes after the backward"
     outcome.after_backward()
 
     off = (forward.logits[0].detach().double().softmax(dim=1) - F.one_hot(Y, 10)) / len(X)
@@ -146,11 +146,11 @@ def test_free_training_moves_its_noise_by_the_gradient_of_the_one_backward(norm:
     if norm == "linf":
         expected = (NOISE.double() + 0.05 * grad.sign()).clip(-0.1, 0.1)
     else:
-        moved = NOISE.double() + 0.05 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        length = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        unprojected = NOISE.double() + 0.05 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        length = unprojected.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         assert float(length.min()) > 0.1
-        expected = moved * 0.1 / length
-    torch.testing.assert_close(carried.double(), expected, rtol=1e-4, atol=1e-6)
+        expected = unprojected * 0.1 / length
+    torch.testing.assert_close(noise.double(), expected, rtol=1e-4, atol=1e-6)
     assert all(parameter.grad is not None for parameter in network.parameters()), "the same backward trains"
 
 
@@ -159,63 +159,64 @@ def test_the_noise_of_free_training_warms_up_with_eps() -> None:
     objective, labels = objective_named("free", eps_warmup=0.5), Y % 2
     ascent = (weight[1] - weight[0]).sign().view_as(X[0]) * torch.where(labels == 0, 1, -1).view(-1, 1, 1, 1)
     for elapsed, strength in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0)):
-        carried, forward = torch.full_like(X, 0.02), Recorder(network)
-        outcome = objective(ObjectiveInput(network, forward, X * 0.9, labels, KEYS, elapsed=elapsed, noise=carried))
+        noise, forward = torch.full_like(X, 0.02), Recorder(network)
+        outcome = objective(ObjectiveInput(network, forward, X * 0.9, labels, KEYS, elapsed=elapsed, noise=noise))
         outcome.loss.backward()
         outcome.after_backward()
         expected = (0.02 + 0.05 * strength * ascent).clip(-0.1 * strength, 0.1 * strength)
-        torch.testing.assert_close(carried, expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(noise, expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["pgd", "fgsm", "nfgsm", "trades", "smoothadv"])
-def test_eps_warms_up_over_its_share_of_pretraining(name: str) -> None:
-    """The whole attack is scaled: eps and step_size as if the recipe had said that much less."""
+def test_eps_warms_up_over_its_fraction_of_pretraining(name: str) -> None:
+    """The whole attack is scaled: eps and step_size as in a recipe with smaller values."""
     network, _ = linear_network(classes=10)
 
-    def fed(elapsed: float, phase: str = "pretrain", **values: Any) -> Tensor:
-        return run(objective_named(name, phase=phase, **values), network, elapsed)[1].fed[-1]
+    def update_input(elapsed: float, phase: str = "pretrain", **values: Any) -> Tensor:
+        return run(objective_named(name, phase=phase, **values), network, elapsed)[1].inputs[-1]
 
     def at_once(eps: Fraction, step_size: Fraction) -> Tensor:
         threat_model = ThreatModel(norm="l2" if name == "smoothadv" else "linf", eps=eps)
         objective = build_objective(usual_objective(name, step_size=step_size), threat_model, "pretrain")
-        return run(objective, network)[1].fed[-1]
+        return run(objective, network)[1].inputs[-1]
 
-    whole = at_once(Fraction(1, 10), Fraction(1, 20))
-    assert torch.equal(fed(0.25, eps_warmup=0.5), at_once(Fraction(1, 20), Fraction(1, 40)))
+    full_strength = at_once(Fraction(1, 10), Fraction(1, 20))
+    assert torch.equal(update_input(0.25, eps_warmup=0.5), at_once(Fraction(1, 20), Fraction(1, 40)))
     for elapsed in (0.5, 0.99):
-        assert torch.equal(fed(elapsed, eps_warmup=0.5), whole)
+        assert torch.equal(update_input(elapsed, eps_warmup=0.5), full_strength)
     for phase in ("prune", "finetune", "magnitude"):
-        assert torch.equal(fed(0.0, phase, eps_warmup=0.5), whole)
-    assert torch.equal(fed(0.0), whole)
+        assert torch.equal(update_input(0.0, phase, eps_warmup=0.5), full_strength)
+    assert torch.equal(update_input(0.0), full_strength)
     if name != "smoothadv":
-        torch.testing.assert_close(fed(0.0, eps_warmup=0.5), X, rtol=0, atol=0)
+        torch.testing.assert_close(update_input(0.0, eps_warmup=0.5), X, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "nfgsm", "free"])
 def test_from_level_one_on_one_step_objectives_are_pgd(name: str) -> None:
-    """With its examples, from the same random starts: 2^level steps that together can cross the ball."""
+    """The same examples from the same random starts: 2^level steps that together can cross the ball."""
     network, _ = linear_network(classes=10)
     threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10))
 
-    def fed(spec: dict[str, Any], level: int, elapsed: float = 0.0) -> Tensor:
+    def update_input(spec: dict[str, Any], level: int, elapsed: float = 0.0) -> Tensor:
         objective = build_objective(objective_of(**spec), threat_model, "pretrain", level)
-        return run(objective, network, elapsed)[1].fed[-1]
+        return run(objective, network, elapsed)[1].inputs[-1]
 
     own = {"name": name, "step_size": "1/8"}
     for level, steps, size in ((1, 2, "1/8"), (2, 4, "1/16"), (4, 16, "1/64")):
-        expected = fed({"name": "pgd", "steps": steps, "step_size": size}, 0)
-        assert torch.equal(fed(own, level), expected)
-        assert not torch.equal(fed(own, 0), expected)
+        expected = update_input({"name": "pgd", "steps": steps, "step_size": size}, 0)
+        assert torch.equal(update_input(own, level), expected)
+        assert not torch.equal(update_input(own, 0), expected)
     warm = {"eps_warmup": 0.5}
     assert torch.equal(
-        fed({**own, **warm}, 2, 0.25), fed({"name": "pgd", "steps": 4, "step_size": "1/16", **warm}, 0, 0.25)
+        update_input({**own, **warm}, 2, 0.25),
+        update_input({"name": "pgd", "steps": 4, "step_size": "1/16", **warm}, 0, 0.25),
     )
 
 
 def test_trades_loss_is_that_of_torch_distributions() -> None:
     outcome, forward = run(objective_named("trades", beta=3.0), scored_network())
     clean, adversarial = forward.logits
-    assert forward.fed[0] is X
+    assert forward.inputs[0] is X
     divergence = kl_divergence(Categorical(logits=clean), Categorical(logits=adversarial))
     expected = F.cross_entropy(clean, Y) + 3.0 * divergence.mean()
     assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -232,10 +233,10 @@ def test_trades_loss_is_that_of_torch_distributions() -> None:
 
 def test_trades_maximises_the_divergence_from_near_the_image() -> None:
     network = scored_network()
-    with torch.no_grad():  # an untrained network's predictions hardly differ from one another
+    with torch.no_grad():  # an untrained network's predictions barely differ
         named_state(network)["weight/fc2.weight"].mul_(100)
     _, forward = run(objective_named("trades"), network)
-    x_adv = forward.fed[1]
+    x_adv = forward.inputs[1]
     assert float((x_adv - X).abs().max()) <= 0.1 + 1e-6
     network.eval()
     ball = LinfBall(0.1)
@@ -254,13 +255,13 @@ def test_kl_divergence_of_confident_networks_is_finite() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_attack_touches_neither_gradients_nor_statistics(name: str) -> None:
+def test_the_attack_changes_neither_gradients_nor_statistics(name: str) -> None:
     network = scored_network()
     objective = objective_named(name)
-    tracked = named_state(network)["buffer/bn1.num_batches_tracked"]
+    num_batches = named_state(network)["buffer/bn1.num_batches_tracked"]
     outcome, forward = run(objective, network)
     assert all(parameter.grad is None for parameter in network.parameters())
-    assert int(tracked) == len(forward.fed), "only the update's forwards move BatchNorm's statistics"
+    assert int(num_batches) == len(forward.inputs), "only the update's forwards update BatchNorm's statistics"
     assert network.training
     outcome.loss.backward()
     with_grad = {name for name, tensor in named_state(network).items() if tensor.grad is not None}
@@ -269,15 +270,15 @@ def test_the_attack_touches_neither_gradients_nor_statistics(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_noise_is_a_function_of_the_keys(name: str) -> None:
-    def fed(some_keys: Tensor) -> Tensor:
+    def update_input(some_keys: Tensor) -> Tensor:
         network = scored_network()
         forward = Recorder(network)
         objective_named(name)(ObjectiveInput(network, forward, X, Y, some_keys, noise=NOISE.clone()))
-        return forward.fed[-1]
+        return forward.inputs[-1]
 
-    first = fed(KEYS)
-    assert torch.equal(first, fed(KEYS))
-    assert torch.equal(first, fed(KEYS + 1)) == (name in ("clean", "free"))
+    first = update_input(KEYS)
+    assert torch.equal(first, update_input(KEYS))
+    assert torch.equal(first, update_input(KEYS + 1)) == (name in ("clean", "free"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -319,8 +320,8 @@ def test_a_few_steps_lower_the_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_what_an_objective_counts_is_what_the_metrics_take_from_it(name: str) -> None:
+def test_an_objective_counts_what_its_technique_declares(name: str) -> None:
     outcome, _ = run(objective_named(name), scored_network())
     technique = TECHNIQUES[name]
-    counted = outcome.clean_correct is not None, outcome.robust_correct is not None
-    assert (technique.counts_clean, technique.counts_robust) == counted
+    counts = outcome.clean_correct is not None, outcome.robust_correct is not None
+    assert (technique.counts_clean, technique.counts_robust) == counts

@@ -1,4 +1,4 @@
-"""Catastrophic overfitting: told from counts, answered by stronger attacks, and probed at the eps that training has."""
+"""Catastrophic overfitting: detection from counts, stronger attacks, and the probe at the current training eps."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ counts = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.
 @example(right=(0, 0), smallest=0.5)
 @example(right=(1, 3), smallest=0.5)
 @example(right=(14, 49), smallest=0.5)
-def test_it_is_told_where_chance_cannot_explain_the_ratio(right: tuple[int, int], smallest: float) -> None:
-    """Against the exact probability of so few among those that withstand one step."""
+def test_it_is_detected_when_chance_cannot_explain_the_ratio(right: tuple[int, int], smallest: float) -> None:
+    """Against the exact binomial probability of so few among those robust to one step."""
     pgd, one_step = right
-    by_chance = float(binom.cdf(pgd, one_step, smallest))
+    probability = float(binom.cdf(pgd, one_step, smallest))
     if overfits(pgd, one_step, smallest):
         assert pgd < smallest * one_step
-        assert by_chance < 0.15
+        assert probability < 0.15
     else:
-        assert by_chance > 1e-3
+        assert probability > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -74,16 +74,16 @@ def test_each_level_doubles_the_steps(level: int, eps: float, step_size: float, 
     assert level == STRONGEST or stronger(level + 1, eps, step_size)[0] == 2 * steps
 
 
-def test_what_is_raised_says_what_was_seen() -> None:
-    found = CatastrophicOverfitting("pretrain", 60, 0, 40, (15, 51))
-    assert str(found) == (
-        "pretrain: catastrophic overfitting at step 60: of the held-out images 15 withstand PGD and 51 one step"
+def test_the_error_reports_the_counts() -> None:
+    error = CatastrophicOverfitting("pretrain", 60, 0, 40, (15, 51))
+    assert str(error) == (
+        "pretrain: catastrophic overfitting at step 60: of the held-out images, 15 are robust to PGD and 51 to one step"
     )
-    assert (found.step, found.level, found.good_step) == (60, 0, 40)
+    assert (error.step, error.level, error.good_step) == (60, 0, 40)
 
 
 class Cosine(nn.Module):
-    """Two classes whose margin turns around within eps: one long step jumps over what short ones find."""
+    """Two classes whose margin oscillates within eps: one long step overshoots the minimum that short steps reach."""
 
     def forward(self, images: Tensor) -> Tensor:
         margin = torch.cos(images.flatten(1).mean(dim=1) * 100)
@@ -91,7 +91,7 @@ class Cosine(nn.Module):
 
 
 class Fixed:
-    """A measure that has looked."""
+    """A measure with fixed verdicts."""
 
     name, title, settings = "fixed", "fixed", {"norm": None}
 
@@ -102,29 +102,29 @@ class Fixed:
         }
 
 
-def judged(measure: Any, pgd: Pgd) -> dict[str, Tensor]:
+def probe_columns(measure: Any, pgd: Pgd) -> dict[str, Tensor]:
     x = torch.full((64, 3, 4, 4), 0.5) + torch.linspace(-0.2, 0.2, 64).view(-1, 1, 1, 1)
     network = Cosine()
     y = network(x).argmax(dim=1)
     return WithOverfittingProbe(measure, pgd).verdicts(network, x, y, np.arange(64))
 
 
-def test_the_probe_tells_apart_what_one_step_and_what_several_find() -> None:
+def test_the_probe_distinguishes_one_step_and_multi_step_attacks() -> None:
     threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10))
     pgd = Pgd(threat_model, 20, 0.0125, restarts=1, seed=0)
-    columns = judged(pgd, pgd)
+    columns = probe_columns(pgd, pgd)
     assert torch.equal(columns["pgd_correct"], columns["robust_correct"])
     one_step = replace(pgd, steps=1, step_size=0.1)
-    alone = judged(one_step, pgd)
+    alone = probe_columns(one_step, pgd)
     assert torch.equal(columns["one_step_correct"], alone["robust_correct"])
     assert torch.equal(columns["pgd_correct"], alone["pgd_correct"])
     assert int(columns["pgd_correct"].sum()) < int(columns["one_step_correct"].sum())
 
 
-def test_the_probe_has_its_own_eps_beside_any_measure() -> None:
-    """While the attack warms up, the row's verdicts are at the whole eps and the probe's at that of the moment."""
-    whole = Pgd(ThreatModel(norm="linf", eps=Fraction(1, 10)), 20, 0.0125, restarts=1, seed=0)
+def test_the_probe_has_its_own_eps_with_any_measure() -> None:
+    """During warmup, the row's verdicts are at full eps and the probe's at the current eps."""
+    full_eps = Pgd(ThreatModel(norm="linf", eps=Fraction(1, 10)), 20, 0.0125, restarts=1, seed=0)
     threat_model = ThreatModel(norm="linf", eps=Fraction(1, 10000))
-    columns = judged(whole, Pgd(threat_model, 20, 0.0000125, restarts=1, seed=0))
+    columns = probe_columns(full_eps, Pgd(threat_model, 20, 0.0000125, restarts=1, seed=0))
     assert int(columns["pgd_correct"].sum()) > int(columns["robust_correct"].sum())
-    assert "pgd_correct" in judged(Fixed(), whole)
+    assert "pgd_correct" in probe_columns(Fixed(), full_eps)

@@ -1,4 +1,4 @@
-"""Training for randomized smoothing: losses and noise written out anew, and an attack that is known in closed form."""
+"""Training for randomized smoothing: losses and noise against reference code, and an attack in closed form."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def gaussians(key_array: np.ndarray) -> Tensor:
 
 
 def draws_of_each(samples: int) -> Tensor:
-    """The noises of SmoothAdv: [n, samples, *SHAPE]."""
+    """The noise draws of SmoothAdv: [n, samples, *SHAPE]."""
     numbers = rng.mix64(np.arange(samples, dtype=np.uint64) * np.uint64(rng.GOLDEN_GAMMA) + np.uint64(1))
     derived = rng.mix64(KEY_ARRAY[:, None] ^ numbers)
     return gaussians(derived.ravel()).view(IMAGES, samples, *SHAPE)
 
 
-class Watched(nn.Module):
-    """A network that keeps what it was fed, in training mode and in eval mode."""
+class Recorder(nn.Module):
+    """A network that records its inputs, separately for training and eval mode."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Watched(nn.Module):
         return self.network(images)
 
 
-def small_network(classes: int = 3) -> Watched:
+def small_network(classes: int = 3) -> Recorder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         hidden, last = nn.Linear(PIXELS, 16), nn.Linear(16, classes)
     with torch.no_grad():
         last.weight.mul_(8)  # so that noise changes predictions
-    return Watched(nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), last))
+    return Recorder(nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), last))
 
 
 def run(objective: Objective, network: nn.Module, y: Tensor = Y) -> ObjectiveOutput:
@@ -74,11 +74,11 @@ def count(probabilities: Tensor, y: Tensor = Y) -> int:
 def test_noise_training_is_cross_entropy_on_unclipped_noisy_images() -> None:
     network = small_network()
     outcome = run(noise_training(SIGMA), network)
-    (fed,) = network.updates
-    torch.testing.assert_close(fed.double(), X.double() + SIGMA * gaussians(KEY_ARRAY), rtol=0, atol=1e-5)
-    assert float(fed.min()) < -0.1
-    assert float(fed.max()) > 1.1
-    probabilities = network.network(fed).double().softmax(dim=1)
+    (inputs,) = network.updates
+    torch.testing.assert_close(inputs.double(), X.double() + SIGMA * gaussians(KEY_ARRAY), rtol=0, atol=1e-5)
+    assert float(inputs.min()) < -0.1
+    assert float(inputs.max()) > 1.1
+    probabilities = network.network(inputs).double().softmax(dim=1)
     expected = -probabilities[torch.arange(IMAGES), Y].log().mean()
     assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert outcome.robust_correct is not None
@@ -90,10 +90,10 @@ def test_noise_training_is_cross_entropy_on_unclipped_noisy_images() -> None:
 def test_stability_training_adds_the_divergence_of_noisy_predictions() -> None:
     network = small_network()
     outcome = run(stability_training(SIGMA, beta=3.0), network)
-    clean_fed, noisy_fed = network.updates
-    assert torch.equal(clean_fed, X)
-    torch.testing.assert_close(noisy_fed.double(), X.double() + SIGMA * gaussians(KEY_ARRAY), rtol=0, atol=1e-5)
-    clean, noisy = network.network(clean_fed), network.network(noisy_fed)
+    clean_input, noisy_input = network.updates
+    assert torch.equal(clean_input, X)
+    torch.testing.assert_close(noisy_input.double(), X.double() + SIGMA * gaussians(KEY_ARRAY), rtol=0, atol=1e-5)
+    clean, noisy = network.network(clean_input), network.network(noisy_input)
     divergence = kl_divergence(Categorical(logits=clean), Categorical(logits=noisy)).mean()
     expected = F.cross_entropy(clean, Y) + 3.0 * divergence
     assert divergence.item() > 0.03
@@ -103,14 +103,14 @@ def test_stability_training_adds_the_divergence_of_noisy_predictions() -> None:
     assert (int(outcome.clean_correct), int(outcome.robust_correct)) == (count(clean), count(noisy))
     # The gradient flows through both sides of the divergence.
     parameters = list(network.parameters())
-    for grad, by_hand in zip(
+    for grad, expected_grad in zip(
         torch.autograd.grad(outcome.loss, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
-        torch.testing.assert_close(grad, by_hand, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
 def test_smoothadv_takes_one_step_up_the_averaged_probability() -> None:
-    """d/dx of -log mean_j p_j is -sum_j grad p_j / sum_j p_j: one image and one noise at a time."""
+    """d/dx of -log mean_j p_j is -sum_j grad p_j / sum_j p_j: one image and one noise draw at a time."""
     network, samples, step_size = small_network(), 4, 0.05
     outcome = run(smoothadv_training(L2Ball(1.0), 1, step_size, SIGMA, samples), network)
     noise = SIGMA * draws_of_each(samples).float()
@@ -124,15 +124,15 @@ def test_smoothadv_takes_one_step_up_the_averaged_probability() -> None:
             denominator += p.item()
         grad = numerator / denominator
         expected[i] = (X[i] + step_size * grad / grad.norm()).clip(0, 1)
-    (crafted,), (fed,) = network.crafted, network.updates
+    (crafted,), (inputs,) = network.crafted, network.updates
     start = crafted.view(IMAGES, samples, *SHAPE) - noise
-    x_adv = fed.view(IMAGES, samples, *SHAPE) - noise  # the same noises in the attack and in the update
+    x_adv = inputs.view(IMAGES, samples, *SHAPE) - noise  # the same noise draws in the attack and in the update
     torch.testing.assert_close(start, X[:, None].expand_as(start), rtol=0, atol=1e-5)
     torch.testing.assert_close(x_adv, expected[:, None].expand_as(x_adv), rtol=0, atol=1e-4)
-    assert float(fed.min()) < -0.1
-    assert float(fed.max()) > 1.1
+    assert float(inputs.min()) < -0.1
+    assert float(inputs.max()) > 1.1
 
-    logits = network.network(fed).double().view(IMAGES, samples, -1)
+    logits = network.network(inputs).double().view(IMAGES, samples, -1)
     losses = [-logits[i, j].softmax(0)[Y[i]].log() for i in range(IMAGES) for j in range(samples)]
     assert outcome.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert outcome.robust_correct is not None
@@ -141,12 +141,12 @@ def test_smoothadv_takes_one_step_up_the_averaged_probability() -> None:
 
 
 def test_smoothadv_finds_the_worst_point_of_the_ball_of_a_linear_network() -> None:
-    """Whatever the noise, that is x - eps w / |w| for the label's side of w."""
+    """For any noise it is x - eps w / |w|, with the sign of w given by the label."""
     eps, samples = 0.2, 3
     weight = torch.randn(PIXELS, generator=torch.Generator().manual_seed(4))
     layer = nn.Linear(PIXELS, 2, bias=False)
     layer.weight = nn.Parameter(torch.stack([torch.zeros(PIXELS), weight]))
-    network = Watched(nn.Sequential(nn.Flatten(), layer))
+    network = Recorder(nn.Sequential(nn.Flatten(), layer))
     x = 0.25 + 0.5 * X  # the ball lies within [0, 1]
     labels = Y % 2
     objective = smoothadv_training(L2Ball(eps), 4, 0.1, SIGMA, samples)
@@ -157,11 +157,11 @@ def test_smoothadv_finds_the_worst_point_of_the_ball_of_a_linear_network() -> No
     assert outcome.loss.item() == pytest.approx(torch.log1p(torch.exp(-margins)).mean().item(), rel=1e-4)
 
 
-def test_noises_of_one_image_differ_and_do_not_depend_on_how_many_there_are() -> None:
-    fed = {}
+def test_noise_draws_of_one_image_differ_and_do_not_depend_on_their_number() -> None:
+    inputs = {}
     for samples in (1, 4):
         network = small_network()
         run(smoothadv_training(L2Ball(0.1), 1, 0.05, SIGMA, samples), network)
-        fed[samples] = network.crafted[0].view(IMAGES, samples, *SHAPE)
-    torch.testing.assert_close(fed[4][:, :1], fed[1], rtol=0, atol=1e-6)
-    assert len({row.sum().item() for row in fed[4].flatten(0, 1)}) == 4 * IMAGES
+        inputs[samples] = network.crafted[0].view(IMAGES, samples, *SHAPE)
+    torch.testing.assert_close(inputs[4][:, :1], inputs[1], rtol=0, atol=1e-6)
+    assert len({row.sum().item() for row in inputs[4].flatten(0, 1)}) == 4 * IMAGES
