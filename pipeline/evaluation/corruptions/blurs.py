@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.corruptions.resampling import levels, mirrored_at_centre, moved, smooth, zoomed
+from pipeline.evaluation.corruptions.resampling import (
+    gaussian_filter,
+    motion_blur,
+    quantise,
+    reflect_index,
+    zoom_centre,
+)
 from pipeline.robustness.noise import uniform_noise
 
 MOTION_ANGLES = (-45.0, 45.0)
@@ -14,14 +20,14 @@ DISK_RADIUS = 8
 
 
 def gaussian(x: Tensor, keys: Tensor, deviation: float) -> Tensor:
-    return smooth(x, deviation)
+    return gaussian_filter(x, deviation)
 
 
 def defocus(x: Tensor, keys: Tensor, constant: tuple[float, float]) -> Tensor:
     """Convolution with a soft-edged disk, by FFT in float64. The image is reflected at its border pixels."""
-    disk = disk_of(*constant)
+    disk = disk_kernel(*constant)
     radius, (height, width) = len(disk) // 2, x.shape[2:]
-    rows, columns = (mirrored_at_centre(torch.arange(-radius, side + radius), side) for side in (height, width))
+    rows, columns = (reflect_index(torch.arange(-radius, side + radius), side) for side in (height, width))
     around = x.double()[:, :, rows.to(x.device)][..., columns.to(x.device)]
     size = around.shape[-2:]
     # The disk is symmetric, so convolution equals the published correlation.
@@ -29,7 +35,7 @@ def defocus(x: Tensor, keys: Tensor, constant: tuple[float, float]) -> Tensor:
     return torch.fft.irfft2(spectrum, s=size)[..., 2 * radius :, 2 * radius :]
 
 
-def disk_of(radius: float, soft: float) -> Tensor:
+def disk_kernel(radius: float, soft: float) -> Tensor:
     """[k, k] float64: a disk that sums to 1, smoothed by a Gaussian of 3 taps (5 for a large disk)."""
     reach = DISK_RADIUS if radius <= DISK_RADIUS else int(radius)
     places = torch.arange(-reach, reach + 1, dtype=torch.float64)
@@ -37,7 +43,7 @@ def disk_of(radius: float, soft: float) -> Tensor:
     taps = torch.arange(-1, 2) if radius <= DISK_RADIUS else torch.arange(-2, 3)
     weights = torch.exp(-0.5 * (taps.double() / soft) ** 2)
     side = len(places)
-    sources = mirrored_at_centre(torch.arange(side)[:, None] + taps, side)
+    sources = reflect_index(torch.arange(side)[:, None] + taps, side)
     matrix = torch.zeros(side, side, dtype=torch.float64)
     matrix.scatter_add_(1, sources, (weights / weights.sum()).expand(side, -1))
     return matrix @ (disk / disk.sum()) @ matrix.T
@@ -49,13 +55,13 @@ def glass(x: Tensor, keys: Tensor, constant: tuple[float, int, int]) -> Tensor:
     The paper describes swaps. Its code copies one pixel over the other, because NumPy's rows are views; so does this.
     """
     deviation, reach, times = constant
-    pixels = levels(smooth(x, deviation)).flatten(2)
+    pixels = quantise(gaussian_filter(x, deviation)).flatten(2)
     inner = x.shape[-1] - 2 * reach
     draws = uniform_noise(keys, (times, inner, inner, 2))
     for offsets in ((draws.double() * 2 * reach).floor().long() - reach).unbind(1):
         sources = _source_indices(offsets, reach, x.shape[-1])
         pixels = pixels.gather(2, sources[:, None].expand_as(pixels))
-    return smooth(pixels.view_as(x), deviation)
+    return gaussian_filter(pixels.view_as(x), deviation)
 
 
 def _source_indices(offsets: Tensor, reach: int, side: int) -> Tensor:
@@ -78,9 +84,9 @@ def _source_indices(offsets: Tensor, reach: int, side: int) -> Tensor:
 
 
 def motion(x: Tensor, keys: Tensor, constant: tuple[int, float]) -> Tensor:
-    return moved(x, keys, *constant, MOTION_ANGLES)
+    return motion_blur(x, keys, *constant, MOTION_ANGLES)
 
 
 def zoom(x: Tensor, keys: Tensor, factors: tuple[float, ...]) -> Tensor:
     """Mean of the image and its enlargements by each factor."""
-    return (x.double() + sum(zoomed(x, factor) for factor in factors)) / (len(factors) + 1)
+    return (x.double() + sum(zoom_centre(x, factor) for factor in factors)) / (len(factors) + 1)

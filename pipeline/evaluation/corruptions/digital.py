@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.evaluation.corruptions.resampling import between, smooth, streams
+from pipeline.evaluation.corruptions.resampling import gaussian_filter, sample_bilinear, split_keys
 from pipeline.robustness.noise import uniform_noise
 
 
@@ -44,7 +44,7 @@ def contrast(x: Tensor, keys: Tensor, share: float) -> Tensor:
 def elastic(x: Tensor, keys: Tensor, constant: tuple[float, float, float]) -> Tensor:
     """A random affine map that moves three points, then a displacement of every pixel by smooth noise."""
     amount, deviation, most = constant
-    points, downwards, sideways = streams(keys, 3)
+    points, downwards, sideways = split_keys(keys, 3)
     height, width = x.shape[2:]
     square = min(height, width) // 3
     middle = torch.tensor([height // 2, width // 2], dtype=torch.float64)
@@ -55,12 +55,12 @@ def elastic(x: Tensor, keys: Tensor, constant: tuple[float, float, float]) -> Te
     rows, columns = (torch.arange(side, dtype=torch.float64, device=x.device) for side in (height, width))
     rows, columns = torch.meshgrid(rows, columns, indexing="ij")
     across, down = (torch.stack([columns, rows, torch.ones_like(rows)], dim=-1) @ back[:, None]).unbind(-1)
-    x = between(x, down, across, centred=True)
+    x = sample_bilinear(x, down, across, centred=True)
     if not amount:
         return x
     noise = [2 * uniform_noise(stream, (height, width)).double() - 1 for stream in (downwards, sideways)]
-    down, across = (amount * smooth(one, deviation, truncate=3.0, mirror=True) for one in noise)
-    return between(x, rows + down, columns + across, centred=False)
+    down, across = (amount * gaussian_filter(one, deviation, truncate=3.0, mirror=True) for one in noise)
+    return sample_bilinear(x, rows + down, columns + across, centred=False)
 
 
 def _map_pillow(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.evaluation.corruptions import blurs, digital, noises, weather
-from pipeline.evaluation.corruptions.resampling import levels
+from pipeline.evaluation.corruptions.resampling import quantise
 from pipeline.evaluation.measures.base import hits, ranked
 from pipeline.robustness.noise import device_keys
 
@@ -126,7 +126,7 @@ def corrupted(x: Tensor, ids: NDArray[np.int64], seed: int, name: str, severity:
     corruption, small, large = CORRUPTIONS[name]
     constant = (small if x.shape[2] <= SMALL_SIDE else large)[severity - 1]
     keys = device_keys(ids, x.device, seed, "corrupt", name, severity)
-    return levels(corruption(x, keys, constant)).float()
+    return quantise(corruption(x, keys, constant)).float()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.evaluation.corruptions.resampling import levels, moved, smooth, streams, zoomed
+from pipeline.evaluation.corruptions.resampling import gaussian_filter, motion_blur, quantise, split_keys, zoom_centre
 from pipeline.robustness.noise import gaussian_noise, uniform_noise
 
 GREY = (0.299, 0.587, 0.114)
@@ -28,9 +28,9 @@ RELIEF = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
 def snow(x: Tensor, keys: Tensor, constant: tuple[float, float, float, float, int, float, float]) -> Tensor:
     """Motion-blurred flakes and a copy of them rotated by 180 degrees, over a paler image."""
     mean, deviation, factor, least, radius, spread, share = constant
-    flakes, wind = streams(keys, 2)
-    layer = zoomed(mean + deviation * gaussian_noise(flakes, (1, *x.shape[2:])), factor)
-    layer = moved(levels(torch.where(layer < least, 0.0, layer)), wind, radius, spread, SNOW_ANGLES)
+    flakes, wind = split_keys(keys, 2)
+    layer = zoom_centre(mean + deviation * gaussian_noise(flakes, (1, *x.shape[2:])), factor)
+    layer = motion_blur(quantise(torch.where(layer < least, 0.0, layer)), wind, radius, spread, SNOW_ANGLES)
     grey = torch.einsum("nchw,c->nhw", x.double(), x.new_tensor(GREY, dtype=torch.float64))[:, None]
     pale = share * x + (1 - share) * torch.maximum(x.double(), grey * 1.5 + 0.5)
     return pale + layer + layer.flip(2, 3)
@@ -78,11 +78,11 @@ def _plasma(keys: Tensor, side: int, decay: float) -> Tensor:
 def spatter(x: Tensor, keys: Tensor, constant: tuple[float, float, float, float, float, int]) -> Tensor:
     """Drops of water or mud on the lens."""
     mean, deviation, spread, least, amount, is_mud = constant
-    liquid = smooth(mean + deviation * gaussian_noise(keys, x.shape[2:]), spread)
+    liquid = gaussian_filter(mean + deviation * gaussian_noise(keys, x.shape[2:]), spread)
     liquid = torch.where(liquid < least, 0.0, liquid)
     colour = torch.tensor(MUD if is_mud else WATER, device=x.device).view(-1, 1, 1) / 255.0
     if is_mud:
-        cover = smooth((liquid > least).double(), amount)[:, None]
+        cover = gaussian_filter((liquid > least).double(), amount)[:, None]
         cover = torch.where(cover < 0.8, 0.0, cover)
         return x * (1 - cover) + colour * cover
     pixels = (liquid.clamp(0, 1) * 255.0).byte().cpu().numpy()

@@ -572,7 +572,7 @@ def test_paired_interval_covers_as_often_as_it_says(first: float, second: float)
 
 @pytest.mark.parametrize("counts", [(-1, 0, 10), (6, 5, 10), (0, 0, 0)])
 def test_paired_interval_refuses_what_is_no_count(counts: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="no counts of discordant images"):
+    with pytest.raises(ValueError, match="not counts of discordant images"):
         paired_interval(*counts)
 
 
