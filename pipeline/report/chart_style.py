@@ -39,8 +39,8 @@ METHODS = {
     "random": Method("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
     "SNIP": Method("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
 }
-"""Hues of Okabe and Ito's colour-blind-safe palette, darkened to a text contrast of 4.5; markers and dashes are distinct
-in greyscale."""
+"""Hues of Okabe and Ito's colour-blind-safe palette, darkened to a text contrast of 4.5; markers and dashes remain
+distinct in greyscale."""
 TEXT, SOFT, GRID, CARD = "#1b2129", "#5a6572", "#dfe3e8", "#ffffff"
 VARIABLES = {method.colour: f"var(--{name.lower()})" for name, method in METHODS.items()}
 VARIABLES |= {SOFT: "var(--soft)", GRID: "var(--line)", CARD: "var(--card)"}

@@ -127,7 +127,8 @@ def difference_chart(differences: Sequence[Difference], runs: list[RunResult]) -
         if difference.test is None:
             continue
         lead, place = 100 * difference.test.difference, len(words)
-        note = f"{pruned_text(difference.keep_fraction)} pruned, over {difference.baseline}: {signed(lead, 2)} percentage points, {difference.outcome}"
+        where = f"{pruned_text(difference.keep_fraction)} pruned, over {difference.baseline}"
+        note = f"{where}: {signed(lead, 2)} percentage points, {difference.outcome}"
         mark = Mark(place, lead, note, 100 * difference.low, 100 * difference.high, difference.outcome == NOISE)
         marks.setdefault(difference.baseline, []).append(mark)
         groups.setdefault(difference.keep_fraction, []).append(place)
@@ -148,7 +149,9 @@ def difference_chart(differences: Sequence[Difference], runs: list[RunResult]) -
         axes.margins(y=0.1)
         axes.autoscale_view(scalex=False)
 
-    return Chart("HYDRA's lead, percentage points", f"Percentage points of {claim(runs)} accuracy: {'; '.join(words)}.", paint)
+    return Chart(
+        "HYDRA's lead, percentage points", f"Percentage points of {claim(runs)} accuracy: {'; '.join(words)}.", paint
+    )
 
 
 def certified_charts(runs: list[RunResult], curves: CertifiedCurves) -> list[Chart]:

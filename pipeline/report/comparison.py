@@ -85,19 +85,19 @@ def headline(runs: list[RunResult], rows: list[Difference]) -> str:
 def _lead_text(rows: list[Difference], name: str) -> str:
     tests = [(d, d.test) for d in rows if d.test is not None]
     if len(tests) == 1:
-        (one, test), *_ = tests
+        (row, test), *_ = tests
         size, p = abs(100 * test.difference), p_text(test.p_value).replace(" ", "\N{NO-BREAK SPACE}")
-        if one.outcome == NOISE:
+        if row.outcome == NOISE:
             return f"its difference of {size:.1f} percentage points from {name} pruning is within noise (McNemar's {p})"
-        side = "ahead of" if one.outcome == AHEAD else "behind"
-        interval = f"95 % interval of the difference {signed(100 * one.low)} to {signed(100 * one.high)}, McNemar's {p}"
+        side = "ahead of" if row.outcome == AHEAD else "behind"
+        interval = f"95 % interval of the difference {signed(100 * row.low)} to {signed(100 * row.high)}, McNemar's {p}"
         return f"it is significantly {side} {name} pruning, by {size:.1f} percentage points ({interval})"
     leads = [100 * test.difference for _, test in tests]
     counts = {outcome: sum(d.outcome == outcome for d, _ in tests) for outcome in (AHEAD, BEHIND, NOISE)}
     words = {AHEAD: "significantly ahead", BEHIND: "significantly behind", NOISE: "within noise"}
     summary = ", ".join(f"{words[outcome]} in {count}" for outcome, count in counts.items() if count)
-    between = f"{signed(min(leads))} to {signed(max(leads))}"
-    return f"its lead over {name} pruning is {between} percentage points: {summary} of {len(tests)} seeds by McNemar's test"
+    span = f"{signed(min(leads))} to {signed(max(leads))} percentage points"
+    return f"its lead over {name} pruning is {span}: {summary} of {len(tests)} seeds by McNemar's test"
 
 
 def signed(points: float, digits: int = 1) -> str:

@@ -27,7 +27,7 @@ MOST_S = 10.0
 
 @dataclass(frozen=True)
 class Examples:
-    """n images [n, channels, height, width] float32 in [0, 1], clean and adversarial, with the network's predictions."""
+    """n images [n, channels, height, width] float32 in [0, 1], clean and adversarial, and predictions on both."""
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
@@ -84,7 +84,7 @@ def examples(
 
 
 def examples_of(run: RunResult) -> RunExamples | str:
-    """Examples spread evenly over the test file, on the run's sparsest finished HYDRA network, or why there are none."""
+    """Examples spread evenly over the test file, on the run's sparsest finished HYDRA network, or why not."""
     recipe = run.recipe
     finished = [n for n in run.networks if n.name == "HYDRA" and (n.folder / "model.safetensors").is_file()]
     if not finished:

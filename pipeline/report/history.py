@@ -85,6 +85,8 @@ def stage_cost(history: History) -> StageCost:
         pass_epochs=passes / in_epoch if passes is not None and in_epoch else None,
         train_s=sum(row["timing"]["seconds"] for row in train_rows),
         held_out_s=sum(row["timing"]["seconds"] for row in held_out_rows),
-        seconds_in={part: sum(row["timing"].get("seconds_in", {}).get(part, 0.0) for row in train_rows) for part in PARTS},
+        seconds_in={
+            part: sum(row["timing"].get("seconds_in", {}).get(part, 0.0) for row in train_rows) for part in PARTS
+        },
         images=images,
     )
