@@ -165,7 +165,7 @@ def test_imagenet_requires_the_list_and_torchvisions_preprocessing(
     assert (code, lines) == (2, [])
     assert "was evaluated on 5,000 images (read from the FFCV file), and RobustBench uses the 5,000 of its list" in err
     assert f"python -m launch evaluate {run} --attack autoattack --folder DIR --image-list imagenet_test" in err
-    assert "adversarial pruning benchmark: it has cifar10 and svhn, with resnet18_cifar or" in err
+    assert "adversarial pruning benchmark: it accepts cifar10 and svhn with resnet18_cifar or" in err
     write_autoattack(run / "keep-0.1/finetune", np.arange(5000), 77, **own, **LISTED | {"image_list_sha256": "0" * 64})
     assert (
         "was evaluated on 5,000 images (torchvision, resize 256, centre crop 224), and" in leaderboard(capsys, run)[2]
