@@ -212,14 +212,14 @@ def test_imagenet_requires_the_list_and_torchvisions_preprocessing(
         ({"threat_model": {"norm": "linf", "eps": "4/255"}}, {}, "eps for cifar10 linf is 8/255, and .* is 4/255"),
         ({"data": {**CIFAR["data"], "image_size": 28}}, {}, "images were resized or cropped"),
         ({"data": {**CIFAR["data"], "augmentation": "random_resized_crop"}}, {}, "images were resized or cropped"),
-        ({"model": {"num_classes": 4}}, {}, "cifar10 has 10 classes, and this network 4"),
+        ({"model": {"num_classes": 4}}, {}, "cifar10 has 10 classes, and this network has 4"),
         (
             {"sparsity": {"keep_fractions": [0.1, 0.2]}},
             {"images": 100},
-            "90, 95 and 99 % pruned, .* leaves out 95 % and 99 %",
+            "90, 95 and 99 % pruned, .* lacks 95 % and 99 %",
         ),
-        ({"model": {"arch": "wrn_28_4"}}, {"images": 100}, "resnet18_cifar or .*; this is cifar10 with wrn_28_4"),
-        ({"threat_model": {"norm": "l2", "eps": "1/2"}}, {"images": 100}, "under linf eps 8/255, and .* is l2 eps 1/2"),
+        ({"model": {"arch": "wrn_28_4"}}, {"images": 100}, "resnet18_cifar or .*; this run is cifar10 with wrn_28_4"),
+        ({"threat_model": {"norm": "l2", "eps": "1/2"}}, {"images": 100}, "at linf eps 8/255, and .* is l2 eps 1/2"),
     ],
 )
 def test_networks_outside_a_leaderboards_rules_are_refused(

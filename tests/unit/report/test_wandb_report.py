@@ -143,7 +143,7 @@ def test_examples_are_pictures_with_captions(finished: Path) -> None:
     assert [line["largest"] for line in lines] == ["25.5/255", "25.5/255", "0.0/255"]
     (logged_images,) = [row["adversarial_examples"] for row in log.rows if "adversarial_examples" in row]
     assert logged_images["captions"][0] == (
-        "sample 4; true boot; before boot, 75 %; after bag, 75 %; verdict fooled; largest 25.5/255"
+        "sample 4; true boot; before boot, 75 %; after bag, 75 %; verdict not robust; largest 25.5/255"
     )
     for i, place in enumerate(logged_images["filenames"]):
         pixels = np.asarray(Image.open(log.folder / "files" / place)).transpose(2, 0, 1).astype(float)
