@@ -1,1 +1,1 @@
-"""Counting what a finished network gets right, clean and attacked, and how sure the counts are."""
+"""Evaluation of trained networks: clean and robust accuracy, with confidence intervals and honesty checks."""

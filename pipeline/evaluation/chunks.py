@@ -1,4 +1,4 @@
-"""Verdicts on disk: whole evaluations, and the finished chunks of one that is under way."""
+"""Verdicts on disk: complete evaluations, and the finished chunks of one in progress."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from pipeline.evaluation.measures.base import Verdicts
 from pipeline.run.files import atomic_write_json, naming, read_json
 
 WAIT_S = 0.2
-"""How often a worker that is done checks for the others' chunks."""
+"""Polling interval of a finished worker that waits for the others' chunks."""
 
 
 class ChunkStore:
-    """Verdicts of finished chunks: one parquet file each, below a header that says what they are verdicts of."""
+    """Verdicts of finished chunks, one parquet file each, next to the header of their evaluation."""
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder, self._header = folder, header
 
     def open(self) -> dict[int, Verdicts]:
-        """The chunks that are there. Those of another header, and damaged ones, are removed."""
+        """Load the chunks in the store. Chunks of another header and damaged chunks are deleted."""
         path = self.folder / "header.json"
         try:
-            same = read_json(path) == self._header
+            is_current = read_json(path) == self._header
         except ValueError:
-            same = False
-        if not same:
+            is_current = False
+        if not is_current:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             atomic_write_json(path, self._header)
         chunks = {}
-        self._stopped.unlink(missing_ok=True)
+        self._stop_file.unlink(missing_ok=True)
         for index, file in self._files().items():
             try:
                 chunks[index] = read_verdicts(file)
@@ -48,16 +48,16 @@ class ChunkStore:
         return {int(file.stem.removeprefix("chunk-")): file for file in self.folder.glob("chunk-*.parquet")}
 
     @property
-    def _stopped(self) -> Path:
+    def _stop_file(self) -> Path:
         return self.folder / "stopped"
 
     def stop(self) -> None:
-        """Let those that wait know that not all chunks will come."""
-        self._stopped.touch()
+        """Notify waiting workers that some chunks will not be written."""
+        self._stop_file.touch()
 
     def wait(self, count: int, give_up: Callable[[], bool]) -> None:
-        """Return once `count` chunks are there, somebody has stopped, or `give_up()`."""
-        while len(self._files()) < count and not self._stopped.exists() and not give_up():
+        """Block until there are `count` chunks, a worker has stopped, or `give_up()` returns True."""
+        while len(self._files()) < count and not self._stop_file.exists() and not give_up():
             time.sleep(WAIT_S)
 
     def put(self, index: int, verdicts: Verdicts) -> None:
@@ -68,7 +68,7 @@ class ChunkStore:
 
 
 def write_verdicts(path: Path, verdicts: Verdicts) -> None:
-    """As parquet; whole or not at all."""
+    """Write parquet atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
         pq.write_table(pa.table(dict(verdicts)), temporary)

@@ -1,4 +1,4 @@
-"""The images that a network is evaluated on: which samples of a file, and the one crop that each of them has."""
+"""The images of an evaluation: which samples of a file, each with one fixed crop."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class EvaluationImages:
 
     loader: Loader | ListedImages
     augmentation: str
-    """data.augmentation, which decides how an FFCV file's images are cropped; image files are cropped as they are
-    read."""
+    """data.augmentation, which determines the crop of an FFCV file's images; image files are cropped on reading."""
     ids: NDArray[np.int64]
 
     @staticmethod
@@ -28,14 +27,14 @@ class EvaluationImages:
         return EvaluationImages(loader, augmentation, np.arange(loader.num_samples))
 
     def spread(self, count: int | None) -> EvaluationImages:
-        """At most `count` of them, evenly spread over the file, which may be sorted by class; None means all."""
+        """At most `count` images, evenly spread because a file may be sorted by class; None means all."""
         total = len(self.ids)
         if count is None or count >= total:
             return self
         return replace(self, ids=self.ids[np.arange(count) * total // count])
 
     def chunks(self, size: int) -> list[NDArray[np.int64]]:
-        """The ids, `size` at a time; fewer in the last chunk."""
+        """The ids in chunks of `size`; the last may be smaller."""
         return [self.ids[start : start + size] for start in range(0, len(self.ids), size)]
 
     def crops(self, ids: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -46,5 +45,5 @@ class EvaluationImages:
         return evaluation_crops(self.augmentation, loader.heights[ids], loader.widths[ids], loader.image_size)
 
     def batches(self, chunks: Iterable[NDArray[np.int64]]) -> Generator[Batch]:
-        """One batch per chunk of ids, ahead of its use and in order. Errors: those of the loader."""
+        """One batch per chunk of ids, prefetched and in order. Errors: those of the loader."""
         return self.loader.batches((ids, self.crops(ids)) for ids in chunks)

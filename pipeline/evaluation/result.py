@@ -1,4 +1,4 @@
-"""What an evaluation leaves as JSON: `evaluate/*.json` and `honesty.json`, as immutable records. Imports no torch."""
+"""Result files of evaluations, `evaluate/*.json` and `honesty.json`, as immutable records. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result", bound="EvaluationHeader")
 
 
 class _Record(BaseModel):
-    """Keys of later versions are ignored; a field that is None is left out of the file."""
+    """Unknown keys are ignored; fields that are None are omitted from the file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,16 +27,16 @@ class _Record(BaseModel):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """The record that a JSON value describes. Errors: ValueError naming what is wrong with it."""
+        """Parse a JSON value. Errors: ValueError naming every invalid field."""
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, each['loc'])) or 'value'}: {each['msg']}" for each in error.errors()]
-            raise ValueError("; ".join(wrong)) from None
+            problems = [f"{'.'.join(map(str, each['loc'])) or 'value'}: {each['msg']}" for each in error.errors()]
+            raise ValueError("; ".join(problems)) from None
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Errors: ValueError naming the file if it is missing, damaged or something else."""
+        """Read a record. Errors: ValueError naming the file if it is missing, damaged or no such record."""
         value = read_json(path)
         try:
             return cls.parse(value)
@@ -53,22 +53,22 @@ class Accuracy(_Record):
 
 
 class EvaluationHeader(_Record):
-    """Everything that verdicts are a function of."""
+    """Everything that determines the verdicts of an evaluation."""
 
     attack: str
     title: str
     settings: dict[str, Any]
-    """Of the measure; norm and eps are among them."""
+    """The measure's settings, norm and eps among them."""
     chunk: int
     model_sha256: str
     data_sha256: str
     preprocessing: str | None = None
-    """Of image files that are read by a list, and so is the next."""
+    """Only for image files read by a list, like image_list_sha256."""
     image_list_sha256: str | None = None
     images: int
 
     def read_if_current(self, path: Path, kind: type[Result]) -> Result | None:
-        """The record in a file whose header is this one; None for any other file, and for a damaged one."""
+        """The record in a file if its header equals this one, else None; also None for a damaged file."""
         try:
             result = kind.read(path)
         except ValueError:
@@ -77,21 +77,21 @@ class EvaluationHeader(_Record):
 
 
 class CheckSummary(_Record):
-    """One honesty check, in short."""
+    """One honesty check without its explanation."""
 
     name: str
     status: Literal["pass", "warn"] = Field(
         validation_alias=AliasChoices("verdict", "status"), serialization_alias="verdict"
     )
     figure: str
-    """What was found, with its numbers."""
+    """The measured statistic, in words."""
 
 
 class Check(CheckSummary):
-    """One honesty check, for people and for honesty.json."""
+    """One honesty check as in honesty.json."""
 
     meaning: str
-    """What a warning means, and what to do."""
+    """What a warning means, and the remedy."""
 
 
 class HonestySummary(_Record):
@@ -102,7 +102,7 @@ class HonestySummary(_Record):
 
 
 class HonestyResult(EvaluationHeader):
-    """What `honesty.json` holds."""
+    """Contents of `honesty.json`."""
 
     checks: tuple[Check, ...]
 
@@ -112,7 +112,7 @@ class HonestyResult(EvaluationHeader):
 
 
 class EvaluationResult(EvaluationHeader):
-    """What `evaluate/<name>.json` holds: counts of images, and accuracies as fractions."""
+    """Contents of `evaluate/<name>.json`: counts of images, and accuracies as fractions."""
 
     clean_correct: int
     clean_accuracy: Accuracy
@@ -123,9 +123,9 @@ class EvaluationResult(EvaluationHeader):
     robust_top5_correct: int | None = None
     robust_top5_accuracy: Accuracy | None = None
     broken_by: dict[str, int] | None = None
-    """Attack of an ensemble -> images."""
+    """Attack of an ensemble -> number of images that it breaks first."""
     flags: dict[str, int] | None = None
-    """AutoAttack's warning -> images in whose chunk it was raised."""
+    """AutoAttack's warning -> number of images in chunks that raise it."""
     corruption_accuracy: dict[str, list[float]] | None = None
     """Corruption -> accuracy at severities 1 to 5."""
     severity_accuracy: list[float] | None = None

@@ -1,8 +1,8 @@
-"""Evaluates one network: one verdict per image, whatever the number of workers and however often it is interrupted.
+"""Evaluates one network: one verdict per image, independent of the number of workers and of interruptions.
 
-Images go through in fixed chunks of file order, dealt to the workers there are. With a store, a finished chunk is a
-file, and an evaluation that was stopped or killed resumes with the next one. A chunk may then take hours: a worker that
-is done waits for the others' files instead of in a collective, whose deadline is for workers that hang.
+Images are evaluated in fixed chunks of file order, distributed to the workers. With a store, each finished chunk is a
+file, and an interrupted evaluation resumes with the next one. A chunk may take hours, so a worker that is done polls
+for the others' files instead of waiting in a collective, whose timeout is meant for hung workers.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from pipeline.run.stop import StopRequested
 
 
 class EvaluationHooks:
-    """What an evaluation reports and asks while it runs; a caller overrides what it needs."""
+    """Callbacks of a running evaluation; a caller overrides those it needs."""
 
     def chunk_done(self, done: int, total: int) -> None:
-        """`done` of this rank's `total` chunks are done; those that were in the store are not counted."""
+        """`done` of this rank's `total` chunks are done; chunks already in the store do not count."""
 
     def pass_begins(self) -> None:
-        """Before each forward pass of the network, and again and again while this rank waits for others."""
+        """Called before each forward pass, and repeatedly while this rank waits for others."""
 
     def stop_requested(self) -> bool:
-        """Asked after each chunk and before each pass: if true, the chunk under way is given up at once."""
+        """Polled after each chunk and before each forward pass; True abandons the current chunk at once."""
         return False
 
     def before_writing(self) -> None:
-        """On rank 0, before results are written; an error keeps them from it."""
+        """Called on rank 0 before results are written; raising prevents the write."""
 
 
-class _ChunkGivenUp(Exception):
-    """The chunk under way is not finished."""
+class _ChunkAbandoned(Exception):
+    """The current chunk is not finished."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Evaluator:
     def evaluate(
         self, spec: EvaluationSpec, file: Path, name: str, honesty: HonestySummary | None = None
     ) -> EvaluationResult:
-        """Evaluate the network in `file` as `spec` says; the result, on every rank.
+        """Evaluate the network in `file` by `spec`; every rank returns the result.
 
-        Rank 0 keeps verdicts and result as `evaluate/<name>` beside the file, and finished chunks in
-        `evaluate/<name>.chunks/` until then. Errors: those of `verdicts` and of `load_model`.
+        Rank 0 writes verdicts and result to `evaluate/<name>` next to the file; until then, finished chunks are in
+        `evaluate/<name>.chunks/`. Errors: those of `verdicts` and of `load_model`.
         """
         header, folder = spec.header(self.images, file), StageFolder(file.parent).evaluations
         store = ChunkStore(folder / f"{name}.chunks", header.to_json())
@@ -80,18 +80,18 @@ class Evaluator:
         return result
 
     def verdicts(self, network: nn.Module, measure: Measure, chunk: int, store: ChunkStore | None = None) -> Verdicts:
-        """Verdicts for all images, sorted by sample id, on every rank; chunks that `store` has are not repeated.
+        """Verdicts for all images, sorted by sample id, on every rank; chunks already in `store` are not repeated.
 
         The network is put in eval mode and restored; its parameters are not touched.
-        Errors: StopRequested on every rank if the hooks of any asked to stop; ValueError without images; those of the
+        Errors: StopRequested on every rank if any rank's hooks request a stop; ValueError without images; those of the
         loader.
         """
         chunks = self.images.chunks(chunk)
-        kept = self.group.broadcast(store.open() if store is not None and self.group.is_first else {})
-        left = [index for index in range(len(chunks)) if index not in kept]
-        mine = left[self.group.rank :: self.group.world]
+        stored = self.group.broadcast(store.open() if store is not None and self.group.is_first else {})
+        remaining = [index for index in range(len(chunks)) if index not in stored]
+        mine = remaining[self.group.rank :: self.group.world]
         parts: list[Verdicts] = []
-        with crafting(network), _before_each_pass(network, self._check_stop), suppress(_ChunkGivenUp):
+        with crafting(network), _before_each_pass(network, self._check_stop), suppress(_ChunkAbandoned):
             for index, batch in zip(mine, self.images.batches(chunks[index] for index in mine), strict=False):
                 parts.append(self._verdicts_of(network, batch, measure))
                 if store is not None:
@@ -99,30 +99,30 @@ class Evaluator:
                 self.hooks.chunk_done(len(parts), len(mine))
                 if self.hooks.stop_requested():
                     break
-        stopped = len(parts) < len(mine)
+        is_stopped = len(parts) < len(mine)
         if store is not None and self.group.world > 1:
-            if stopped:
+            if is_stopped:
                 store.stop()
-            store.wait(len(chunks), self._pass)
-        answers = self.group.gather((parts, stopped))
-        if any(stopped for _, stopped in answers):
+            store.wait(len(chunks), self._poll_stop)
+        gathered_parts = self.group.gather((parts, is_stopped))
+        if any(rank_stopped for _, rank_stopped in gathered_parts):
             raise StopRequested("asked to stop during an evaluation; a resume continues with the next chunk")
-        gathered = [*kept.values(), *(part for rank_parts, _ in answers for part in rank_parts)]
+        gathered = [*stored.values(), *(part for rank_parts, _ in gathered_parts for part in rank_parts)]
         if not gathered:
             raise ValueError("there is no image to evaluate")
         verdicts = _sorted(gathered)
         if not np.array_equal(verdicts["sample_id"], np.sort(self.images.ids)):
-            raise RuntimeError("an evaluation did not have every image exactly once")
+            raise RuntimeError("an evaluation does not cover every image exactly once")
         return verdicts
 
-    def _pass(self) -> bool:
-        """Report a pass; whether to stop."""
+    def _poll_stop(self) -> bool:
+        """Report a forward pass or a wait, and return whether to stop."""
         self.hooks.pass_begins()
         return self.hooks.stop_requested()
 
     def _check_stop(self, *_: object) -> None:
-        if self._pass():
-            raise _ChunkGivenUp
+        if self._poll_stop():
+            raise _ChunkAbandoned
 
     def _verdicts_of(self, network: nn.Module, batch: Batch, measure: Measure) -> Verdicts:
         ids = batch.ids.numpy()
@@ -131,7 +131,7 @@ class Evaluator:
 
 
 def write_evaluation(folder: Path, name: str, result: EvaluationResult, verdicts: Verdicts) -> None:
-    """Write the verdicts, and then the result, whose file commits the evaluation."""
+    """Write the verdicts, then the result file, which commits the evaluation."""
     write_verdicts(folder / f"{name}.parquet", verdicts)
     atomic_write_json(folder / f"{name}.json", result.to_json())
 

@@ -1,4 +1,4 @@
-"""How networks of a recipe are evaluated on their test set: by the recipe's own measure, or by a further attack."""
+"""How a recipe's networks are evaluated on the test set: by the recipe's own measure or by a further attack."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from pipeline.run.files import sha256_of
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """One evaluation, of whichever network: a measure, and how many images."""
+    """One evaluation, independent of the network: a measure and a number of images."""
 
     label: str
-    """What its files are called."""
+    """Stem of its result files."""
     measure: Measure
     images: int | None
-    """How many test images; None means all of them."""
+    """Number of test images; None means all."""
     chunk: int
     passes: int | None = None
-    """Forward passes of the network for a chunk, where that is the same for all."""
+    """Forward passes per chunk, if constant."""
 
     def header(self, images: EvaluationImages, file: Path) -> EvaluationHeader:
-        """Of this evaluation of the network in `file`, on so many of `images` as are asked for."""
+        """The header of this evaluation of the network in `file`, on up to `self.images` of `images`."""
         identity = images.loader.identity
-        prepared = identity.get("preprocessing")
+        preprocessing = identity.get("preprocessing")
         values = {
             "attack": self.measure.name,
-            "title": f"{self.measure.title}; {prepared}" if prepared else self.measure.title,
+            "title": f"{self.measure.title}; {preprocessing}" if preprocessing else self.measure.title,
             "settings": self.measure.settings,
             "chunk": self.chunk,
             "model_sha256": sha256_of(file),
@@ -53,7 +53,7 @@ class EvaluationSpec:
 
 
 def recipe_measure(recipe: Recipe) -> Measure:
-    """How the finished networks of a recipe are evaluated in any case."""
+    """The measure by which every network of a recipe is evaluated."""
     if isinstance(recipe.objective, Smoothing):
         assert recipe.threat_model is not None
         return Certified.of(float(recipe.objective.sigma), recipe.threat_model, recipe.evaluation, recipe.seed)
@@ -64,18 +64,18 @@ def recipe_measure(recipe: Recipe) -> Measure:
 
 
 def evaluation_spec(recipe: Recipe, attack: Attack | None, source: Path, device: torch.device) -> EvaluationSpec:
-    """The evaluation by one of a recipe's further attacks, or by its own measure if that is None.
+    """The evaluation by a further attack, or by the recipe's own measure if `attack` is None.
 
-    `source` is the file of the network whose adversarial examples `transfer` uses; it is loaded onto `device`.
+    `source` is the model file of the network that `transfer` attacks; it is loaded onto `device`.
     """
     threat_model, evaluation, passes = recipe.threat_model, recipe.evaluation, None
     if attack is None:
         measure = recipe_measure(recipe)
         return EvaluationSpec(measure.name, measure, evaluation.images, evaluation.chunk)
     if attack.name == "pgd" or attack.name == "transfer":
-        given = attack.model_dump(include={"steps", "restarts"}, exclude_none=True)
-        given["step_size"] = attack.step_size or evaluation.step_size
-        measure = Pgd.of(threat_model, evaluation.model_copy(update=given), recipe.seed)
+        overrides = attack.model_dump(include={"steps", "restarts"}, exclude_none=True)
+        overrides["step_size"] = attack.step_size or evaluation.step_size
+        measure = Pgd.of(threat_model, evaluation.model_copy(update=overrides), recipe.seed)
         if attack.name == "transfer":
             measure = Transfer(load_model(source).to(device), sha256_of(source), measure)
     elif attack.name == "corruptions":

@@ -1,1 +1,1 @@
-"""What a run found: table, page, charts, leaderboard entries, wandb report."""
+"""Reports of runs: text table, HTML page, charts, leaderboard entries, wandb report."""

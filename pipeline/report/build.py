@@ -1,7 +1,7 @@
-"""The report of one or several runs: a table, CSV files, pictures, and the page that has all of it.
+"""Builds the report of one or several runs: a text table, CSV files, charts, and an HTML page with all results.
 
-Robust and clean accuracy per sparsity, HYDRA beside the baselines and the dense network, each with its 95 % Wilson
-interval; per baseline and sparsity McNemar's exact test on the same images; kept connections per layer.
+Robust and clean accuracy per sparsity of HYDRA, the baselines and the dense network, with 95 % Wilson intervals;
+McNemar's exact test per baseline and sparsity; kept connections per layer.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "to
 
 def build_report(run_folders: list[Path]) -> str:
     """Write report.html, robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return
-    the table. Runs that are judged by certificates have certified_accuracy.{png,csv} too.
+    the table. Runs evaluated by certificates also have certified_accuracy.{png,csv}.
 
-    Evaluations by further attacks are a table of their own, and further_attacks.csv; so are corruptions.
+    Evaluations by further attacks have a separate table and further_attacks.csv; corruptions add another table.
 
-    Several runs are seeds of one recipe: means, and every seed's own difference and p. What is not evaluated yet is
-    shown as missing. Errors: ValueError, see `results.read_runs`.
+    Several runs are seeds of one recipe: accuracies are means, differences and p-values are per seed. Networks that are
+    not evaluated yet are shown as missing. Errors: ValueError, see `results.read_runs`.
     """
     runs = read_runs(run_folders)
     comparisons = compare_all(runs)
@@ -69,7 +69,7 @@ def build_report(run_folders: list[Path]) -> str:
 
 
 def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
-    """The table as text. Accuracies in percent, differences in percentage points."""
+    """Format the results as text: accuracies in percent, differences in percentage points."""
     single = len(runs) == 1
     seeds = [run.recipe.seed for run in runs]
     bounds = "95 % interval" if single else "[lowest, highest]"
@@ -78,27 +78,27 @@ def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
         header += ["HYDRA's lead", "p"] if single else [f"HYDRA's lead, seed {seed}" for seed in seeds]
     rows = [header]
     for network in runs[0].networks:
-        same = [run.find(network.name, network.keep_fraction) for run in runs]
+        per_run = [run.find(network.name, network.keep_fraction) for run in runs]
         row = [network.name, network.pruned]
         for kind in KINDS:
-            row += _cells([n.evaluation.accuracy(kind) for n in same if n and n.evaluation], len(runs))
+            row += _accuracy_cells([n.evaluation.accuracy(kind) for n in per_run if n and n.evaluation], len(runs))
         if network.name in runs[0].baselines:
             for i in range(len(runs)):
                 points, p = _difference_cells(comparisons[i, network.name, network.keep_fraction])
                 row += [points, p] if single else [f"{points}  {p}".rstrip()]
         rows.append(row + [""] * (len(header) - len(row)))
-    who = f"seed {seeds[0]}" if single else f"means over the seeds {', '.join(map(str, seeds))}"
-    notes = [f"{attack_text(runs)}; {who}"]
+    seed_note = f"seed {seeds[0]}" if single else f"means over seeds {', '.join(map(str, seeds))}"
+    notes = [f"{attack_text(runs)}; {seed_note}"]
     if comparisons:
-        gained = f"points of {claim(runs)} accuracy over the row's network"
-        notes.append(f"HYDRA's lead: {gained}; p by McNemar's exact two-sided test")
+        gain = f"percentage points of {claim(runs)} accuracy over the network in that row"
+        notes.append(f"HYDRA's lead: {gain}; p: McNemar's exact two-sided test")
     if honesty := honesty_text(runs):
         notes.append(honesty)
     return "\n".join([text_table(rows, left=["network"]), *notes])
 
 
-def _cells(accuracies: list[Accuracy], expected: int) -> list[str]:
-    """(value, bounds) of one network: its interval, or the mean and range over seeds."""
+def _accuracy_cells(accuracies: list[Accuracy], expected: int) -> list[str]:
+    """(value, bounds) of one network: accuracy and interval, or mean and range over seeds."""
     if not accuracies:
         return ["missing", ""]
     values = [100 * accuracy.value for accuracy in accuracies]

@@ -1,6 +1,6 @@
-"""How every chart of the report is drawn: one colour, mark and line per method, in PNG files and inside the page.
+"""The common style of all charts: one colour, marker and line style per method, in PNG files and on the page.
 
-matplotlib draws both, without pyplot and whatever the user's matplotlibrc says.
+Both are drawn by matplotlib without pyplot, independent of the user's matplotlibrc.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.report.inline_svg import inline_svg, tag
 
 class Method(NamedTuple):
     colour: str
-    """In PNG files, and on the page in light and in print."""
+    """In PNG files, and on the page in light mode and print."""
     dark: str
     mark: str
     mark_size: float
@@ -39,8 +39,8 @@ METHODS = {
     "random": Method("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
     "SNIP": Method("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
 }
-"""Hues of Okabe and Ito's palette, distinct with any colour vision, darkened until numbers have a contrast of 4.5;
-marks and dashes are distinct in grey."""
+"""Hues of Okabe and Ito's colour-blind-safe palette, darkened to a text contrast of 4.5; markers and dashes remain
+distinct in greyscale."""
 TEXT, SOFT, GRID, CARD = "#1b2129", "#5a6572", "#dfe3e8", "#ffffff"
 VARIABLES = {method.colour: f"var(--{name.lower()})" for name, method in METHODS.items()}
 VARIABLES |= {SOFT: "var(--soft)", GRID: "var(--line)", CARD: "var(--card)"}
@@ -48,7 +48,7 @@ VARIABLES |= {SOFT: "var(--soft)", GRID: "var(--line)", CARD: "var(--card)"}
 
 HELD_OUT_SCALE = 0.8
 DOT = {"marker": "o", "markersize": 4.0}
-"""Of the dense network's values on held-out images; elsewhere it has no marks."""
+"""Marker of the dense network on held-out images; elsewhere it has none."""
 
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -78,7 +78,7 @@ _LOCK = threading.RLock()
 
 
 class Size(NamedTuple):
-    """Of a chart on the page, and of its letters, in points: about what a phone shows at scale 1."""
+    """Of a chart on the page and its font, in points: about a phone's width at scale 1."""
 
     width: float
     height: float
@@ -92,11 +92,11 @@ LARGE, SMALL = Size(360, 230, 11), Size(300, 200, 12.5)
 class Chart:
     title: str
     words: str
-    """What it shows, for readers who do not see it."""
+    """Text alternative for screen readers."""
     paint: Callable[[Axes], None]
     size: Size = LARGE
     key: str = ""
-    """No two charts of a page share title and key: their SVG's ids are made from both."""
+    """Title and key are unique on a page: the ids in the SVG derive from both."""
 
     def svg(self) -> str:
         width, height, font = self.size
@@ -117,16 +117,16 @@ class Mark(NamedTuple):
     x: float
     y: float
     note: str
-    """Shown while the mouse rests on the mark."""
+    """Tooltip."""
     low: float = math.nan
     high: float = math.nan
-    """The interval, in y's unit; nan where there is none."""
+    """Bounds of the interval, in units of y; nan without one."""
     hollow: bool = False
 
 
 @contextmanager
 def drawing(more: dict[str, Any] | None = None) -> Iterator[None]:
-    """The charts' settings in place of the user's matplotlibrc, for one thread at a time."""
+    """Apply SETTINGS instead of the user's matplotlibrc, in one thread at a time."""
     with _LOCK, style.context(SETTINGS | (more or {}), after_reset=True):
         yield
 
@@ -134,7 +134,7 @@ def drawing(more: dict[str, Any] | None = None) -> Iterator[None]:
 def figure_of(
     charts: Sequence[Chart], names: Sequence[str], heading: str, height: float, *, shared: bool = False
 ) -> Figure:
-    """The charts side by side for a PNG of `height` inches, with a legend of `names`. `shared`: one y axis."""
+    """Lay out charts side by side for a PNG of `height` inches, with a legend of `names`. `shared`: one y axis."""
     with drawing():
         figure = Figure(figsize=(max(5.0 * len(charts), 8.0), height), layout="constrained")
         panels = figure.subplots(1, len(charts), squeeze=False)[0] if charts else []
@@ -158,7 +158,7 @@ def write_png(figure: Figure, path: Path) -> None:
 
 
 def legend_key(name: str, place: str, *, held_out: bool = False) -> str:
-    """Line and mark of a method as SVG; `place` is that of the legend, of which a page has several."""
+    """Line and marker of a method as SVG; `place` identifies the legend on the page."""
     with drawing({"svg.hashsalt": f"{name} {place} {held_out}"}):
         figure = Figure(figsize=(30 / 72, 12 / 72))
         figure.add_artist(Line2D([1 / 30, 29 / 30], [0.5, 0.5], **_line(name, held_out)))
@@ -167,7 +167,7 @@ def legend_key(name: str, place: str, *, held_out: bool = False) -> str:
 
 
 def method_colours() -> str:
-    """A style sheet: the methods' colours as variables, for light, dark and print."""
+    """CSS with the methods' colours as variables, for light mode, dark mode and print."""
     light = " ".join(f"--{name.lower()}: {method.colour};" for name, method in METHODS.items())
     dark = " ".join(f"--{name.lower()}: {method.dark};" for name, method in METHODS.items())
     return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
@@ -182,7 +182,7 @@ def plot_line(
     held_out: bool = False,
     band: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
-    """A method's line; on held-out images a thin one with marks. `band`: lower and upper bounds."""
+    """Plot a method's line, thin and with markers for held-out images. `band`: lower and upper bounds."""
     (line,) = axes.plot(x, y, **_line(name, held_out))
     tag(line, f"line {name.lower()}")
     if held_out:
@@ -194,48 +194,48 @@ def plot_line(
 
 
 def plot_level(axes: Axes, name: str, value: float, low: float, high: float) -> None:
-    """A horizontal line across the axes with the band of its interval."""
+    """Plot a horizontal line across the axes with the band of its interval."""
     axes.axhspan(low, high, color=METHODS[name].colour, alpha=0.14, linewidth=0)
     tag(axes.axhline(value, **_line(name)), f"line {name.lower()}")
 
 
 def plot_rule(axes: Axes, x: float, text: str = "") -> None:
-    """A thin vertical line, with `text` on its left."""
+    """Plot a thin vertical line with `text` to its left."""
     axes.axvline(x, color=SOFT, linewidth=1, linestyle=(0, (1, 3)), zorder=1)
     if text:
-        where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate(text, (x, 1), (-3, 0), ha="right", va="top", **where)
+        placement: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(text, (x, 1), (-3, 0), ha="right", va="top", **placement)
 
 
 def plot_marks(axes: Axes, name: str, marks: Sequence[Mark], *, faint: bool = False, scale: float = 1.0) -> None:
-    """A method's marks and intervals; hollow marks have the background's colour inside."""
-    kind, inside = name.lower(), {}
+    """Plot a method's markers and intervals; hollow markers are filled with the background colour."""
+    kind, fill = name.lower(), {}
     for hollow in (False, True):
-        same = [mark for mark in marks if mark.hollow == hollow]
-        if not same:
+        group = [mark for mark in marks if mark.hollow == hollow]
+        if not group:
             continue
         if hollow:
             kind += " hollow"
-            inside = {"markerfacecolor": CARD, "markeredgecolor": METHODS[name].colour, "markeredgewidth": 1.6}
-        bounds = [[max(m.y - m.low, 0.0) for m in same], [max(m.high - m.y, 0.0) for m in same]]
+            fill = {"markerfacecolor": CARD, "markeredgecolor": METHODS[name].colour, "markeredgewidth": 1.6}
+        bounds = [[max(m.y - m.low, 0.0) for m in group], [max(m.high - m.y, 0.0) for m in group]]
         line, caps, bars = axes.errorbar(
-            [m.x for m in same],
-            [m.y for m in same],
-            None if math.isnan(same[0].low) else bounds,
-            **_mark(name, scale) | inside,
+            [m.x for m in group],
+            [m.y for m in group],
+            None if math.isnan(group[0].low) else bounds,
+            **_mark(name, scale) | fill,
             elinewidth=1.3,
             capsize=3,
             capthick=1.3,
             alpha=0.6 if faint else None,
             zorder=3,
         )
-        tag(line, f"mark {kind}", [m.note for m in same])
+        tag(line, f"mark {kind}", [m.note for m in group])
         for artist in (*caps, *bars):
             tag(artist, f"interval {kind}")
 
 
 def write_number(axes: Axes, name: str, x: float, y: float, value: float, **align: Any) -> None:
-    """A value in a method's colour at (x, y); `align` are matplotlib's ha and va."""
+    """Write a value in a method's colour at (x, y); `align` is matplotlib's ha and va."""
     align = {"ha": "center", "va": "center", **align}
     tag(axes.text(x, y, f"{value:.1f}", color=METHODS[name].colour, fontweight="bold", zorder=5, **align), "number")
 

@@ -1,6 +1,6 @@
-"""Charts of what runs found: accuracy against sparsity, HYDRA's lead, certified accuracy.
+"""Charts of results: accuracy against sparsity, HYDRA's lead, certified accuracy against radius.
 
-The page has each chart by itself, a PNG those of one kind side by side. Seeds stand beside one another.
+The page shows each chart separately, a PNG puts charts of one kind side by side. Seeds are drawn next to each other.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ NEAR = f", {NOISE} of HYDRA"
 
 
 def draw_accuracy(runs: list[RunResult], comparisons: Comparisons, path: Path) -> None:
-    """Robust and clean accuracy against sparsity as a PNG; see `accuracy_chart`."""
+    """Write robust and clean accuracy against sparsity as a PNG; see `accuracy_chart`."""
     write_png(accuracy_figure(runs, comparisons), path)
 
 
 def accuracy_figure(runs: list[RunResult], comparisons: Comparisons) -> Figure:
     seeds = "" if len(runs) == 1 else f"; means of {len(runs)} seeds"
-    heading = f"{attack_text(runs)}{seeds}; bars and bands: 95 % intervals"
+    heading = f"{attack_text(runs)}{seeds}; bars and bands: 95 % Wilson intervals"
     keeps = runs[0].recipe.sparsity.keep_fractions
     if any(any(near_hydra(runs, comparisons, name, keep)) for name in runs[0].baselines for keep in keeps):
-        heading += f"\nhollow mark: {NOISE} of HYDRA (McNemar's p of {SIGNIFICANT} or more)"
+        heading += f"\nhollow marker: {NOISE} of HYDRA (McNemar's p of {SIGNIFICANT} or more)"
     missing = [f"{n.name} at {n.pruned} pruned" for run in runs for n in run.networks if n.evaluation is None]
     if missing:
         heading += f"\nnot evaluated yet: {', '.join(dict.fromkeys(missing))}"
@@ -60,19 +60,19 @@ def accuracy_figure(runs: list[RunResult], comparisons: Comparisons) -> Figure:
 
 
 def draw_certified(runs: list[RunResult], curves: CertifiedCurves, path: Path) -> None:
-    """Certified accuracy against the radius as a PNG; see `certified_charts`."""
+    """Write certified accuracy against radius as a PNG; see `certified_charts`."""
     names = ["dense", "HYDRA", *runs[0].baselines]
     write_png(figure_of(certified_charts(runs, curves), names, attack_text(runs), 4.8), path)
 
 
 def accuracy_chart(runs: list[RunResult], comparisons: Comparisons, kind: Kind) -> Chart:
-    """Accuracy against sparsity with 95 % Wilson intervals; seeds side by side, lines and numbers through their means.
+    """Accuracy against sparsity with 95 % Wilson intervals. Seeds are side by side; lines and numbers are their means.
 
-    A robust accuracy has a hollow mark where its difference from HYDRA's is within noise.
+    A hollow marker is a robust accuracy whose difference from HYDRA's is within noise.
     """
     keeps = sorted(runs[0].recipe.sparsity.keep_fractions, reverse=True)
-    where = {keep: -math.log10(keep) for keep in keeps}
-    span = max(where[keeps[-1]] - where[keeps[0]], 0.5)
+    position = {keep: -math.log10(keep) for keep in keeps}
+    span = max(position[keeps[-1]] - position[keeps[0]], 0.5)
     names = ["HYDRA", *runs[0].baselines]
     slots = len(names) * len(runs)
     slot = min(0.035, 0.3 / slots) * span
@@ -80,10 +80,10 @@ def accuracy_chart(runs: list[RunResult], comparisons: Comparisons, kind: Kind) 
     words = [f"dense {100 * fmean(a['value'] for a in dense):.1f} %"] if dense else []
     marks: dict[str, list[Mark]] = {name: [] for name in names}
     means: dict[str, dict[Decimal, Mark]] = {name: {} for name in names}
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         for keep in keeps:
-            # Side by side, so that no interval hides another: a slot for each network and seed.
-            first = where[keep] + slot * (place * len(runs) - (slots - 1) / 2)
+            # A slot per network and seed, so that no interval hides another.
+            first = position[keep] + slot * (index * len(runs) - (slots - 1) / 2)
             measured = accuracies(runs, name, keep, kind)
             near = near_hydra(runs, comparisons, name, keep) if kind == "robust" else [False] * len(measured)
             seeds = [
@@ -99,9 +99,9 @@ def accuracy_chart(runs: list[RunResult], comparisons: Comparisons, kind: Kind) 
             words.append(f"{name} {mean:.1f} % at {pruned_text(keep)} pruned{f'{NEAR}{of}' if any(near) else ''}")
 
     def paint(axes: Axes) -> None:
-        axes.set_xlim(where[keeps[0]] - 0.2 * span, where[keeps[-1]] + 0.2 * span)
-        axes.set_xticks([where[keep] for keep in keeps], [pruned_text(keep) for keep in keeps])
-        axes.set_xlabel("connections pruned (log scale of what is kept)")
+        axes.set_xlim(position[keeps[0]] - 0.2 * span, position[keeps[-1]] + 0.2 * span)
+        axes.set_xticks([position[keep] for keep in keeps], [pruned_text(keep) for keep in keeps])
+        axes.set_xlabel("connections pruned (log scale in the kept fraction)")
         for name in names:
             plot_line(axes, name, [m.x for m in means[name].values()], [m.y for m in means[name].values()])
             plot_marks(axes, name, marks[name], faint=len(runs) > 1)
@@ -119,18 +119,19 @@ def accuracy_chart(runs: list[RunResult], comparisons: Comparisons, kind: Kind) 
 
 
 def difference_chart(differences: Sequence[Difference], runs: list[RunResult]) -> Chart | None:
-    """HYDRA's lead over its baselines with 95 % intervals, around the line of no difference."""
+    """HYDRA's lead over each baseline with 95 % intervals, and a line at zero."""
     marks: dict[str, list[Mark]] = {}
     groups: dict[Decimal, list[int]] = {}
     words: list[str] = []
-    for one in differences:
-        if one.test is None:
+    for difference in differences:
+        if difference.test is None:
             continue
-        lead, place = 100 * one.test.difference, len(words)
-        note = f"{pruned_text(one.keep_fraction)} pruned, over {one.baseline}: {signed(lead, 2)} points, {one.says}"
-        mark = Mark(place, lead, note, 100 * one.low, 100 * one.high, one.says == NOISE)
-        marks.setdefault(one.baseline, []).append(mark)
-        groups.setdefault(one.keep_fraction, []).append(place)
+        lead, place = 100 * difference.test.difference, len(words)
+        where = f"{pruned_text(difference.keep_fraction)} pruned, over {difference.baseline}"
+        note = f"{where}: {signed(lead, 2)} percentage points, {difference.outcome}"
+        mark = Mark(place, lead, note, 100 * difference.low, 100 * difference.high, difference.outcome == NOISE)
+        marks.setdefault(difference.baseline, []).append(mark)
+        groups.setdefault(difference.keep_fraction, []).append(place)
         words.append(note)
     if not words:
         return None
@@ -143,18 +144,20 @@ def difference_chart(differences: Sequence[Difference], runs: list[RunResult]) -
         for places in groups.values():
             if places[0] > 0:
                 plot_rule(axes, places[0] - 0.5)
-        for name, some in marks.items():
-            plot_marks(axes, name, some)
+        for name, points in marks.items():
+            plot_marks(axes, name, points)
         axes.margins(y=0.1)
         axes.autoscale_view(scalex=False)
 
-    return Chart("HYDRA's lead, points", f"Points of {claim(runs)} accuracy: {'; '.join(words)}.", paint)
+    return Chart(
+        "HYDRA's lead, percentage points", f"Percentage points of {claim(runs)} accuracy: {'; '.join(words)}.", paint
+    )
 
 
 def certified_charts(runs: list[RunResult], curves: CertifiedCurves) -> list[Chart]:
-    """Certified accuracy against the radius, a chart per sparsity, each with the dense network; means over the seeds.
+    """Certified accuracy against radius, one chart per sparsity, each with the dense network; means over seeds.
 
-    One run has bands of 95 % intervals. The vertical line is the threat model's eps.
+    A single run has 95 % interval bands. The vertical line is the threat model's eps.
     """
     keeps = runs[0].recipe.sparsity.keep_fractions if curves else ()
     return [chart for keep in keeps if (chart := _certified_chart(runs, curves, keep))]
@@ -173,7 +176,7 @@ def _certified_chart(runs: list[RunResult], curves: CertifiedCurves, keep: Decim
 
     def paint(axes: Axes) -> None:
         for name, seeds in per_network.items():
-            means = [100 * fmean(point["value"] for point in same) for same in zip(*seeds, strict=True)]
+            means = [100 * fmean(point["value"] for point in at_radius) for at_radius in zip(*seeds, strict=True)]
             low, high = ([100 * point[bound] for point in seeds[0]] for bound in ("low", "high"))
             plot_line(axes, name, radii, means, band=(low, high) if len(seeds) == 1 else None)
         if threat_model:
@@ -197,9 +200,9 @@ def _bounds(accuracies: list[dict[str, float]]) -> tuple[float, float]:
 
 
 def _write_means(axes: Axes, means: dict[str, Mark]) -> None:
-    """Write the means of one sparsity: above its interval for the best network, below theirs for the others.
+    """Write the means of one sparsity: the best network's above its interval, the others' below theirs.
 
-    Numbers that would touch are pushed down; the axes grow with them.
+    Overlapping numbers are pushed down, and the axes grow to fit them.
     """
     low, high = axes.get_ylim()
     gap = 0.07 * (high - low)

@@ -1,4 +1,4 @@
-"""What the numbers say, in words: whether HYDRA is ahead of a baseline, or the difference is within noise."""
+"""Comparisons in words: whether HYDRA is ahead of a baseline, behind it, or within noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.evaluation.statistics import McNemar, paired_interval
 from pipeline.report.results import Comparisons, RunResult, accuracies, claim, p_text, pruned_text
 
 SIGNIFICANT = 0.05
-"""McNemar's p below which a difference is more than noise."""
+"""A difference is significant if McNemar's p is below this level, and within noise otherwise."""
 AHEAD, BEHIND, NOISE, MISSING = "HYDRA ahead", "HYDRA behind", "within noise", "missing"
 
 
@@ -19,10 +19,10 @@ def within_noise(test: McNemar) -> bool:
 
 
 def near_hydra(runs: list[RunResult], comparisons: Comparisons, name: str, keep: Decimal) -> list[bool]:
-    """For each of a network's accuracies that `results.accuracies` finds: whether its difference from HYDRA's robust
-    one is within noise. HYDRA and the dense network are compared with nothing."""
-    found = [(i, run.find(name, keep)) for i, run in enumerate(runs)]
-    tests = [comparisons.get((i, name, keep)) for i, network in found if network is not None and network.evaluation]
+    """For each accuracy in `results.accuracies`, whether its difference from HYDRA's robust accuracy is within noise;
+    False for HYDRA and the dense network."""
+    networks = [(i, run.find(name, keep)) for i, run in enumerate(runs)]
+    tests = [comparisons.get((i, name, keep)) for i, network in networks if network is not None and network.evaluation]
     return [test is not None and within_noise(test) for test in tests]
 
 
@@ -34,13 +34,13 @@ class Difference:
     baseline: str
     keep_fraction: Decimal
     test: McNemar | None
-    """None while one of the two is not evaluated."""
+    """None until both are evaluated."""
     low: float = 0.0
     high: float = 0.0
-    """95 % interval of the difference, fractions."""
+    """95 % interval of the difference, as fractions."""
 
     @property
-    def says(self) -> str:
+    def outcome(self) -> str:
         if self.test is None:
             return MISSING
         if within_noise(self.test):
@@ -49,55 +49,55 @@ class Difference:
 
 
 def differences(runs: list[RunResult], comparisons: Comparisons) -> list[Difference]:
-    """All of them, from the densest networks to the sparsest."""
-    found = []
+    """All comparisons, by increasing sparsity."""
+    rows = []
     for (i, baseline, keep), test in sorted(comparisons.items(), key=lambda item: -item[0][2]):
         network = runs[i].find("HYDRA", keep)
         interval = (0.0, 0.0)
         if test is not None and network is not None and network.evaluation is not None:
             interval = paired_interval(test.only_first, test.only_second, network.evaluation.images)
-        found.append(Difference(runs[i], baseline, keep, test, *interval))
-    return found
+        rows.append(Difference(runs[i], baseline, keep, test, *interval))
+    return rows
 
 
-def headline(runs: list[RunResult], found: list[Difference]) -> str:
-    """The verdict in one sentence: HYDRA at the largest sparsity that is evaluated, and its lead there."""
-    judged = [n.keep_fraction for run in runs for n in run.networks if n.name == "HYDRA" and n.evaluation]
-    if not judged:
+def headline(runs: list[RunResult], rows: list[Difference]) -> str:
+    """One sentence: HYDRA's accuracy at the largest evaluated sparsity, and its lead over a baseline."""
+    keeps = [n.keep_fraction for run in runs for n in run.networks if n.name == "HYDRA" and n.evaluation]
+    if not keeps:
         return "No pruned network is evaluated yet."
-    keep = min(judged)
+    keep = min(keeps)
     values = [100 * accuracy["value"] for accuracy in accuracies(runs, "HYDRA", keep, "robust")]
-    start = f"With {pruned_text(keep)} of its connections pruned, HYDRA's network has {fmean(values):.1f} % "
+    start = f"With {pruned_text(keep)} of its connections pruned, HYDRA has {fmean(values):.1f} % "
     start += f"{claim(runs)} accuracy"
     if len(values) == 1:
-        (only,) = accuracies(runs, "HYDRA", keep, "robust")
-        start += f" (95 % interval {100 * only['low']:.1f} to {100 * only['high']:.1f})"
+        (accuracy,) = accuracies(runs, "HYDRA", keep, "robust")
+        start += f" (95 % interval {100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})"
     else:
         start += f" on average over {len(values)} seeds ({min(values):.1f} to {max(values):.1f})"
-    here = [d for d in found if d.keep_fraction == keep and d.test is not None]
-    names = [d.baseline for d in here]
+    at_keep = [d for d in rows if d.keep_fraction == keep and d.test is not None]
+    names = [d.baseline for d in at_keep]
     name = "magnitude" if "magnitude" in names else next(iter(names), None)
     if name is None:
-        return f"{start}; there is no baseline at this sparsity to compare it with."
-    return f"{start}; {_lead([d for d in here if d.baseline == name], name)}."
+        return f"{start}; there is no baseline at this sparsity."
+    return f"{start}; {_lead_text([d for d in at_keep if d.baseline == name], name)}."
 
 
-def _lead(here: list[Difference], name: str) -> str:
-    tests = [(d, d.test) for d in here if d.test is not None]
+def _lead_text(rows: list[Difference], name: str) -> str:
+    tests = [(d, d.test) for d in rows if d.test is not None]
     if len(tests) == 1:
-        (one, test), *_ = tests
+        (row, test), *_ = tests
         size, p = abs(100 * test.difference), p_text(test.p_value).replace(" ", "\N{NO-BREAK SPACE}")
-        if one.says == NOISE:
-            return f"the {size:.1f} points between it and {name} pruning are a difference within noise (McNemar's {p})"
-        side = "ahead of" if one.says == AHEAD else "behind"
-        interval = f"95 % interval of the difference {signed(100 * one.low)} to {signed(100 * one.high)}, McNemar's {p}"
-        return f"it is significantly {side} {name} pruning, by {size:.1f} points ({interval})"
+        if row.outcome == NOISE:
+            return f"its difference of {size:.1f} percentage points from {name} pruning is within noise (McNemar's {p})"
+        side = "ahead of" if row.outcome == AHEAD else "behind"
+        interval = f"95 % interval of the difference {signed(100 * row.low)} to {signed(100 * row.high)}, McNemar's {p}"
+        return f"it is significantly {side} {name} pruning, by {size:.1f} percentage points ({interval})"
     leads = [100 * test.difference for _, test in tests]
-    counts = {says: sum(d.says == says for d, _ in tests) for says in (AHEAD, BEHIND, NOISE)}
+    counts = {outcome: sum(d.outcome == outcome for d, _ in tests) for outcome in (AHEAD, BEHIND, NOISE)}
     words = {AHEAD: "significantly ahead", BEHIND: "significantly behind", NOISE: "within noise"}
-    outcome = ", ".join(f"{words[says]} in {count}" for says, count in counts.items() if count)
-    between = f"{signed(min(leads))} to {signed(max(leads))}"
-    return f"its lead over {name} pruning is {between} points: {outcome} of {len(tests)} seeds by McNemar's test"
+    summary = ", ".join(f"{words[outcome]} in {count}" for outcome, count in counts.items() if count)
+    span = f"{signed(min(leads))} to {signed(max(leads))} percentage points"
+    return f"its lead over {name} pruning is {span}: {summary} of {len(tests)} seeds by McNemar's test"
 
 
 def signed(points: float, digits: int = 1) -> str:

@@ -1,4 +1,4 @@
-"""Evaluations other than a run's own, by `evaluation.attacks` or `launch evaluate`: rows, and their table as text."""
+"""Further evaluations, by `evaluation.attacks` or `launch evaluate`: their rows and text tables."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ WITHOUT_SEVERITIES = [None] * len(SEVERITIES)
 
 
 def kept_evaluations(network: NetworkResult) -> list[tuple[Path, EvaluationResult]]:
-    """Files and results of every evaluation of a network, its measure's own among them, by file name.
+    """Files and results of all evaluations of a network, including its own measure's, sorted by file name.
 
-    Files that cannot be read are left out, as are those of another `model_sha256`: of the network before it was trained
-    again. Honesty checks are no evaluation.
+    Unreadable files are skipped, and so are those of another `model_sha256`, that is, of an earlier training of the
+    network. Honesty checks do not count as evaluations.
     """
     result = StageFolder(network.folder).result
     model = read_json(result)["model_sha256"] if result.exists() else None
-    found = []
+    evaluations = []
     for path in sorted(StageFolder(network.folder).evaluations.glob("*.json")):
         try:
             evaluation = EvaluationResult.read(path)
         except ValueError:
             continue
         if evaluation.model_sha256 == model and evaluation.attack != "honesty":
-            found.append((path, evaluation))
-    return found
+            evaluations.append((path, evaluation))
+    return evaluations
 
 
 def extra_evaluations(network: NetworkResult) -> list[EvaluationResult]:
-    """Every evaluation of a network but its measure's own, ordered by what was done."""
-    found = [evaluation for _, evaluation in kept_evaluations(network) if evaluation != network.evaluation]
-    return sorted(found, key=lambda evaluation: (evaluation.title, evaluation.images))
+    """All evaluations of a network except its own measure's, sorted by title and number of images."""
+    further = [evaluation for _, evaluation in kept_evaluations(network) if evaluation != network.evaluation]
+    return sorted(further, key=lambda evaluation: (evaluation.title, evaluation.images))
 
 
 def _honesty_warnings(evaluation: EvaluationResult) -> list[str]:
@@ -46,7 +46,7 @@ def _honesty_warnings(evaluation: EvaluationResult) -> list[str]:
 
 
 def extra_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
-    """One row per evaluation, those of one attack together, and within them networks in the runs' order."""
+    """One row per evaluation, grouped by attack; networks are in the runs' order."""
     rows = [
         {
             "run": run.folder.name,
@@ -78,30 +78,30 @@ def extra_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
 
 
 def extra_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text; accuracies in percent. Empty without rows."""
+    """Format the rows as text, accuracies in percent; empty without rows."""
     if not rows:
         return ""
     cells = [["attack", "images", "seed", "network", "pruned", "clean %", "robust %", "95 % interval", "warnings"]]
     for row in rows:
         value, low, high = (100 * row[f"robust_accuracy_{part}"] for part in ("value", "low", "high"))
         clean = f"{100 * row['clean_accuracy_value']:.2f}"
-        where = [row["title"], f"{row['images']:,}", str(row["seed"]), row["network"], f"{row['pruned_percent']} %"]
-        warned = f"honesty: {row['honesty_warnings']}" if row["honesty_warnings"] else ""
-        warnings = "; ".join(filter(None, [row["flags"], warned]))
-        cells.append([*where, clean, f"{value:.2f}", f"[{low:.2f}, {high:.2f}]", warnings])
+        labels = [row["title"], f"{row['images']:,}", str(row["seed"]), row["network"], f"{row['pruned_percent']} %"]
+        honesty = f"honesty: {row['honesty_warnings']}" if row["honesty_warnings"] else ""
+        warnings = "; ".join(filter(None, [row["flags"], honesty]))
+        cells.append([*labels, clean, f"{value:.2f}", f"[{low:.2f}, {high:.2f}]", warnings])
     return text_table(cells, left=["attack", "network", "warnings"])
 
 
 def corruption_table(rows: list[dict[str, Any]]) -> str:
-    """Mean accuracy, in percent, over the corruptions that are counted, by severity and over all; empty without any."""
-    corrupted = [row for row in rows if row["severity_1_accuracy"] is not None]
-    if not corrupted:
+    """Format the mean accuracy over corruptions, in percent, per severity and overall; empty without any."""
+    corruption_rows = [row for row in rows if row["severity_1_accuracy"] is not None]
+    if not corruption_rows:
         return ""
     severities = [f"severity_{severity}_accuracy" for severity in SEVERITIES]
     title = "mean over corruptions, %"
     cells = [[title, "images", "seed", "network", "pruned", *(f"severity {s}" for s in SEVERITIES), "all"]]
-    for row in corrupted:
-        where = [row["title"].rpartition(", ")[2], f"{row['images']:,}", str(row["seed"]), row["network"]]
+    for row in corruption_rows:
+        labels = [row["title"].rpartition(", ")[2], f"{row['images']:,}", str(row["seed"]), row["network"]]
         values = [f"{100 * row[key]:.2f}" for key in (*severities, "mean_corruption_accuracy")]
-        cells.append([*where, f"{row['pruned_percent']} %", *values])
+        cells.append([*labels, f"{row['pruned_percent']} %", *values])
     return text_table(cells, left=[title, "network"])

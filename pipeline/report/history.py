@@ -1,4 +1,4 @@
-"""What a run's stages left beside their accuracies: metric rows, parents, time."""
+"""A run's training history: metrics, parents and compute of its stages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.run.tracking.metrics import PARTS
 
 @dataclass(frozen=True)
 class History:
-    """One stage that has begun."""
+    """One stage that has started."""
 
     stage: Stage
     rows: list[dict[str, Any]]
-    """Of metrics.jsonl, in order."""
-    described: dict[str, Any]
+    """Rows of metrics.jsonl, in order."""
+    description: dict[str, Any]
     """stage.json."""
     result: dict[str, Any] | None
     """result.json; None while the stage is unfinished."""
@@ -32,17 +32,17 @@ class History:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a stage cost, told from the rows of its finished steps: what a restart repeated is not among them."""
+class StageCost:
+    """Compute cost of a stage from the metrics of its finished steps; steps repeated after a restart count once."""
 
     steps: int
     epochs: float
     pass_epochs: float | None
-    """Forward and backward passes over the training images; None for objectives that propagate bounds instead."""
+    """Number of forward-backward passes over the training images; None for objectives that propagate bounds instead."""
     train_s: float
     held_out_s: float
     seconds_in: dict[str, float]
-    """What of train_s was spent in each of `stopwatch.PARTS`; zeros for rows that do not tell them apart."""
+    """train_s by part (`tracking.metrics.PARTS`); zero for rows without this breakdown."""
     images: int
 
     @property
@@ -51,40 +51,43 @@ class Spent:
 
 
 def read_history(run: RunResult) -> list[History]:
-    """The stages that have begun, in the recipe's order. Errors: ValueError naming a damaged file."""
-    found = []
+    """Histories of the stages that have started, in the recipe's order. Errors: ValueError naming a damaged file."""
+    histories = []
     for stage in stages_of(run.recipe):
         folder = run.folder / stage.name
-        described, rows = read_json_if_there(StageFolder(folder).plan), read_rows(StageFolder(folder).metrics)
+        description, rows = read_json_if_there(StageFolder(folder).plan), read_rows(StageFolder(folder).metrics)
         result = read_json_if_there(StageFolder(folder).result)
-        if described or rows or result:
-            found.append(History(stage, rows, described or {}, result))
-    return found
+        if description or rows or result:
+            histories.append(History(stage, rows, description or {}, result))
+    return histories
 
 
 def passes_per_step(objective: Objective, level: int = 0) -> int | None:
-    """The objective's own; from `level` 1 on, one-step training is PGD (see `pipeline.robustness.overfitting`)."""
+    """Forward-backward passes per training step; from `level` 1 on, one-step training uses PGD (see
+    `pipeline.robustness.overfitting`)."""
     if level > 0 and isinstance(objective, OneStep):
         return stronger(level, 1.0, 1.0)[0] + 1
     return objective.passes_per_step
 
 
-def spent(history: History) -> Spent:
-    """What a stage has cost so far."""
-    trained, validated = history.of_kind("train"), history.of_kind("validation")
-    objective, per_epoch = history.stage.objective, history.described.get("steps_per_epoch")
-    images = sum(row["images"] for row in trained)
+def stage_cost(history: History) -> StageCost:
+    """Compute cost of a stage so far."""
+    train_rows, held_out_rows = history.of_kind("train"), history.of_kind("validation")
+    objective, per_epoch = history.stage.objective, history.description.get("steps_per_epoch")
+    images = sum(row["images"] for row in train_rows)
     passes: float | None = 0.0
-    for row in trained:
+    for row in train_rows:
         each = passes_per_step(objective, row.get("attack_level", 0))
         passes = None if passes is None or each is None else passes + each * row["images"]
-    in_epoch = (per_epoch or 0) * history.described.get("batch_per_step", 0) / objective.steps_per_batch
-    return Spent(
-        steps=trained[-1]["step"] if trained else 0,
-        epochs=trained[-1]["epoch"] if trained else 0.0,
+    in_epoch = (per_epoch or 0) * history.description.get("batch_per_step", 0) / objective.steps_per_batch
+    return StageCost(
+        steps=train_rows[-1]["step"] if train_rows else 0,
+        epochs=train_rows[-1]["epoch"] if train_rows else 0.0,
         pass_epochs=passes / in_epoch if passes is not None and in_epoch else None,
-        train_s=sum(row["timing"]["seconds"] for row in trained),
-        held_out_s=sum(row["timing"]["seconds"] for row in validated),
-        seconds_in={part: sum(row["timing"].get("seconds_in", {}).get(part, 0.0) for row in trained) for part in PARTS},
+        train_s=sum(row["timing"]["seconds"] for row in train_rows),
+        held_out_s=sum(row["timing"]["seconds"] for row in held_out_rows),
+        seconds_in={
+            part: sum(row["timing"].get("seconds_in", {}).get(part, 0.0) for row in train_rows) for part in PARTS
+        },
         images=images,
     )

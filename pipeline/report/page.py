@@ -1,8 +1,8 @@
-"""The report as one HTML page that needs nothing else: no request, no script, every drawing inside it.
+"""The report as one self-contained HTML page: no requests, no scripts, all charts inline.
 
-Names of runs, classes and layers are strangers' texts: the template escapes all that it is given (jinja2, autoescape).
-What is let through as it is are the drawings, whose texts the XML writer has escaped, and our own style sheet. The page
-forbids scripts and requests itself, by its content security policy.
+Names of runs, classes and layers are untrusted: the template escapes every value (jinja2 autoescape). Only the charts,
+whose text the XML writer escapes, and the style sheet are inserted unescaped. The page's content security policy
+forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pipeline.recipe.technique import Attacking
 from pipeline.report.chart_style import legend_key, method_colours
 from pipeline.report.charts import accuracy_chart, certified_charts, difference_chart
 from pipeline.report.comparison import SIGNIFICANT, differences, headline, signed
-from pipeline.report.examples import examples_of
-from pipeline.report.history import History, Spent, read_history, spent
-from pipeline.report.pictures import cards
+from pipeline.report.examples import RunExamples, examples_of
+from pipeline.report.history import History, StageCost, read_history, stage_cost
+from pipeline.report.pictures import example_cards
 from pipeline.report.results import (
     CertifiedCurves,
     Comparisons,
@@ -50,24 +50,24 @@ TEMPLATES = Environment(
 
 
 def write_page(runs: list[RunResult], comparisons: Comparisons, curves: CertifiedCurves, path: Path) -> None:
-    """Write the page of runs that may stand in one table (`results.read_runs`), whole or not at all.
+    """Write the page of comparable runs (`results.read_runs`) atomically.
 
-    Takes seconds; the longest of them are spent on the examples of the first run, if its data and networks are there.
+    Takes seconds, most of them for the adversarial examples of the first run, if its data and networks are available.
     Errors: ValueError naming a damaged file of a run.
     """
-    found = differences(runs, comparisons)
-    shown = examples_of(runs[0])
-    everything = {
+    comparison_rows = differences(runs, comparisons)
+    run_examples = examples_of(runs[0])
+    values = {
         "style": method_colours() + (TEMPLATE_FOLDER / "style.css").read_text(encoding="utf-8"),
         "runs": [run.folder.name for run in runs],
         "claim": claim(runs),
         "facts": _facts(runs),
-        "headline": headline(runs, found),
+        "headline": headline(runs, comparison_rows),
         "attack": attack_text(runs),
         "methods": ["dense", "HYDRA", *runs[0].baselines],
         "legend_key": legend_key,
         "accuracy": [accuracy_chart(runs, comparisons, kind) for kind in reversed(KINDS)],
-        "lead": difference_chart(found, runs),
+        "lead": difference_chart(comparison_rows, runs),
         "certified": certified_charts(runs, curves),
         "accuracies": [_accuracy_cells(run, network) for run in runs for network in run.networks],
         "means": [_mean_cells(runs, network) for network in runs[0].networks] if len(runs) > 1 else [],
@@ -76,45 +76,49 @@ def write_page(runs: list[RunResult], comparisons: Comparisons, curves: Certifie
                 "run": d.run.folder.name,
                 "baseline": d.baseline,
                 "pruned": pruned_text(d.keep_fraction),
-                "says": d.says,
+                "outcome": d.outcome,
                 "test": d.test,
                 "points": signed(100 * d.test.difference, 2) if d.test else "",
                 "interval": f"{signed(100 * d.low, 2)} to {signed(100 * d.high, 2)}",
                 "p": p_text(d.test.p_value) if d.test else "",
             }
-            for d in found
+            for d in comparison_rows
         ],
         "significant": SIGNIFICANT,
         "honesty": [
-            {"run": run.folder.name, "network": _named(network), "checks": checks}
+            {"run": run.folder.name, "network": _network_label(network), "checks": checks}
             for run in runs
             for network in run.networks
             if (checks := honesty_checks(network))
         ],
-        "stories": [_story(run) for run in runs],
-        "examples": None if isinstance(shown, str) else {"cards": cards(shown), "shown": shown},
-        "examples_of": "" if isinstance(shown, str) else _named(shown.network),
-        "why_no_examples": shown if isinstance(shown, str) else "",
+        "runs_in_detail": [_run_details(run) for run in runs],
+        "examples": _example_values(run_examples) if isinstance(run_examples, RunExamples) else None,
+        "why_no_examples": "" if isinstance(run_examples, RunExamples) else run_examples,
     }
-    atomic_write_text(path, TEMPLATES.get_template("page.html").render(everything))
+    atomic_write_text(path, TEMPLATES.get_template("page.html").render(values))
 
 
-def _named(network: NetworkResult) -> str:
+def _example_values(run_examples: RunExamples) -> dict[str, Any]:
+    network = _network_label(run_examples.network)
+    return {"cards": example_cards(run_examples), "network": network, "attack": run_examples.attack}
+
+
+def _network_label(network: NetworkResult) -> str:
     return network.name if network.name == "dense" else f"{network.name}, {network.pruned} pruned"
 
 
 def _facts(runs: list[RunResult]) -> list[tuple[str, str]]:
-    """What was run, in a few words."""
+    """The experiment in brief: (term, description)."""
     recipe = runs[0].recipe
     threat, objective = recipe.threat_model, recipe.objective
     attack = f", {objective.steps} steps of {objective.step_size}" if isinstance(objective, Attacking) else ""
     return [
         ("Recipe", recipe.name),
-        ("Data set", f"{recipe.data.dataset}, {recipe.data.image_size} pixels a side"),
+        ("Data set", f"{recipe.data.dataset}, {recipe.data.image_size} x {recipe.data.image_size} pixels"),
         ("Network", f"{recipe.model.arch}, {recipe.model.num_classes} classes"),
         ("Objective", f"{objective.name}{attack}"),
         ("Threat model", f"{threat.norm}, eps {threat.eps}" if threat else "none"),
-        ("Judged by", attack_text(runs)),
+        ("Evaluation", attack_text(runs)),
         ("Seed" if len(runs) == 1 else "Seeds", ", ".join(str(run.recipe.seed) for run in runs)),
     ]
 
@@ -131,25 +135,27 @@ def _accuracy_cells(run: RunResult, network: NetworkResult) -> dict[str, Any]:
 
 
 def _mean_cells(runs: list[RunResult], network: NetworkResult) -> dict[str, Any]:
-    """The mean over the seeds that are there, and from the lowest to the highest of them."""
-    found = {kind: accuracies(runs, network.name, network.keep_fraction, kind) for kind in KINDS}
-    cells = {"name": network.name, "pruned": network.pruned, "seeds": f"{len(found['clean'])} of {len(runs)}"}
-    for kind, each in found.items():
+    """Mean and range over the seeds that are evaluated."""
+    by_kind = {kind: accuracies(runs, network.name, network.keep_fraction, kind) for kind in KINDS}
+    cells = {"name": network.name, "pruned": network.pruned, "seeds": f"{len(by_kind['clean'])} of {len(runs)}"}
+    for kind, each in by_kind.items():
         values = [100 * accuracy["value"] for accuracy in each]
         cells[kind] = f"{fmean(values):.2f}" if values else "missing"
         cells[f"{kind}_range"] = f"{min(values):.2f} to {max(values):.2f}" if values else ""
     return cells
 
 
-def _story(run: RunResult) -> dict[str, Any]:
-    """How one run came about: its curves, layers, cost and origin."""
+def _run_details(run: RunResult) -> dict[str, Any]:
+    """Training curves, layers, compute and provenance of one run."""
     histories = read_history(run)
     keeps = run.recipe.sparsity.keep_fractions
-    costs = [spent(history) for history in histories]
+    costs = [stage_cost(history) for history in histories]
     origin = public_provenance(run.folder)
     return {
         "run": run.folder.name,
-        "training": [(pruned_text(keep), drawn) for keep in keeps if (drawn := training_charts(run, histories, keep))],
+        "training": [
+            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep))
+        ],
         "layers": [chart for keep in keeps if (chart := layer_chart(run, keep))],
         "layer_table": _layer_table(run),
         "costs": [_cost_cells(h, cost, costs) for h, cost in zip(histories, costs, strict=True)],
@@ -164,7 +170,7 @@ def _story(run: RunResult) -> dict[str, Any]:
 
 
 def _layer_table(run: RunResult) -> dict[str, Any]:
-    """Layers by networks. Networks that keep the same number in every layer share a column."""
+    """Kept connections, layers by networks. Networks with equal counts in every layer share a column."""
     columns: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     layers: list[dict[str, Any]] = []
     for network in run.networks:
@@ -180,38 +186,37 @@ def _layer_table(run: RunResult) -> dict[str, Any]:
     return {"heads": heads, "rows": rows}
 
 
-def _cost_cells(history: History, cost: Spent, costs: list[Spent]) -> dict[str, Any]:
-    everything = sum(one.seconds for one in costs)
+def _cost_cells(history: History, cost: StageCost, costs: list[StageCost]) -> dict[str, Any]:
+    total_s = sum(each.seconds for each in costs)
     return {
         "stage": history.stage.name,
-        "state": "trained" if history.result else "under way",
+        "state": "trained" if history.result else "in progress",
         "epochs": f"{cost.epochs:.4g}",
         "steps": f"{cost.steps:,}",
         "pass_epochs": "" if cost.pass_epochs is None else f"{cost.pass_epochs:,.1f}",
         "train": _duration(cost.train_s),
         "held_out": _duration(cost.held_out_s),
         "speed": f"{cost.images / cost.train_s:,.0f}" if cost.train_s else "",
-        "share": f"{100 * cost.seconds / everything:.0f}" if everything else "0",
+        "share": f"{100 * cost.seconds / total_s:.0f}" if total_s else "0",
     }
 
 
-def _total(costs: list[Spent]) -> dict[str, str]:
-    passes = [cost.pass_epochs for cost in costs]
-    known = [p for p in passes if p is not None]
+def _total(costs: list[StageCost]) -> dict[str, str]:
+    passes = [cost.pass_epochs for cost in costs if cost.pass_epochs is not None]
     return {
         "epochs": f"{sum(cost.epochs for cost in costs):.4g}",
         "steps": f"{sum(cost.steps for cost in costs):,}",
-        "pass_epochs": f"{sum(known):,.1f}" if known and len(known) == len(passes) else "",
+        "pass_epochs": f"{sum(passes):,.1f}" if passes and len(passes) == len(costs) else "",
         "train": _duration(sum(cost.train_s for cost in costs)),
         "held_out": _duration(sum(cost.held_out_s for cost in costs)),
     }
 
 
-def _part_cells(costs: list[Spent]) -> dict[str, str]:
-    """Part -> percent of the training time that is told apart; nothing where none is."""
+def _part_cells(costs: list[StageCost]) -> dict[str, str]:
+    """Part -> percent of the training time; empty without a breakdown."""
     seconds = {part: sum(cost.seconds_in[part] for cost in costs) for part in PARTS}
-    told = sum(seconds.values())
-    return {part: f"{100 * spent / told:.1f} %" for part, spent in seconds.items()} if told else {}
+    total_s = sum(seconds.values())
+    return {part: f"{100 * part_s / total_s:.1f} %" for part, part_s in seconds.items()} if total_s else {}
 
 
 def _duration(seconds: float) -> str:
@@ -232,9 +237,9 @@ def _parentage(history: History) -> dict[str, str]:
 
 
 def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
-    names = {"commit": "Code", "created": "Begun", "machine": "Processor type"}
-    names |= {"processor": "Host's processor", "cores": "Host's cores", "gpus": "Host's GPUs", "python": "Python"}
-    names |= {"recipe_sha256": "Recipe, sha256"}
+    names = {"commit": "Commit", "created": "Started", "machine": "Architecture"}
+    names |= {"processor": "Processor", "cores": "Cores", "gpus": "GPUs", "python": "Python"}
+    names |= {"recipe_sha256": "Recipe, SHA-256"}
     rows = []
     for key, name in names.items():
         value = origin.get(key)
@@ -244,4 +249,4 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((name, "; ".join(value) or "none"))
         elif value is not None:
             rows.append((name, str(value)))
-    return rows + [(f"{key}, sha256", str(value)) for key, value in origin.get("data_sha256", {}).items()]
+    return rows + [(f"{key}, SHA-256", str(value)) for key, value in origin.get("data_sha256", {}).items()]

@@ -1,4 +1,4 @@
-"""Images for people: as text that a page carries inside itself, or as pixels."""
+"""Example images for display: as data URIs for the page, or as pixels."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.report.examples import Shown
+from pipeline.report.examples import RunExamples
 
 EXACT_SIZE = 64
-"""Images of up to so many pixels a side are PNGs; of larger ones that would be megabytes, and they are JPEGs."""
+"""Largest side, in pixels, of images encoded as PNG; larger ones are JPEG, because PNGs would take megabytes."""
 
 
-def cards(shown: Shown) -> list[dict[str, Any]]:
-    """For every example the pictures (clean, difference, attacked) and what is written below them."""
-    found, e = [], shown.examples
+def example_cards(run_examples: RunExamples) -> list[dict[str, Any]]:
+    """Pictures (clean, difference, adversarial) and caption of every example."""
+    cards, e = [], run_examples.examples
     for i in range(len(e.ids)):
         difference, largest = amplified(e.clean[i], e.adversarial[i])
-        found.append(
+        cards.append(
             {
                 "id": int(e.ids[i]),
-                **answers(shown, i),
+                **captions(run_examples, i),
                 "clean": data_uri(e.clean[i]),
                 "difference": data_uri(difference),
                 "attacked": data_uri(e.adversarial[i]),
                 "largest": f"{255 * largest:.1f}/255",
             }
         )
-    return found
+    return cards
 
 
-def answers(shown: Shown, i: int) -> dict[str, str]:
-    """What example `i` is, what the network says of it before and after the attack, and what that means."""
-    e = shown.examples
+def captions(run_examples: RunExamples, i: int) -> dict[str, str]:
+    """True class, predictions before and after the attack, and verdict of example `i`."""
+    e = run_examples.examples
     classes = (e.labels[i], e.clean_prediction[i], e.adversarial_prediction[i])
-    true, before, after = (shown.class_names[int(label)] for label in classes)
-    right = e.clean_prediction[i] == e.labels[i]
-    stays = e.adversarial_prediction[i] == e.labels[i]
+    true, before, after = (run_examples.class_names[int(label)] for label in classes)
+    clean_correct = e.clean_prediction[i] == e.labels[i]
+    adversarial_correct = e.adversarial_prediction[i] == e.labels[i]
     return {
         "true": true,
         "before": f"{before}, {100 * e.clean_confidence[i]:.0f} %",
         "after": f"{after}, {100 * e.adversarial_confidence[i]:.0f} %",
-        "verdict": "wrong already" if not right else "withstands" if stays else "fooled",
+        "verdict": "misclassified" if not clean_correct else "robust" if adversarial_correct else "not robust",
     }
 
 
 def amplified(clean: NDArray[np.float32], adversarial: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
-    """What an attack added to an image, grey where that is nothing and as strong as can be shown, and its largest."""
+    """The perturbation scaled to the full range, with grey as zero, and its largest absolute value."""
     delta = adversarial - clean
     largest = float(np.abs(delta).max())
     return (0.5 + 0.5 * delta / largest if largest else np.full_like(delta, 0.5)), largest

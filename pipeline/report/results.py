@@ -1,4 +1,4 @@
-"""Reads what runs left behind: accuracies, intervals, kept connections, paired comparisons. Draws nothing."""
+"""Reads the results of runs: accuracies, intervals, kept connections, paired comparisons."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pipeline.run.files import read_json, read_json_if_there
 from pipeline.run.layout import RunFolder, StageFolder
 
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
-"""What must agree, beside the attack's settings, before two accuracies may stand in one table."""
+"""Fields that must agree, in addition to the attack's settings, for two accuracies to be comparable."""
 CHECK_KEYS = ("name", "verdict", "figure", "meaning")
 VERDICTS = ("pass", "warn")
 
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """One evaluated network of a run, or the place where it will be."""
+    """One network of a run, evaluated or not yet."""
 
     folder: Path
     stage: str
@@ -35,7 +35,7 @@ class NetworkResult:
     """One of NETWORK_OF_PHASE."""
     keep_fraction: Decimal
     evaluation: EvaluationResult | None
-    """By the stage's own measure (evaluate/pgd.json, for example), or None while it is missing."""
+    """By the stage's own measure (for example evaluate/pgd.json), or None until it is evaluated."""
     layers: list[dict[str, Any]]
     """name, kept and total per masked layer; empty while the stage is unfinished."""
 
@@ -52,7 +52,7 @@ class RunResult:
 
     @property
     def baselines(self) -> list[str]:
-        """What HYDRA is compared with, in the recipe's order."""
+        """Names of the baselines, in the recipe's order."""
         return [NETWORK_OF_PHASE[baseline] for baseline in self.recipe.sparsity.baselines]
 
     def find(self, name: str, keep_fraction: Decimal) -> NetworkResult | None:
@@ -60,10 +60,10 @@ class RunResult:
 
 
 def read_runs(folders: list[Path]) -> list[RunResult]:
-    """Read runs that may stand in one table: one recipe with different seeds, evaluated by one attack on one test set.
+    """Read comparable runs: one recipe with different seeds, evaluated by one attack on one test set.
 
-    Errors: ValueError for a folder that is no run, for runs of different recipes or of one seed, for evaluations that
-    differ in attack or images, and for an evaluation of another model than the stage's.
+    Errors: ValueError for a folder that is not a run, for runs of different recipes or equal seeds, for evaluations
+    that differ in attack or images, and for an evaluation of a model other than the stage's.
     """
     if not folders:
         raise ValueError("no run given; name at least one folder under runs/")
@@ -72,7 +72,7 @@ def read_runs(folders: list[Path]) -> list[RunResult]:
     for run in runs[1:]:
         if _hash_without_seed(run.recipe) != _hash_without_seed(first.recipe):
             raise ValueError(
-                f"{first.folder} and {run.folder} are runs of different recipes; a mean over both says nothing, "
+                f"{first.folder} and {run.folder} are runs of different recipes, whose mean is meaningless; "
                 "report them one by one"
             )
     seeds = [run.recipe.seed for run in runs]
@@ -83,7 +83,9 @@ def read_runs(folders: list[Path]) -> list[RunResult]:
 
 
 def compare(run: RunResult, keep_fraction: Decimal, baseline: str) -> McNemar | None:
-    """HYDRA against a baseline on the same attacked images; None while either is missing."""
+    """McNemar's test of HYDRA against a baseline; None until both are evaluated.
+
+    Errors: ValueError if their verdicts are on different images."""
     verdicts = []
     for name in ("HYDRA", baseline):
         network = run.find(name, keep_fraction)
@@ -101,11 +103,11 @@ def compare(run: RunResult, keep_fraction: Decimal, baseline: str) -> McNemar | 
 
 
 Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
-"""(index of the run, baseline, keep_fraction) -> HYDRA against that baseline."""
+"""(index of the run, baseline, keep_fraction) -> test of HYDRA against the baseline."""
 
 
 def compare_all(runs: list[RunResult]) -> Comparisons:
-    """HYDRA against every baseline of every run, at every sparsity. Errors: those of `compare`."""
+    """Compare HYDRA with every baseline of every run at every sparsity. Errors: those of `compare`."""
     return {
         (i, name, keep): compare(run, keep, name)
         for i, run in enumerate(runs)
@@ -125,78 +127,78 @@ def p_text(p: float) -> str:
 
 
 def accuracies(runs: list[RunResult], name: str, keep: Decimal, kind: Kind) -> list[dict[str, float]]:
-    """value, low and high of every run in which the network is evaluated."""
+    """value, low and high of each run in which the network is evaluated."""
     networks = [run.find(name, keep) for run in runs]
     return [n.evaluation.accuracy(kind).to_json() for n in networks if n is not None and n.evaluation is not None]
 
 
 CURVE_POINTS = 101
 CertifiedCurves = dict[tuple[int, str, Decimal], list[dict[str, float]]]
-"""(index of the run, network's name, keep_fraction) -> points of `statistics.certified_curve`."""
+"""(index of the run, network name, keep_fraction) -> points of `statistics.certified_curve`."""
 
 
 def certified_curves(runs: list[RunResult]) -> CertifiedCurves:
-    """Certified accuracies at radii from 0 to the largest one found; empty for runs that have no certificates."""
-    found = {}
+    """Certified accuracies at CURVE_POINTS radii from 0 to the largest certificate; empty without certificates."""
+    columns_by_network = {}
     for i, run in enumerate(runs):
         for network in run.networks:
             path = StageFolder(network.folder).evaluation("certified").with_suffix(".parquet")
             if network.evaluation is not None and network.evaluation.attack == "certified" and path.exists():
                 table = pq.read_table(path, columns=["clean_correct", "radius"])
                 columns = [table[column].to_numpy() for column in table.column_names]
-                found[i, network.name, network.keep_fraction] = columns
-    if not found:
+                columns_by_network[i, network.name, network.keep_fraction] = columns
+    if not columns_by_network:
         return {}
-    largest = max(float(radius.max()) for _, radius in found.values())
+    largest = max(float(radius.max()) for _, radius in columns_by_network.values())
     radii = np.linspace(0.0, largest, CURVE_POINTS).tolist()
-    return {key: certified_curve(correct, radius, radii) for key, (correct, radius) in found.items()}
+    return {key: certified_curve(correct, radius, radii) for key, (correct, radius) in columns_by_network.items()}
 
 
 def claim(runs: list[RunResult]) -> str:
-    """What it means here that an image counts as robust: robust (to an attack), certified or verified."""
+    """The kind of robust accuracy: "robust" (to an attack), "certified" or "verified"."""
     attacks = {n.evaluation.attack for run in runs for n in run.networks if n.evaluation}
     return next(iter(attacks & {"certified", "verified"}), "robust")
 
 
 def honesty_checks(network: NetworkResult) -> list[dict[str, str]]:
-    """name, verdict (pass or warn), figure and meaning of each check; none where it was not made of this very network.
+    """name, verdict (pass or warn), figure and meaning of each check; empty if the checks are of another model.
 
     Errors: ValueError naming the file.
     """
     path = StageFolder(network.folder).honesty
     if not network.evaluation or not path.exists():
         return []
-    again = f"delete it and {network.folder / 'evaluate'}, and resume the run, which checks and evaluates again"
-    found = read_json(path)
-    checks = found.get("checks") if isinstance(found, dict) else None
+    fix = f"delete it and {network.folder / 'evaluate'}, and resume the run to check and evaluate again"
+    content = read_json(path)
+    checks = content.get("checks") if isinstance(content, dict) else None
     if not isinstance(checks, list):
-        raise ValueError(f"{path} has no list of checks; {again}")
+        raise ValueError(f"{path} has no list of checks; {fix}")
     for check in checks:
         if not isinstance(check, dict) or any(not isinstance(check.get(key), str) for key in CHECK_KEYS):
-            raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; {again}")
+            raise ValueError(f"{path}: {check!r} lacks one of {', '.join(CHECK_KEYS)}; {fix}")
         if check["verdict"] not in VERDICTS:
-            raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}; {again}")
-    return checks if found.get("model_sha256") == network.evaluation.model_sha256 else []
+            raise ValueError(f"{path}: verdict {check['verdict']!r} is neither {' nor '.join(VERDICTS)}; {fix}")
+    return checks if content.get("model_sha256") == network.evaluation.model_sha256 else []
 
 
 def honesty_text(runs: list[RunResult]) -> str | None:
-    """How many honesty checks of the evaluated networks pass, and which do not; None where none was made."""
+    """Number of honesty checks that pass, and those that warn; None without checks."""
     passed, total, warnings = 0, 0, []
     for run in runs:
         for network in run.networks:
             checks = honesty_checks(network)
             total += len(checks)
-            warned = [check["name"] for check in checks if check["verdict"] == "warn"]
-            warnings += [f"{run.folder.name}/{network.stage} warns of {', '.join(warned)}"] if warned else []
-            passed += len(checks) - len(warned)
+            names = [check["name"] for check in checks if check["verdict"] == "warn"]
+            warnings += [f"{run.folder.name}/{network.stage} warns of {', '.join(names)}"] if names else []
+            passed += len(checks) - len(names)
     if not total:
         return None
-    more = f"; {'; '.join(warnings)} (the stage's honesty.json says what that means)" if warnings else ""
+    more = f"; {'; '.join(warnings)} (explained in the stage's honesty.json)" if warnings else ""
     return f"honesty: {passed} of {total} checks pass{more}"
 
 
 def attack_text(runs: list[RunResult]) -> str:
-    """The attack and the images that all accuracies of `runs` were measured with, in words."""
+    """The evaluation that all accuracies of `runs` share: attack and number of images."""
     first = next((n.evaluation for run in runs for n in run.networks if n.evaluation), None)
     if first is None:
         return "nothing is evaluated yet"
@@ -204,22 +206,22 @@ def attack_text(runs: list[RunResult]) -> str:
 
 
 def _read_run(folder: Path) -> RunResult:
-    path = RunFolder(folder).recipe
-    if not path.is_file():
+    recipe_path = RunFolder(folder).recipe
+    if not recipe_path.is_file():
         raise ValueError(f"{folder} is not a run (it has no recipe.yaml); give a run's name or its folder under runs/")
-    recipe = load_recipe(path)
+    recipe = load_recipe(recipe_path)
     networks = []
     for stage in stages_of(recipe):
         if stage.measure is None:
             continue
         stage_folder = folder / stage.name
-        evaluated = StageFolder(stage_folder).evaluation(stage.measure)
-        evaluation = EvaluationResult.read(evaluated) if evaluated.exists() else None
+        path = StageFolder(stage_folder).evaluation(stage.measure)
+        evaluation = EvaluationResult.read(path) if path.exists() else None
         result = read_json_if_there(StageFolder(stage_folder).result)
         if evaluation and result and evaluation.model_sha256 != result["model_sha256"]:
             raise ValueError(
-                f"{evaluated} is of another model than {stage_folder / 'result.json'}; "
-                "delete it and resume the run, which evaluates again"
+                f"{path} is of another model than {stage_folder / 'result.json'}; "
+                "delete it and resume the run to evaluate again"
             )
         keep = Decimal(1) if stage.keep_fraction is None else stage.keep_fraction
         name = NETWORK_OF_PHASE[stage.phase]
@@ -233,14 +235,16 @@ def _hash_without_seed(recipe: Recipe) -> str:
 
 
 def _check_one_attack(runs: list[RunResult]) -> None:
-    evaluated = [(n, _attack_facts(n.evaluation)) for run in runs for n in run.networks if n.evaluation is not None]
-    for network, facts in evaluated[1:]:
-        first, expected = evaluated[0]
+    facts_by_network = [
+        (n, _attack_facts(n.evaluation)) for run in runs for n in run.networks if n.evaluation is not None
+    ]
+    for network, facts in facts_by_network[1:]:
+        first, expected = facts_by_network[0]
         for fact in {**expected, **facts}:
             if expected.get(fact) != facts.get(fact):
                 raise ValueError(
                     f"{first.folder} and {network.folder} were evaluated differently: {fact} is "
-                    f"{expected.get(fact)!r} and {facts.get(fact)!r}; evaluate both alike"
+                    f"{expected.get(fact)!r} and {facts.get(fact)!r}; evaluate both the same way"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Charts of how one run came about: training curves, and kept connections per layer."""
+"""Charts of one run: training curves, and kept connections per layer."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from pipeline.report.history import History
 from pipeline.report.results import RunResult, pruned_text
 
 MOST_POINTS = 240
-"""Of one line; more rows are averaged in groups, as no screen shows them."""
+"""Per line; longer curves are averaged in groups, beyond what a screen resolves."""
 ValueOf = Callable[[dict[str, Any]], float | None]
-"""Of a row of metrics.jsonl."""
+"""Row of metrics.jsonl -> value to plot."""
 
 
 def draw_layers(run: RunResult, path: Path) -> None:
-    """Kept connections of every layer at every sparsity as a PNG; the numbers on the right are HYDRA's counts."""
+    """Write kept connections per layer at every sparsity as a PNG; the numbers on the right are HYDRA's counts."""
     keeps = run.recipe.sparsity.keep_fractions
     charts = [chart for keep in keeps if (chart := layer_chart(run, keep, named=True))]
     names = [n for n in ("HYDRA", *run.baselines) if any(m.name == n and m.layers for m in run.networks)]
     rows = max([len(network.layers) for network in run.networks], default=0)
-    heading = "connections kept per layer; the numbers are HYDRA's" if charts else "no pruned network is finished yet"
+    heading = "connections kept per layer; numbers: HYDRA" if charts else "no pruned network is finished yet"
     write_png(figure_of(charts, names, heading, 1.6 + 0.24 * max(rows, 6), shared=True), path)
 
 
 def training_charts(run: RunResult, histories: list[History], keep: Decimal) -> list[Chart]:
-    """Loss, accuracies and learning rate against epochs: pretraining, and what follows at one sparsity."""
-    begun = [h for h in histories if h.rows and h.stage.keep_fraction in (None, keep)]
-    charts = [_training_chart(run, begun, keep, "Loss", {"train": lambda row: row["loss"]}, 3)]
+    """Loss, accuracies and learning rate against epochs: pretraining and the stages of one sparsity."""
+    started = [h for h in histories if h.rows and h.stage.keep_fraction in (None, keep)]
+    charts = [_training_chart(run, started, keep, "Loss", {"train": lambda row: row["loss"]}, 3)]
     for name in ("robust", "clean"):
         both = {kind: _percent(f"{name}_accuracy") for kind in ("train", "validation")}
-        charts.append(_training_chart(run, begun, keep, f"{name.capitalize()} accuracy, %", both, 3))
-    charts.append(_training_chart(run, begun, keep, "Learning rate", {"train": lambda row: row["lr"]}, 2))
+        charts.append(_training_chart(run, started, keep, f"{name.capitalize()} accuracy, %", both, 3))
+    charts.append(_training_chart(run, started, keep, "Learning rate", {"train": lambda row: row["lr"]}, 2))
     return [chart for chart in charts if chart is not None]
 
 
 def _training_chart(
-    run: RunResult, begun: list[History], keep: Decimal, title: str, kinds: dict[str, ValueOf], digits: int
+    run: RunResult, started: list[History], keep: Decimal, title: str, kinds: dict[str, ValueOf], digits: int
 ) -> Chart | None:
     curves, words = [], []
-    for history in begun:
+    for history in started:
         for kind, value_of in kinds.items():
             points = _curve(history, kind, value_of)
             if points:
@@ -67,7 +67,7 @@ def _training_chart(
                 words.append(f"{history.stage.name}{of}: from {first:.{digits}g} to {last:.{digits}g}")
     if not curves:
         return None
-    starts = {float(history.stage.first_epoch) for history in begun} - {0.0}
+    starts = {float(history.stage.first_epoch) for history in started} - {0.0}
 
     def paint(axes: Axes) -> None:
         for name, held_out, points in curves:
@@ -81,8 +81,8 @@ def _training_chart(
 
 
 def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart | None:
-    """Kept connections of every layer, from input (above) to output, on a logarithmic scale; `named` writes the layers'
-    names on the left and HYDRA's counts on the right."""
+    """Kept fraction per layer, from input (top) to output, on a logarithmic scale. `named` adds layer names on the left
+    and HYDRA's counts on the right."""
     networks = [n for n in run.networks if n.name != "dense" and n.keep_fraction == keep and n.layers]
     if not networks:
         return None
@@ -94,7 +94,7 @@ def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart 
     scale = 1.0 if len(layers) <= 20 else 0.6
 
     def paint(axes: Axes) -> None:
-        for network in reversed(networks):  # HYDRA last, on top: where layers have the same share, marks coincide
+        for network in reversed(networks):  # HYDRA last, on top of markers at the same fraction
             x = [math.log10(share) if share > 0 else left for share in shares[network.name]]
             notes = [f"{layer['name']}: {layer['kept']:,} of {layer['total']:,}" for layer in network.layers]
             plot_line(axes, network.name, x, rows)
@@ -102,7 +102,7 @@ def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart 
             plot_marks(axes, network.name, marks, scale=scale * (1 + 0.4 * networks.index(network)))
         axes.set_xlim(left, 0.1)
         axes.set_xticks(range(math.ceil(left), 1), [f"{10.0 ** (e + 2):g} %" for e in range(math.ceil(left), 1)])
-        axes.set_xlabel("share kept of the layer (log scale)")
+        axes.set_xlabel("fraction of the layer kept (log scale)")
         axes.set_ylim(len(layers) + 0.6, 0.4)
         axes.grid(visible=False, axis="y")
         axes.grid(axis="x")
@@ -112,8 +112,8 @@ def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart 
             return
         axes.set_yticks(rows, [layer["name"] for layer in layers], fontsize=9 if len(layers) <= 20 else 7)
         for row, layer in zip(rows, layers if networks[0].name == "HYDRA" else (), strict=False):
-            counts, beside = f"{layer['kept']:,} of {layer['total']:,}", ("axes fraction", "data")
-            axes.annotate(counts, (1.02, row), xycoords=beside, va="center", fontsize=7, annotation_clip=False)
+            counts, coordinates = f"{layer['kept']:,} of {layer['total']:,}", ("axes fraction", "data")
+            axes.annotate(counts, (1.02, row), xycoords=coordinates, va="center", fontsize=7, annotation_clip=False)
 
     words = "; ".join(f"{name} keeps {_range(each)} of a layer" for name, each in shares.items())
     size = SMALL._replace(height=max(SMALL.height, 60 + 6.5 * len(layers)))
@@ -125,7 +125,7 @@ def _percent(key: str) -> ValueOf:
 
 
 def _curve(history: History, kind: str, value_of: ValueOf) -> list[tuple[float, float]]:
-    """(epoch, value) of the rows that have a value, thinned."""
+    """(epoch, value) of the rows with a value, averaged down to at most MOST_POINTS."""
     rows = [(row["epoch"] + history.stage.first_epoch, value_of(row)) for row in history.of_kind(kind)]
     points = [(epoch, value) for epoch, value in rows if value is not None]
     size = max(1, math.ceil(len(points) / MOST_POINTS))

@@ -8,8 +8,8 @@ from tabulate import simple_separated_format, tabulate
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Sequence[str], gap: int = 2) -> str:
-    """Lines of equally wide columns, `gap` blanks apart. The first row is the header; the columns named in `left` are
-    aligned to the left, all others to the right."""
+    """Format aligned columns, `gap` spaces apart. The first row is the header; columns named in `left` are
+    left-aligned, all others right-aligned."""
     return tabulate(
         rows,
         tablefmt=simple_separated_format(" " * gap),

@@ -1,7 +1,7 @@
-"""The report of a run as one small wandb run: what a project's view begins with, robust accuracy per sparsity.
+"""The report of a run as one small wandb run, with robust accuracy per sparsity for the project's overview.
 
-Its group is the run's name, like that of the run's stages, and its job type is "report". wandb cannot take back what a
-run has logged, so a report that says something new is a new wandb run, and one that does not is none.
+Its group is the run's name, as for the run's stages, and its job type is "report". Logged data cannot be replaced in
+wandb, so a changed report becomes a new wandb run, and an unchanged one is not logged.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from pipeline.evaluation.result import KINDS
 from pipeline.report.build import PAGE
 from pipeline.report.comparison import within_noise
-from pipeline.report.examples import Shown, examples_of
+from pipeline.report.examples import RunExamples, examples_of
 from pipeline.report.extra_evaluations import extra_rows
-from pipeline.report.pictures import amplified, answers, pixels_of
+from pipeline.report.pictures import amplified, captions, pixels_of
 from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
 from pipeline.run.files import atomic_write_text
 from pipeline.run.layout import RunFolder
@@ -37,10 +37,10 @@ Rows = list[dict[str, Any]]
 
 
 def log_report(run_folder: Path, alone: bool) -> None:
-    """Log the report of one run, where its recipe has wandb and something is evaluated.
+    """Log the report of one run, if its recipe enables wandb and a network is evaluated.
 
-    `alone`: what `report` wrote into the run's folder is of this run only, and goes with it. What wandb cannot do is a
-    warning. Errors: ValueError, see `results.read_runs`.
+    `alone`: the files of `report` in the run's folder cover this run only, and are uploaded too. Failures of wandb are
+    warnings. Errors: ValueError, see `results.read_runs`.
     """
     (run,) = read_runs([run_folder])
     tracking = run.recipe.tracking
@@ -48,32 +48,33 @@ def log_report(run_folder: Path, alone: bool) -> None:
         return
     folder, name = RunFolder(run_folder).report, run_folder.name
     folder.mkdir(exist_ok=True)
-    rows, tables, said, page = rows_of(run), tables_of(run), folder / "wandb" / "said", folder / PAGE
-    numbers, paged = _digest(json.dumps([rows, tables])), _digest(page.read_text(encoding="utf-8")) if alone else ""
-    known = said.read_text(encoding="utf-8").splitlines() if said.exists() else []
-    if known[:1] == [numbers] and paged in ("", *known[1:]):
+    rows, tables, digest_file, page = accuracy_rows(run), report_tables(run), folder / "wandb" / "said", folder / PAGE
+    numbers = _digest(json.dumps([rows, tables]))
+    page_digest = _digest(page.read_text(encoding="utf-8")) if alone else ""
+    last_digests = digest_file.read_text(encoding="utf-8").splitlines() if digest_file.exists() else []
+    if last_digests[:1] == [numbers] and page_digest in ("", *last_digests[1:]):
         return
-    earlier = set((folder / "wandb").glob("offline-run-*"))
-    config, shown = config_of(run.recipe, run_folder), examples_of(run)
+    old_folders = set((folder / "wandb").glob("offline-run-*"))
+    config, run_examples = config_of(run.recipe, run_folder), examples_of(run)
     forget_run(folder)
     label = Label(folder, tracking.wandb_project, name, name, "report", config, AXES)
     mirror = Mirror(label, tracking.wandb)
     for row in rows:
-        mirror.do("accuracies", lambda logged, row=row: logged.log(row))
-    mirror.do("the chart and the tables", lambda logged: _log_tables(logged, run, tables))
-    if isinstance(shown, Shown):
-        mirror.do("the examples", lambda logged: _log_examples(logged, shown))
+        mirror.do("accuracies", lambda wandb_run, row=row: wandb_run.log(row))
+    mirror.do("the chart and the tables", lambda wandb_run: _log_tables(wandb_run, run, tables))
+    if isinstance(run_examples, RunExamples):
+        mirror.do("the examples", lambda wandb_run: _log_examples(wandb_run, run_examples))
     if alone:
-        mirror.do("the page", lambda logged: _log_page(logged, page))
+        mirror.do("the page", lambda wandb_run: _log_page(wandb_run, page))
         mirror.produces(f"{name}-report", "report", sorted(path for path in folder.iterdir() if path.is_file()), {})
     if mirror.finish():
-        atomic_write_text(said, f"{numbers}\n{paged}\n")
-        for path in earlier:
+        atomic_write_text(digest_file, f"{numbers}\n{page_digest}\n")
+        for path in old_folders:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def rows_of(run: RunResult) -> Rows:
-    """One row per sparsity, from the dense network on: sparsity, and 'robust_accuracy/HYDRA' and so on."""
+def accuracy_rows(run: RunResult) -> Rows:
+    """One row per sparsity, the dense network first, with keys 'sparsity', 'robust_accuracy/HYDRA' and so on."""
     rows: dict[float, dict[str, Any]] = {}
     for network in run.networks:
         row = rows.setdefault(_sparsity(network), {"sparsity": _sparsity(network)})
@@ -83,15 +84,15 @@ def rows_of(run: RunResult) -> Rows:
     return [rows[sparsity] for sparsity in sorted(rows) if len(rows[sparsity]) > 1]
 
 
-def tables_of(run: RunResult) -> dict[str, Rows]:
+def report_tables(run: RunResult) -> dict[str, Rows]:
     """Title -> rows: accuracies with their 95 % Wilson intervals and HYDRA's lead, kept connections per layer, honesty
-    checks, further attacks. Shares are fractions."""
+    checks, further attacks. Accuracies and kept shares are fractions."""
     comparisons = compare_all([run])
     tables: dict[str, Rows] = {"accuracies": [], "kept_fractions": [], "honesty_checks": []}
     for network in run.networks:
-        of = {"method": network.name, "sparsity": _sparsity(network), "keep_fraction": float(network.keep_fraction)}
+        labels = {"method": network.name, "sparsity": _sparsity(network), "keep_fraction": float(network.keep_fraction)}
         if network.evaluation is not None:
-            row = of | {"images": network.evaluation.images, "title": network.evaluation.title}
+            row = labels | {"images": network.evaluation.images, "title": network.evaluation.title}
             for kind in KINDS:
                 accuracy = network.evaluation.accuracy(kind)
                 row |= {f"{kind}_accuracy": accuracy.value, f"{kind}_low": accuracy.low, f"{kind}_high": accuracy.high}
@@ -103,9 +104,9 @@ def tables_of(run: RunResult) -> dict[str, Rows]:
         for layer in network.layers:
             counts = {key: layer[key] for key in ("kept", "total")}
             share = {"kept_fraction": layer["kept"] / layer["total"]}
-            tables["kept_fractions"].append(of | {"layer": layer["name"]} | counts | share)
+            tables["kept_fractions"].append(labels | {"layer": layer["name"]} | counts | share)
         for check in honesty_checks(network):
-            tables["honesty_checks"].append(of | check)
+            tables["honesty_checks"].append(labels | check)
     further = [{**row, "keep_fraction": float(row["keep_fraction"])} for row in extra_rows([run])]
     return {title: rows for title, rows in {**tables, "further_attacks": further}.items() if rows}
 
@@ -118,7 +119,7 @@ def _sparsity(network: NetworkResult) -> float:
     return float(1 - network.keep_fraction)
 
 
-def _log_tables(logged: wandb.Run, run: RunResult, tables: Mapping[str, Rows]) -> None:
+def _log_tables(wandb_run: wandb.Run, run: RunResult, tables: Mapping[str, Rows]) -> None:
     import wandb
 
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -130,32 +131,34 @@ def _log_tables(logged: wandb.Run, run: RunResult, tables: Mapping[str, Rows]) -
     xs, ys = ([[point[axis] for point in sorted(points)] for points in lines.values()] for axis in (0, 1))
     title = "Clean and robust accuracy, %, per sparsity"
     chart = wandb.plot.line_series(xs, ys, list(lines), title, "connections pruned, %")
-    made = {
+    wandb_tables = {
         name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         for name, rows in tables.items()
     }
-    logged.log({CHART: chart, **made})
+    wandb_run.log({CHART: chart, **wandb_tables})
 
 
-def _log_examples(logged: wandb.Run, shown: Shown) -> None:
-    """One picture per example, image, perturbation and attacked image side by side. Not in a table: offline wandb
-    writes tables without their pictures."""
+def _log_examples(wandb_run: wandb.Run, run_examples: RunExamples) -> None:
+    """One picture per example: image, perturbation and adversarial image side by side. Not in a table, because offline
+    wandb drops pictures in tables."""
     import wandb
 
-    e, pictures, rows = shown.examples, [], []
+    e, pictures, rows = run_examples.examples, [], []
     for i in range(len(e.ids)):
         difference, largest = amplified(e.clean[i], e.adversarial[i])
-        said = {"sample": int(e.ids[i]), **answers(shown, i), "largest": f"{255 * largest:.1f}/255"}
+        caption = {"sample": int(e.ids[i]), **captions(run_examples, i), "largest": f"{255 * largest:.1f}/255"}
         side_by_side = np.concatenate(
             [pixels_of(image) for image in (e.clean[i], difference, e.adversarial[i])], axis=1
         )
-        pictures.append(wandb.Image(side_by_side, caption="; ".join(f"{key} {value}" for key, value in said.items())))
-        rows.append(list(said.values()))
+        pictures.append(
+            wandb.Image(side_by_side, caption="; ".join(f"{key} {value}" for key, value in caption.items()))
+        )
+        rows.append(list(caption.values()))
     columns: list[str | int] = ["sample", "true", "before", "after", "verdict", "largest"]
-    logged.log({"adversarial_examples": pictures, "predictions": wandb.Table(columns=columns, data=rows)})
+    wandb_run.log({"adversarial_examples": pictures, "predictions": wandb.Table(columns=columns, data=rows)})
 
 
-def _log_page(logged: wandb.Run, page: Path) -> None:
+def _log_page(wandb_run: wandb.Run, page: Path) -> None:
     import wandb
 
-    logged.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    wandb_run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})

@@ -1,9 +1,9 @@
-"""Accuracy on corrupted images, computed as they are needed, after Hendrycks and Dietterich (ICLR 2019).
+"""Accuracy under common corruptions, generated on the fly (Hendrycks and Dietterich, ICLR 2019).
 
-Eighteen of their nineteen corruptions, at their five severities; frost is missing, as `weather` says. The constants are
-CIFAR-10-C's for images up to 64 px and ImageNet-C's for larger ones, lengths in pixels as they stand: those are made
-for 32 and 224 px, and nothing is scaled for other sizes. Results have 8 bits, cut as there, but are not saved as JPEGs
-in between. Noise is keyed by sample, so that an image is corrupted alike on every worker.
+Eighteen of the nineteen corruptions at all five severities; `weather` explains why frost is missing. The constants are
+CIFAR-10-C's for images up to 64 px and ImageNet-C's for larger ones. They are meant for 32 and 224 px, and lengths in
+pixels are not rescaled for other sizes. Results are truncated to 8 bits as in the originals, but not saved as JPEGs.
+Noise is keyed by sample, so an image is corrupted identically on every worker.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.evaluation.corruptions import blurs, digital, noises, weather
-from pipeline.evaluation.corruptions.resampling import levels
+from pipeline.evaluation.corruptions.resampling import quantise
 from pipeline.evaluation.measures.base import hits, ranked
 from pipeline.robustness.noise import device_keys
 
 SMALL_SIDE = 64
 Corrupt = Callable[[Tensor, Tensor, Any], Tensor]
-"""Images [n, 3, h, h] float32 in [0, 1], one key each, and a constant -> images; those may leave [0, 1]."""
+"""Images [n, 3, h, h] float32 in [0, 1], keys [n], constant -> images, which may leave [0, 1]."""
 Constants = tuple[Any, Any, Any, Any, Any]
-"""Of severities 1 to 5."""
+"""Of severity 1 to 5."""
 
 
 def _factors(first: tuple[float, float], *others: tuple[float, float]) -> Constants:
-    """Of zoom: from 1 to below an end, in steps; np.arange's rounding, after which 1.11 is below 1.11, is theirs."""
-    found = [tuple(np.arange(1, end, step).tolist()) for end, step in (first, *others)]
-    return found[0], found[1], found[2], found[3], found[4]
+    """Zoom factors from 1 up to (end, step), by np.arange as in the original, whose rounding may include the end."""
+    factors = [tuple(np.arange(1, end, step).tolist()) for end, step in (first, *others)]
+    return factors[0], factors[1], factors[2], factors[3], factors[4]
 
 
 CORRUPTIONS: dict[str, tuple[Corrupt, Constants, Constants]] = {
@@ -115,23 +115,23 @@ CORRUPTIONS: dict[str, tuple[Corrupt, Constants, Constants]] = {
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
     ),
 }
-"""Name -> how, and the constants of severities 1 to 5: CIFAR-10-C's, ImageNet-C's."""
+"""Name -> function, CIFAR-10-C's constants, ImageNet-C's constants."""
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""Those that are to be tuned on, and are in no mean."""
+"""Held out by the authors for tuning; excluded from all means."""
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def corrupted(x: Tensor, ids: NDArray[np.int64], seed: int, name: str, severity: int) -> Tensor:
-    """Images [n, 3, h, h] float32 in [0, 1] with 8 bits, of sample ids [n] -> the same, corrupted."""
-    corrupt, small, large = CORRUPTIONS[name]
+    """Corrupt 8-bit images [n, 3, h, h] float32 in [0, 1] of sample ids [n]; shape and dtype are kept."""
+    corruption, small, large = CORRUPTIONS[name]
     constant = (small if x.shape[2] <= SMALL_SIDE else large)[severity - 1]
     keys = device_keys(ids, x.device, seed, "corrupt", name, severity)
-    return levels(corrupt(x, keys, constant)).float()
+    return quantise(corruption(x, keys, constant)).float()
 
 
 @dataclass(frozen=True)
 class Corrupted:
-    """An image is robust if it is right clean and under all of CORRUPTIONS at all severities."""
+    """An image is robust if it is classified correctly clean and under all CORRUPTIONS at all severities."""
 
     image_size: int
     seed: int
@@ -151,7 +151,7 @@ class Corrupted:
 
     @property
     def passes(self) -> int:
-        """Through the network, for one chunk."""
+        """Forward passes per chunk."""
         return 1 + len(CORRUPTIONS) * len(SEVERITIES)
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class Corrupted:
         robust = top1.clone()
         for name in CORRUPTIONS:
             for severity in SEVERITIES:
-                right = ranked(network(corrupted(x, ids, self.seed, name, severity)))[:, 0] == y
-                columns[f"{'extra' if name in EXTRA else 'right'}_{name}_{severity}"] = right
-                robust &= right
+                is_correct = ranked(network(corrupted(x, ids, self.seed, name, severity)))[:, 0] == y
+                columns[f"{'extra' if name in EXTRA else 'right'}_{name}_{severity}"] = is_correct
+                robust &= is_correct
         return columns | {"robust_correct": robust}

@@ -1,4 +1,4 @@
-"""Noise of every pixel by itself: Gaussian, shot, impulse and speckle, as Hendrycks and Dietterich define them."""
+"""Independent noise per pixel: Gaussian, shot, impulse and speckle, as Hendrycks and Dietterich define them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def gaussian(x: Tensor, keys: Tensor, deviation: float) -> Tensor:
 
 
 def speckle(x: Tensor, keys: Tensor, deviation: float) -> Tensor:
-    """In proportion to the value."""
+    """Gaussian noise proportional to the value."""
     return x + x * deviation * gaussian_noise(keys, x.shape[1:])
 
 
 def shot(x: Tensor, keys: Tensor, photons: float) -> Tensor:
-    """Poisson counts of mean x * photons, by inversion: the count is how many values of the distribution function the
-    uniform number exceeds."""
+    """Poisson counts of mean x * photons, by inversion: the number of values of the cumulative distribution function
+    that a uniform draw reaches."""
     mean = x.double() * photons
     uniform = uniform_noise(keys, x.shape[1:]).double()
     count, probability = torch.zeros_like(mean), torch.exp(-mean)
     below = probability.clone()
-    # 24-bit numbers end 2^-24 before 1, which is nearer than 6 deviations and a few counts.
+    # Uniform draws of 24 bits end at 1 - 2^-24, which mean + 6 deviations + a few counts covers.
     for k in range(1, int(photons + 6 * photons**0.5) + 10):
         count += uniform >= below
         probability *= mean / k
@@ -33,7 +33,7 @@ def shot(x: Tensor, keys: Tensor, photons: float) -> Tensor:
 
 
 def impulse(x: Tensor, keys: Tensor, share: float) -> Tensor:
-    """This share of all values becomes 0 or 1, half of them each."""
+    """Sets a fraction `share` of all values to 0 or 1 with equal probability."""
     uniform = uniform_noise(keys, x.shape[1:])
     salted = torch.where(uniform < share, 1.0, x)
     return torch.where(uniform < share / 2, 0.0, salted)

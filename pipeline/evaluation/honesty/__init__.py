@@ -1,1 +1,1 @@
-"""Honesty checks: reasons to doubt a robust accuracy."""
+"""Honesty checks: symptoms of an overestimated robust accuracy."""

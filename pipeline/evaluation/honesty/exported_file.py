@@ -1,4 +1,4 @@
-"""What a finished file must be, whatever network it was written from: as sparse as it says, and plain."""
+"""Checks of an exported file on its own: its sparsity, and that it loads as a plain network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.models.pruning.topk import kept_count
 
 
 def plain_network(path: Path) -> nn.Module:
-    """The file as a stranger would use it: the bare architecture, fed with images normalised as the metadata says.
+    """Load the file without this project's wrapper: the bare architecture behind the normalisation of the metadata.
 
     On the CPU, in eval mode. Errors: those of `load_model`.
     """
@@ -26,21 +26,21 @@ def plain_network(path: Path) -> nn.Module:
 
 
 def mask_check(path: Path) -> Check:
-    """Whether a file has no more connections than the keep_fraction in its metadata allows.
+    """Check that a file has at most as many nonzero weights as the keep_fraction k in its metadata allows.
 
-    Allowed is n - floor((1 - k) n) of each layer, taken together: what `uniform` keeps, at most one per layer more than
-    any other allocation does. Kept weights that are zero are no fault. Errors: those of `load_model`.
+    The limit is the sum of n - floor((1 - k) n) over layers of n weights: what `uniform` keeps, at most one per layer
+    more than any other allocation. Kept weights may be zero. Errors: those of `load_model`.
     """
     keep = Decimal(read_metadata(path)["keep_fraction"] or 1)
     tensors = load_file(path)
     weights = [tensors[name] for name in maskable(load_model(path))]
     total = sum(weight.numel() for weight in weights)
-    allowed = sum(kept_count(weight.numel(), keep) for weight in weights)
+    limit = sum(kept_count(weight.numel(), keep) for weight in weights)
     present = sum(int(weight.count_nonzero()) for weight in weights)
     return build_check(
         "mask",
-        present > allowed,
-        f"{present:,} of {total:,} connections are there, keep_fraction {keep} allows {allowed:,}",
-        "The mask was not applied to what was written, so the file is not the sparse network that its accuracies are "
-        "compared as; remove it together with result.json and resume.",
+        present > limit,
+        f"{present:,} of {total:,} weights are nonzero; keep_fraction {keep} allows {limit:,}",
+        "The mask was not applied on export, so the file is denser than the sparsity that its accuracies are reported "
+        "for; delete it together with result.json and resume.",
     )

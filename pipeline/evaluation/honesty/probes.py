@@ -1,7 +1,7 @@
-"""What honesty checks measure, image by image: other attacks on what PGD does not break, and the gradient it followed.
+"""Measurements per image for the honesty checks: other attacks on images that PGD does not break, and gradient quality.
 
-A measure like any other, so that chunks, workers and interruptions change no verdict: every random number is keyed by
-sample ids, those of Square by the chunk. `pipeline.evaluation.honesty.checks` says what the columns mean. In fp32.
+`Probes` is a measure, so verdicts do not depend on workers or interruptions: all random numbers are keyed by sample id,
+those of Square by chunk. `pipeline.evaluation.honesty.checks` interprets the columns. Computed in fp32.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from pipeline.robustness.attacks import Ball, L2Ball, LinfBall, ball_of, pgd
 from pipeline.robustness.noise import device_keys
 
 MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
-"""Radii of the curve, in eps; 0 and a radius at which nothing can be robust join them."""
+"""Radii of the curve, in units of eps; 0 and a radius at which no image can be robust are added."""
 CURVE_STEPS = 8
 LONGER = 3
-"""How many times as many steps the longer attack has."""
+"""Factor on PGD's steps for the longer attack."""
 QUERIES = 100
-"""Forwards that Square may take per image."""
+"""Square's query budget per image."""
 SMALLEST_SIDE_L2 = 25
-"""In pixels: Square for l2 tiles an image with squares of a fifth of its side, which jut out of smaller ones."""
+"""In pixels: l2 Square tiles an image with squares of a fifth of its side, which do not fit into smaller images."""
 SLOPE = 0.1
-"""Length, in eps, of the two steps that finite differences are taken over: about that of one of PGD's."""
+"""Half-width of the central difference, in units of eps: about one PGD step."""
 AGREEMENT = 0.5
-"""Largest relative difference between the rise that a gradient promises and the one there is."""
+"""Largest relative difference between the predicted and the measured change of the margin."""
 ROUNDING = 1e-5
-"""Of the largest logit: a difference between two logits that fp32 does not resolve."""
+"""Relative to the largest logit: a difference between two logits below fp32's resolution."""
 
 RADIUS = "at "
-"""Columns of the curve: whether the image is right at this radius."""
+"""Prefix of the curve's columns: whether the image is classified correctly at this radius."""
 
 
 def radii(threat_model: ThreatModel, shape: torch.Size) -> dict[str, float]:
-    """Label -> radius, rising, without 0, for images of `shape`.
+    """Label -> radius, increasing, without 0, for images of `shape`.
 
-    At the last one every image may become the same grey one, so that an attack that works leaves none. As it may get
-    stuck far from the images, where ReLUs are dead, it has six starts there: of 276 images, the demo's network that is
-    99 % pruned by magnitude kept 11 after one start, 5 after three and 3 after six.
+    At the last radius every image may become the same uniform grey, so a working attack breaks all of them. PGD may get
+    stuck that far out, where ReLUs are dead, so it has six starts there: of 276 images, 11 stay unbroken after one
+    start, 5 after three and 3 after six, for a small network 99 % pruned by magnitude.
     """
     linf = threat_model.norm == "linf"
     grey = 0.5 if linf else 0.5 * math.sqrt(math.prod(shape))
@@ -62,7 +62,7 @@ def radii(threat_model: ThreatModel, shape: torch.Size) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Images:
-    """Some of the images, and the network that is checked."""
+    """A subset of the images, and the network to check."""
 
     network: nn.Module
     x: Tensor
@@ -74,15 +74,15 @@ class _Images:
         return device_keys(self.ids, self.x.device, self.seed, "honesty", purpose)
 
     def still_right(self, candidates: Tensor, attack: Callable[[_Images], Tensor]) -> Tensor:
-        """`candidates`, bool [n], less those that an attack breaks; the others are not attacked."""
+        """`candidates`, bool [n], without those that the attack breaks; only candidates are attacked."""
         rows = candidates.nonzero().flatten()
         if not len(rows):
             return candidates
         part = _Images(self.network, self.x[rows], self.y[rows], self.ids[rows.cpu().numpy()], self.seed)
         adversarial = attack(part)
         with torch.no_grad():
-            right = ranked(self.network(adversarial))[:, 0] == part.y
-        return candidates.index_copy(0, rows, right)
+            is_correct = ranked(self.network(adversarial))[:, 0] == part.y
+        return candidates.index_copy(0, rows, is_correct)
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -90,8 +90,8 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The largest wrong logit less the right one (Carlini and Wagner, S&P 2017, f_6): unlike cross-entropy it has a
-    gradient however sure a network is."""
+    """Largest wrong logit minus the true one (Carlini and Wagner, S&P 2017, f_6): unlike cross-entropy, its gradient
+    does not vanish for confident networks."""
     own = F.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(own, -math.inf).amax(dim=1) - logits.masked_fill(~own, 0.0).sum(dim=1)
 
@@ -108,7 +108,7 @@ def _pgd(ball: Ball, steps: int, loss: Callable[[Tensor, Tensor], Tensor], purpo
 
 
 def _one_step(ball: Ball) -> Callable[[_Images], Tensor]:
-    """FGSM (Goodfellow et al., ICLR 2015): a whole eps from the image itself."""
+    """FGSM (Goodfellow et al., ICLR 2015): one step of length eps from the clean image."""
 
     def attack(part: _Images) -> Tensor:
         loss = lambda z: _cross_entropy(z, part.y)  # noqa: E731
@@ -118,7 +118,7 @@ def _one_step(ball: Ball) -> Callable[[_Images], Tensor]:
 
 
 def _square(threat_model: ThreatModel) -> Callable[[_Images], Tensor]:
-    """Square (Andriushchenko et al., ECCV 2020), which asks for logits only. The caller's random state is kept."""
+    """Square (Andriushchenko et al., ECCV 2020), which uses logits only. The global random state is preserved."""
 
     def attack(part: _Images) -> Tensor:
         seed = scope_key(part.seed, "honesty", "square", int(part.ids[0])) % 2**31
@@ -131,9 +131,9 @@ def _square(threat_model: ThreatModel) -> Callable[[_Images], Tensor]:
 
 
 def _slope(images: _Images, ball: Ball) -> tuple[Tensor, Tensor]:
-    """(gradient of cross-entropy is zero or not finite, margin rises as its gradient promises), bool [n].
+    """(gradient of cross-entropy is zero or not finite, margin changes as its gradient predicts), bool [n] each.
 
-    Both at a random point of the ball, where PGD walks. The rise is a central difference over SLOPE eps.
+    At a random point of the ball. The change is a central difference of half-width SLOPE eps.
     """
     point = ball.random_start(images.x, images.keys("slope")).requires_grad_(True)
     with torch.enable_grad():
@@ -145,23 +145,23 @@ def _slope(images: _Images, ball: Ball) -> tuple[Tensor, Tensor]:
         grad = grad.view_as(point)
         step = ball.step(torch.zeros_like(grad), grad, SLOPE * ball.eps)
         up, down = (_margin(images.network(point + sign * step), images.y) for sign in (1, -1))
-        measured, promised = (up - down) / 2, (grad * step).flatten(1).sum(dim=1)
-        allowed = AGREEMENT * torch.maximum(measured.abs(), promised.abs()) + ROUNDING * logits.abs().amax(dim=1)
-        return dead, (measured - promised).abs() <= allowed
+        measured, predicted = (up - down) / 2, (grad * step).flatten(1).sum(dim=1)
+        tolerance = AGREEMENT * torch.maximum(measured.abs(), predicted.abs()) + ROUNDING * logits.abs().amax(dim=1)
+        return dead, (measured - predicted).abs() <= tolerance
 
 
 def _gap(logits: Tensor, others: Tensor) -> Tensor:
-    """Largest difference of a logit, in units of the image's largest logit: [n]; NaN where one is."""
+    """Largest difference of a logit, relative to the image's largest logit: [n]. NaN propagates."""
     return (logits - others).abs().amax(dim=1) / logits.abs().amax(dim=1).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Columns for `honesty.build_checks`, of networks that `pgd` attacks."""
+    """Columns for `checks.build_checks` of a network evaluated by `pgd`."""
 
     pgd: Pgd
     twins: tuple[nn.Module, ...] = ()
-    """Networks in eval mode, on the images' device, that shall give the same logits."""
+    """Networks in eval mode, on the images' device, whose logits must be the same."""
 
     @property
     def name(self) -> str:
@@ -181,28 +181,28 @@ class Probes:
         assert threat_model is not None
         images, ball = _Images(network, x, y, ids, self.pgd.seed), ball_of(threat_model)
         verdicts = self.pgd.verdicts(network, x, y, ids)
-        right, standing = verdicts["clean_correct"], verdicts["robust_correct"]
-        columns = {"clean_correct": right, "robust_correct": standing}
-        columns |= self._curve(images, right, standing)
+        right, robust_to_pgd = verdicts["clean_correct"], verdicts["robust_correct"]
+        columns = {"clean_correct": right, "robust_correct": robust_to_pgd}
+        columns |= self._curve(images, right, robust_to_pgd)
         longer = _pgd(ball, LONGER * self.pgd.steps, _cross_entropy, "longer")
-        columns["withstands_longer"] = images.still_right(standing, longer)
-        columns["withstands_one_step"] = images.still_right(standing, _one_step(ball))
-        columns["withstands_margin"] = images.still_right(standing, _pgd(ball, self.pgd.steps, _margin, "margin"))
+        columns["withstands_longer"] = images.still_right(robust_to_pgd, longer)
+        columns["withstands_one_step"] = images.still_right(robust_to_pgd, _one_step(ball))
+        columns["withstands_margin"] = images.still_right(robust_to_pgd, _pgd(ball, self.pgd.steps, _margin, "margin"))
         if threat_model.norm == "linf" or min(x.shape[-2:]) >= SMALLEST_SIDE_L2:
-            columns["withstands_square"] = images.still_right(standing, _square(threat_model))
+            columns["withstands_square"] = images.still_right(robust_to_pgd, _square(threat_model))
         columns["dead_gradient"], columns["follows_gradient"] = _slope(images, ball)
         return columns | self._logits(images, ball)
 
-    def _curve(self, images: _Images, right: Tensor, standing: Tensor) -> dict[str, Tensor]:
+    def _curve(self, images: _Images, right: Tensor, robust_to_pgd: Tensor) -> dict[str, Tensor]:
         assert self.pgd.threat_model is not None
         kind = LinfBall if self.pgd.threat_model.norm == "linf" else L2Ball
         columns, label, ball = {f"{RADIUS}0": right}, "", kind(0.0)
         for label, radius in radii(self.pgd.threat_model, images.x.shape[1:]).items():
             ball = kind(radius)
             attack = _pgd(ball, CURVE_STEPS, _cross_entropy, label)
-            columns[RADIUS + label] = standing if label == "1" else images.still_right(right, attack)
-        for attempt, loss in enumerate([_cross_entropy] * 4 + [_margin]):
-            again = _pgd(ball, CURVE_STEPS, loss, f"{label} {attempt}")
+            columns[RADIUS + label] = robust_to_pgd if label == "1" else images.still_right(right, attack)
+        for restart, loss in enumerate([_cross_entropy] * 4 + [_margin]):
+            again = _pgd(ball, CURVE_STEPS, loss, f"{label} {restart}")
             columns[RADIUS + label] = images.still_right(columns[RADIUS + label], again)
         return columns
 

@@ -29,13 +29,13 @@ from pipeline.run.files import read_json
 from pipeline.run.layout import StageFolder
 
 CHUNK = 50
-"""Images in one forward, or evaluation.chunk if that is less: few, as each takes as long as hundreds of PGD's steps."""
+"""Images per chunk, unless evaluation.chunk is less: few, because an image costs as much as hundreds of PGD steps."""
 
 log = logging.getLogger(__name__)
 
 
 def honesty_spec(recipe: Recipe, pgd: Pgd, most: int) -> EvaluationSpec:
-    """The checks of networks that `pgd` attacks, on at most so many images."""
+    """The checks of networks evaluated by `pgd`, on at most `most` images."""
     images, chunk = min(recipe.evaluation.honesty_images, most), min(CHUNK, recipe.evaluation.chunk)
     return EvaluationSpec("honesty", Probes(pgd), images, chunk)
 
@@ -43,9 +43,9 @@ def honesty_spec(recipe: Recipe, pgd: Pgd, most: int) -> EvaluationSpec:
 def run_honesty_checks(
     evaluator: Evaluator, spec: EvaluationSpec, file: Path, trained: Network | None, chunks: Path
 ) -> tuple[HonestyResult, Verdicts, ChunkStore]:
-    """The checks of the network in `file`, compared with the network that was `trained`, if that is there. Collective.
+    """Check the network in `file`, also against the `trained` network if it is given. Collective.
 
-    Chunks that the store in `chunks` has are not repeated; the caller removes the store once the result is kept.
+    Chunks already in the store in `chunks` are not repeated; the caller removes the store once it has saved the result.
     Errors: those of `Evaluator.verdicts` and of `load_model`.
     """
     assert isinstance(spec.measure, Probes)
@@ -62,9 +62,9 @@ def run_honesty_checks(
 
 
 def trained_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | None:
-    """What was trained, with its scores and masks, from the checkpoint that became the stage's result; on the CPU.
+    """The stage's network with its scores and masks, from the checkpoint that was selected as its result; on the CPU.
 
-    None, with a warning, if that checkpoint is gone or damaged.
+    None, with a warning, if that checkpoint is missing or damaged.
     """
     try:
         snapshot = checkpoint.read_checkpoint(
@@ -81,13 +81,13 @@ def trained_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | Non
 
 
 def _not_compared(check: Check) -> Check:
-    missing = "the checkpoint of the live network is gone or damaged, so that only the file's own parts were compared"
-    meaning = "It is not known whether model.safetensors is the network that was trained."
-    return Check(name=check.name, status="warn", figure=missing, meaning=meaning)
+    reason = "the trained network's checkpoint is missing or damaged, so the file was compared only with itself"
+    meaning = "Whether model.safetensors is the network that was trained is unknown."
+    return Check(name=check.name, status="warn", figure=reason, meaning=meaning)
 
 
 def log_checks(name: str, checks: tuple[Check, ...]) -> None:
-    """Log each warning, and how many checks of the network `name` pass."""
+    """Log every warning of network `name`, and how many checks pass."""
     for check in checks:
         if check.status == "warn":
             log.warning("%s: honesty check %s: %s. %s", name, check.name, check.figure, check.meaning)

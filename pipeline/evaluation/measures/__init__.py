@@ -1,1 +1,1 @@
-"""Measures: one verdict per image, from one attack, certificate or proof."""
+"""Measures: one verdict per image, from an attack, a certificate or a proof."""

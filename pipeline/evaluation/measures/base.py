@@ -1,4 +1,4 @@
-"""What a measure of robustness is: it gives one verdict per image, and verdicts give counts and intervals."""
+"""The interface of measures, one verdict per image, and the summary of verdicts as counts and intervals."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Verdicts = dict[str, NDArray[Any]]
 
 
 class Measure(Protocol):
-    """One way to evaluate, with everything that decides its verdicts but the network and the images."""
+    """One way to evaluate robustness; with the network and the images, it determines the verdicts."""
 
     @property
     def name(self) -> str:
-        """What its files are called: evaluate/<name>.json."""
+        """Stem of its result files: evaluate/<name>.json."""
         ...
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Plain values; verdicts of different settings do not stand in one table. norm and eps are among them."""
+        """JSON values, norm and eps among them; accuracies under different settings are not compared."""
         ...
 
     @property
     def title(self) -> str:
-        """The settings, for people."""
+        """Human-readable settings."""
         ...
 
     def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -42,14 +42,14 @@ class Measure(Protocol):
 
 
 def ranked(logits: Tensor) -> Tensor:
-    """Classes by falling logit, int64 [n, classes]. Ties go by class order, so a constant network is not right."""
+    """Classes by decreasing logit, int64 [n, classes]. Ties go by class order, so constant logits score at chance."""
     return torch.sort(logits, dim=1, descending=True, stable=True).indices
 
 
 def hits(classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(top-1 correct, top-5 correct), bool [n], of `ranked` classes."""
-    right = classes[:, :5] == labels[:, None]
-    return right[:, 0], right.any(dim=1)
+    is_label = classes[:, :5] == labels[:, None]
+    return is_label[:, 0], is_label.any(dim=1)
 
 
 def summarise(verdicts: Verdicts) -> dict[str, Any]:
@@ -63,14 +63,14 @@ def summarise(verdicts: Verdicts) -> dict[str, Any]:
             low, high = wilson_interval(correct, total)
             summary[f"{name}_correct"] = correct
             summary[f"{name}_accuracy"] = {"value": correct / total, "low": low, "high": high}
-    for prefix, key in (("broken_", "broken_by"), ("flag_", "flags")):  # attack -> images; warning -> images
-        found = [name for name in verdicts if name.startswith(prefix)]
-        if found:
-            summary[key] = {name.removeprefix(prefix): int(verdicts[name].sum()) for name in found}
-    corrupted = [name for name in verdicts if name.startswith(("right_", "extra_"))]
-    if corrupted:
+    for prefix, key in (("broken_", "broken_by"), ("flag_", "flags")):  # attack or warning -> number of images
+        names = [name for name in verdicts if name.startswith(prefix)]
+        if names:
+            summary[key] = {name.removeprefix(prefix): int(verdicts[name].sum()) for name in names}
+    corruption_columns = [name for name in verdicts if name.startswith(("right_", "extra_"))]
+    if corruption_columns:
         accuracies: dict[str, list[float]] = {}
-        for name in corrupted:  # by corruption, in the order of severities
+        for name in corruption_columns:  # ordered by severity
             corruption = name.partition("_")[2].rpartition("_")[0]
             accuracies.setdefault(corruption, []).append(float(verdicts[name].mean()))
         counted = [accuracies[corruption] for corruption in accuracies if f"right_{corruption}_1" in verdicts]
@@ -78,7 +78,7 @@ def summarise(verdicts: Verdicts) -> dict[str, Any]:
         summary["severity_accuracy"] = np.mean(counted, axis=0).tolist()
         summary["mean_corruption_accuracy"] = float(np.mean(counted))
     if "radius" in verdicts:
-        # Over all images; one that is not right counts as 0 (Zhai et al., ICLR 2020, "ACR").
+        # Over all images; misclassified ones count as 0 (Zhai et al., ICLR 2020, "ACR").
         summary["mean_certified_radius"] = float((verdicts["radius"] * verdicts["clean_correct"]).mean())
         summary["abstained"] = int((verdicts["clean_prediction"] < 0).sum())
     return summary

@@ -1,6 +1,5 @@
-"""Accuracy under projected gradient descent: an image is robust if it is right clean and under every restart.
-
-The worst case per image over restarts is Madry et al.'s (ICLR 2018, section 5.2). fp32 throughout.
+"""Accuracy under projected gradient descent: an image is robust if it is classified correctly clean and after every
+restart (worst case over restarts: Madry et al., ICLR 2018, section 5.2). fp32 throughout.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pipeline.robustness.noise import device_keys
 
 @dataclass(frozen=True)
 class Pgd:
-    """PGD as it is evaluated; without a threat model there is no attack."""
+    """The PGD evaluation; without a threat model there is no attack."""
 
     threat_model: ThreatModel | None
     steps: int
@@ -55,7 +54,7 @@ class Pgd:
         return f"PGD-{self.steps}{restarts}, {self.threat_model.norm} eps {self.threat_model.eps}"
 
     def examples(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> Iterator[Tensor]:
-        """What each restart makes of the images to fool `network`; nothing without a threat model."""
+        """Adversarial examples against `network`, one batch per restart; none without a threat model."""
         if self.threat_model is None:
             return
         ball = ball_of(self.threat_model)
@@ -76,7 +75,7 @@ class Pgd:
 
 
 def worst_case_verdicts(network: nn.Module, x: Tensor, y: Tensor, examples: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Columns of verdicts: an image is robust if it is right, and right in each of `examples`, which are like x."""
+    """Verdicts from clean images x and their adversarial `examples`, each like x: the worst case over all of them."""
     with torch.no_grad():
         clean = ranked(network(x))
     clean_top1, clean_top5 = hits(clean, y)

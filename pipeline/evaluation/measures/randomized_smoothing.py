@@ -1,11 +1,11 @@
 """Certified accuracy by randomized smoothing, with the protocol of Cohen et al. (ICML 2019, section 3.2).
 
-The smoothed network answers the class that the network most often answers for x + N(0, sigma^2 I). Sampling bounds how
-often from below, and the bound proves a radius in l2 in which the answer stays the same. Distances are in pixels, over
-all channels of what the network is fed. Noisy images are not clipped to [0, 1].
+The smoothed network predicts the most likely class of the base network on x + N(0, sigma^2 I). Sampling gives a lower
+bound on that class's probability, and the bound certifies an l2 radius in which the prediction is constant. Distances
+are in [0, 1] pixel values over all channels of the network's input. Noisy images are not clipped to [0, 1].
 
-An image goes through alone, `batch` noises at a time, and draw j of image i has a stream of random numbers of its own.
-So a verdict depends on neither the other images nor the worker; on the size of the batches only through rounding.
+Images are certified one at a time, with `batch` draws per forward pass, and draw j of image i has its own random
+stream. A verdict thus depends on neither the other images nor the worker, and on the batch size only through rounding.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from pipeline.robustness.attacks import crafting
 from pipeline.robustness.noise import derived_keys, device_keys, gaussian_noise
 
 ABSTAIN = -1
-"""The class of an image for which nothing is answered."""
+"""The prediction for an image on which the smoothed network abstains."""
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How a smoothed network is sampled."""
+    """Sampling parameters of a smoothed network."""
 
     sigma: float
     n0: int
-    """Draws that choose the class."""
+    """Draws for selecting the class."""
     n: int
-    """Draws, others, that bound how probable this class is."""
+    """Further, independent draws for bounding its probability."""
     alpha: float
-    """How probable a wrong certificate may be, per image."""
+    """Failure probability of a certificate, per image."""
     batch: int
-    """Draws in one forward."""
+    """Draws per forward pass."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was found for one image."""
+    """The result of CERTIFY for one image."""
 
     selected: int
-    """The class that the first n0 draws chose."""
+    """The top class of the first n0 draws."""
     votes: int
-    """How many of the n draws went to that class."""
+    """Number of the n draws classified as `selected`."""
     prediction: int
-    """The selected class, or ABSTAIN if it was not shown to have more than half of the probability."""
+    """The selected class, or ABSTAIN if the lower bound on its probability is at most 1/2."""
     radius: float
-    """With probability 1 - alpha the smoothed network answers the prediction nearer than this; 0 when abstaining."""
+    """With confidence 1 - alpha, the prediction is constant in the open l2 ball of this radius; 0 when abstaining."""
 
 
 def _radius(votes: int, smoothing: Smoothing) -> float:
-    """sigma * Phi^-1(lower bound of p_A) (Cohen et al., section 3.2.2), 0 where that proves nothing."""
+    """sigma * Phi^-1(lower bound of p_A) (Cohen et al., section 3.2.2), or 0 if the bound is at most 1/2."""
     lower = clopper_pearson_lower(votes, smoothing.n, smoothing.alpha)
     return smoothing.sigma * float(ndtri(lower)) if lower > 0.5 else 0.0
 
 
 @torch.no_grad()
 def _count(network: nn.Module, image: Tensor, key: Tensor, draws: range, smoothing: Smoothing) -> NDArray[np.int64]:
-    """How often the network answers each class for image + noise, over these draws: [classes] int64."""
+    """Predicted classes of image + noise over these draws, as counts: [classes] int64."""
     votes: list[Tensor] = []
     with crafting(network):
         for first in range(draws.start, draws.stop, smoothing.batch):
@@ -81,10 +81,10 @@ def _count(network: nn.Module, image: Tensor, key: Tensor, draws: range, smoothi
 
 
 def certify(network: nn.Module, image: Tensor, key: Tensor, smoothing: Smoothing) -> Certificate:
-    """CERTIFY (Cohen et al., section 3.2.2): a class and the radius around `image` in which it is the answer.
+    """CERTIFY (Cohen et al., section 3.2.2): a class, and the radius around `image` in which it is predicted.
 
     `image` [c, h, w] float32 in [0, 1] and `key`, one int64, lie on the network's device. The network is put in eval
-    mode and restored. In at most alpha of all cases, over the noise, the radius is too large.
+    mode and restored. Over the noise, the radius is too large with probability at most alpha.
     """
     n0, n = smoothing.n0, smoothing.n
     selected = int(_count(network, image, key, range(n0), smoothing).argmax())
@@ -95,7 +95,7 @@ def certify(network: nn.Module, image: Tensor, key: Tensor, smoothing: Smoothing
 
 @dataclass(frozen=True)
 class Certified:
-    """Certificates as a measure: an image is robust if it is right for every perturbation of l2 norm <= eps."""
+    """Certificates as a measure: an image is robust if its label is certified for l2 perturbations of norm <= eps."""
 
     smoothing: Smoothing
     threat_model: ThreatModel
@@ -121,23 +121,23 @@ class Certified:
 
     def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         keys = device_keys(ids, x.device, self.seed, "certify")
-        found = [certify(network, image, key, self.smoothing) for image, key in zip(x, keys, strict=True)]
-        predictions = torch.tensor([certificate.prediction for certificate in found])
-        radii = torch.tensor([certificate.radius for certificate in found], dtype=torch.float64)
-        right = predictions == y.cpu()
+        certificates = [certify(network, image, key, self.smoothing) for image, key in zip(x, keys, strict=True)]
+        predictions = torch.tensor([certificate.prediction for certificate in certificates])
+        radii = torch.tensor([certificate.radius for certificate in certificates], dtype=torch.float64)
+        is_correct = predictions == y.cpu()
         return {
-            "selected_class": torch.tensor([certificate.selected for certificate in found]),
-            "votes": torch.tensor([certificate.votes for certificate in found]),
+            "selected_class": torch.tensor([certificate.selected for certificate in certificates]),
+            "votes": torch.tensor([certificate.votes for certificate in certificates]),
             "clean_prediction": predictions,
-            "clean_correct": right,
+            "clean_correct": is_correct,
             "radius": radii,
-            "robust_correct": right & (radii > float(self.threat_model.eps)),
+            "robust_correct": is_correct & (radii > float(self.threat_model.eps)),
         }
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """A cheap measure of a smoothed network while it trains: robust is right in a vote over a few noisy copies."""
+    """A cheap proxy while a smoothed network trains: robust is a correct majority vote over a few noisy copies."""
 
     sigma: float
     draws: int
@@ -163,7 +163,7 @@ class Noisy:
             number = torch.tensor([draw], device=x.device)
             noise = gaussian_noise(derived_keys(keys, number).view(-1), x.shape[1:])
             logits = network(x + self.sigma * noise)
-            answers = F.one_hot(logits.argmax(dim=1), logits.shape[1])
-            votes = votes + answers if draw else answers
+            ballots = F.one_hot(logits.argmax(dim=1), logits.shape[1])
+            votes = votes + ballots if draw else ballots
         clean, voted = ranked(network(x))[:, 0], ranked(votes)[:, 0]
         return {"clean_prediction": clean, "clean_correct": clean == y, "robust_correct": voted == y}

@@ -1,4 +1,4 @@
-"""Accuracy under adversarial examples that were made to fool another network, usually the dense one."""
+"""Accuracy under adversarial examples transferred from another network, usually the dense one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.robustness.attacks import crafting
 
 @dataclass(frozen=True)
 class Transfer:
-    """PGD's examples against `source`, fed to the network: one that hides its gradients cannot hide from them."""
+    """PGD examples against `source`, evaluated on the network; gradient masking does not weaken them."""
 
     source: nn.Module
     source_sha256: str
-    """Of the file that the source was loaded from."""
+    """Of the source's model file."""
     pgd: Pgd
 
     @property

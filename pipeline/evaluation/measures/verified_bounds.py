@@ -1,6 +1,6 @@
-"""Which images a network is proved robust on, by bounds that hold for every adversary in the ball.
+"""Verified accuracy: images on which bounds over the whole ball prove a network robust.
 
-In fp32, as PGD's evaluation; a proof is as good as float32's rounding (`pipeline.robustness.bounds.propagation`).
+In fp32, like the PGD evaluation; proofs hold up to float32 rounding (`pipeline.robustness.bounds.propagation`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.robustness.bounds import Graph, interval_bounds, linf_box, proved,
 
 
 class Verified(NamedTuple):
-    """Clean prediction, int64 [n], and whether the image is proved robust, bool [n]; what is proved is right clean."""
+    """Clean prediction, int64 [n], and whether the image is proved robust, bool [n], which implies correct."""
 
     prediction: Tensor
     proved: Tensor
@@ -27,12 +27,12 @@ class Verified(NamedTuple):
 
 @torch.no_grad()
 def verified(network: nn.Module, images: Tensor, labels: Tensor, eps: float, symbolic: bool = False) -> Verified:
-    """Proofs over the Linf ball of radius eps, cut with [0, 1].
+    """Prove robustness over the Linf ball of radius eps, intersected with [0, 1].
 
     images [n, ...] float32 in [0, 1], labels [n] int64. An image is proved robust if the larger of its IBP and
-    CROWN-IBP margins is positive for every wrong class. With `symbolic`, MixTrain's symbolic intervals are asked as
-    well about images that are right but not proved yet, one by one: seconds each on a CPU if many ReLUs are undecided.
-    The network is used in eval mode, and its modes are put back.
+    CROWN-IBP margins is positive for every wrong class. With `symbolic`, MixTrain's symbolic intervals are
+    tried on the remaining correct images, one by one: seconds each on a CPU if many ReLUs are undecided.
+    The network is put in eval mode and restored.
     Errors: ValueError naming a layer without bounds.
     """
     with crafting(network), torch.autocast(images.device.type, enabled=False):
@@ -40,16 +40,16 @@ def verified(network: nn.Module, images: Tensor, labels: Tensor, eps: float, sym
         prediction = network(images).argmax(dim=1)
         bounds = interval_bounds(graph, linf_box(images, eps))
         margins = torch.maximum(bounds.interval_margins(labels), bounds.linear_margins(labels))
-        sure = proved(margins, labels) & (prediction == labels)
+        is_proved = proved(margins, labels) & (prediction == labels)
         if symbolic:
-            for i in ((prediction == labels) & ~sure).nonzero().flatten().tolist():
-                sure[i] = _symbolically(graph, images[i : i + 1], labels[i : i + 1], eps)
-    return Verified(prediction, sure)
+            for i in ((prediction == labels) & ~is_proved).nonzero().flatten().tolist():
+                is_proved[i] = _prove_symbolically(graph, images[i : i + 1], labels[i : i + 1], eps)
+    return Verified(prediction, is_proved)
 
 
 @dataclass(frozen=True)
 class Proved:
-    """Proofs as a measure: an image is robust if it is right and `verified` at eps."""
+    """Proofs as a meais_proved: an image is robust if it is classified correctly and `verified` at eps."""
 
     threat_model: ThreatModel
     symbolic: bool
@@ -68,13 +68,12 @@ class Proved:
         return f"verified at linf eps {self.threat_model.eps} by IBP, CROWN-IBP{symbolic}"
 
     def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        found = verified(network, x, y, float(self.threat_model.eps), self.symbolic)
-        right = found.prediction == y
-        return {"clean_prediction": found.prediction, "clean_correct": right, "robust_correct": found.proved}
+        prediction, is_proved = verified(network, x, y, float(self.threat_model.eps), self.symbolic)
+        return {"clean_prediction": prediction, "clean_correct": prediction == y, "robust_correct": is_proved}
 
 
-def _symbolically(graph: Graph, image: Tensor, label: Tensor, eps: float) -> Tensor:
-    """With the boxes of symbolic intervals, whichever of the three kinds of margin is largest: bool scalar."""
+def _prove_symbolically(graph: Graph, image: Tensor, label: Tensor, eps: float) -> Tensor:
+    """Whether the largest of three margins under symbolic intervals proves the image: bool scalar."""
     bounds = symbolic_bounds(graph, linf_box(image, eps))
     parallel, adaptive = (bounds.linear_margins(label, lines) for lines in (True, False))
     return proved(torch.maximum(bounds.interval_margins(label), torch.maximum(parallel, adaptive)), label)[0]

@@ -1,4 +1,4 @@
-"""A run's networks in the formats of leaderboards, from kept AutoAttack verdicts; or the reason why not."""
+"""Leaderboard entries for a run's networks, from saved AutoAttack verdicts, or why there are none."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ __all__ = ["NotAccepted", "Paper", "write_leaderboards"]
 
 
 def write_leaderboards(run: RunResult, paper: Paper, folder: Path) -> tuple[list[Path], list[str]]:
-    """Write what the leaderboards take of `run` below `folder`; return the files, and what is not taken and why.
+    """Write leaderboard entries of `run` below `folder`; return the files, and what is not accepted with reasons.
 
-    Errors: NotAccepted if nothing is; ValueError for damaged verdicts, or a folder that cannot be written.
+    Errors: NotAccepted if there are none; ValueError for damaged verdicts, or a folder that cannot be written.
     """
     files: dict[Path, Any] = {}
-    refused: dict[str, list[str]] = {}
+    refusals: dict[str, list[str]] = {}
     for network in run.networks:
         try:
             name, content = model_info(run, network, paper)
         except NotAccepted as error:
-            refused.setdefault(str(error), []).append(network.stage)
+            refusals.setdefault(str(error), []).append(network.stage)
         else:
             files[folder / "robustbench" / name] = content
-    left_out = [f"RobustBench, {', '.join(stages)}: {reason}" for reason, stages in refused.items()]
+    notes = [f"RobustBench, {', '.join(stages)}: {reason}" for reason, stages in refusals.items()]
     try:
         entry = pruning_entry(run, paper)
     except NotAccepted as error:
-        left_out.append(f"adversarial pruning benchmark: {error}")
+        notes.append(f"adversarial pruning benchmark: {error}")
     else:
         files |= {folder / "adversarial_pruning_benchmark" / name: content for name, content in entry.items()}
     if not files:
-        raise NotAccepted("\n  ".join([f"no leaderboard takes {run.folder}:", *left_out]))
+        raise NotAccepted("\n  ".join([f"no leaderboard accepts {run.folder}:", *notes]))
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,4 +44,4 @@ def write_leaderboards(run: RunResult, paper: Paper, folder: Path) -> tuple[list
             write(path, content)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error}; make a copy of the run") from None
-    return list(files), left_out
+    return list(files), notes

@@ -1,13 +1,14 @@
-"""What the benchmark of adversarial pruning is sent: a taxonomy entry, and an issue with accuracies.
+"""Submission to the adversarial pruning benchmark: a taxonomy entry, and an issue with accuracies.
 
 Piras et al., "Adversarial Pruning: A Survey and Benchmark of Pruning Methods for Adversarial Robustness", 2024 (arXiv
 2409.01249); repository pralab/AdversarialPruningBenchmark. The keys of the entry are spelled as in its
-`taxonomy/taxonomy.json`, blanks and colons included; the issue has the lines of its template
-`.github/ISSUE_TEMPLATE/new-ap-method.md`: accuracies have no JSON there. Model keys are those of `model_key_maker`
-(`utils/utils.py`). A test set's first 10,000 images are judged (`utils/test.py`), under linf at 8/255, in code 0.031.
+`taxonomy/taxonomy.json`, blanks and colons included; the issue follows its template
+`.github/ISSUE_TEMPLATE/new-ap-method.md`, as accuracies have no JSON format there. Model keys are those of
+`model_key_maker` (`utils/utils.py`). Evaluation is on the first 10,000 test images (`utils/test.py`) at linf 8/255, in
+its code 0.031.
 
-Its second attack, HO-FMN, is not part of this project, and the issue says so. Of ImageNet, which its README announces,
-neither model keys nor a way of judging could be found, so that such runs are refused.
+Its second attack, HO-FMN, is not part of this project, as the issue states. Its README announces ImageNet, but the
+repository has neither model keys nor an evaluation for it, so such runs are refused.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.report.leaderboards.rules import (
-    ENOUGH,
+    MATCHING,
     NotAccepted,
     Paper,
     autoattack_result,
     threat_model_of,
-    unchanged,
+    uses_original_images,
 )
 from pipeline.report.results import RunResult
 
@@ -44,55 +45,55 @@ TRAINING = {
     "pgd": "Adversarial Training (AT) PGD",
     "trades": "Adversarial Training (AT) TRADES",
 }
-"""Objective -> its words; an objective that none of its entries has goes by its own name."""
+"""Objective -> the benchmark's term; other objectives keep their own name."""
 LOCALITY = {
     "uniform": "Local Pruning (L)",
     "erk": "Local Pruning (L)",
     "global": "Global Pruning (G)",
     "learned": "Global Pruning (G)",
 }
-"""Allocation -> whether connections compete within a layer or over all of them."""
+"""Allocation -> whether connections compete within a layer or across all layers."""
 
 
 def pruning_entry(run: RunResult, paper: Paper) -> dict[str, Any]:
-    """File name -> content, for the HYDRA networks of a run. Errors: NotTheirs; ValueError for damaged verdicts."""
+    """File name -> content, for the HYDRA networks of a run. Errors: NotAccepted; ValueError for damaged verdicts."""
     recipe = run.recipe
     dataset, architecture = DATASETS.get(recipe.data.dataset), ARCHITECTURES.get(recipe.model.arch)
     if dataset is None or architecture is None:
         raise NotAccepted(
-            f"it has {' and '.join(DATASETS)}, with {' or '.join(ARCHITECTURES)}; this is {recipe.data.dataset} with "
-            f"{recipe.model.arch}"
+            f"it accepts {' and '.join(DATASETS)} with {' or '.join(ARCHITECTURES)}; this run is "
+            f"{recipe.data.dataset} with {recipe.model.arch}"
         )
     norm, eps = threat_model_of(recipe)
     if (norm, eps) != ("linf", EPS):
-        raise NotAccepted(f"it judges under linf eps {EPS}, and the recipe's threat model is {norm} eps {eps}")
-    if not unchanged(recipe, SIZE):
-        raise NotAccepted("the images were resized or cropped, and it takes them as they are")
+        raise NotAccepted(f"it evaluates at linf eps {EPS}, and the recipe's threat model is {norm} eps {eps}")
+    if not uses_original_images(recipe, SIZE):
+        raise NotAccepted("the images were resized or cropped, and it uses the originals")
     networks = {pruned: network for keep, pruned in PRUNED.items() if (network := run.find("HYDRA", keep))}
     if missing := [f"{pruned} %" for pruned in PRUNED.values() if pruned not in networks]:
-        raise NotAccepted(f"it asks for 90, 95 and 99 % pruned, and the recipe leaves out {' and '.join(missing)}")
+        raise NotAccepted(f"it requires 90, 95 and 99 % pruned, and the recipe lacks {' and '.join(missing)}")
 
-    def of_images(path: Path, result: EvaluationResult) -> str:
+    def image_mismatch(path: Path, result: EvaluationResult) -> str:
         if _first_images(path) is not None:
-            return ENOUGH
+            return MATCHING
         return (
-            f"{result.images:,} images were judged, but not the first {IMAGES:,}: python -m launch evaluate "
+            f"{result.images:,} images were evaluated, but not all of the first {IMAGES:,}: python -m launch evaluate "
             f"{run.folder} --attack autoattack --images all"
         )
 
     key, sections = f"HYDRA_{paper.id}", []
     for pruned, network in networks.items():
-        path, _ = autoattack_result(run, network, of_images)
-        found = _first_images(path)
-        assert found is not None
-        clean, robust = (100 * float(column.mean()) for column in found)
+        path, _ = autoattack_result(run, network, image_mismatch)
+        columns = _first_images(path)
+        assert columns is not None
+        clean, robust = (100 * float(column.mean()) for column in columns)
         model = f"{key}_{architecture}_{dataset}_US_{pruned}"
         sections.append(_section(len(sections) + 1, model, clean, robust))
     return {"taxonomy.json": [_taxonomy(recipe, paper, key)], "new-ap-method.md": _issue(recipe, sections)}
 
 
 def _first_images(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
-    """(clean, robust) verdicts of the first IMAGES samples; None if not all of them were judged."""
+    """(clean, robust) verdicts of the first IMAGES samples; None if some were not evaluated."""
     verdicts = path.with_suffix(".parquet")
     if not verdicts.is_file():
         raise ValueError(f"{verdicts} does not exist; delete {path} and evaluate again")

@@ -1,9 +1,9 @@
-"""RobustBench's files: one `model_info/<dataset>/<threat model>/<id>.json` per network.
+"""RobustBench entries: one `model_info/<dataset>/<threat model>/<id>.json` per network.
 
 Croce et al., NeurIPS 2021 Datasets and Benchmarks; repository RobustBench/robustbench, read at version 1.1.1. The keys
-are those of its files there and of `ModelInfo` in its `utils.py`; percentages are texts of two decimals. CIFAR's 10,000
-test images are used as they are, ImageNet's by a list of 5,000, prepared as `pipeline.data.loading.image_list` does:
-its usual preprocessing, "Res256Crop224". No key says how much of a network is pruned; the footnote does.
+are those of its files and of `ModelInfo` in its `utils.py`; percentages are strings with two decimals. CIFAR's 10,000
+test images are unmodified; ImageNet's are a list of 5,000 with the default preprocessing "Res256Crop224", as in
+`pipeline.data.loading.image_list`. There is no key for sparsity; the footnote states it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.recipe.fields import canonical_decimal
 from pipeline.report.leaderboards.rules import (
-    ENOUGH,
+    MATCHING,
     NotAccepted,
     Paper,
     autoattack_result,
     threat_model_of,
-    unchanged,
+    uses_original_images,
 )
 from pipeline.report.results import NetworkResult, RunResult
 
@@ -31,41 +31,41 @@ BALLS: dict[tuple[str, str], Fraction] = {
     ("cifar100", "linf"): Fraction(8, 255),
     ("imagenet", "linf"): Fraction(4, 255),
 }
-"""(data set, norm) of a leaderboard -> eps."""
+"""(data set, norm) of each leaderboard -> eps."""
 FOLDERS = {"linf": "Linf", "l2": "L2"}
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 CIFAR_IMAGES, CIFAR_SIZE = 10_000, 32
 LISTED = 5_000
 LIST = "imagenet_test_image_ids.txt"
 LIST_SHA256 = "d4121626d07722a0126c35b1563042e46a546f1a05ce705f2cdc635896d58574"
-"""Of the lines of its helper_files/imagenet_test_image_ids.txt, by `listed_images.list_sha256`."""
+"""Hash of its helper_files/imagenet_test_image_ids.txt, by `image_list.list_sha256`."""
 ARCHITECTURES = (
     (r"resnet(\d+)(_cifar)?", r"ResNet-\1"),
     (r"wrn_(\d+)_(\d+)", r"WideResNet-\1-\2"),
     (r"wide_resnet(\d+)_2", r"WideResNet-\1-2"),
 )
-"""Names of networks -> how its entries write them; others keep theirs."""
+"""Architecture -> RobustBench's spelling; others keep their name."""
 
 
 def model_info(run: RunResult, network: NetworkResult, paper: Paper) -> tuple[str, dict[str, Any]]:
-    """(place of the file, its content). additional_data is None where nobody here knows: of weights of others.
+    """(path of the file, its content). additional_data is None, unknown, for imported weights.
 
-    Errors: NotTheirs.
+    Errors: NotAccepted.
     """
     recipe = run.recipe
     dataset, (norm, eps) = recipe.data.dataset, threat_model_of(recipe)
     if (ball := BALLS.get((dataset, norm))) is None:
-        there = ", ".join(f"{name} {norm}" for name, norm in BALLS)
-        raise NotAccepted(f"there is no leaderboard for {dataset} {norm}; there is {there}")
+        available = ", ".join(f"{name} {norm}" for name, norm in BALLS)
+        raise NotAccepted(f"there is no leaderboard for {dataset} {norm}, only for {available}")
     if eps != ball:
-        raise NotAccepted(f"the eps for {dataset} {norm} is {ball}, and the recipe's threat_model.eps is {eps}")
+        raise NotAccepted(f"its eps for {dataset} {norm} is {ball}, and the recipe's threat_model.eps is {eps}")
     if recipe.model.num_classes != CLASSES[dataset]:
-        raise NotAccepted(f"{dataset} has {CLASSES[dataset]} classes, and this network {recipe.model.num_classes}")
+        raise NotAccepted(f"{dataset} has {CLASSES[dataset]} classes, and this network has {recipe.model.num_classes}")
 
-    def of_images(path: Path, result: EvaluationResult) -> str:
-        return _of_list(run, result) if dataset == "imagenet" else _of_cifar(run, result)
+    def image_mismatch(path: Path, result: EvaluationResult) -> str:
+        return _imagenet_mismatch(run, result) if dataset == "imagenet" else _cifar_mismatch(run, result)
 
-    _, result = autoattack_result(run, network, of_images)
+    _, result = autoattack_result(run, network, image_mismatch)
     clean, robust = (f"{100 * result.accuracy(kind).value:.2f}" for kind in KINDS)
     content = {
         "link": paper.link,
@@ -87,31 +87,31 @@ def model_info(run: RunResult, network: NetworkResult, paper: Paper) -> tuple[st
     return f"model_info/{dataset}/{FOLDERS[norm]}/{paper.id}_{_suffix(network)}.json", content
 
 
-def _of_list(run: RunResult, result: EvaluationResult) -> str:
+def _imagenet_mismatch(run: RunResult, result: EvaluationResult) -> str:
     if result.image_list_sha256 == LIST_SHA256 and result.images == LISTED:
-        return ENOUGH
+        return MATCHING
     return (
-        f"it was judged on {result.images:,} images ({result.preprocessing or 'read from the FFCV file'}), and "
-        f"RobustBench's are the {LISTED:,} of its list, prepared by torchvision: python -m launch evaluate "
+        f"it was evaluated on {result.images:,} images ({result.preprocessing or 'read from the FFCV file'}), and "
+        f"RobustBench uses the {LISTED:,} of its list, preprocessed by torchvision: python -m launch evaluate "
         f"{run.folder} --attack autoattack --folder DIR --image-list {LIST}"
     )
 
 
-def _of_cifar(run: RunResult, result: EvaluationResult) -> str:
-    if not unchanged(run.recipe, CIFAR_SIZE):
-        return "its images were resized or cropped, and RobustBench takes them as they are"
+def _cifar_mismatch(run: RunResult, result: EvaluationResult) -> str:
+    if not uses_original_images(run.recipe, CIFAR_SIZE):
+        return "its images were resized or cropped, and RobustBench uses the originals"
     if result.images != CIFAR_IMAGES:
         return (
-            f"it was judged on {result.images:,} of the {CIFAR_IMAGES:,} test images: python -m launch evaluate "
+            f"it was evaluated on {result.images:,} of the {CIFAR_IMAGES:,} test images: python -m launch evaluate "
             f"{run.folder} --attack autoattack --images all"
         )
-    return ENOUGH
+    return MATCHING
 
 
 def _architecture(arch: str) -> str:
-    for pattern, written in ARCHITECTURES:
-        if found := re.fullmatch(pattern, arch):
-            return found.expand(written)
+    for pattern, template in ARCHITECTURES:
+        if match := re.fullmatch(pattern, arch):
+            return match.expand(template)
     return arch
 
 

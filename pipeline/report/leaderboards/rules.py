@@ -1,4 +1,4 @@
-"""What leaderboards have in common: a paper, the standard AutoAttack, and images that are prepared as there."""
+"""Requirements shared by the leaderboards: a paper, standard AutoAttack, and their own test images."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pipeline.recipe.schema import Recipe
 from pipeline.report.extra_evaluations import kept_evaluations
 from pipeline.report.results import NetworkResult, RunResult
 
-ENOUGH = ""
-"""In place of a reason why images are not the leaderboard's."""
+MATCHING = ""
+"""Images are the leaderboard's: no reason against them."""
 
 
 class NotAccepted(ValueError):
-    """A network, or a run, that a leaderboard does not take; the message says why."""
+    """A leaderboard does not accept a network or a run; the message says why."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What a run does not know: where its networks are published."""
+    """The publication of a run's networks."""
 
     id: str
-    """<name of the first author><year><first word of the title>, which is how both leaderboards call entries."""
+    """<first author><year><first word of the title>, the id of an entry on both leaderboards."""
     title: str
     authors: str
     link: str
@@ -35,40 +35,40 @@ class Paper:
 
 
 def threat_model_of(recipe: Recipe) -> tuple[str, Fraction]:
-    """(norm, eps). Errors: NotTheirs without a threat model."""
+    """(norm, eps). Errors: NotAccepted without a threat model."""
     if recipe.threat_model is None:
         raise NotAccepted("the recipe has no threat_model")
     return recipe.threat_model.norm, recipe.threat_model.eps
 
 
-def unchanged(recipe: Recipe, size: int) -> bool:
-    """Whether a test image of `size` pixels a side reaches the network as it is in the data set."""
+def uses_original_images(recipe: Recipe, size: int) -> bool:
+    """Whether test images of `size` pixels a side reach the network neither resized nor cropped."""
     return recipe.data.image_size == size and recipe.data.augmentation != "random_resized_crop"
 
 
 def autoattack_result(
-    run: RunResult, network: NetworkResult, of_images: Callable[[Path, EvaluationResult], str]
+    run: RunResult, network: NetworkResult, image_mismatch: Callable[[Path, EvaluationResult], str]
 ) -> tuple[Path, EvaluationResult]:
-    """(file, result) of the network under the whole of AutoAttack, on images for which `of_images` says ENOUGH.
+    """(file, result) of standard AutoAttack on the network, on images for which `image_mismatch` returns MATCHING.
 
-    Errors: NotTheirs, with `of_images`' reason if AutoAttack was run on others only.
+    Errors: NotAccepted, with the reason of `image_mismatch` if AutoAttack was run on other images only.
     """
-    kept = kept_evaluations(network)
-    whole = [(path, result) for path, result in kept if _is_standard(result, run.recipe.model.num_classes)]
-    if not whole:
-        there = ", ".join(f"{result.title} on {result.images:,} images" for _, result in kept)
+    evaluations = kept_evaluations(network)
+    standard = [(path, result) for path, result in evaluations if _is_standard(result, run.recipe.model.num_classes)]
+    if not standard:
+        others = ", ".join(f"{result.title} on {result.images:,} images" for _, result in evaluations)
         raise NotAccepted(
-            f"it was judged by {there or 'nothing'}, and only AutoAttack counts: "
+            f"it was evaluated by {others or 'nothing'}, and only standard AutoAttack counts: "
             f"python -m launch evaluate {run.folder} --attack autoattack"
         )
-    reasons = [of_images(path, result) for path, result in whole]
-    if ENOUGH not in reasons:
+    reasons = [image_mismatch(path, result) for path, result in standard]
+    if MATCHING not in reasons:
         raise NotAccepted(reasons[-1])
-    return whole[reasons.index(ENOUGH)]
+    return standard[reasons.index(MATCHING)]
 
 
 def _is_standard(result: EvaluationResult, classes: int) -> bool:
     budgets: dict[str, Any] = {"attacks": list(ENSEMBLES["autoattack"]), "iterations": ITERATIONS, "queries": QUERIES}
     budgets["targets"] = min(TARGETS, classes - 1)
-    same = all(result.settings.get(key) == value for key, value in budgets.items())
-    return result.attack == "autoattack" and same
+    has_budgets = all(result.settings.get(key) == value for key, value in budgets.items())
+    return result.attack == "autoattack" and has_budgets

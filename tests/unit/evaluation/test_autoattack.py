@@ -1,4 +1,4 @@
-"""AutoAttack as a measure: the library's own verdicts, its doubts, and nothing left behind in the process."""
+"""AutoAttack as a measure: verdicts of a direct call, warnings of the library, unchanged process state."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_verdicts_are_those_of_a_direct_call(
     with torch.no_grad():
         assert torch.equal(found["clean_prediction"], network(x).argmax(dim=1))
     assert 0 < found["robust_correct"].sum() < found["clean_correct"].sum() < COUNT
-    network.zero_grad()  # the direct call's; ours left none, see below
+    network.zero_grad()  # from the direct call; the measure leaves none, see below
 
 
 def test_budgets_are_the_standard_versions(network: nn.Module) -> None:
@@ -69,7 +69,7 @@ def test_budgets_are_the_standard_versions(network: nn.Module) -> None:
     assert few.library(network, torch.device("cpu"), 5).apgd_targeted.n_target_classes == CLASSES - 1
 
 
-def test_the_parts_agree_with_the_whole(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_parts_agree_with_the_full_ensemble(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
     parts = {name: measure(name).verdicts(network, x, y, IDS) for name in ENSEMBLES}
     whole, apgd = parts["autoattack"], parts["apgd"]
@@ -84,20 +84,20 @@ def test_the_parts_agree_with_the_whole(network: nn.Module, images: tuple[Tensor
     assert parts["square"]["robust_correct"].sum() > apgd["robust_correct"].sum()
 
 
-def test_random_numbers_are_the_chunks_own(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_random_numbers_are_keyed_by_chunk(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     ours = measure()
     seeds = {measure.seed_of(ids) for measure in (ours, replace(ours, seed=4)) for ids in (IDS, IDS[1:])}
     assert len(seeds) == 4
     assert measure("square").seed_of(IDS) == ours.seed_of(IDS)
     x, y = images
-    square = replace(measure("square"), queries=3)  # so few that they matter
+    square = replace(measure("square"), queries=3)  # few enough that the draws matter
     first, again = (square.verdicts(network, x, y, IDS) for _ in range(2))
     other = square.verdicts(network, x, y, IDS + 1)
     assert torch.equal(first["robust_correct"], again["robust_correct"])
     assert not torch.equal(first["robust_correct"], other["robust_correct"])
 
 
-def test_nothing_is_left_behind(
+def test_process_state_is_restored(
     network: nn.Module, images: tuple[Tensor, Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
     x, y = images
@@ -122,9 +122,7 @@ def test_nothing_is_left_behind(
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_images_may_lie_in_memory_as_the_loader_leaves_them(
-    network: nn.Module, images: tuple[Tensor, Tensor], norm: str
-) -> None:
+def test_images_may_be_channels_last(network: nn.Module, images: tuple[Tensor, Tensor], norm: str) -> None:
     x, y = images
     mean = nn.Conv2d(3, 1, 1, bias=False)
     nn.init.constant_(mean.weight, 1 / 3)
@@ -135,7 +133,7 @@ def test_images_may_lie_in_memory_as_the_loader_leaves_them(
     assert torch.equal(found["robust_correct"], expected["robust_correct"])
 
 
-def test_chunks_of_one_image_and_of_none_that_is_right(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_chunks_of_one_image_and_without_correct_images(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
     with torch.no_grad():
         answers = network(x).argmax(dim=1)
@@ -147,8 +145,8 @@ def test_chunks_of_one_image_and_of_none_that_is_right(network: nn.Module, image
     assert (none["clean_correct"] | none["robust_correct"]).tolist() == [False]
 
 
-class Doubtful(nn.Module):
-    """A network with something before it, or after it, that AutoAttack warns of."""
+class Suspicious(nn.Module):
+    """A network with a component that AutoAttack warns of, before or after it."""
 
     def __init__(self, network: nn.Module, kind: str) -> None:
         super().__init__()
@@ -169,10 +167,10 @@ class Doubtful(nn.Module):
 
 
 @pytest.mark.parametrize("kind", FLAGS.values())
-def test_its_doubts_are_kept(network: nn.Module, images: tuple[Tensor, Tensor], kind: str) -> None:
+def test_warnings_become_flags(network: nn.Module, images: tuple[Tensor, Tensor], kind: str) -> None:
     x, y = images
-    found = measure("autoattack").verdicts(Doubtful(network, kind), x, y, IDS)
+    found = measure("autoattack").verdicts(Suspicious(network, kind), x, y, IDS)
     assert found[f"flag_{kind}"].all()
     assert not found["flag_other"].any()
-    sound = measure("apgd").verdicts(network, x, y, IDS)  # also after a network that was none
+    sound = measure("apgd").verdicts(network, x, y, IDS)  # even right after one that raises flags
     assert not any(sound[f"flag_{flag}"].any() for flag in FLAGS.values())

@@ -1,5 +1,5 @@
-"""Corruptions against what they are said to be: SciPy's distributions, filters and samplers, OpenCV, colorsys, Pillow,
-and their definitions once more, pixel by pixel."""
+"""Corruptions against references: SciPy, OpenCV, colorsys and Pillow, and pixel-by-pixel implementations of their
+definitions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.evaluation.corruptions.blurs import disk_of
+from pipeline.evaluation.corruptions.blurs import disk_kernel
 from pipeline.evaluation.corruptions.measure import CORRUPTIONS, EXTRA, SEVERITIES, Corrupted, corrupted
-from pipeline.evaluation.corruptions.resampling import streams, zoomed
+from pipeline.evaluation.corruptions.resampling import split_keys, zoom_centre
 from pipeline.evaluation.corruptions.weather import spatter
 from pipeline.evaluation.measures.base import summarise
 from pipeline.robustness.noise import device_keys, gaussian_noise, uniform_noise
@@ -38,7 +38,7 @@ Distribution = Callable[[float, float], Callable[[float], float]]
 
 
 def photos(side: int, count: int = 6) -> Tensor:
-    """Smooth colours with 8 bits, one image all black."""
+    """8-bit images of smooth colours, one of them all black."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     x = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
@@ -59,8 +59,8 @@ def constant(name: str, severity: int, side: int) -> Any:
     return (small if side <= 64 else large)[severity - 1]
 
 
-def cut(x: np.ndarray) -> np.ndarray:
-    """Levels of float64 images, as np.uint8 cuts them; the tolerance is float32's."""
+def truncate(x: np.ndarray) -> np.ndarray:
+    """Levels of float64 images, truncated as by np.uint8, with float32's tolerance."""
     return np.floor(np.clip(x, 0, 1) * LEVELS + 1e-3)
 
 
@@ -73,24 +73,24 @@ def as_image(x: Tensor) -> Image.Image:
 def test_images_stay_images_and_do_not_depend_on_their_batch(name: str, side: int) -> None:
     x, ids = photos(side), np.arange(6)
     for severity in (1, 5):
-        found = corrupt(x, name, severity)
-        assert (found.shape, found.dtype) == (x.shape, torch.float32)
-        assert 0 <= found.min() <= found.max() <= 1
-        torch.testing.assert_close(found * LEVELS, (found * LEVELS).round(), rtol=0, atol=1e-3)
-        assert not torch.equal(found, x)
-        assert torch.equal(found, corrupt(x, name, severity))
+        result = corrupt(x, name, severity)
+        assert (result.shape, result.dtype) == (x.shape, torch.float32)
+        assert 0 <= result.min() <= result.max() <= 1
+        torch.testing.assert_close(result * LEVELS, (result * LEVELS).round(), rtol=0, atol=1e-3)
+        assert not torch.equal(result, x)
+        assert torch.equal(result, corrupt(x, name, severity))
         for size in (1, 4):
             parts = [
                 corrupted(part, ids[i * size : (i + 1) * size], SEED, name, severity)
                 for i, part in enumerate(x.split(size))
             ]
-            assert torch.equal(torch.cat(parts), found)
+            assert torch.equal(torch.cat(parts), result)
 
 
 @pytest.mark.parametrize("side", [28, 80])
 @pytest.mark.parametrize("name", sorted(RISING))
 def test_a_larger_severity_changes_images_more(name: str, side: int) -> None:
-    """Of images with some grain, which blurs see."""
+    """On images with grain, so that blurs change them."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(16, 3, 7, 7, generator=generator)
     x = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
@@ -102,7 +102,7 @@ def test_a_larger_severity_changes_images_more(name: str, side: int) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"zoom_blur", "defocus_blur", "gaussian_blur"}))
-def test_what_is_drawn_is_drawn_for_each_sample_and_seed(name: str) -> None:
+def test_noise_is_keyed_by_sample_and_seed(name: str) -> None:
     drawn = {"brightness", "contrast", "pixelate", "jpeg_compression", "saturate"}.isdisjoint({name})
     x = photos(28)[:1].expand(2, -1, -1, -1).contiguous()
     first, second = corrupt(x, name, 5)
@@ -120,25 +120,25 @@ def test_what_is_drawn_is_drawn_for_each_sample_and_seed(name: str) -> None:
 )
 @pytest.mark.parametrize(("severity", "side"), [(1, 28), (5, 28), (5, 80)])
 def test_noise_has_its_distribution(name: str, distribution: Distribution, severity: int, side: int) -> None:
-    """Every level's share, with what lies beyond 0 and 1 in the outermost ones."""
+    """The fraction of every level; values beyond 0 and 1 count for the outermost ones."""
     level, c = 102 / LEVELS, constant(name, severity, side)
     x = torch.full((20, 3, side, side), level)
     levels = (corrupt(x, name, severity) * LEVELS).round().long().flatten()
-    found = np.bincount(levels.numpy(), minlength=256) / levels.numel()
+    result = np.bincount(levels.numpy(), minlength=256) / levels.numel()
     cdf = distribution(level, c)
     below = np.array([cdf((k + 1 - 1e-3) / LEVELS - 1e-9) for k in range(255)])
     expected = np.diff(np.concatenate([[0.0], below, [1.0]]))
-    assert np.abs(np.cumsum(found) - np.cumsum(expected)).max() < 1.95 / levels.numel() ** 0.5  # Kolmogorov, 0.1 %
+    assert np.abs(np.cumsum(result) - np.cumsum(expected)).max() < 1.95 / levels.numel() ** 0.5  # Kolmogorov, 0.1 %
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_impulses_are_rare_and_as_often_black_as_white(severity: int) -> None:
     x = torch.full((20, 3, 28, 28), 102 / LEVELS)
-    found, share = corrupt(x, "impulse_noise", severity), constant("impulse_noise", severity, 28)
+    result, share = corrupt(x, "impulse_noise", severity), constant("impulse_noise", severity, 28)
     for value in (0.0, 1.0):
-        hits = int((found == value).sum())
+        hits = int((result == value).sum())
         assert scipy.stats.binomtest(hits, x.numel(), share / 2).pvalue > 1e-3
-    assert torch.equal(found[(found != 0) & (found != 1)].unique(), x.unique())
+    assert torch.equal(result[(result != 0) & (result != 1)].unique(), x.unique())
 
 
 @pytest.mark.parametrize(("severity", "side"), [(1, 28), (5, 28), (3, 80)])
@@ -146,7 +146,7 @@ def test_the_blur_is_scipys(severity: int, side: int) -> None:
     x = photos(side)
     sigma = constant("gaussian_blur", severity, side)
     expected = scipy.ndimage.gaussian_filter(x.double().numpy(), (0, 0, sigma, sigma), mode="nearest", truncate=4.0)
-    difference = (corrupt(x, "gaussian_blur", severity) * LEVELS).round().numpy() - cut(expected)
+    difference = (corrupt(x, "gaussian_blur", severity) * LEVELS).round().numpy() - truncate(expected)
     assert np.abs(difference).max() <= 1
     assert (difference != 0).mean() < 0.01
 
@@ -154,17 +154,17 @@ def test_the_blur_is_scipys(severity: int, side: int) -> None:
 @pytest.mark.parametrize("severity", [1, 5])
 def test_brightness_and_contrast(severity: int) -> None:
     x = photos(8)
-    found = (corrupt(x, "brightness", severity) * LEVELS).round().permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    result = (corrupt(x, "brightness", severity) * LEVELS).round().permute(0, 2, 3, 1).reshape(-1, 3).numpy()
     more = constant("brightness", severity, 8)
     expected = []
     for pixel in x.double().permute(0, 2, 3, 1).reshape(-1, 3).tolist():
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
         expected.append(colorsys.hsv_to_rgb(hue, saturation, min(value + more, 1.0)))
-    assert np.abs(found - cut(np.array(expected))).max() <= 1
+    assert np.abs(result - truncate(np.array(expected))).max() <= 1
     share, pixels = constant("contrast", severity, 8), x.double().numpy()
     means = pixels.mean(axis=(2, 3), keepdims=True)
-    found = (corrupt(x, "contrast", severity) * LEVELS).round().numpy()
-    assert np.abs(found - cut((pixels - means) * share + means)).max() <= 1
+    result = (corrupt(x, "contrast", severity) * LEVELS).round().numpy()
+    assert np.abs(result - truncate((pixels - means) * share + means)).max() <= 1
 
 
 @pytest.mark.parametrize(("severity", "side"), [(1, 28), (5, 28), (5, 80)])
@@ -182,13 +182,13 @@ def test_pixels_and_jpegs_are_pillows(severity: int, side: int) -> None:
 
 
 def filtered(x: Images, deviation: float) -> Images:
-    found = scipy.ndimage.gaussian_filter(x, (0, 0, deviation, deviation), mode="nearest", truncate=4.0)
-    return np.asarray(found, np.float64)
+    result = scipy.ndimage.gaussian_filter(x, (0, 0, deviation, deviation), mode="nearest", truncate=4.0)
+    return np.asarray(result, np.float64)
 
 
-def close(found: Tensor, expected: Images, *, most: float = 0.01) -> None:
-    """Equal levels, but for a rounding at few of the values."""
-    difference = (found * LEVELS).round().numpy() - cut(expected)
+def close(result: Tensor, expected: Images, *, most: float = 0.01) -> None:
+    """Levels are equal up to rounding of few values."""
+    difference = (result * LEVELS).round().numpy() - truncate(expected)
     assert np.abs(difference).max() <= 1
     assert (difference != 0).mean() < most
 
@@ -196,14 +196,14 @@ def close(found: Tensor, expected: Images, *, most: float = 0.01) -> None:
 @pytest.mark.parametrize("severity", SEVERITIES)
 @pytest.mark.parametrize("side", [28, 80])
 def test_defocus_is_a_soft_disk(severity: int, side: int) -> None:
-    """Drawn and softened by OpenCV, laid over the image by SciPy."""
+    """Kernel by OpenCV, convolution by SciPy."""
     x = photos(side)
     radius, soft = constant("defocus_blur", severity, side)
     reach, size = (8, 3) if radius <= 8 else (radius, 5)
     rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = (rows**2 + columns**2 <= radius**2).astype(np.float64)
     kernel = cv2.GaussianBlur(disk / disk.sum(), (size, size), soft)
-    assert np.allclose(disk_of(radius, soft).numpy(), kernel, rtol=0, atol=1e-9)
+    assert np.allclose(disk_kernel(radius, soft).numpy(), kernel, rtol=0, atol=1e-9)
     expected = scipy.ndimage.correlate(x.double().numpy(), kernel[None, None], mode="mirror")
     close(corrupt(x, "defocus_blur", severity), expected)
 
@@ -216,7 +216,7 @@ def test_glass_copies_pixels_one_by_one(severity: int, side: int) -> None:
     draws = uniform_noise(keys_of(x, name, severity), (times, inner, inner, 2)).double().numpy()
     offsets = np.floor(draws * 2 * reach).astype(int) - reach
     assert set(offsets.flatten().tolist()) == set(range(-reach, reach))
-    pixels = cut(filtered(x.double().numpy(), deviation)) / LEVELS
+    pixels = truncate(filtered(x.double().numpy(), deviation)) / LEVELS
     for image, moves in zip(pixels, offsets, strict=True):
         for time in range(times):
             for row in range(side - reach, reach, -1):
@@ -227,22 +227,22 @@ def test_glass_copies_pixels_one_by_one(severity: int, side: int) -> None:
 
 
 def in_motion(image: Images, radius: int, deviation: float, angle: float) -> Images:
-    """[h, w], pixel by pixel, with 8 bits."""
+    """[h, w], pixel by pixel, rounded to 8 bits."""
     weights = [math.exp(-(i**2) / (2 * deviation**2)) for i in range(2 * radius + 1)]
     height, width = image.shape
-    found = np.zeros_like(image)
+    result = np.zeros_like(image)
     for row in range(height):
         for column in range(width):
             for i, weight in enumerate(weights):
                 right = math.ceil(i * math.cos(math.radians(angle)) - 0.5)
                 down = math.ceil(i * math.sin(math.radians(angle)) - 0.5)
                 there = (min(max(row + down, 0), height - 1), min(max(column + right, 0), width - 1))
-                found[row, column] += weight / sum(weights) * image[there]
-    return np.round(found * LEVELS) / LEVELS
+                result[row, column] += weight / sum(weights) * image[there]
+    return np.round(result * LEVELS) / LEVELS
 
 
 @pytest.mark.parametrize(("severity", "side"), [(1, 28), (5, 28)])
-def test_motion_goes_one_way_only(severity: int, side: int) -> None:
+def test_motion_blur_is_one_sided(severity: int, side: int) -> None:
     x, name = photos(side), "motion_blur"
     radius, deviation = constant(name, severity, side)
     angles = -45 + 90 * uniform_noise(keys_of(x, name, severity), (1,)).double().numpy()[:, 0]
@@ -255,7 +255,7 @@ def test_motion_goes_one_way_only(severity: int, side: int) -> None:
 
 
 def enlarged(x: Images, factor: float) -> Images:
-    """The middle of [..., h, h]."""
+    """The enlarged centre of [..., h, h]."""
     side = x.shape[-1]
     part = math.ceil(side / factor)
     first = (side - part) // 2
@@ -274,18 +274,18 @@ def test_zoom_is_scipys(severity: int, side: int) -> None:
     close(corrupt(x, "zoom_blur", severity), expected)
 
 
-def test_what_juts_out_of_an_enlarged_image_is_trimmed_on_both_sides() -> None:
+def test_an_enlarged_image_is_trimmed_on_both_sides() -> None:
     x = torch.rand(1, 1, 73, 73, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert np.allclose(zoomed(x, 4).numpy(), enlarged(x.numpy(), 4), rtol=0, atol=1e-12)
+    assert np.allclose(zoom_centre(x, 4).numpy(), enlarged(x.numpy(), 4), rtol=0, atol=1e-12)
 
 
 def test_snow_falls_both_ways_over_a_paler_image() -> None:
     x, name, side = photos(28), "snow", 28
     for severity in (1, 5):
         mean, deviation, factor, least, radius, spread, share = constant(name, severity, side)
-        flakes, wind = streams(keys_of(x, name, severity), 2)
+        flakes, wind = split_keys(keys_of(x, name, severity), 2)
         layers = enlarged(mean + deviation * gaussian_noise(flakes, (side, side)).double().numpy(), factor)
-        layers = cut(np.where(layers < least, 0, layers)) / LEVELS
+        layers = truncate(np.where(layers < least, 0, layers)) / LEVELS
         angles = -135 + 90 * uniform_noise(wind, (1,)).double().numpy()[:, 0]
         layers = np.array([in_motion(layer, radius, spread, a) for layer, a in zip(layers, angles, strict=True)])
         pixels = x.double().numpy()
@@ -295,7 +295,7 @@ def test_snow_falls_both_ways_over_a_paler_image() -> None:
 
 
 def clouds(numbers: list[float], side: int, decay: float) -> Images:
-    """Diamonds and coarse on a torus, point by point."""
+    """Diamond-square on a torus, point by point."""
     field, draws = np.zeros((side, side)), iter(numbers)
     step, wobble = side, 100.0
     while step >= 2:
@@ -329,7 +329,7 @@ def test_fog_is_a_plasma_fractal(severity: int, side: int, covered: int) -> None
 def test_elastic_is_opencvs_map_and_scipys_noise(severity: int, side: int) -> None:
     x, name = photos(side), "elastic_transform"
     amount, deviation, most = constant(name, severity, side)
-    points, downwards, sideways = streams(keys_of(x, name, severity), 3)
+    points, downwards, sideways = split_keys(keys_of(x, name, severity), 3)
     middle, square = side // 2, side // 3
     before = middle + square * np.array([[1, 1], [1, -1], [-1, -1]], np.float32)
     rows, columns = np.mgrid[:side, :side].astype(np.float64)
@@ -359,8 +359,8 @@ def test_saturation_is_colorsys(severity: int) -> None:
     for pixel in x.double().permute(0, 2, 3, 1).reshape(-1, 3).tolist():
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
         expected.append(colorsys.hsv_to_rgb(hue, min(saturation * times + more, 1.0), value))
-    found = (corrupt(x, "saturate", severity) * LEVELS).round().permute(0, 2, 3, 1).reshape(-1, 3).numpy()
-    assert np.abs(found - cut(np.array(expected))).max() <= 1
+    result = (corrupt(x, "saturate", severity) * LEVELS).round().permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    assert np.abs(result - truncate(np.array(expected))).max() <= 1
 
 
 def liquid_on(x: Tensor, severity: int) -> Images:
@@ -384,24 +384,24 @@ def test_mud_covers(severity: int, side: int) -> None:
 @pytest.mark.parametrize(("severity", "side"), [(1, 28), (3, 28), (1, 80), (3, 80)])
 def test_water_shines_where_there_are_drops(severity: int, side: int) -> None:
     x = torch.zeros(6, 3, side, side)
-    found, dry = corrupt(x, "spatter", severity), torch.from_numpy(liquid_on(x, severity) == 0)
+    result, dry = corrupt(x, "spatter", severity), torch.from_numpy(liquid_on(x, severity) == 0)
     assert 0 < dry.double().mean() < 1
-    assert (found[dry.expand_as(found)] == 0).all()
-    brightest = (found * LEVELS).round().amax(dim=(2, 3))
+    assert (result[dry.expand_as(result)] == 0).all()
+    brightest = (result * LEVELS).round().amax(dim=(2, 3))
     amount = constant("spatter", severity, side)[4]
     wet = (~dry).any(dim=(1, 2, 3))
     assert torch.equal(
         brightest[wet], torch.tensor([175.0, 238, 238]).mul(amount + 1e-6).floor().expand(int(wet.sum()), 3)
     )
-    assert torch.equal(found[:, 1], found[:, 2])
+    assert torch.equal(result[:, 1], result[:, 2])
 
 
-def test_an_image_without_a_drop_stays_as_it_is() -> None:
+def test_an_image_without_drops_is_unchanged() -> None:
     x = photos(28)
     assert torch.equal(spatter(x, keys_of(x, "spatter", 1), (0.0, 0.0, 1.0, 0.5, 0.5, 0)), x)
 
 
-def test_robust_is_right_under_all() -> None:
+def test_robust_is_correct_under_all_corruptions() -> None:
     grey, y = draw(64, seed=5)
     x, network = grey.expand(-1, 3, -1, -1), trained_network()
     first = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1, bias=False), network)

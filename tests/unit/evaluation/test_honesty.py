@@ -1,4 +1,4 @@
-"""Honesty checks: each catches a network that is built to fool it, and a soundly trained one passes them all."""
+"""Honesty checks: each catches a network built to violate it; an adversarially trained network passes all."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ LINF = ThreatModel(norm="linf", eps=Fraction(1, 10))
 ATTACK = Pgd(LINF, steps=10, step_size=0.025, restarts=1, seed=0)
 IMAGES, TRAINED_ON, EPOCHS = 100, 2000, 4
 OWN = {"larger eps", "more steps", "one step", "another loss", "black box", "gradient", "slope", "repeatable", "logits"}
-"""Checks that need nothing but the network."""
+"""Checks that need only the network."""
 
 
 def small_images(count: int, part: str) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST at half its size: [count, 1, 14, 14] and labels."""
+    """Fashion-MNIST at half resolution: [count, 1, 14, 14] and labels."""
     names, source = IDX_FILES[part], find_fashion_mnist(None)
     pixels = torch.from_numpy(read_idx(source, names[0], 3)[:count].copy()).float().div(255)
     labels = torch.from_numpy(read_idx(source, names[1], 1)[:count].copy()).long()
@@ -54,7 +54,7 @@ def per_sample(y: Tensor) -> Callable[[Tensor], Tensor]:
 
 @pytest.fixture(scope="module")
 def sound() -> nn.Module:
-    """Trained on PGD examples for a second or two."""
+    """Adversarially trained with PGD for a second or two."""
     x, y = small_images(TRAINED_ON, "train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -72,12 +72,12 @@ def sound() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def tested() -> tuple[Tensor, Tensor]:
+def eval_images() -> tuple[Tensor, Tensor]:
     return small_images(IMAGES, "test")
 
 
-def found(network: nn.Module, tested: tuple[Tensor, Tensor], probes: Probes | None = None) -> dict[str, Check]:
-    x, y = tested
+def checks_of(network: nn.Module, eval_images: tuple[Tensor, Tensor], probes: Probes | None = None) -> dict[str, Check]:
+    x, y = eval_images
     with crafting(network):
         columns = (probes or Probes(ATTACK)).verdicts(network, x, y, np.arange(len(x)))
     listed = build_checks({name: column.numpy() for name, column in columns.items()})
@@ -85,23 +85,23 @@ def found(network: nn.Module, tested: tuple[Tensor, Tensor], probes: Probes | No
     return {check.name: check for check in listed}
 
 
-def warned(found: dict[str, Check]) -> set[str]:
-    return {name for name, check in found.items() if check.status == "warn"}
+def warnings_of(checks: dict[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if check.status == "warn"}
 
 
-def test_a_soundly_trained_network_passes(sound: nn.Module, tested: tuple[Tensor, Tensor]) -> None:
-    x, y = tested
-    listed = found(sound, tested)
+def test_an_adversarially_trained_network_passes(sound: nn.Module, eval_images: tuple[Tensor, Tensor]) -> None:
+    x, y = eval_images
+    listed = checks_of(sound, eval_images)
     assert listed.keys() == OWN
-    assert warned(listed) == set(), listed
-    standing = ATTACK.verdicts(sound, x, y, np.arange(IMAGES))["robust_correct"]
-    assert 40 <= int(standing.sum()) <= 80  # otherwise it had nothing to pass
-    assert f"of the {int(standing.sum())} images" in listed["black box"].figure
+    assert warnings_of(listed) == set(), listed
+    robust = ATTACK.verdicts(sound, x, y, np.arange(IMAGES))["robust_correct"]
+    assert 40 <= int(robust.sum()) <= 80  # otherwise the checks are vacuous
+    assert f"of the {int(robust.sum())} images" in listed["black box"].figure
     assert all(check.meaning.endswith((".", "it")) and check.figure for check in listed.values())
 
 
 class Before(nn.Module):
-    """Something that is done to images before a network sees them."""
+    """A network behind a preprocessing of its images."""
 
     def __init__(self, change: Callable[[Tensor], Tensor], network: nn.Module) -> None:
         super().__init__()
@@ -121,12 +121,12 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def black_or_white(x: Tensor) -> Tensor:
-    """With a made-up gradient, that of x itself."""
+    """With a straight-through gradient."""
     return x + (x.round() - x).detach()
 
 
 def rippled(x: Tensor) -> Tensor:
-    """x, but for ripples of a thousandth whose slope is right on the grid of pixel values and anything beside it."""
+    """x plus ripples of a thousandth, whose slope is correct only on the grid of pixel values."""
     waves = 4 * 255 * 2 * math.pi  # average pooling made quarters
     return x + 6.0 * torch.sin(waves * x) / waves
 
@@ -148,15 +148,15 @@ FOOLING: dict[str, tuple[Callable[[nn.Module], nn.Module], set[str]]] = {
 
 
 @pytest.mark.parametrize("kind", FOOLING)
-def test_a_network_built_to_fool_is_caught(kind: str, sound: nn.Module, tested: tuple[Tensor, Tensor]) -> None:
+def test_gradient_masking_is_caught(kind: str, sound: nn.Module, eval_images: tuple[Tensor, Tensor]) -> None:
     build, expected = FOOLING[kind]
-    listed = found(build(sound), tested)
-    assert warned(listed) >= expected, listed
+    listed = checks_of(build(sound), eval_images)
+    assert warnings_of(listed) >= expected, listed
 
 
-def test_an_attack_that_has_not_converged_is_caught(sound: nn.Module, tested: tuple[Tensor, Tensor]) -> None:
+def test_an_unconverged_attack_is_caught(sound: nn.Module, eval_images: tuple[Tensor, Tensor]) -> None:
     timid = Probes(replace(ATTACK, steps=5, step_size=0.002))
-    assert "more steps" in warned(found(sound, tested, timid))
+    assert "more steps" in warnings_of(checks_of(sound, eval_images, timid))
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -165,71 +165,71 @@ TINY = Model(arch="small_cnn", num_classes=10, mean=(0.3, 0.3, 0.3), std=(0.35, 
 QUICK = Pgd(LINF, steps=1, step_size=0.1, restarts=1, seed=0)
 
 
-def live_network() -> Network:
+def trained_network() -> Network:
     network = build_network(TINY, seed=0, image_size=14)
     Scores.attach(network, Decimal("0.1"))
     return network.eval()
 
 
-def against(path: Path, live: nn.Module) -> dict[str, Check]:
+def checks_against(path: Path, trained: nn.Module) -> dict[str, Check]:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(16, 3, 14, 14, generator=generator), torch.arange(16) % 10
-    return found(load_model(path), (x, y), Probes(QUICK, (live, plain_network(path))))
+    return checks_of(load_model(path), (x, y), Probes(QUICK, (trained, plain_network(path))))
 
 
-def exported(path: Path, live: Network, changed: dict[str, Tensor] | None = None, model: Model = TINY) -> Path:
-    write_model(path, effective_state(live) | (changed or {}), model, {"keep_fraction": "0.1", "image_size": 14})
+def export(path: Path, trained: Network, changed: dict[str, Tensor] | None = None, model: Model = TINY) -> Path:
+    write_model(path, effective_state(trained) | (changed or {}), model, {"keep_fraction": "0.1", "image_size": 14})
     return path
 
 
-def test_a_file_of_the_live_network_passes(tmp_path: Path) -> None:
-    live = live_network()
-    path = exported(tmp_path / "model.safetensors", live)
-    listed = against(path, live)
+def test_a_file_of_the_trained_network_passes(tmp_path: Path) -> None:
+    trained = trained_network()
+    path = export(tmp_path / "model.safetensors", trained)
+    listed = checks_against(path, trained)
     assert listed.keys() == OWN | {"exported file"}
     assert listed["exported file"].status == "pass"
     check = mask_check(path)
     assert check.status == "pass"
-    kept = sum(int(masked.count_nonzero()) for name, masked in effective_state(live).items() if masked.dim() > 1)
-    total = sum(masked.numel() for masked in effective_state(live).values() if masked.dim() > 1)
-    assert f"{kept:,} of {total:,} connections" in check.figure
+    kept = sum(int(masked.count_nonzero()) for name, masked in effective_state(trained).items() if masked.dim() > 1)
+    total = sum(masked.numel() for masked in effective_state(trained).values() if masked.dim() > 1)
+    assert f"{kept:,} of {total:,} weights" in check.figure
     assert 0.1 <= kept / total < 0.101
 
 
 def test_a_wrong_normalisation_is_caught(tmp_path: Path) -> None:
-    live = live_network()
+    trained = trained_network()
     other = TINY.model_copy(update={"std": (0.36, 0.35, 0.35)})
-    path = exported(tmp_path / "model.safetensors", live, model=other)
-    assert against(path, live)["exported file"].status == "warn"
+    path = export(tmp_path / "model.safetensors", trained, model=other)
+    assert checks_against(path, trained)["exported file"].status == "warn"
     assert mask_check(path).status == "pass"
 
 
 def test_normalisation_that_the_loaded_network_lacks_is_caught(tmp_path: Path) -> None:
-    """Images go in as the metadata says, so a plain network disagrees with one that forgets it."""
-    live = live_network()
-    path = exported(tmp_path / "model.safetensors", live)
+    """The plain network normalises as the metadata says, so it disagrees with a network that does not."""
+    trained = trained_network()
+    path = export(tmp_path / "model.safetensors", trained)
     x, y = torch.rand(8, 3, 14, 14, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     bare = load_model(path).backbone
-    assert found(bare, (x, y), Probes(QUICK, (plain_network(path),)))["exported file"].status == "warn"
+    assert checks_of(bare, (x, y), Probes(QUICK, (plain_network(path),)))["exported file"].status == "warn"
 
 
-def test_a_mask_that_is_not_applied_is_caught(tmp_path: Path) -> None:
-    live = live_network()
+def test_an_unapplied_mask_is_caught(tmp_path: Path) -> None:
+    trained = trained_network()
     dense = build_network(TINY, seed=0, image_size=14).backbone.state_dict()
-    path = exported(tmp_path / "model.safetensors", live, dense)
+    path = export(tmp_path / "model.safetensors", trained, dense)
     assert mask_check(path).status == "warn"
-    assert against(path, live)["exported file"].status == "warn"
+    assert checks_against(path, trained)["exported file"].status == "warn"
 
 
 def test_one_connection_too_many_is_caught(tmp_path: Path) -> None:
-    live = live_network()
-    weight = effective_state(live)["fc2.weight"].detach().clone()
+    trained = trained_network()
+    weight = effective_state(trained)["fc2.weight"].detach().clone()
     row, column = (weight == 0).nonzero()[0].tolist()
     weight[row, column] = 1e-3
-    assert mask_check(exported(tmp_path / "a.safetensors", live, {"fc2.weight": weight})).status == "warn"
+    assert mask_check(export(tmp_path / "a.safetensors", trained, {"fc2.weight": weight})).status == "warn"
     weight[row, column], (row, column) = 0.0, weight.nonzero()[0].tolist()
     weight[row, column] = 0.0  # a kept connection may be zero
-    assert mask_check(exported(tmp_path / "b.safetensors", live, {"fc2.weight": weight})).status == "pass"
+    assert mask_check(export(tmp_path / "b.safetensors", trained, {"fc2.weight": weight})).status == "pass"
 
 
 def test_a_dense_file_keeps_all(tmp_path: Path) -> None:
@@ -241,12 +241,12 @@ def test_a_dense_file_keeps_all(tmp_path: Path) -> None:
 # --- the curve and the thresholds ------------------------------------------------------------------------------------
 
 
-def columns_of(curve: list[np.ndarray], standing: np.ndarray) -> dict[str, Any]:
-    """Verdicts of an honest network but for its curve, over radii 0, 1, ..."""
-    n = len(standing)
+def columns_of(curve: list[np.ndarray], robust: np.ndarray) -> dict[str, Any]:
+    """Verdicts without symptoms except for the given curve, over radii 0, 1, ..."""
+    n = len(robust)
     yes, zero = np.ones(n, dtype=bool), np.zeros(n, dtype=np.float32)
-    withstands = {f"withstands_{name}": standing for name in ("longer", "one_step", "margin", "square")}
-    columns = {"robust_correct": standing, **{f"at {i}": column for i, column in enumerate(curve)}, **withstands}
+    rivals = {f"withstands_{name}": robust for name in ("longer", "one_step", "margin", "square")}
+    columns = {"robust_correct": robust, **{f"at {i}": column for i, column in enumerate(curve)}, **rivals}
     return columns | {"dead_gradient": ~yes, "follows_gradient": yes, "repeat_gap": zero, "probabilities": ~yes}
 
 
@@ -281,7 +281,7 @@ def test_the_curve_must_fall_to_nothing(counts: list[int], verdict: str) -> None
         ("withstands_margin", "another loss", 13),
     ],
 )
-def test_other_attacks_are_counted_on_what_pgd_left(column: str, name: str, least: int) -> None:
+def test_other_attacks_run_on_images_robust_to_pgd(column: str, name: str, least: int) -> None:
     """The numbers of the docstring, for 60 images."""
     curve = [first(80), first(60), first(0)]
     for broken, verdict in ((least - 1, "pass"), (least, "warn")):
@@ -292,7 +292,7 @@ def test_other_attacks_are_counted_on_what_pgd_left(column: str, name: str, leas
         assert {c.name for c in build_checks(columns) if c.status == "warn"} <= {name}
 
 
-def test_a_network_that_withstands_nothing_passes() -> None:
+def test_a_network_without_robust_images_passes() -> None:
     assert {c.status for c in build_checks(columns_of([first(0)] * 3, first(0)))} == {"pass"}
 
 
@@ -316,7 +316,7 @@ def test_rises_is_a_sign_test_of_the_images_that_differ(gained: int, lost: int, 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_on_a_linear_network_the_curve_is_that_of_the_margin(norm: str) -> None:
-    """Two classes: right within r of x exactly if the margin is more than r times the dual norm of its gradient."""
+    """Two classes: robust at radius r exactly if the margin exceeds r times the dual norm of its gradient."""
     generator = torch.Generator().manual_seed(0)
     x = 0.5 + 0.08 * torch.randn(IMAGES, 1, 6, 6, generator=generator).clamp(-1, 1)
     weight = torch.randn(36, generator=generator)
@@ -336,7 +336,7 @@ def test_on_a_linear_network_the_curve_is_that_of_the_margin(norm: str) -> None:
     for label, radius in [("0", 0.0), *radii(threat_model, x.shape[1:]).items()][:-1]:
         expected = distance > radius
         assert expected.sum() > 0 or radius > eps
-        near = np.abs(distance - radius) < 0.02 * radius + 1e-7  # within what the last steps of PGD leave open
+        near = np.abs(distance - radius) < 0.02 * radius + 1e-7  # within the precision of PGD's last steps
         assert np.array_equal(columns[f"at {label}"].numpy()[~near], expected[~near]), label
         assert near.sum() <= 4
     assert 0 < int(columns["robust_correct"].sum()) < IMAGES
@@ -345,61 +345,61 @@ def test_on_a_linear_network_the_curve_is_that_of_the_margin(norm: str) -> None:
 
 
 @given(st.sampled_from(["linf", "l2"]), st.fractions(Fraction(1, 1000), Fraction(3, 4)), st.integers(1, 30))
-def test_radii_rise_to_one_at_which_every_image_may_be_grey(norm: Any, eps: Fraction, side: int) -> None:
-    found = radii(ThreatModel(norm=norm, eps=eps), torch.Size([3, side, side]))
-    values = list(found.values())
+def test_the_last_radius_reaches_uniform_grey(norm: Any, eps: Fraction, side: int) -> None:
+    radius_at = radii(ThreatModel(norm=norm, eps=eps), torch.Size([3, side, side]))
+    values = list(radius_at.values())
     assert values == sorted(set(values))
     farthest = torch.zeros(3, side, side).double() - 0.5
     distance = float(farthest.abs().max() if norm == "linf" else farthest.norm())
     assert values[-1] >= distance * (1 - 1e-9)
-    assert all(found[label] == pytest.approx(float(Fraction(label) * eps)) for label in list(found)[:-1])
-    assert ("1" in found) == (float(eps) < distance)
+    assert all(radius_at[label] == pytest.approx(float(Fraction(label) * eps)) for label in list(radius_at)[:-1])
+    assert ("1" in radius_at) == (float(eps) < distance)
 
 
-def test_the_margin_is_the_largest_wrong_logit_less_the_right_one() -> None:
+def test_the_margin_is_the_largest_wrong_logit_minus_the_true_one() -> None:
     logits, y = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 7
     expected = [max(row[:k] + row[k + 1 :]) - row[k] for row, k in zip(logits.tolist(), y.tolist(), strict=True)]
     assert torch.allclose(module._margin(logits, y), torch.tensor(expected), rtol=0, atol=1e-6)
 
 
-def test_columns_repeat_and_belong_to_the_images(sound: nn.Module, tested: tuple[Tensor, Tensor]) -> None:
-    """Whatever random state the caller has, which is left alone. Square's numbers are the chunk's."""
-    x, y = tested[0][:24], tested[1][:24]
+def test_columns_are_deterministic_per_image(sound: nn.Module, eval_images: tuple[Tensor, Tensor]) -> None:
+    """Independent of the global random state, which is preserved. Square is keyed by chunk."""
+    x, y = eval_images[0][:24], eval_images[1][:24]
     ids = np.arange(24) + 7
 
-    def judge(rows: slice) -> dict[str, Tensor]:
+    def probe_rows(rows: slice) -> dict[str, Tensor]:
         with crafting(sound):
             return Probes(ATTACK).verdicts(sound, x[rows], y[rows], ids[rows])
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         before = torch.random.get_rng_state()
-        whole = judge(slice(24))
+        whole = probe_rows(slice(24))
         assert torch.equal(before, torch.random.get_rng_state())
         torch.manual_seed(2)
-        again = judge(slice(24))
+        again = probe_rows(slice(24))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    halves = [judge(slice(12)), judge(slice(12, 24))]
+    halves = [probe_rows(slice(12)), probe_rows(slice(12, 24))]
     for name in whole.keys() - {"withstands_square", "repeat_gap"}:
         joined = torch.cat([half[name] for half in halves])
-        assert int((joined != whole[name]).sum()) <= 1, name  # rounding may tip one that is on the edge
+        assert int((joined != whole[name]).sum()) <= 1, name  # rounding may flip a borderline image
 
 
 @pytest.mark.parametrize(("norm", "side"), [("linf", 3), ("l2", 14), ("l2", 24), ("l2", 25), ("l2", 32)])
-def test_square_is_given_no_images_too_small_for_it(norm: Any, side: int) -> None:
+def test_square_skips_images_that_are_too_small(norm: Any, side: int) -> None:
     x = torch.rand(4, 1, side, side, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(side * side, 2))
     probes = Probes(replace(QUICK, threat_model=ThreatModel(norm=norm, eps=Fraction(1, 1000))))
-    y = network(x).argmax(dim=1)  # so that there is something to attack
+    y = network(x).argmax(dim=1)  # so that all images are correct
     expected = OWN if norm == "linf" or side >= 25 else OWN - {"black box"}
-    assert found(network, (x, y), probes).keys() == expected
+    assert checks_of(network, (x, y), probes).keys() == expected
 
 
-def test_l2(sound: nn.Module, tested: tuple[Tensor, Tensor]) -> None:
+def test_l2(sound: nn.Module, eval_images: tuple[Tensor, Tensor]) -> None:
     attack = Pgd(ThreatModel(norm="l2", eps=Fraction(1)), steps=10, step_size=0.25, restarts=1, seed=0)
-    larger = tested[0].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), tested[1]
+    larger = eval_images[0].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), eval_images[1]
     network = Before(lambda x: F.avg_pool2d(x, 2), sound)
-    assert warned(found(network, larger, Probes(attack))) == set()
-    assert {"gradient", "black box"} <= warned(found(Before(rounded, network), larger, Probes(attack)))
+    assert warnings_of(checks_of(network, larger, Probes(attack))) == set()
+    assert {"gradient", "black box"} <= warnings_of(checks_of(Before(rounded, network), larger, Probes(attack)))

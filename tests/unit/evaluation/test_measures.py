@@ -34,14 +34,14 @@ SIDE, IMAGES, CHUNK, WORLD = 28, 300, 64, 3
 CPU = torch.device("cpu")
 ALONE = Group(0, 1, CPU)
 LINF = ThreatModel(norm="linf", eps=Fraction(1, 20))
-# So few and small steps that it matters where they start.
+# Few and small steps, so that the random start matters.
 ATTACK = Pgd(LINF, steps=2, step_size=0.01, restarts=1, seed=0)
 DEADLINE_S = 60
 
 
 @dataclass(frozen=True)
 class InThreads(Group):
-    """Ranks that are threads of this process."""
+    """Ranks as threads of this process."""
 
     meeting: threading.Barrier
     values: dict[int, Any]
@@ -68,7 +68,7 @@ def first_images(loader: Loader, count: int = IMAGES) -> EvaluationImages:
 
 
 class Hooks(EvaluationHooks):
-    """Keeps what is reported; stops after the chunk, or before the pass, with the number that is given."""
+    """Records callbacks; requests a stop after the given chunk or before the given pass."""
 
     def __init__(self, stop_after_chunk: int | None = None, stop_at_pass: int | None = None) -> None:
         self.chunks: list[tuple[int, int]] = []
@@ -87,7 +87,7 @@ class Hooks(EvaluationHooks):
 
 @pytest.fixture(scope="module")
 def network(loader: Loader) -> nn.Module:
-    """The nearest of ten class means, softened into a two-layer network; about two images of three are right."""
+    """A smoothed nearest-class-mean classifier as a two-layer network, about two thirds accurate."""
     ids = np.arange(IMAGES, loader.num_samples)
     images, labels = loader.read(ids, first_images(loader).crops(ids)).to(CPU)
     pixels = images.flatten(1)
@@ -120,16 +120,16 @@ def test_verdicts_do_not_depend_on_the_number_of_workers(network: nn.Module, loa
         return evaluator.verdicts(copy.deepcopy(network), ATTACK, CHUNK)
 
     with ThreadPoolExecutor(WORLD) as pool:
-        found = list(pool.map(rank, range(WORLD), timeout=DEADLINE_S))
-    for verdicts in found:
+        per_rank = list(pool.map(rank, range(WORLD), timeout=DEADLINE_S))
+    for verdicts in per_rank:
         assert differing(verdicts, expected) == []
     assert [each.chunks for each in hooks] == [[(1, 2), (2, 2)], [(1, 2), (2, 2)], [(1, 1)]]
     other = evaluate(network, loader, replace(ATTACK, seed=1))
-    assert differing(other, expected)  # so that equality above says something
+    assert differing(other, expected)  # so that the equality above is not vacuous
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_an_image_is_robust_if_it_is_right_clean_and_under_every_restart(
+def test_an_image_is_robust_if_correct_clean_and_under_every_restart(
     network: nn.Module, loader: Loader, norm: str
 ) -> None:
     threat_model = LINF if norm == "linf" else ThreatModel(norm="l2", eps=Fraction(1))
@@ -155,7 +155,7 @@ def test_an_image_is_robust_if_it_is_right_clean_and_under_every_restart(
         )
         with torch.no_grad():
             right.append(plain(x_adv).argmax(dim=1) == y)
-    # Chunks of another size round differently, which may tip an image that is on the edge.
+    # Chunks of another size round differently, which may flip a borderline image.
     assert (verdicts["robust_correct"] != torch.stack(right).all(dim=0).numpy()).sum() <= 1
     assert np.array_equal(verdicts["clean_correct"], right[0].numpy())
     once = evaluate(network, loader, replace(attack, restarts=1))["robust_correct"]
@@ -190,7 +190,7 @@ class Constant(nn.Module):
 
 
 def test_ties_go_by_class_order(loader: Loader) -> None:
-    """So a network that says nothing is right for one class in ten, and in the first five for five."""
+    """So a constant network has a top-1 accuracy of one class in ten, and a top-5 accuracy of five."""
     verdicts = evaluate(Constant(), loader)
     labels = loader.labels[:IMAGES]
     assert (verdicts["clean_prediction"] == 0).all()
@@ -205,7 +205,7 @@ def test_without_a_threat_model_nothing_is_attacked(network: nn.Module, loader: 
     assert np.array_equal(verdicts["robust_top5"], verdicts["clean_top5"])
 
 
-def test_counts_are_exact_and_the_network_is_left_as_it_was(network: nn.Module, loader: Loader) -> None:
+def test_counts_are_exact_and_the_network_is_unchanged(network: nn.Module, loader: Loader) -> None:
     network.train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     verdicts = evaluate(network, loader)
@@ -229,7 +229,7 @@ def test_counts_are_exact_and_the_network_is_left_as_it_was(network: nn.Module, 
 
 
 class Interrupted(RuntimeError):
-    """What killed an evaluation."""
+    """Kills an evaluation."""
 
 
 class Killing(Hooks):
@@ -247,7 +247,7 @@ def test_an_interrupted_evaluation_continues_with_the_next_chunk(
     with pytest.raises((StopRequested, Interrupted)):
         Evaluator(images, ALONE, hooks).verdicts(network, ATTACK, CHUNK, store)
     assert len(list(tmp_path.glob("pgd.chunks/chunk-*"))) == 2
-    (tmp_path / "pgd.chunks" / "chunk-000001.parquet").write_bytes(b"PAR1")  # half a file is no chunk
+    (tmp_path / "pgd.chunks" / "chunk-000001.parquet").write_bytes(b"PAR1")  # a truncated file is not a chunk
     second = Hooks()
     verdicts = Evaluator(images, ALONE, second).verdicts(network, ATTACK, CHUNK, ChunkStore(store.folder, header))
     assert [total for _, total in second.chunks] == [4] * 4  # of five
@@ -256,8 +256,8 @@ def test_an_interrupted_evaluation_continues_with_the_next_chunk(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stop_does_not_wait_for_the_chunk_under_way(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
-    hooks = Hooks(stop_at_pass=10)  # a chunk has one pass clean, and three under attack
+def test_a_stop_abandons_the_current_chunk(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+    hooks = Hooks(stop_at_pass=10)  # a chunk has one clean pass and three attacked ones
     store = ChunkStore(tmp_path / "chunks", {})
     with pytest.raises(StopRequested):
         Evaluator(first_images(loader), ALONE, hooks).verdicts(network, ATTACK, CHUNK, store)
@@ -268,10 +268,10 @@ def test_a_stop_does_not_wait_for_the_chunk_under_way(network: nn.Module, loader
     assert hooks.passes == 10, "the network still has a hook"
 
 
-def test_a_worker_that_is_done_waits_for_files_and_not_in_a_collective(
+def test_a_finished_worker_waits_for_files_outside_collectives(
     network: nn.Module, loader: Loader, tmp_path: Path
 ) -> None:
-    """A collective has a deadline, which a chunk may exceed: here the second rank's lasts until the first one waits."""
+    """Collectives time out, and a chunk may take longer: here the second rank's lasts until the first one waits."""
     meeting, values, waited = threading.Barrier(2), {}, threading.Event()
 
     class Meeting(Hooks):
@@ -297,7 +297,7 @@ def test_a_worker_that_is_done_waits_for_files_and_not_in_a_collective(
     assert len(first["sample_id"]) == 2 * CHUNK
 
 
-def test_who_waits_is_told_that_another_has_stopped(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+def test_waiting_workers_notice_that_another_has_stopped(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
     meeting, values = threading.Barrier(2), {}
 
     def rank(number: int) -> None:
@@ -313,7 +313,7 @@ def test_who_waits_is_told_that_another_has_stopped(network: nn.Module, loader: 
     assert ChunkStore(tmp_path / "chunks", {}).open().keys() == {0, 1, 2}
 
 
-def test_chunks_of_another_network_or_attack_are_not_taken(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
+def test_chunks_of_another_network_or_attack_are_ignored(network: nn.Module, loader: Loader, tmp_path: Path) -> None:
     done = []
     for header in ({"model_sha256": "m"}, {"model_sha256": "m"}, {"model_sha256": "other"}):
         hooks, store = Hooks(), ChunkStore(tmp_path / "chunks", header)
@@ -322,11 +322,11 @@ def test_chunks_of_another_network_or_attack_are_not_taken(network: nn.Module, l
     assert done == [5, 0, 5]
 
 
-def test_no_image_is_an_error(network: nn.Module, loader: Loader) -> None:
+def test_no_images_is_an_error(network: nn.Module, loader: Loader) -> None:
     with pytest.raises(ValueError, match="no image to evaluate"):
         Evaluator(first_images(loader, 0), ALONE).verdicts(network, ATTACK, CHUNK)
 
 
-def test_the_recipe_says_the_attack() -> None:
+def test_the_recipe_determines_the_attack() -> None:
     evaluation = Evaluation(steps=9, step_size=Fraction(1, 8), restarts=3)
     assert Pgd.of(LINF, evaluation, 5) == Pgd(LINF, 9, 0.125, 3, 5)

@@ -1,4 +1,4 @@
-"""Certificates of linear networks, whose smoothed class probabilities and distances are known exactly."""
+"""Certificates of linear networks, for which smoothed class probabilities and distances have closed forms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def keys_of(count: int, seed: int = 0) -> Tensor:
 
 
 class Linear(nn.Module):
-    """Class 1 on the positive side of a plane, class 0 on the other; the plane has the unit normal `direction`."""
+    """Class 1 on the positive side of the plane with unit normal `direction`, class 0 on the other."""
 
     def __init__(self, classes: int = 2) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Recorder(Linear):
 
 
 def images_at(distances: list[float]) -> Tensor:
-    """Images so far from the plane of `Linear`, on the side of class 1 where positive."""
+    """Images at these signed distances from the plane of `Linear`; class 1 is positive."""
     direction = Linear().direction.detach()
     base = torch.rand(len(distances), PIXELS, generator=torch.Generator().manual_seed(1))
     base -= (base @ direction)[:, None] * direction
@@ -71,41 +71,43 @@ def images_at(distances: list[float]) -> Tensor:
 
 
 def test_the_radius_is_the_distance_to_the_plane_within_the_confidence() -> None:
-    """For a linear network p_A = Phi(distance / sigma), so the radius would be the distance if p_A were known."""
+    """For a linear network p_A = Phi(distance / sigma), so with exact p_A the radius equals the distance."""
     distances = [0.05, 0.1, 0.2, 0.3, 0.4, -0.1, -0.3]
     smoothing = replace(SMOOTHING, n=20_000, batch=1000)
     for image, key, distance in zip(images_at(distances), keys_of(7), distances, strict=True):
-        found = module.certify(Linear(), image, key, smoothing)
-        assert found.prediction == found.selected == (distance > 0)
+        certificate = module.certify(Linear(), image, key, smoothing)
+        assert certificate.prediction == certificate.selected == (distance > 0)
         p = norm.cdf(abs(distance) / smoothing.sigma)
         deviation = math.sqrt(p * (1 - p) / smoothing.n)
-        assert abs(found.votes / smoothing.n - p) < 4 * deviation
-        interval = binomtest(found.votes, smoothing.n, alternative="greater").proportion_ci(0.999, method="exact")
-        assert found.radius == pytest.approx(smoothing.sigma * norm.ppf(interval.low), rel=1e-6)
+        assert abs(certificate.votes / smoothing.n - p) < 4 * deviation
+        interval = binomtest(certificate.votes, smoothing.n, alternative="greater").proportion_ci(0.999, method="exact")
+        assert certificate.radius == pytest.approx(smoothing.sigma * norm.ppf(interval.low), rel=1e-6)
         lowest = smoothing.sigma * norm.ppf(p - 8 * deviation)
-        assert lowest < found.radius < abs(distance)
+        assert lowest < certificate.radius < abs(distance)
 
 
-def test_certificates_are_wrong_as_seldom_as_they_promise() -> None:
-    """How often that is follows from the binomial, and is at most alpha: sound, and not by being useless."""
+def test_certificates_fail_with_at_most_the_nominal_probability() -> None:
+    """The failure rate follows from the binomial: at most alpha, and not vacuously small."""
     distance, repetitions, p = 0.2, 400, norm.cdf(0.2 / 0.25)
     smoothing = replace(SMOOTHING, n0=1, n=100, alpha=0.2)
     outcomes = np.arange(smoothing.n + 1)
     above = np.array([clopper_pearson_lower(int(k), smoothing.n, smoothing.alpha) > p for k in outcomes])
-    expected = p * scipy.stats.binom.pmf(outcomes, smoothing.n, p)[above].sum()  # p: the one draw chooses class 1
+    expected = (
+        p * scipy.stats.binom.pmf(outcomes, smoothing.n, p)[above].sum()
+    )  # p: the single selection draw is class 1
     assert 0.5 * smoothing.alpha < expected <= smoothing.alpha
     (image,) = images_at([distance])
-    found = [module.certify(Linear(), image, key, smoothing) for key in keys_of(repetitions)]
-    wrong = np.mean([certificate.radius > distance or certificate.prediction == 0 for certificate in found])
+    certificates = [module.certify(Linear(), image, key, smoothing) for key in keys_of(repetitions)]
+    wrong = np.mean([certificate.radius > distance or certificate.prediction == 0 for certificate in certificates])
     assert abs(wrong - expected) < 3.5 * math.sqrt(expected * (1 - expected) / repetitions)
 
 
-def test_on_the_plane_itself_nothing_is_answered() -> None:
+def test_abstains_on_the_plane() -> None:
     (image,) = images_at([0.0])
-    found = [module.certify(Linear(), image, key, SMOOTHING) for key in keys_of(25)]
-    assert {(certificate.prediction, certificate.radius) for certificate in found} == {(ABSTAIN, 0.0)}
-    assert {certificate.selected for certificate in found} == {0, 1}
-    assert all(150 < certificate.votes < 250 for certificate in found)
+    certificates = [module.certify(Linear(), image, key, SMOOTHING) for key in keys_of(25)]
+    assert {(certificate.prediction, certificate.radius) for certificate in certificates} == {(ABSTAIN, 0.0)}
+    assert {certificate.selected for certificate in certificates} == {0, 1}
+    assert all(150 < certificate.votes < 250 for certificate in certificates)
 
 
 def test_too_few_draws_certify_nothing() -> None:
@@ -116,7 +118,7 @@ def test_too_few_draws_certify_nothing() -> None:
     assert all_agree.radius == pytest.approx(0.25 * norm.ppf(0.001 ** (1 / 400)), rel=1e-9)
 
 
-def test_noise_is_gaussian_unclipped_and_fresh_for_every_draw() -> None:
+def test_noise_is_gaussian_unclipped_and_independent_per_draw() -> None:
     network, smoothing = Recorder(), replace(SMOOTHING, n0=30, n=300, batch=64)
     image = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
     module.certify(network, image, keys_of(1)[0], smoothing)
@@ -130,7 +132,7 @@ def test_noise_is_gaussian_unclipped_and_fresh_for_every_draw() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
-def test_the_noise_does_not_depend_on_how_it_is_split(batch: int) -> None:
+def test_noise_does_not_depend_on_the_batch_size(batch: int) -> None:
     whole, split = Recorder(), Recorder()
     (image,) = images_at([0.1])
     key = keys_of(1)[0]
@@ -144,7 +146,7 @@ IMAGES = torch.rand(8, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)
 LABELS = torch.arange(8) % 3
 
 
-def judge(network: nn.Module, rows: list[int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+def certify_rows(network: nn.Module, rows: list[int] | None = None, seed: int = 0) -> dict[str, Tensor]:
     rows = list(range(8)) if rows is None else rows
     measure = Certified(SMOOTHING, ThreatModel(norm="l2", eps=Fraction(1, 100)), seed)
     return measure.verdicts(network, IMAGES[rows], LABELS[rows], IDS[rows])
@@ -160,37 +162,37 @@ def masked_network() -> nn.Module:
     return network.train()
 
 
-def test_a_verdict_is_that_of_the_image_alone_in_any_order() -> None:
+def test_a_verdict_depends_on_its_image_alone() -> None:
     network = masked_network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    whole = judge(network)
+    whole = certify_rows(network)
     assert all(part.training for part in network.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     order = [5, 0, 7, 2]
-    assert {n: column.tolist() for n, column in judge(network, order).items()} == {
+    assert {n: column.tolist() for n, column in certify_rows(network, order).items()} == {
         name: column[order].tolist() for name, column in whole.items()
     }
     assert len(set(whole["votes"].tolist())) > 4
-    assert not torch.equal(judge(network, seed=1)["votes"], whole["votes"])
+    assert not torch.equal(certify_rows(network, seed=1)["votes"], whole["votes"])
 
 
-def test_columns_say_what_certify_said() -> None:
+def test_columns_match_certify() -> None:
     network = masked_network()
-    columns = {name: column.tolist() for name, column in judge(network).items()}
+    columns = {name: column.tolist() for name, column in certify_rows(network).items()}
     keys = torch.from_numpy(sample_keys(IDS, 0, "certify").view(np.int64))
     for row in range(8):
-        found = module.certify(network, IMAGES[row], keys[row], SMOOTHING)
-        right = found.prediction == int(LABELS[row])
-        assert columns["selected_class"][row] == found.selected
-        assert columns["votes"][row] == found.votes
-        assert columns["clean_prediction"][row] == found.prediction
-        assert columns["radius"][row] == found.radius
+        certificate = module.certify(network, IMAGES[row], keys[row], SMOOTHING)
+        right = certificate.prediction == int(LABELS[row])
+        assert columns["selected_class"][row] == certificate.selected
+        assert columns["votes"][row] == certificate.votes
+        assert columns["clean_prediction"][row] == certificate.prediction
+        assert columns["radius"][row] == certificate.radius
         assert columns["clean_correct"][row] == right
-        assert columns["robust_correct"][row] == (right and found.radius > 0.01)
+        assert columns["robust_correct"][row] == (right and certificate.radius > 0.01)
     assert any(columns["robust_correct"])
 
 
-def test_what_decides_a_certificate_is_said() -> None:
+def test_settings_and_title_name_the_sampling_parameters() -> None:
     evaluation = Evaluation(n0=7, n=90, alpha=0.01, noise_batch=5)
     measure = Certified.of(0.5, ThreatModel(norm="l2", eps=Fraction(1, 4)), evaluation, 3)
     draws = {"sigma": 0.5, "n0": 7, "n": 90, "alpha": 0.01, "batch": 5}
@@ -198,7 +200,7 @@ def test_what_decides_a_certificate_is_said() -> None:
     assert measure.title == "certified at l2 radius 1/4 by randomized smoothing (sigma 0.5, N = 90, alpha 0.01)"
 
 
-def test_a_vote_over_noisy_copies_is_the_most_frequent_answer() -> None:
+def test_a_vote_over_noisy_copies_is_the_most_frequent_prediction() -> None:
     x, ids = images_at([0.3, -0.3, 0.0, 0.0]), np.arange(4)
     y = torch.tensor([1, 1, 1, 0])
     columns = Noisy(0.25, 25, 0).verdicts(Linear(), x, y, ids)
@@ -220,7 +222,7 @@ VERDICTS = {
 }
 
 
-def test_the_summary_counts() -> None:
+def test_summary() -> None:
     summary = summarise(VERDICTS)
     assert (summary["images"], summary["clean_correct"], summary["robust_correct"]) == (5, 3, 2)
     assert summary["clean_accuracy"]["value"] == 0.6

@@ -1,4 +1,4 @@
-"""The records that evaluations leave: read and written without a byte's difference, and damage is named."""
+"""Result files of evaluations: they round-trip byte for byte, and errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COLUMNS = {
 @pytest.mark.parametrize("listed", [{}, LISTED], ids=["file", "listed"])
 @pytest.mark.parametrize("honesty", [{}, {"honesty": {"images": 2, "checks": [SHORT]}}], ids=["alone", "honesty"])
 @pytest.mark.parametrize("measure", COLUMNS)
-def test_a_result_is_written_as_it_was_read(tmp_path: Path, measure: str, honesty: Any, listed: dict[str, str]) -> None:
+def test_a_result_round_trips(tmp_path: Path, measure: str, honesty: Any, listed: dict[str, str]) -> None:
     values = HEADER | listed | {"images": 4} | summarise(verdicts(**COLUMNS[measure])) | honesty
     atomic_write_json(tmp_path / "before.json", values)
     result = EvaluationResult.read(tmp_path / "before.json")
@@ -49,7 +49,7 @@ def test_a_result_is_written_as_it_was_read(tmp_path: Path, measure: str, honest
     assert (result.correct("clean"), result.accuracy("robust").value) == (3, 0.75)
 
 
-def test_honesty_is_written_as_it_was_read(tmp_path: Path) -> None:
+def test_honesty_round_trips(tmp_path: Path) -> None:
     values = HEADER | {"images": 4, "checks": [CHECK]}
     atomic_write_json(tmp_path / "honesty.json", values)
     result = HonestyResult.read(tmp_path / "honesty.json")
@@ -65,7 +65,7 @@ def test_honesty_is_written_as_it_was_read(tmp_path: Path) -> None:
         (json.dumps(HEADER | {"images": 4}), "is damaged: clean_correct: Field required"),
     ],
 )
-def test_a_damaged_result_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_name_the_damaged_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "pgd.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"^{path} {message}"):

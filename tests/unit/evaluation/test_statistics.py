@@ -1,4 +1,4 @@
-"""Wilson's and Clopper-Pearson's intervals against scipy's, McNemar's p against all outcomes."""
+"""Wilson and Clopper-Pearson intervals against scipy, McNemar's p against enumeration of all outcomes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def test_wilson_is_scipys(counts: tuple[int, int], confidence: float) -> None:
 
 
 def test_wilson_of_a_known_example() -> None:
-    # 8 of 10 at 95 %: 0.4902 to 0.9433, as in any table of the interval.
+    # 8 of 10 at 95 %: 0.4902 to 0.9433, as tabulated.
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_what_is_no_proportion(correct: int, total: int) -> None:
+def test_wilson_refuses_invalid_counts(correct: int, total: int) -> None:
     with pytest.raises(ValueError, match=f"{correct} correct of {total}"):
         wilson_interval(correct, total)
 
@@ -56,25 +56,25 @@ def test_clopper_pearson_is_scipys_exact_interval(count: tuple[int, int], alpha:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 200), alphas, st.floats(0.001, 0.999))
-def test_clopper_pearson_is_too_high_in_at_most_alpha_of_all_experiments(n: int, alpha: float, p: float) -> None:
+def test_clopper_pearson_exceeds_the_truth_with_probability_at_most_alpha(n: int, alpha: float, p: float) -> None:
     """Summed over every possible outcome, not sampled."""
     too_high = np.array([clopper_pearson_lower(k, n, alpha) > p for k in range(n + 1)])
     assert float(scipy.stats.binom.pmf(np.arange(n + 1), n, p)[too_high].sum()) <= alpha + 1e-9
 
 
-def test_clopper_pearson_at_its_ends() -> None:
+def test_clopper_pearson_at_the_extremes() -> None:
     assert clopper_pearson_lower(0, 50, 0.001) == 0.0
     assert clopper_pearson_lower(50, 50, 0.001) == pytest.approx(0.001 ** (1 / 50), rel=1e-12)
 
 
 @pytest.mark.parametrize(("successes", "trials", "alpha"), [(0, 0, 0.1), (6, 5, 0.1), (1, 5, 0.0), (1, 5, 1.0)])
-def test_clopper_pearson_refuses_what_is_no_count(successes: int, trials: int, alpha: float) -> None:
-    with pytest.raises(ValueError, match=r"is no count|alpha .* for example 0\.001"):
+def test_clopper_pearson_refuses_invalid_counts(successes: int, trials: int, alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"is not a count|alpha .* for example 0\.001"):
         clopper_pearson_lower(successes, trials, alpha)
 
 
 def brute_force_p(first: int, second: int) -> float:
-    """Under the null every discordant image is a fair coin: sum all outcomes no likelier than this one."""
+    """Under the null hypothesis discordant images are fair coin flips: sum all outcomes no likelier than this one."""
     n = first + second
     weights = [math.comb(n, k) for k in range(n + 1)]
     return float(sum(Fraction(w, 2**n) for w in weights if w <= weights[first]))
@@ -114,8 +114,8 @@ def test_mcnemar_refuses_arrays_that_are_not_paired_verdicts(first: np.ndarray, 
         mcnemar(first, second)
 
 
-def test_the_certified_curve_falls_from_the_smoothed_accuracy_to_nothing() -> None:
-    """Right, and for the whole closed ball: the radius that was found is that of the open one."""
+def test_the_certified_curve_falls_from_the_smoothed_accuracy_to_zero() -> None:
+    """Certified for the closed ball; the radius of a certificate is that of the open ball."""
     correct, radius = np.array([True, True, False, False, True]), np.array([0.1, 0.25, 0.0, 0.9, 0.4])
     curve = certified_curve(correct, radius, [0.0, 0.2, 0.249, 0.25, 0.5])
     assert [point["radius"] for point in curve] == [0.0, 0.2, 0.249, 0.25, 0.5]

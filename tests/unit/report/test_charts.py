@@ -1,4 +1,4 @@
-"""Charts: one colour, mark and line per method, repeatable files, names that stay texts."""
+"""Charts: one colour, marker and line per method, reproducible files, escaped names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EVERY = ("sparsity.baselines=[snip, random, magnitude]",)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """With all baselines, and layers of a stranger's name."""
+    """With all baselines, and an untrusted layer name."""
     folder = write_run(tmp_path_factory.mktemp("charts") / STRANGE, 0, [*ACCURACY, *OTHERS], overrides=EVERY)
     write_history(folder)
     for stage in [*ACCURACY, *OTHERS]:
@@ -53,24 +53,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 def charts_of(run: RunResult) -> list[Chart]:
     comparisons, histories = compare_all([run]), read_history(run)
-    found: list[Chart | None] = [
+    charts: list[Chart | None] = [
         accuracy_chart([run], comparisons, "robust"),
         accuracy_chart([run], comparisons, "clean"),
     ]
-    found.append(difference_chart(differences([run], comparisons), [run]))
+    charts.append(difference_chart(differences([run], comparisons), [run]))
     for keep in run.recipe.sparsity.keep_fractions:
-        found += [*training_charts(run, histories, keep), layer_chart(run, keep)]
-    return [chart for chart in found if chart is not None]
+        charts += [*training_charts(run, histories, keep), layer_chart(run, keep)]
+    return [chart for chart in charts if chart is not None]
 
 
-def test_every_network_has_a_colour_a_mark_and_a_line_of_its_own() -> None:
+def test_every_method_has_a_distinct_colour_marker_and_line() -> None:
     assert set(METHODS) == set(NETWORK_OF_PHASE.values())
     for values in zip(*METHODS.values(), strict=True):
         if not isinstance(values[0], float):
-            assert len(set(values)) == len(METHODS), "colours, and without them marks and lines, tell methods apart"
+            assert len(set(values)) == len(METHODS), "methods differ in colour, and in marker and line without colour"
 
 
-def test_the_png_and_the_page_have_the_same_colours_marks_and_lines(run: RunResult) -> None:
+def test_png_and_page_share_colours_markers_and_lines(run: RunResult) -> None:
     comparisons = compare_all([run])
     figure = accuracy_figure([run], comparisons)
     root = ET.fromstring(accuracy_chart([run], comparisons, "robust").svg())
@@ -104,16 +104,16 @@ LAB = (
 @pytest.mark.parametrize("vision", VISIONS, ids=["all", "protan", "deutan", "tritan"])
 def test_colours_differ_for_any_colour_vision(part: str, vision: tuple[tuple[float, ...], ...]) -> None:
     """Okabe and Ito's own palette has a least distance of 0.076."""
-    found = []
+    labs = []
     for method in METHODS.values():
         values = np.asarray(to_rgb(getattr(method, part)))
         linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
         seen = np.clip(np.asarray(vision) @ linear, 0, 1)
-        found.append(np.asarray(LAB) @ np.cbrt(np.asarray(LMS) @ seen))
-    assert min(math.dist(a, b) for a, b in itertools.combinations(found, 2)) > 0.055
+        labs.append(np.asarray(LAB) @ np.cbrt(np.asarray(LMS) @ seen))
+    assert min(math.dist(a, b) for a, b in itertools.combinations(labs, 2)) > 0.055
 
 
-def test_names_of_strangers_stay_texts(run: RunResult, tmp_path: Path) -> None:
+def test_untrusted_names_are_escaped(run: RunResult, tmp_path: Path) -> None:
     keep = run.recipe.sparsity.keep_fractions[0]
     chart = layer_chart(run, keep)
     assert chart is not None
@@ -128,7 +128,7 @@ def test_names_of_strangers_stay_texts(run: RunResult, tmp_path: Path) -> None:
     assert png_size(tmp_path / "layers.png")[0] >= 1200
 
 
-def test_charts_share_no_ids_and_ask_for_nothing(run: RunResult) -> None:
+def test_charts_share_no_ids_and_make_no_requests(run: RunResult) -> None:
     drawings = [chart.svg() for chart in charts_of(run)]
     drawings += [legend_key(name, place) for name in METHODS for place in ("results", "layers")]
     drawings += [legend_key("HYDRA", "results", held_out=True)]
@@ -143,7 +143,7 @@ def test_charts_share_no_ids_and_ask_for_nothing(run: RunResult) -> None:
         assert not re.search(r"https?:|url\(|<style|font-family|#[0-9a-f]{6};|nan", svg)
 
 
-def test_drawings_are_repeatable_whatever_the_user_has_set(run: RunResult, tmp_path: Path) -> None:
+def test_charts_are_reproducible_whatever_the_matplotlibrc(run: RunResult, tmp_path: Path) -> None:
     chart, other = charts_of(run)[0], charts_of(run)[0]
     draw_accuracy([run], compare_all([run]), tmp_path / "first.png")
     first = chart.svg()
@@ -155,7 +155,7 @@ def test_drawings_are_repeatable_whatever_the_user_has_set(run: RunResult, tmp_p
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
 
-def test_threads_may_draw_at_once(run: RunResult) -> None:
+def test_threads_may_draw_concurrently(run: RunResult) -> None:
     charts = charts_of(run)[:4]
     expected = [chart.svg() for chart in charts]
     with ThreadPoolExecutor(4) as pool:
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_leaves_a_gap(run: RunResult) -> None:
     assert not re.search("nan|inf", dense[0].attrib["d"])
 
 
-def test_layers_of_a_large_network_have_room(run: RunResult) -> None:
+def test_charts_grow_with_the_number_of_layers(run: RunResult) -> None:
     layers = [{"name": f"layer{i}", "kept": 10 * (i + 1), "total": 1000} for i in range(54)]
     networks = [n for n in run.networks if n.name == "HYDRA"]
     large = RunResult(run.folder, run.recipe, [type(n)(**{**vars(n), "layers": layers}) for n in networks])

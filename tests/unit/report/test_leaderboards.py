@@ -1,4 +1,4 @@
-"""Leaderboards' files: the formats as they are published, the numbers counted again, and every refusal."""
+"""Leaderboard entries: published formats, recounted numbers, and every refusal."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def settings(eps: str, targets: int = 9) -> dict[str, Any]:
     return {"norm": "linf", "eps": eps, "attacks": ATTACKS, "iterations": 100, "targets": targets, "queries": 5000}
 
 
-def judge(folder: Path, ids: np.ndarray, seed: int, **more: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Keep verdicts of a made-up AutoAttack, as `launch evaluate` does; return (clean, robust)."""
+def write_autoattack(folder: Path, ids: np.ndarray, seed: int, **more: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Write synthetic AutoAttack verdicts in the layout of `launch evaluate`; return (clean, robust)."""
     generator = np.random.default_rng(seed)
     clean = generator.random(len(ids)) < 0.8
     robust = clean & (generator.random(len(ids)) < 0.6)
@@ -69,7 +69,7 @@ def judge(folder: Path, ids: np.ndarray, seed: int, **more: Any) -> tuple[np.nda
 
 
 def write_run(folder: Path, values: dict[str, Any], images: int = 0, **more: Any) -> Path:
-    """A finished run; every network that is evaluated has AutoAttack's verdicts of `images` images, if any."""
+    """A finished run; every evaluated network has AutoAttack verdicts of `images` images, if any."""
     recipe = small_recipe(Path("/data"), **values)
     folder.mkdir()
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -78,12 +78,12 @@ def write_run(folder: Path, values: dict[str, Any], images: int = 0, **more: Any
         place.mkdir(parents=True)
         (place / "result.json").write_text(json.dumps({"model_sha256": place.as_posix(), "layers": []}))
         if images and stage.measure:
-            judge(place, np.arange(images), seed, **more)
+            write_autoattack(place, np.arange(images), seed, **more)
     return folder
 
 
 def leaderboard(capsys: pytest.CaptureFixture[str], run: Path, paper: str = PAPER) -> tuple[int, list[str], str]:
-    """Exit code, lines said, and errors."""
+    """Exit code, lines on standard output, and standard error."""
     capsys.readouterr()
     code = main(["leaderboard", str(run), *shlex.split(paper)])
     out, err = capsys.readouterr()
@@ -95,9 +95,9 @@ def model_infos(run: Path) -> dict[str, dict[str, Any]]:
     return {path.relative_to(root).as_posix(): json.loads(path.read_text()) for path in root.rglob("*.json")}
 
 
-def test_cifar_networks_become_entries_of_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cifar_networks_become_entries_of_both_leaderboards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", CIFAR, images=10_000)
-    code, said, err = leaderboard(capsys, run)
+    code, lines, err = leaderboard(capsys, run)
     assert (code, err) == (0, "")
     infos = model_infos(run)
     suffixes = ["dense", *(f"keep-{k}{m}" for k in ("0.1", "0.05", "0.01") for m in ("", "_magnitude"))]
@@ -130,17 +130,17 @@ def test_cifar_networks_become_entries_of_both(tmp_path: Path, capsys: pytest.Ca
         assert f'"HYDRA_{ID}_R18_CIFAR10_US_{pruned}" : ["your_gdrive_link_id", ".safetensors"]' in section
         assert f"_Clean Accuracy:_ {info['clean_acc']}\n_Robust Accuracy (AA):_ {info['autoattack_acc']}\n" in section
         assert "_Robust Accuracy (HO-FMN):_ not run" in section
-    assert sorted(said) == sorted(str(path) for path in (run / "report").rglob("*.*") if path.is_file())
+    assert sorted(lines) == sorted(str(path) for path in (run / "report").rglob("*.*") if path.is_file())
 
 
 def test_svhn_counts_the_first_ten_thousand_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = CIFAR | {"data": {**CIFAR["data"], "dataset": "svhn", "augmentation": "pad_crop"}}
     values |= {"model": {"arch": "vgg16_bn_cifar", "num_classes": 10}}
     run = write_run(tmp_path / "run", values, images=10_500)
-    code, said, _ = leaderboard(capsys, run)
+    code, lines, _ = leaderboard(capsys, run)
     assert code == 0
-    assert "not for RobustBench, pretrain, keep-0.1/finetune, " in said[-1]
-    assert "there is no leaderboard for svhn linf; there is cifar10 linf, cifar10 l2, cifar100 linf, im" in said[-1]
+    assert "not for RobustBench, pretrain, keep-0.1/finetune, " in lines[-1]
+    assert "there is no leaderboard for svhn linf, only for cifar10 linf, cifar10 l2, cifar100 linf, im" in lines[-1]
     issue = (run / "report/leaderboards/adversarial_pruning_benchmark/new-ap-method.md").read_text()
     verdicts = pq.read_table(next((run / "keep-0.1/finetune/evaluate").glob("*.parquet"))).to_pydict()
     robust = np.mean(verdicts["robust_correct"][:10_000])
@@ -150,28 +150,32 @@ def test_svhn_counts_the_first_ten_thousand_images(tmp_path: Path, capsys: pytes
 
     spread = write_run(tmp_path / "spread", values)
     for stage in ("keep-0.1", "keep-0.05", "keep-0.01"):
-        judge(spread / stage / "finetune", np.arange(10_000) * 26_032 // 10_000, seed=1)
+        write_autoattack(spread / stage / "finetune", np.arange(10_000) * 26_032 // 10_000, seed=1)
     code, _, err = leaderboard(capsys, spread)
     assert code == 2
-    assert "10,000 images were judged, but not the first 10,000" in err
+    assert "10,000 images were evaluated, but not all of the first 10,000" in err
 
 
-def test_imagenet_is_taken_by_its_list_and_torchvisions_preprocessing(
+def test_imagenet_requires_the_list_and_torchvisions_preprocessing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = {"settings": settings("4/255")}
     run = write_run(tmp_path / "run", IMAGENET, images=5000, **own)
-    code, said, err = leaderboard(capsys, run)
-    assert (code, said) == (2, [])
-    assert "was judged on 5,000 images (read from the FFCV file), and RobustBench's are the 5,000 of its list" in err
+    code, lines, err = leaderboard(capsys, run)
+    assert (code, lines) == (2, [])
+    assert "was evaluated on 5,000 images (read from the FFCV file), and RobustBench uses the 5,000 of its list" in err
     assert f"python -m launch evaluate {run} --attack autoattack --folder DIR --image-list imagenet_test" in err
-    assert "adversarial pruning benchmark: it has cifar10 and svhn, with resnet18_cifar or" in err
-    judge(run / "keep-0.1/finetune", np.arange(5000), 77, **own, **LISTED | {"image_list_sha256": "0" * 64})
-    assert "was judged on 5,000 images (torchvision, resize 256, centre crop 224), and" in leaderboard(capsys, run)[2]
-    _, robust = judge(run / "keep-0.1/finetune", np.arange(5000), 78, **own, **LISTED, flags={"zero_gradient": 5000})
-    code, said, _ = leaderboard(capsys, run)
+    assert "adversarial pruning benchmark: it accepts cifar10 and svhn with resnet18_cifar or" in err
+    write_autoattack(run / "keep-0.1/finetune", np.arange(5000), 77, **own, **LISTED | {"image_list_sha256": "0" * 64})
+    assert (
+        "was evaluated on 5,000 images (torchvision, resize 256, centre crop 224), and" in leaderboard(capsys, run)[2]
+    )
+    _, robust = write_autoattack(
+        run / "keep-0.1/finetune", np.arange(5000), 78, **own, **LISTED, flags={"zero_gradient": 5000}
+    )
+    code, lines, _ = leaderboard(capsys, run)
     assert code == 0
-    assert [line.split(":")[0] for line in said[1:]] == [
+    assert [line.split(":")[0] for line in lines[1:]] == [
         "not for RobustBench, pretrain, keep-0.1/magnitude",
         "not for adversarial pruning benchmark",
     ]
@@ -184,36 +188,52 @@ def test_imagenet_is_taken_by_its_list_and_torchvisions_preprocessing(
 @pytest.mark.parametrize(
     ("values", "more", "message"),
     [
-        ({}, {"images": 0}, "judged by nothing, and only AutoAttack counts: python -m launch evaluate .* autoattack"),
-        ({}, {"attack": "pgd", "title": "PGD-20"}, "judged by PGD-20 on 10,000 images, and only AutoAttack counts"),
-        ({}, {"settings": settings("8/255") | {"iterations": 5}}, "judged by AutoAttack .* and only AutoAttack counts"),
-        ({}, {"images": 1000}, "judged on 1,000 of the 10,000 test images: python -m launch evaluate .* --images all"),
-        ({}, {"model_sha256": "of another network"}, "judged by nothing"),
+        (
+            {},
+            {"images": 0},
+            "evaluated by nothing, and only standard AutoAttack counts: python -m launch evaluate .* autoattack",
+        ),
+        (
+            {},
+            {"attack": "pgd", "title": "PGD-20"},
+            "evaluated by PGD-20 on 10,000 images, and only standard AutoAttack counts",
+        ),
+        (
+            {},
+            {"settings": settings("8/255") | {"iterations": 5}},
+            "evaluated by AutoAttack .* and only standard AutoAttack counts",
+        ),
+        (
+            {},
+            {"images": 1000},
+            "evaluated on 1,000 of the 10,000 test images: python -m launch evaluate .* --images all",
+        ),
+        ({}, {"model_sha256": "of another network"}, "evaluated by nothing"),
         ({"threat_model": {"norm": "linf", "eps": "4/255"}}, {}, "eps for cifar10 linf is 8/255, and .* is 4/255"),
         ({"data": {**CIFAR["data"], "image_size": 28}}, {}, "images were resized or cropped"),
         ({"data": {**CIFAR["data"], "augmentation": "random_resized_crop"}}, {}, "images were resized or cropped"),
-        ({"model": {"num_classes": 4}}, {}, "cifar10 has 10 classes, and this network 4"),
+        ({"model": {"num_classes": 4}}, {}, "cifar10 has 10 classes, and this network has 4"),
         (
             {"sparsity": {"keep_fractions": [0.1, 0.2]}},
             {"images": 100},
-            "90, 95 and 99 % pruned, .* leaves out 95 % and 99 %",
+            "90, 95 and 99 % pruned, .* lacks 95 % and 99 %",
         ),
-        ({"model": {"arch": "wrn_28_4"}}, {"images": 100}, "resnet18_cifar or .*; this is cifar10 with wrn_28_4"),
-        ({"threat_model": {"norm": "l2", "eps": "1/2"}}, {"images": 100}, "under linf eps 8/255, and .* is l2 eps 1/2"),
+        ({"model": {"arch": "wrn_28_4"}}, {"images": 100}, "resnet18_cifar or .*; this run is cifar10 with wrn_28_4"),
+        ({"threat_model": {"norm": "l2", "eps": "1/2"}}, {"images": 100}, "at linf eps 8/255, and .* is l2 eps 1/2"),
     ],
 )
-def test_what_is_not_the_leaderboards_is_refused(
+def test_networks_outside_a_leaderboards_rules_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], values: dict[str, Any], more: dict[str, Any], message: str
 ) -> None:
     merged = CIFAR | {key: {**CIFAR[key], **value} for key, value in values.items()}
     run = write_run(tmp_path / "run", merged, **{"images": 10_000, **more})
-    code, said, err = leaderboard(capsys, run)
-    assert (code, said) == (2, [])
+    code, lines, err = leaderboard(capsys, run)
+    assert (code, lines) == (2, [])
     assert re.search(message, err)
     assert not (run / "report").exists()
 
 
-def test_l2_extra_images_and_foreign_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_l2_extra_images_and_imported_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = CIFAR | {"threat_model": {"norm": "l2", "eps": "1/2"}}
     values |= {"model": {**CIFAR["model"], "arch": "wrn_28_10", "weights": "/data/others.safetensors"}}
     run = write_run(tmp_path / "run", values, images=10_000, settings=settings("1/2") | {"norm": "l2"})
@@ -235,7 +255,7 @@ def test_ids_are_file_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_run_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", CIFAR, images=10_000)
-    (run / "report").touch()  # in the way, for whoever may write anywhere as well
-    code, said, err = leaderboard(capsys, run)
-    assert (code, said) == (2, [])
+    (run / "report").touch()  # a file in the way, which stops even root
+    code, lines, err = leaderboard(capsys, run)
+    assert (code, lines) == (2, [])
     assert re.fullmatch(rf"error: {run}/report/leaderboards cannot be written: .*; make a copy of the run\n", err)

@@ -1,4 +1,4 @@
-"""The report's page: every number is counted again here from what the run left; strangers' texts stay texts."""
+"""The HTML page: all numbers are recomputed here from the run's files; untrusted text is escaped."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from pipeline.recipe.threat_model import ThreatModel
 from pipeline.report.build import PAGE, build_report
 from pipeline.report.charts import accuracy_chart
 from pipeline.report.comparison import headline, within_noise
-from pipeline.report.examples import Examples, Shown, examples
-from pipeline.report.history import passes_per_step, read_history, spent
-from pipeline.report.pictures import cards
+from pipeline.report.examples import Examples, RunExamples, examples
+from pipeline.report.history import passes_per_step, read_history, stage_cost
+from pipeline.report.pictures import example_cards
 from pipeline.report.results import NetworkResult, compare_all, read_runs
 from pipeline.report.run_charts import MOST_POINTS, training_charts
 from pipeline.robustness.objectives import ObjectiveInput, build_objective
@@ -50,7 +50,7 @@ PER_STAGE = {"pretrain": 5, "prune": 2, "finetune": 3, "magnitude": 5}
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PNGs are looked at elsewhere."""
+    """The PNGs are tested elsewhere."""
     monkeypatch.setattr("pipeline.report.build.draw_accuracy", lambda runs, comparisons, path: None)
     monkeypatch.setattr("pipeline.report.build.draw_layers", lambda run, path: None)
 
@@ -95,8 +95,8 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, *start: str) -> list[str]:
-        (found,) = [row for row in self.rows if row[: len(start)] == list(start)]
-        return found
+        (row,) = [row for row in self.rows if row[: len(start)] == list(start)]
+        return row
 
 
 def page_of(runs: list[Path]) -> Page:
@@ -139,7 +139,7 @@ def write_history(run: Path, rows_per_epoch: int = 2, steps_per_epoch: int = STE
 
 
 def same_verdicts(run: Path, stage: str, other: str, flipped: int) -> None:
-    """Give `stage` the verdicts of `other`, but for the first `flipped` images of each kind: no lead at all."""
+    """Give `stage` the verdicts of `other` with `flipped` images swapped each way: no lead at all."""
     right = verdicts(run, other).copy()
     for value in (True, False):
         right[np.flatnonzero(right == value)[:flipped]] ^= True
@@ -164,18 +164,19 @@ def test_numbers_intervals_and_differences(tmp_path: Path) -> None:
     assert f"has {100 * hydra.mean():.1f} % robust accuracy (95 % interval {low:.1f} to {high:.1f}); it is" in page.text
     interval = paired_interval(int((hydra & ~magnitude).sum()), int((magnitude & ~hydra).sum()), IMAGES)
     first, last = (f"{100 * bound:+.1f}" for bound in interval)
-    lead = f"it is significantly ahead of magnitude pruning, by {100 * (hydra.mean() - magnitude.mean()):.1f} points "
-    assert f"{lead}(95 % interval of the difference {first} to {last}, McNemar's p = " in page.text
-    for said in ("fashion_mnist", "small_cnn", "pgd, 3 steps of 1/20", "linf, eps 1/10", "PGD-20, linf eps 1/10"):
-        assert said in page.text
+    lead = f"by {100 * (hydra.mean() - magnitude.mean()):.1f} percentage points"
+    lead += f" (95 % interval of the difference {first} to {last}, McNemar's p = "
+    assert f"it is significantly ahead of magnitude pruning, {lead}" in page.text
+    for text in ("fashion_mnist", "small_cnn", "pgd, 3 steps of 1/20", "linf, eps 1/10", "PGD-20, linf eps 1/10"):
+        assert text in page.text
 
 
-def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
+def test_a_difference_within_noise_is_labelled(tmp_path: Path) -> None:
     run = write_run(tmp_path / "even")
     same_verdicts(run, "keep-0.01/magnitude", "keep-0.01/finetune", flipped=20)
     assert re.search(r"^magnitude +99 %.* \+0\.00 +p = 1\.000, within noise$", build_report([run]), re.MULTILINE)
     page = page_of([run])
-    assert "the 0.0 points between it and magnitude pruning are a difference within noise" in page.text
+    assert "its difference of 0.0 percentage points from magnitude pruning is within noise" in page.text
     assert page.row("magnitude", "99 %", "+0.00")[-2:] == ["p = 1.000", "within noise"]
     assert "mark magnitude hollow" in [values.get("class") for tag, values in page.tags if tag == "g"]
 
@@ -207,7 +208,7 @@ def test_curves_have_hollow_marks_within_noise(tmp_path: Path) -> None:
     assert not [g for g in clean if "hollow" in (g.get("class") or "")]
 
 
-def test_who_is_behind_is_said(tmp_path: Path) -> None:
+def test_hydra_behind_a_baseline_is_labelled(tmp_path: Path) -> None:
     run = write_run(tmp_path / "behind")
     for name in ("pgd.json", "pgd.parquet"):
         first, second = (run / "keep-0.01" / stage / "evaluate" / name for stage in ("finetune", "magnitude"))
@@ -220,12 +221,12 @@ def test_who_is_behind_is_said(tmp_path: Path) -> None:
             lambda values, stage=stage: values.update(model_sha256=f"keep-0.01/{stage}-0"),
         )
     page = page_of([run])
-    assert re.search(r"it is significantly behind magnitude pruning, by \d\.\d points", page.text)
+    assert re.search(r"it is significantly behind magnitude pruning, by \d\.\d percentage points", page.text)
     (row,) = [row for row in page.rows if row[-1] == "HYDRA behind"]
     assert row[2].startswith("\N{MINUS SIGN}")
 
 
-def test_seeds_are_counted_one_by_one(tmp_path: Path) -> None:
+def test_every_seed_is_compared(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"seed{seed}", seed) for seed in range(3)]
     same_verdicts(runs[2], "keep-0.01/magnitude", "keep-0.01/finetune", flipped=20)
     page = page_of(runs)
@@ -238,25 +239,25 @@ def test_seeds_are_counted_one_by_one(tmp_path: Path) -> None:
     assert [len([row for row in page.rows if row[0] == f"seed{seed}"]) for seed in range(3)] == [5 + 2] * 3
 
 
-def test_a_seed_that_is_missing_is_counted(tmp_path: Path) -> None:
+def test_a_missing_seed_is_counted(tmp_path: Path) -> None:
     page = page_of([write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, stages=["pretrain"])])
     assert page.row("HYDRA", "99 %")[-1] == "1 of 2"
     assert page.row("dense", "0 %")[-1] == "2 of 2"
     assert page.row("b", "magnitude", "99 %", "missing: not evaluated yet")
-    assert page.row("b", "magnitude", "99 %", "missing: one of the two is not evaluated yet")
+    assert page.row("b", "magnitude", "99 %", "missing: one of the two networks is not evaluated yet")
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started(tmp_path: Path) -> None:
     page = page_of([write_run(tmp_path / "new", stages=[])])
-    for said in (
+    for text in (
         "No pruned network is evaluated yet.",
-        "None are shown: no pruned network is finished.",
-        "No metrics are there yet.",
+        "Not available: no pruned network is finished.",
+        "No metrics yet.",
         "No pruned network is finished yet.",
-        "no stage has begun",
-        "provenance.jsonis missing",
+        "no stage has started",
+        "provenance.jsonmissing",
     ):
-        assert said in page.text
+        assert text in page.text
     assert page.row("HYDRA", "99 %")[-1] == "missing: not evaluated yet"
 
 
@@ -269,14 +270,14 @@ def test_without_a_baseline_nothing_is_compared(tmp_path: Path) -> None:
     assert "McNemar" not in page.text
 
 
-class Asks(Page):
-    """What a browser would fetch or run."""
+class Requests(Page):
+    """URLs that a browser would fetch, and tags that it would run."""
 
     @property
     def fetched(self) -> list[str]:
         names = ("src", "href", "srcset", "data", "action", "xlink:href", "poster", "formaction")
-        found = [values[name] or "" for _, values in self.tags for name in names if name in values]
-        return [url for url in found if not url.startswith(("data:", "#"))]
+        urls = [values[name] or "" for _, values in self.tags for name in names if name in values]
+        return [url for url in urls if not url.startswith(("data:", "#"))]
 
     @property
     def runs(self) -> list[str]:
@@ -287,7 +288,7 @@ class Asks(Page):
 STRANGE = '"><script>alert(1)<img src=x onerror=alert(1)>&amp;'
 
 
-def test_names_of_strangers_stay_texts(tmp_path: Path) -> None:
+def test_untrusted_names_are_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path / STRANGE)
     write_history(run)
     edit(run / "provenance.json", lambda values: values.update(processor=STRANGE, commit=STRANGE))
@@ -298,19 +299,19 @@ def test_names_of_strangers_stay_texts(tmp_path: Path) -> None:
     (run / "keep-0.1" / "finetune" / "honesty.json").write_text(json.dumps(checked))
     build_report([run])
     html = (run / "report" / PAGE).read_text(encoding="utf-8")
-    page = Asks(html)
+    page = Requests(html)
     assert page.fetched == page.runs == []
     assert "<script" not in html.lower()
     assert page.text.count(STRANGE) >= 10
     assert STRANGE in page.row("HYDRA, 90 % pruned")[1]
 
 
-def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_page_makes_no_requests(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     write_history(run)
     build_report([run])
     html = (run / "report" / PAGE).read_text(encoding="utf-8")
-    page = Asks(html)
+    page = Requests(html)
     assert page.fetched == page.runs == []
     assert not re.search(r"https?:|@import|url\(", html)
     policy = {
@@ -318,10 +319,10 @@ def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
         "content": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
     }
     assert ("meta", policy) in page.tags
-    assert Asks('<a href="x"><img src="//y"></a>').fetched == ["x", "//y"], "it would have been seen"
+    assert Requests('<a href="x"><img src="//y"></a>').fetched == ["x", "//y"], "requests are detected"
 
 
-def test_headers_have_scopes_and_drawings_have_words(tmp_path: Path) -> None:
+def test_headers_have_scopes_and_charts_have_text_alternatives(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     write_history(run)
     page = page_of([run])
@@ -342,7 +343,7 @@ def heights(path: ET.Element) -> list[float]:
 
 
 def axis_of(root: ET.Element) -> Any:
-    """Reads heights in a drawing off its own grid and the numbers beside it: y in units of the drawing -> value."""
+    """Map from y in SVG units to value, read off the chart's own grid and tick labels."""
     lines = [float(heights(path)[0]) for path in root.iter("path") if "var(--line)" in path.get("style", "")]
     numbers = [float(t.text or "") for t in root if t.tag == "text" and "text-anchor:end" in t.get("style", "")]
     ticks = list(zip(lines, numbers, strict=True))
@@ -350,7 +351,7 @@ def axis_of(root: ET.Element) -> Any:
     return lambda y: first + (y - y0) * (last - first) / (y1 - y0)
 
 
-def test_marks_and_intervals_stand_at_their_values(tmp_path: Path) -> None:
+def test_markers_and_intervals_are_at_their_values(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "demo")])
     root = ET.fromstring(accuracy_chart(runs, {}, "robust").svg())
     value_at = axis_of(root)
@@ -371,7 +372,7 @@ def test_marks_and_intervals_stand_at_their_values(tmp_path: Path) -> None:
     assert value_at(heights(level)[0]) == pytest.approx(100 * verdicts(runs[0].folder, "pretrain").mean(), abs=0.1)
 
 
-def test_training_curves_are_whole_and_thinned(tmp_path: Path) -> None:
+def test_training_curves_are_complete_and_averaged(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "long")
     write_history(folder, rows_per_epoch=400, steps_per_epoch=400)
     (run,) = read_runs([folder])
@@ -388,7 +389,7 @@ def test_training_curves_are_whole_and_thinned(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= MOST_POINTS
     value_at, longest = axis_of(root), lines[0]
     assert len(longest) > MOST_POINTS / 2
-    # Rows rise evenly from 0 to 100 %: so do their means.
+    # Rows rise evenly from 0 to 100 %, and so do their means.
     assert [value_at(y) for y in longest] == pytest.approx(np.linspace(0.25, 99.75, len(longest)).tolist(), abs=0.6)
     assert "keep-0.1/prune" in root.attrib["aria-label"]
     assert "keep-0.01" not in root.attrib["aria-label"]
@@ -400,20 +401,22 @@ def test_costs_are_the_sums_of_the_rows(tmp_path: Path) -> None:
     page = page_of([run])
     for stage, epochs in PER_STAGE.items():
         name = stage if stage == "pretrain" else f"keep-0.1/{stage}"
-        row = page.row(name, "trained" if stage != "prune" else "under way")
-        # PGD-3: three passes to attack and one to learn; 2 rows of 2.5 s and 0.5 s on held-out images per epoch.
+        row = page.row(name, "trained" if stage != "prune" else "in progress")
+        # PGD-3: three attack passes and one update pass; 2 rows of 2.5 s and 0.5 s on held-out images per epoch.
         seconds = [f"{5 * epochs:.1f} s", f"{0.5 * epochs:.1f} s"]
         assert row[2:] == [str(epochs), str(4 * epochs), f"{4 * epochs:.1f}", *seconds, f"{256 / 2.5:.0f}", row[-1]]
-    assert page.row("all")[2:5] == ["25", "100", "100.0"]
-    assert sum(int(row[-1].removesuffix(" %")) for row in page.rows if row[1:2] in (["trained"], ["under way"])) == 100
+    assert page.row("Total")[2:5] == ["25", "100", "100.0"]
+    assert (
+        sum(int(row[-1].removesuffix(" %")) for row in page.rows if row[1:2] in (["trained"], ["in progress"])) == 100
+    )
 
 
-def test_shares_of_the_training_time(tmp_path: Path) -> None:
+def test_breakdown_of_training_time(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     write_history(run)
     slow = run / "pretrain" / "metrics.jsonl"  # waits for its images
     slow.write_text(slow.read_text().replace('"data": 0.25', '"data": 2.5'))
-    older = run / "keep-0.1" / "finetune" / "metrics.jsonl"  # its rows do not tell parts apart
+    older = run / "keep-0.1" / "finetune" / "metrics.jsonl"  # its rows have no breakdown
     rows = [json.loads(line) for line in older.read_text().splitlines()]
     for row in rows:
         row["timing"].pop("seconds_in", None)
@@ -422,11 +425,11 @@ def test_shares_of_the_training_time(tmp_path: Path) -> None:
     assert page.row("pretrain", "31.6 %") == ["pretrain", "31.6 %", "52.6 %", "10.5 %", "5.3 %"]
     assert page.row("keep-0.1/prune", "60.0 %")[1:] == ["60.0 %", "10.0 %", "20.0 %", "10.0 %"]
     assert page.row("keep-0.1/finetune", "\u2013")[1:] == ["\u2013"] * 4
-    assert page.row("all stages")[1] == f"{100 * 44 * 1.5 / (10 * 4.75 + 34 * 2.5):.1f} %"
+    assert page.row("All stages")[1] == f"{100 * 44 * 1.5 / (10 * 4.75 + 34 * 2.5):.1f} %"
 
 
-class Counted(nn.Module):
-    """A network that counts the images that go forth and back through it."""
+class Counting(nn.Module):
+    """A network that counts the images in its forward and backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -450,10 +453,10 @@ class Counted(nn.Module):
         ("fgsm", 2),
     ],
 )
-def test_passes_are_those_that_the_objective_makes(name: str, level: int) -> None:
+def test_pass_counts_match_the_objective(name: str, level: int) -> None:
     objective = usual_objective(name)
     threat_model = ThreatModel.model_validate({"norm": "l2" if name == "smoothadv" else "linf", "eps": "1/10"})
-    network, x = Counted(), torch.rand(6, 3, 4, 4)
+    network, x = Counting(), torch.rand(6, 3, 4, 4)
     noise = torch.from_numpy(rng.sample_keys(np.arange(6), 0, "attack").view(np.int64))
     given = ObjectiveInput(network, network, x, torch.arange(6) % 5, noise, noise=torch.zeros_like(x))
     outcome = build_objective(objective, threat_model, "pretrain", level)(given)
@@ -461,13 +464,13 @@ def test_passes_are_those_that_the_objective_makes(name: str, level: int) -> Non
     assert passes_per_step(objective, level) == network.passes / 6
 
 
-def test_bounds_are_no_passes() -> None:
+def test_bounds_do_not_count_as_passes() -> None:
     bounding = [name for name, technique in TECHNIQUES.items() if issubclass(technique, Bounding)]
     assert bounding == ["ibp", "crown_ibp", "mixtrain"]
     assert [passes_per_step(usual_objective(name)) for name in bounding] == [None] * 3
 
 
-def test_a_stage_that_made_its_attack_stronger_costs_more(tmp_path: Path) -> None:
+def test_a_strengthened_attack_costs_more(tmp_path: Path) -> None:
     guarded = ("objective={name: fgsm, step_size: 1/10}", "evaluation.validation_steps=3")
     folder = write_run(tmp_path / "guarded", overrides=guarded)
     write_history(folder)
@@ -477,30 +480,32 @@ def test_a_stage_that_made_its_attack_stronger_costs_more(tmp_path: Path) -> Non
     (folder / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run,) = read_runs([folder])
     first = read_history(run)[0]
-    assert spent(first).pass_epochs == pytest.approx(3 * 2 + 2 * 3)
+    assert stage_cost(first).pass_epochs == pytest.approx(3 * 2 + 2 * 3)
 
 
 def test_provenance_parents_and_recipe(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     write_history(run)
     page = page_of([run])
-    for said in ("c" * 40, "torch 2.11.0", "d" * 64, "Processor <9>", "550; NVIDIA"):
-        assert said in page.text
-    assert page.row("keep-0.1/finetune", "keep-0.1/prune")[3] == "keep-0.1/fin"  # the model's hash, its first 12 signs
+    for text in ("c" * 40, "torch 2.11.0", "d" * 64, "Processor <9>", "550; NVIDIA"):
+        assert text in page.text
+    assert (
+        page.row("keep-0.1/finetune", "keep-0.1/prune")[3] == "keep-0.1/fin"
+    )  # the first 12 characters of the model's hash
     assert "step_size: 1/20" in page.text
     assert " ".join(dump_recipe(load_recipe(RECIPE)).removesuffix("slurm: null\n").split()) in page.text
     for hidden in ("launch run", "node-7", "slurm"):
         assert hidden not in page.text
 
 
-def test_a_commit_that_is_not_known_is_called_that(tmp_path: Path) -> None:
+def test_an_unknown_commit_is_labelled(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     write_history(run)
     edit(run / "provenance.json", lambda values: values.update(commit=None))
     assert "unknown: not run from a git checkout" in page_of([run]).text
 
 
-def test_layers_share_a_column_where_networks_keep_the_same(tmp_path: Path) -> None:
+def test_networks_with_equal_layers_share_a_column(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     page = page_of([run])
     head = next(row for row in page.rows if row[:2] == ["#", "Layer"])
@@ -511,7 +516,7 @@ def test_layers_share_a_column_where_networks_keep_the_same(tmp_path: Path) -> N
     assert page.row("2", "conv2.weight")[3:] == ["1,844 10 %", "185 1 %", "92 0.499 %"]
 
 
-def test_honesty_checks_are_shown_where_they_are(tmp_path: Path) -> None:
+def test_honesty_checks_are_shown_if_present(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo")
     assert "Honesty" not in page_of([run]).text
     path = run / "keep-0.01" / "finetune" / "honesty.json"
@@ -523,18 +528,18 @@ def test_honesty_checks_are_shown_where_they_are(tmp_path: Path) -> None:
     page = page_of([run])
     assert page.row("HYDRA, 99 % pruned", "more steps")[2:] == ["pass", "0.3 points", ""]
     assert page.row("HYDRA, 99 % pruned", "large eps")[2:] == ["warn", "0.3 points", "PGD-100 helps little"]
-    for broken, said in (
+    for broken, message in (
         ({"checks": [good | {"verdict": "fine"}]}, "'fine' is neither pass nor warn"),
         ({"checks": [{"name": "x"}]}, "lacks one of name, verdict"),
         ([], "no list of checks"),
     ):
         path.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match=said) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             build_report([run])
         assert str(path) in str(caught.value)
 
 
-def test_the_page_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_the_page_is_replaced_atomically(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo", stages=["pretrain"])
     assert "No pruned network" in page_of([run]).text
     for stage in ("keep-0.1/finetune", "keep-0.1/magnitude"):
@@ -546,7 +551,7 @@ def test_the_page_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (5, 0), (12, 4), (30, 30)])
-def test_paired_interval_mirrors_and_holds_the_difference(only_first: int, only_second: int) -> None:
+def test_paired_interval_is_symmetric_and_contains_the_difference(only_first: int, only_second: int) -> None:
     low, high = paired_interval(only_first, only_second, 200)
     mirrored = paired_interval(only_second, only_first, 200)
     assert (low, high) == pytest.approx((-mirrored[1], -mirrored[0]))
@@ -554,8 +559,8 @@ def test_paired_interval_mirrors_and_holds_the_difference(only_first: int, only_
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.05, 0.05), (0.3, 0.1), (0.02, 0.2)])
-def test_paired_interval_covers_as_often_as_it_says(first: float, second: float) -> None:
-    """Exactly, over all outcomes of 60 images: each is right for one network alone, for the other alone, or neither."""
+def test_paired_interval_has_its_nominal_coverage(first: float, second: float) -> None:
+    """Exact, over all outcomes of 60 images: each is correct for only one network, only the other, or neither."""
     total, covered, whole = 60, 0.0, 0.0
     rest = 1 - first - second
     for a, b in itertools.product(range(total + 1), repeat=2):
@@ -571,8 +576,8 @@ def test_paired_interval_covers_as_often_as_it_says(first: float, second: float)
 
 
 @pytest.mark.parametrize("counts", [(-1, 0, 10), (6, 5, 10), (0, 0, 0)])
-def test_paired_interval_refuses_what_is_no_count(counts: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="no counts of discordant images"):
+def test_paired_interval_refuses_invalid_counts(counts: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="not counts of discordant images"):
         paired_interval(*counts)
 
 
@@ -586,46 +591,46 @@ def images(count: int = 4) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     return torch.rand(count, 3, 4, 4, generator=generator), torch.arange(count) % 5, np.arange(10, 10 + count)
 
 
-def test_examples_are_in_the_ball_and_said_as_they_are() -> None:
+def test_examples_are_in_the_ball_with_their_predictions() -> None:
     torch.manual_seed(0)
-    network, (x, y, ids) = Counted(), images()
-    found = examples(network, x, y, ids, attack())
-    assert found.clean == pytest.approx(x.numpy())
-    assert np.abs(found.adversarial - found.clean).max() == pytest.approx(0.1, abs=1e-6)
-    assert found.adversarial.min() >= 0
-    assert found.adversarial.max() <= 1
+    network, (x, y, ids) = Counting(), images()
+    batch = examples(network, x, y, ids, attack())
+    assert batch.clean == pytest.approx(x.numpy())
+    assert np.abs(batch.adversarial - batch.clean).max() == pytest.approx(0.1, abs=1e-6)
+    assert batch.adversarial.min() >= 0
+    assert batch.adversarial.max() <= 1
     for pictures, classes, shares in (
-        (found.clean, found.clean_prediction, found.clean_confidence),
-        (found.adversarial, found.adversarial_prediction, found.adversarial_confidence),
+        (batch.clean, batch.clean_prediction, batch.clean_confidence),
+        (batch.adversarial, batch.adversarial_prediction, batch.adversarial_confidence),
     ):
         shown = network(torch.from_numpy(pictures)).softmax(dim=1)
         assert classes.tolist() == shown.argmax(dim=1).tolist()
         assert shares == pytest.approx(shown.amax(dim=1).detach().numpy(), abs=1e-6)
-    losses = [F.cross_entropy(network(torch.from_numpy(p)), y) for p in (found.clean, found.adversarial)]
+    losses = [F.cross_entropy(network(torch.from_numpy(p)), y) for p in (batch.clean, batch.adversarial)]
     assert losses[1] > losses[0]
     verdicts = attack().verdicts(network, x, y, ids)["robust_correct"]
-    stays = (found.clean_prediction == found.labels) & (found.adversarial_prediction == found.labels)
+    stays = (batch.clean_prediction == batch.labels) & (batch.adversarial_prediction == batch.labels)
     assert stays.tolist() == verdicts.tolist(), "the same attack as the evaluation's"
 
 
-def test_examples_stop_in_time_and_nobody_attacks_without_a_threat() -> None:
-    network, (x, y, ids) = Counted(), images()
+def test_examples_stop_in_time_and_need_a_threat_model() -> None:
+    network, (x, y, ids) = Counting(), images()
     assert len(examples(network, x, y, ids, attack(), most_s=0.0).ids) == 1
     assert examples(network, x, y, ids, attack(None)).adversarial == pytest.approx(x.numpy())
 
 
 @pytest.mark.slow
-def test_examples_of_a_run_are_on_its_page(tmp_path: Path, fashion_data: Path) -> None:
+def test_examples_are_on_the_page(tmp_path: Path, fashion_data: Path) -> None:
     test_file = fashion_data / "test.beton"
     overrides = (f"data.test_file={test_file}", "evaluation.steps=2")
     run = write_run(tmp_path / "demo", overrides=overrides)
-    assert "None are shown: no pruned network is finished" in page_of([run]).text
+    assert "Not available: no pruned network is finished" in page_of([run]).text
     recipe = load_recipe(run / "recipe.yaml")
     network = build_network(recipe.model, 0, recipe.data.image_size)
     write_model(
         run / "keep-0.01/finetune/model.safetensors", network.backbone.state_dict(), recipe.model, {"image_size": 28}
     )
-    assert "the test file was replaced since the evaluation" in page_of([run]).text
+    assert "the test file has changed since the evaluation" in page_of([run]).text
     sha256 = json.loads((fashion_data / "test.beton.manifest.json").read_text())["sha256"]
     for stage in ACCURACY:
         edit(run / stage / "evaluate" / "pgd.json", lambda values: values.update(data_sha256=sha256))
@@ -634,7 +639,7 @@ def test_examples_of_a_run_are_on_its_page(tmp_path: Path, fashion_data: Path) -
     assert len(pictures) == 3 * 8
     assert all((values["src"] or "").startswith("data:image/png;base64,") and values["alt"] for values in pictures)
     assert "HYDRA, 99 % pruned, run demo, under PGD-2, linf eps 1/10" in page.text
-    assert page.text.count("largest change: 25.5/255") == 8
+    assert page.text.count("largest change of a pixel: 25.5/255") == 8
     (fashion_data / "test.beton").rename(fashion_data / "away")
     try:
         assert "the test file is not on this machine" in page_of([run]).text
@@ -642,17 +647,17 @@ def test_examples_of_a_run_are_on_its_page(tmp_path: Path, fashion_data: Path) -
         (fashion_data / "away").rename(test_file)
 
 
-def test_pictures_of_large_images_are_small() -> None:
+def test_large_images_are_compressed() -> None:
     noise = np.random.default_rng(0).random((1, 3, 224, 224), np.float32)
     one, sure = np.zeros(1, np.int64), np.ones(1, np.float32)
     network = NetworkResult(Path(), "keep-0.1/finetune", "HYDRA", Decimal("0.1"), None, [])
-    found = Examples(one, one, noise, np.clip(noise + 0.01, 0, 1), one, one, sure, sure)
-    (card,) = cards(Shown(network, "PGD", [STRANGE], found))
+    batch = Examples(one, one, noise, np.clip(noise + 0.01, 0, 1), one, one, sure, sure)
+    (card,) = example_cards(RunExamples(network, "PGD", [STRANGE], batch))
     assert card["clean"].startswith("data:image/jpeg")
     assert len(card["clean"]) < 150_000
-    assert card["verdict"] == "withstands"
+    assert card["verdict"] == "robust"
 
 
-def test_headline_is_about_the_sparsest_that_is_evaluated(tmp_path: Path) -> None:
+def test_headline_is_about_the_sparsest_evaluated_network(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "half", stages=["pretrain", "keep-0.1/finetune"])])
     assert headline(runs, []).startswith("With 90 % of its connections pruned")

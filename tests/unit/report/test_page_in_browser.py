@@ -1,4 +1,4 @@
-"""The report's page as a browser shows it: silent, self-contained, within its window, legible in light and dark."""
+"""The HTML page in a browser: no errors or requests, fits the window, legible in light and dark mode."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.unit.report.test_page import STRANGE, write_history
 from tests.unit.report.test_report import write_run
 
 UBUNTU = Path("/etc/os-release").exists() and platform.freedesktop_os_release()["ID"] == "ubuntu"
-"""Whose Chromium is a snap, which containers cannot run, and which sees no temporary files."""
+"""Their Chromium is a snap, which containers cannot run and which cannot read temporary files."""
 PROGRAMS = ("google-chrome",) if UBUNTU else ("chromium", "chromium-browser", "google-chrome")
 PROGRAM = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
 UNAVAILABLE = ROOT / ".venv" / "without-browser"
-"""Written by .ci/setup.sh where it found no browser; says why where there can be none: only there tests are skipped."""
+"""Written by .ci/setup.sh if it installs no browser; tests are skipped only if it gives a reason."""
 WHY = UNAVAILABLE.read_text().strip() if UNAVAILABLE.exists() else ""
 pytestmark = pytest.mark.skipif(PROGRAM is None and bool(WHY), reason=WHY or "there is a browser")
 START_MS, ANSWER_MS = 90_000, 60_000
@@ -53,16 +53,16 @@ CONTRAST = """
           background: light(behind(document.body))};
 })()
 """
-"""The least contrast of each kind, as WCAG 2 defines it, and how light the page is."""
+"""Minimum contrast of each kind, as defined by WCAG 2, and the page's lightness."""
 
 
 @dataclass
-class Opened:
-    """A page that is loaded, with all of its images, and what it did meanwhile."""
+class LoadedPage:
+    """A fully loaded page, with its requests and messages."""
 
     page: Page
     requests: list[str] = field(default_factory=list)
-    """Of every request but that for the page itself and for data: URIs."""
+    """URLs of all requests except for the page itself and data: URIs."""
     complaints: list[str] = field(default_factory=list)
     """Console messages, uncaught errors, and what the browser logs about the page."""
 
@@ -71,14 +71,14 @@ class Opened:
         return self.page.evaluate(expression)
 
 
-Open = Callable[..., Opened]
+Open = Callable[..., LoadedPage]
 """(file, *, width in CSS pixels, dark, media) -> the page"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     assert PROGRAM is not None, f"none of {', '.join(PROGRAMS)} is installed; `make setup` installs Debian's chromium"
-    # Whatever a page asks for by name does not exist. Playwright itself turns off what a browser does by itself.
+    # No host name resolves. Playwright turns off the browser's own background requests.
     arguments = ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -92,7 +92,7 @@ def browser() -> Iterator[Browser]:
 def open_page(browser: Browser) -> Iterator[Open]:
     contexts: list[BrowserContext] = []
 
-    def open_page(path: Path, *, width: int = 1200, dark: bool = False, media: Any = "screen") -> Opened:
+    def open_page(path: Path, *, width: int = 1200, dark: bool = False, media: Any = "screen") -> LoadedPage:
         context = browser.new_context(
             viewport={"width": width, "height": 900},
             is_mobile=width < 600,
@@ -102,7 +102,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
         context.set_default_timeout(ANSWER_MS)
         page = context.new_page()
         page.emulate_media(media=media)
-        opened = Opened(page)
+        opened = LoadedPage(page)
         page.on("request", lambda request: opened.requests.append(request.url))
         page.on("console", lambda message: opened.complaints.append(message.text))
         page.on("pageerror", lambda error: opened.complaints.append(str(error)))
@@ -117,7 +117,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three seeds, with all baselines, checks and a name of a stranger."""
+    """Of three seeds, with all baselines, honesty checks and an untrusted name."""
     folder = tmp_path_factory.mktemp("page")
     names = (f"seed-{STRANGE}", "seed-1", "seed-2")
     runs = [write_run(folder / name, seed) for seed, name in enumerate(names)]
@@ -128,14 +128,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(
         json.dumps({"model_sha256": "keep-0.01/finetune-0", "checks": [check, check | {"verdict": "warn"}]})
     )
-    found = read_runs(runs)
-    write_page(found, compare_all(found), {}, folder / "report.html")
+    results = read_runs(runs)
+    write_page(results, compare_all(results), {}, folder / "report.html")
     return folder / "report.html"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
-def test_it_is_silent_asks_for_nothing_and_fits(open_page: Open, page: Path, width: int, dark: bool) -> None:
+def test_no_errors_no_requests_and_no_overflow(open_page: Open, page: Path, width: int, dark: bool) -> None:
     opened = open_page(page, width=width, dark=dark)
     assert (opened.requests, opened.complaints) == ([], [])
     assert opened.value_of("document.scripts.length") == 0
@@ -146,17 +146,17 @@ def test_it_is_silent_asks_for_nothing_and_fits(open_page: Open, page: Path, wid
     outside = "[...document.querySelectorAll('figure, svg, h1, p, dl, .scroll, pre')].filter("
     outside += "(e) => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length"
     assert opened.value_of(outside) == 0
-    cut = """[...document.querySelectorAll("svg text")].filter((t) => t.checkVisibility()).filter((t) => {
+    clipped = """[...document.querySelectorAll("svg text")].filter((t) => t.checkVisibility()).filter((t) => {
         const [text, all] = [t.getBoundingClientRect(), t.closest("svg").getBoundingClientRect()];
         return text.left < all.left || text.right > all.right || text.top < all.top || text.bottom > all.bottom;
     }).map((t) => t.textContent)"""
-    assert opened.value_of(cut) == []
+    assert opened.value_of(clipped) == []
     scrolls = "[...document.querySelectorAll('.scroll')].some((e) => e.scrollWidth > e.clientWidth)"
     assert opened.value_of(scrolls) is (width == 360), "wide tables scroll by themselves"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_is_legible(open_page: Open, page: Path, dark: bool) -> None:
+def test_contrast_is_sufficient(open_page: Open, page: Path, dark: bool) -> None:
     opened = open_page(page, dark=dark)
     least = opened.value_of(CONTRAST)
     assert (least["background"] < 0.05) is dark
@@ -165,14 +165,14 @@ def test_it_is_legible(open_page: Open, page: Path, dark: bool) -> None:
     assert least["drawn"] >= 3
 
 
-def test_numbers_in_drawings_can_be_read_on_a_phone(open_page: Open, page: Path) -> None:
+def test_numbers_in_charts_are_legible_on_a_phone(open_page: Open, page: Path) -> None:
     opened = open_page(page, width=360)
     heights = "[...document.querySelectorAll('svg text')].filter((e) => e.textContent && e.checkVisibility())"
     heights += ".map((e) => e.getBoundingClientRect().height)"
     assert min(opened.value_of(heights)) >= 10
 
 
-def test_what_is_printed_is_whole(open_page: Open, page: Path) -> None:
+def test_print_is_complete(open_page: Open, page: Path) -> None:
     opened = open_page(page, width=794, dark=True, media="print")
     assert opened.value_of(CONTRAST)["background"] == pytest.approx(1)
     folded = "[...document.querySelectorAll('details:not([open]) pre, details:not([open]) .chart')]"
@@ -181,7 +181,7 @@ def test_what_is_printed_is_whole(open_page: Open, page: Path) -> None:
     assert opened.value_of("getComputedStyle(document.querySelector('nav')).display") == "none"
 
 
-def test_what_a_page_does_wrong_is_seen(open_page: Open, tmp_path: Path) -> None:
+def test_faults_of_a_page_are_detected(open_page: Open, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text("""<!DOCTYPE html><html><body><div style="width: 500px">wide</div>
         <img src="https://pictures.invalid/a.png"><script>console.error("boom"); nowhere();</script></body></html>""")

@@ -1,4 +1,4 @@
-"""Reports of runs written by hand: every number in table and CSV is counted again here from the verdicts."""
+"""Reports of synthetic runs: every number in table and CSV is recomputed here from the verdicts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OTHERS = {
     "keep-0.01/random": (0.551, 0.412),
     "keep-0.01/snip": (0.775, 0.577),
 }
-"""Of two more baselines."""
+"""Accuracies of two more baselines."""
 
 
 def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, A
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a second or two; where only numbers are looked at it is left out."""
+    """Skip drawing, which takes a second or two, where only numbers are checked."""
     monkeypatch.setattr("pipeline.report.build.draw_accuracy", lambda runs, comparisons, path: None)
     monkeypatch.setattr("pipeline.report.build.draw_layers", lambda run, path: None)
 
@@ -67,7 +67,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_run(
     folder: Path, seed: int = 0, stages: list[str] | None = None, measure: str = "pgd", overrides: tuple[str, ...] = ()
 ) -> Path:
-    """A finished run, or one in which only `stages` are."""
+    """A finished run, or one with only `stages` finished."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, [f"seed={seed}", *overrides])))
     generator = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def write_run(
         path = folder / stage
         (path / "evaluate").mkdir(parents=True)
         shift = generator.normal(0, 0.004)
-        # Easy images are easy for every network, with some disagreement, as in reality.
+        # Networks agree on most easy images, as in practice.
         clean, robust = (hardness + generator.normal(0, 0.1, IMAGES) < a + shift for a in accuracy[stage])
         robust &= clean
         model = f"{stage}-{seed}"
@@ -161,7 +161,7 @@ def test_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_marks_in_the_picture_are_hollow_within_noise(tmp_path: Path, seeds: int) -> None:
+def test_markers_within_noise_are_hollow(tmp_path: Path, seeds: int) -> None:
     runs = read_runs([write_run(tmp_path / str(seed), seed) for seed in range(seeds)])
     comparisons = compare_all(runs)
     near = {key for key, test in comparisons.items() if test is not None and test.p_value >= 0.05}
@@ -176,10 +176,10 @@ def test_marks_in_the_picture_are_hollow_within_noise(tmp_path: Path, seeds: int
     for axes, points in ((figure.axes[0], expected), (figure.axes[1], None)):
         marks = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
         hollow = {mark: same_color(mark.get_markerfacecolor(), "white") for mark in marks}
-        found = {(float(value), hollow[mark]) for mark in marks for value in np.asarray(mark.get_ydata())}
+        drawn = {(float(value), hollow[mark]) for mark in marks for value in np.asarray(mark.get_ydata())}
         assert sum(len(np.asarray(mark.get_ydata())) for mark in marks) == 4 * seeds
-        assert found == points if points is not None else not any(hollow for _, hollow in found)
-    assert "hollow mark: within noise of HYDRA (McNemar's p of 0.05 or more)" in figure.get_suptitle()
+        assert drawn == points if points is not None else not any(hollow for _, hollow in drawn)
+    assert "hollow marker: within noise of HYDRA (McNemar's p of 0.05 or more)" in figure.get_suptitle()
     sure = dict.fromkeys(comparisons)
     assert "hollow" not in accuracy_figure(runs, sure).get_suptitle()
 
@@ -195,8 +195,8 @@ def test_honesty_checks_are_one_line(tmp_path: Path) -> None:
         ]
         text = json.dumps({"model_sha256": f"{stage}-0", "checks": listed})
         (run / stage / "honesty.json").write_text(text)
-    said = "demo/keep-0.1/finetune warns of slope; demo/keep-0.01/finetune warns of slope, mask ("
-    assert f"\nhonesty: 6 of 9 checks pass; {said}" in build_report([run])
+    warnings = "demo/keep-0.1/finetune warns of slope; demo/keep-0.01/finetune warns of slope, mask ("
+    assert f"\nhonesty: 6 of 9 checks pass; {warnings}" in build_report([run])
     for stage in ("keep-0.1/finetune", "keep-0.01/finetune"):
         edit(run / stage / "honesty.json", lambda values: values.update(model_sha256="another"))
     assert build_report([run]).endswith("\nhonesty: 3 of 3 checks pass")
@@ -237,12 +237,12 @@ def test_seeds_make_one_table_with_means_and_every_difference(tmp_path: Path) ->
     line = row_of(table, "magnitude", "99 %")
     differences = [f"{100 * (h - m):+.2f}" for h, m in zip(hydra, magnitude, strict=True)]
     assert re.findall(r"[+-]\d+\.\d\d(?=  p )", line) == differences
-    assert "means over the seeds 0, 1, 2" in table
+    assert "means over seeds 0, 1, 2" in table
     assert len(read_csv(runs[0] / "report" / "robust_accuracy.csv")) == 15
     assert not (runs[1] / "report").exists()
 
 
-def test_what_is_not_there_yet_is_missing(tmp_path: Path) -> None:
+def test_unevaluated_networks_are_missing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "half", stages=["pretrain", "keep-0.1/finetune"])
     (run / "keep-0.1" / "prune").mkdir()
     table = build_report([run])
@@ -260,7 +260,7 @@ def test_a_missing_seed_is_counted(tmp_path: Path) -> None:
     assert "(1 of 2)" in row_of(build_report(runs), "HYDRA", "99 %")
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started(tmp_path: Path) -> None:
     run = write_run(tmp_path / "new", stages=[])
     assert "nothing is evaluated yet" in build_report([run])
     assert png_size(run / "report" / "robust_accuracy.png")[0] >= 1200
@@ -278,7 +278,7 @@ def test_a_recipe_without_baselines_has_no_leads(tmp_path: Path) -> None:
     assert "lead" not in table
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{tmp_path} is not a run .*recipe\.yaml.*give a run's name"):
         build_report([tmp_path])
 
@@ -309,7 +309,7 @@ def test_other_attacks_recipes_seeds_images_and_models_are_not_mixed(tmp_path: P
         build_report([run])
 
 
-def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
+def test_certified_accuracy_is_not_called_robust(tmp_path: Path) -> None:
     smoothed = ("objective={name: noise, sigma: 1/4}", "threat_model={norm: l2, eps: 1/4}", "evaluation.attacks=[]")
     run = write_run(tmp_path / "smoothed", measure="certified", overrides=smoothed)
     text = build_report([run])
@@ -320,9 +320,9 @@ def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
     assert {(row["network"], row["keep_fraction"]) for row in rows} == {
         ("dense", "1"), ("HYDRA", "0.1"), ("magnitude", "0.1"), ("HYDRA", "0.01"), ("magnitude", "0.01")
     }  # fmt: skip
-    found = pq.read_table(run / "keep-0.01" / "finetune" / "evaluate" / "certified.parquet").to_pydict()
+    columns = pq.read_table(run / "keep-0.01" / "finetune" / "evaluate" / "certified.parquet").to_pydict()
     for row in [row for row in rows if (row["network"], row["keep_fraction"]) == ("HYDRA", "0.01")]:
-        pairs = zip(found["clean_correct"], found["radius"], strict=True)
+        pairs = zip(columns["clean_correct"], columns["radius"], strict=True)
         count = sum(correct and radius > float(row["radius"]) for correct, radius in pairs)
         assert float(row["certified_accuracy_value"]) == count / IMAGES
         bounds = (float(row["certified_accuracy_low"]), float(row["certified_accuracy_high"]))
@@ -333,7 +333,7 @@ def test_what_was_proved_is_not_called_robust(tmp_path: Path) -> None:
     assert "robust %" in build_report([plain])
 
 
-def test_further_attacks_have_a_table_of_their_own(tmp_path: Path, no_pictures: None) -> None:
+def test_further_attacks_have_a_separate_table(tmp_path: Path, no_pictures: None) -> None:
     run = write_run(tmp_path / "demo")
     plain = build_report([run])
     assert not (run / "report" / "further_attacks.csv").exists()
@@ -361,12 +361,12 @@ def test_further_attacks_have_a_table_of_their_own(tmp_path: Path, no_pictures: 
     ]
 
 
-def test_corruptions_have_a_mean_for_each_severity(tmp_path: Path, no_pictures: None) -> None:
+def test_corruptions_have_a_mean_per_severity(tmp_path: Path, no_pictures: None) -> None:
     run = write_run(tmp_path / "demo")
     plain, folder = build_report([run]), run / "keep-0.01" / "finetune" / "evaluate"
     facts = json.loads((folder / "pgd.json").read_text())
     facts |= {"attack": "corruptions", "title": "all of 18 corruptions at severities 1 to 5, constants of ImageNet-C"}
-    earlier = facts | {"title": "all of 8 corruptions", "mean_corruption_accuracy": 0.7}  # had none for each severity
+    earlier = facts | {"title": "all of 8 corruptions", "mean_corruption_accuracy": 0.7}  # without values per severity
     (folder / "corruptions-1.json").write_text(json.dumps(earlier))
     facts |= {"severity_accuracy": [0.81, 0.7, 0.6, 0.5, 0.4], "mean_corruption_accuracy": 0.602}
     (folder / "corruptions.json").write_text(json.dumps(facts))
@@ -382,7 +382,7 @@ def test_corruptions_have_a_mean_for_each_severity(tmp_path: Path, no_pictures: 
     assert (first["mean_corruption_accuracy"], second["severity_1_accuracy"]) == ("0.602", "")
 
 
-def test_what_honesty_checks_of_another_attack_warn_of_is_shown(tmp_path: Path, no_pictures: None) -> None:
+def test_honesty_warnings_of_another_attack_are_shown(tmp_path: Path, no_pictures: None) -> None:
     run = write_run(tmp_path / "demo")
     plain, folder = build_report([run]), run / "keep-0.01" / "finetune" / "evaluate"
     facts = json.loads((folder / "pgd.json").read_text()) | {"title": "APGD", "attack": "apgd", "flags": {"other": 1}}
@@ -403,7 +403,7 @@ def test_runs_that_cannot_be_written(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     mine, theirs = write_run(tmp_path / "mine"), write_run(tmp_path / "theirs", seed=1)
-    (theirs / "report").touch()  # in the way, for whoever may write anywhere as well
+    (theirs / "report").touch()  # a file in the way, which stops even root
     shown: list[Path] = []
 
     def show(folder: Path, *, alone: bool) -> None:
@@ -413,7 +413,7 @@ def test_runs_that_cannot_be_written(
     monkeypatch.setattr(wandb_report, "log_report", show)
     assert main(["report", str(mine), str(theirs)]) == 0
     out, _ = capsys.readouterr()
-    assert "means over the seeds 0, 1" in out
+    assert "means over seeds 0, 1" in out
     assert shown == [mine]
     (warning,) = caplog.messages
     assert warning.startswith(f"the report of {theirs} is not in wandb: ")

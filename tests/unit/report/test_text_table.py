@@ -1,4 +1,4 @@
-"""Text tables: columns as wide as their widest cell, and every cell as it was given."""
+"""Text tables: columns fit their widest cell, and cells are printed verbatim."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def test_columns_are_aligned_and_cells_are_not_interpreted() -> None:
     ]
 
 
-def test_the_gap_may_be_narrow() -> None:
+def test_gap() -> None:
     assert text_table([["a", "b"], ["10", "2"]], left=[], gap=1) == " a b\n10 2"

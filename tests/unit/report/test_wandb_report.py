@@ -1,4 +1,4 @@
-"""The report's wandb run: its chart, rows and tables hold the numbers that the run left, read from what was logged."""
+"""The report's wandb run: its chart, rows and tables hold the run's numbers, read back from the log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from launch.__main__ import main
 from pipeline.report import wandb_report
-from pipeline.report.examples import Examples, Shown
+from pipeline.report.examples import Examples, RunExamples
 from pipeline.report.results import compare, read_runs
 from pipeline.report.wandb_report import CHART, log_report
 from tests.support.commands import ROOT
@@ -26,16 +26,16 @@ pytestmark = pytest.mark.usefixtures("no_wandb_account")
 METHODS = {"pretrain": "dense", "finetune": "HYDRA", "magnitude": "magnitude"}
 
 
-def three_examples(run_folder: Path) -> Shown:
-    """Of which the first is fooled, the second withstands, and the third is not moved at all."""
+def three_examples(run_folder: Path) -> RunExamples:
+    """The first is not robust, the second is robust, and the third is unperturbed."""
     rng = np.random.default_rng(0)
     clean = rng.random((3, 3, 8, 8)).astype(np.float32) * 0.5 + 0.2
     moved = (clean + 0.1 * rng.choice([-1, 1], clean.shape)).astype(np.float32)
     moved[2] = clean[2]
     before, after, sure = np.array([1, 0, 2]), np.array([0, 0, 2]), np.full(3, 0.75, np.float32)
-    found = Examples(np.array([4, 8, 15]), np.array([1, 0, 2]), clean, moved, before, after, sure, sure)
+    examples = Examples(np.array([4, 8, 15]), np.array([1, 0, 2]), clean, moved, before, after, sure, sure)
     (run,) = read_runs([run_folder])
-    return Shown(run.networks[-1], "PGD-20", ["bag", "boot", "coat"], found)
+    return RunExamples(run.networks[-1], "PGD-20", ["bag", "boot", "coat"], examples)
 
 
 @pytest.fixture
@@ -57,24 +57,29 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logged(run: Path) -> Recorded:
-    (found,) = recorded(run / "report")
-    return found
+    (log,) = recorded(run / "report")
+    return log
 
 
 def accuracy_of(run: Path, stage: str, kind: str) -> dict[str, float]:
     return json.loads((run / stage / "evaluate" / "pgd.json").read_text())[f"{kind}_accuracy"]
 
 
-def test_what_is_logged_is_what_the_run_left(finished: Path) -> None:
+def test_the_log_matches_the_run(finished: Path) -> None:
     log_report(finished, alone=True)
-    found = logged(finished)
-    assert (found.project, found.group, found.name, found.job_type) == ("mine", "demo", "demo", "report")
-    assert found.exit_code == 0
-    assert found.config["name"] == "fashion_mnist"
+    log = logged(finished)
+    assert (log.project, log.group, log.name, log.job_type) == (
+        "mine",
+        "demo",
+        "demo",
+        "report",
+    )
+    assert log.exit_code == 0
+    assert log.config["name"] == "fashion_mnist"
 
-    # rows: a line panel of robust_accuracy/HYDRA by sparsity, for as many runs as are chosen
-    assert found.axes["robust_accuracy/*"] == found.axes["clean_accuracy/*"] == "sparsity"
-    rows = [row for row in found.rows if "sparsity" in row and CHART not in row]
+    # rows: a line panel of robust_accuracy/HYDRA against sparsity, for any selection of runs
+    assert log.axes["robust_accuracy/*"] == log.axes["clean_accuracy/*"] == "sparsity"
+    rows = [row for row in log.rows if "sparsity" in row and CHART not in row]
     by_sparsity = {round(row["sparsity"], 6): row for row in rows if any("accuracy/" in key for key in row)}
     assert sorted(by_sparsity) == [0.0, 0.9, 0.99]
     expected_chart, expected_table = [], {}
@@ -90,15 +95,15 @@ def test_what_is_logged_is_what_the_run_left(finished: Path) -> None:
             row += [accuracy["value"], accuracy["low"], accuracy["high"]]
         expected_table[method, sparsity] = row
 
-    # the chart's own data, and which of its columns is drawn by which
-    assert found.config["_wandb"]["visualize"][CHART]["panel_config"]["panelDefId"] == "wandb/lineseries/v0"
-    chart = found.table(f"{CHART}_table")
+    # the chart's data, and the mapping of its columns
+    assert log.config["_wandb"]["visualize"][CHART]["panel_config"]["panelDefId"] == "wandb/lineseries/v0"
+    chart = log.table(f"{CHART}_table")
     assert chart["columns"] == ["step", "lineKey", "lineVal"]
     drawn = sorted(map(tuple, chart["data"]))
     assert [point[:2] for point in drawn] == [point[:2] for point in sorted(expected_chart)]
     assert [point[2] for point in drawn] == pytest.approx([point[2] for point in sorted(expected_chart)])
 
-    table = found.table("accuracies")
+    table = log.table("accuracies")
     columns = [f"{kind}_{part}" for kind in ("clean", "robust") for part in ("accuracy", "low", "high")]
     (run,) = read_runs([finished])
     assert len(table["data"]) == len(ACCURACY)
@@ -114,34 +119,34 @@ def test_what_is_logged_is_what_the_run_left(finished: Path) -> None:
         else:
             assert cells["hydra_lead"] is cells["p"] is cells["within_noise"] is None
 
-    kept = found.table("kept_fractions")
+    kept = log.table("kept_fractions")
     assert len(kept["data"]) == len(ACCURACY) * len(LAYERS)
     for line in kept["data"]:
         cells = dict(zip(kept["columns"], line, strict=True))
         assert cells["total"] == LAYERS[cells["layer"]]
         assert cells["kept_fraction"] == cells["kept"] / cells["total"]
         assert abs(cells["kept"] - cells["keep_fraction"] * cells["total"]) < 1
-    checks = found.table("honesty_checks")
+    checks = log.table("honesty_checks")
     assert [dict(zip(checks["columns"], line, strict=True))["verdict"] for line in checks["data"]] == ["pass"]
-    (place,) = [row["report"]["path"] for row in found.rows if "report" in row]
-    assert "all of it" in (found.folder / "files" / place).read_text()
+    (place,) = [row["report"]["path"] for row in log.rows if "report" in row]
+    assert "all of it" in (log.folder / "files" / place).read_text()
 
 
-def test_examples_are_pictures_with_what_was_said_of_them(finished: Path) -> None:
+def test_examples_are_pictures_with_captions(finished: Path) -> None:
     log_report(finished, alone=True)
-    found, e = logged(finished), three_examples(finished).examples
-    table = found.table("predictions")
+    log, e = logged(finished), three_examples(finished).examples
+    table = log.table("predictions")
     lines = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
     assert [line["sample"] for line in lines] == [4, 8, 15]
-    assert [line["verdict"] for line in lines] == ["fooled", "withstands", "withstands"]
+    assert [line["verdict"] for line in lines] == ["not robust", "robust", "robust"]
     assert (lines[0]["true"], lines[0]["before"], lines[0]["after"]) == ("boot", "boot, 75 %", "bag, 75 %")
     assert [line["largest"] for line in lines] == ["25.5/255", "25.5/255", "0.0/255"]
-    (logged_images,) = [row["adversarial_examples"] for row in found.rows if "adversarial_examples" in row]
+    (logged_images,) = [row["adversarial_examples"] for row in log.rows if "adversarial_examples" in row]
     assert logged_images["captions"][0] == (
-        "sample 4; true boot; before boot, 75 %; after bag, 75 %; verdict fooled; largest 25.5/255"
+        "sample 4; true boot; before boot, 75 %; after bag, 75 %; verdict not robust; largest 25.5/255"
     )
     for i, place in enumerate(logged_images["filenames"]):
-        pixels = np.asarray(Image.open(found.folder / "files" / place)).transpose(2, 0, 1).astype(float)
+        pixels = np.asarray(Image.open(log.folder / "files" / place)).transpose(2, 0, 1).astype(float)
         image, perturbation, attacked = np.split(pixels, 3, axis=2)
         assert np.abs(image - 255 * e.clean[i]).max() <= 0.51
         assert np.abs(attacked - 255 * e.adversarial[i]).max() <= 0.51
@@ -149,7 +154,7 @@ def test_examples_are_pictures_with_what_was_said_of_them(finished: Path) -> Non
         assert np.array_equal(np.sign(np.where(perturbation == 128, 0, perturbation - 127.5)), sign)
 
 
-def test_a_second_report_that_says_something_new_is_another_run(finished: Path) -> None:
+def test_a_changed_report_is_a_new_run(finished: Path) -> None:
     log_report(finished, alone=True)
     first = logged(finished)
     log_report(finished, alone=True)
@@ -161,13 +166,13 @@ def test_a_second_report_that_says_something_new_is_another_run(finished: Path) 
     assert [row["robust_accuracy/dense"] for row in second.rows if "robust_accuracy/dense" in row] == [0.25]
 
 
-def test_the_command_logs_it(finished: Path, no_pictures: None) -> None:
+def test_the_command_logs_the_report(finished: Path, no_pictures: None) -> None:
     assert main(["report", str(finished)]) == 0
     assert logged(finished).job_type == "report"
 
 
-def test_the_page_goes_with_the_one_run_that_it_is_of(tmp_path: Path, no_pictures: None) -> None:
-    """Of two runs it is written into the first one's folder; what lies in the second one's is old."""
+def test_the_page_is_logged_only_with_a_single_run(tmp_path: Path, no_pictures: None) -> None:
+    """A page of two runs is in the first run's folder; the second run's page is out of date."""
     runs = [write_run(tmp_path / f"seed{seed}", seed, overrides=("tracking.wandb=offline",)) for seed in range(2)]
     (runs[1] / "report").mkdir()
     (runs[1] / "report" / "report.html").write_text("old")
@@ -179,12 +184,12 @@ def test_the_page_goes_with_the_one_run_that_it_is_of(tmp_path: Path, no_picture
     (place,) = [row["report"]["path"] for row in with_page.rows if "report" in row]
     page = (runs[1] / "report" / "report.html").read_text()
     assert (with_page.folder / "files" / place).read_text() == page != "old"
-    for reported in (runs[1:], runs, runs[1:]):  # nothing new
+    for reported in (runs[1:], runs, runs[1:]):  # unchanged
         assert main(["report", *map(str, reported)]) == 0
         assert logged(runs[1]).folder == with_page.folder
 
 
-def test_a_report_that_wandb_was_not_told_of_is_told_later(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unlogged_report_is_logged_later(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = finished / "recipe.yaml"
     log_report(finished, alone=True)
     first = logged(finished)
@@ -198,8 +203,8 @@ def test_a_report_that_wandb_was_not_told_of_is_told_later(finished: Path, monke
     assert logged(finished).run_id != first.run_id
 
 
-def test_what_is_nobodys_business_is_not_logged(tmp_path: Path, no_pictures: None) -> None:
-    """With the real page, which is uploaded as it is and in the report's artifact."""
+def test_private_settings_are_not_logged(tmp_path: Path, no_pictures: None) -> None:
+    """With the real page, which is uploaded directly and in the report's artifact."""
     slurm = f"slurm={{setup: ['export WANDB_API_KEY={SECRET}'], nodes: 2, account: {SECRET}}}"
     run = write_run(tmp_path / "demo", overrides=("tracking.wandb=offline", slurm))
     assert SECRET in (run / "recipe.yaml").read_text()
@@ -213,13 +218,13 @@ def test_what_is_nobodys_business_is_not_logged(tmp_path: Path, no_pictures: Non
         assert text.encode() not in data
 
 
-def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
+def test_a_partial_and_an_empty_run(tmp_path: Path) -> None:
     half = write_run(tmp_path / "half", stages=["keep-0.1/finetune"], overrides=("tracking.wandb=offline",))
     log_report(half, alone=False)
-    found = logged(half)
-    assert [line[1] for line in found.table(f"{CHART}_table")["data"]] == ["HYDRA, clean", "HYDRA, robust"]
-    assert len([row for row in found.rows if "robust_accuracy/HYDRA" in row]) == 1
-    assert not [row for row in found.rows if "adversarial_examples" in row]  # the network's file is not there
+    log = logged(half)
+    assert [line[1] for line in log.table(f"{CHART}_table")["data"]] == ["HYDRA, clean", "HYDRA, robust"]
+    assert len([row for row in log.rows if "robust_accuracy/HYDRA" in row]) == 1
+    assert not [row for row in log.rows if "adversarial_examples" in row]  # the network's file is missing
     none = write_run(tmp_path / "none", stages=[], overrides=("tracking.wandb=offline",))
     off = write_run(tmp_path / "off", overrides=("tracking.wandb=disabled",))
     for run in (none, off):
@@ -228,8 +233,8 @@ def test_half_a_run_and_none_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reporting_imports_nothing_of_training() -> None:
-    """DeepSpeed would write on standard output, where the report's table is."""
+def test_reporting_does_not_import_training() -> None:
+    """DeepSpeed would print on standard output, next to the report's table."""
     heavy = ["ray", "deepspeed"]
     modules = "sys, pipeline.report.build, pipeline.report.wandb_report"
     code = f"import {modules}; print([name for name in {heavy} if name in sys.modules])"

@@ -192,7 +192,7 @@ def test_a_checkpoint_that_is_gone_is_a_warning(finished: Finished, caplog: pyte
     written = finished.check()
     (check,) = [check for check in written["checks"] if check["name"] == "exported file"]
     assert check["verdict"] == "warn"
-    assert "the checkpoint of the live network is gone" in check["figure"]
+    assert "the trained network's checkpoint is missing" in check["figure"]
     assert any("honesty check exported file" in message for message in caplog.messages)
 
 
