@@ -58,7 +58,7 @@ def _run_lane(name: str, start: float) -> int:
 
 def main() -> int:
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="hydra-tests-") as folder, ThreadPoolExecutor(len(LANES)) as pool:
+    with tempfile.TemporaryDirectory(prefix="robust-tests-") as folder, ThreadPoolExecutor(len(LANES)) as pool:
         os.environ[FOLDER] = folder
         codes = dict(zip(LANES, pool.map(lambda name: _run_lane(name, start), LANES), strict=True))
     for name, code in codes.items():

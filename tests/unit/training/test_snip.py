@@ -45,11 +45,11 @@ def small_network() -> nn.Module:
         return nn.Sequential(*layers)
 
 
-def noisy(given: ObjectiveInput) -> ObjectiveOutput:
+def noisy(batch: ObjectiveInput) -> ObjectiveOutput:
     """An objective whose loss depends on images, labels and keys."""
-    noise = uniform_noise(given.keys, given.x.shape[1:])
-    logits = given.forward((given.x + 0.1 * noise).to(next(given.network.parameters()).dtype))
-    return ObjectiveOutput(F.cross_entropy(logits, given.y), None, None)
+    noise = uniform_noise(batch.keys, batch.x.shape[1:])
+    logits = batch.forward((batch.x + 0.1 * noise).to(next(batch.network.parameters()).dtype))
+    return ObjectiveOutput(F.cross_entropy(logits, batch.y), None, None)
 
 
 def test_it_is_how_fast_the_loss_changes_as_a_connection_fades_out() -> None:
