@@ -158,7 +158,7 @@ def test_resuming_completes_the_run(story: Story) -> None:
 @in_story
 def test_a_finished_run_is_left_as_it_is(story: Story) -> None:
     assert story.run_again.code == 0
-    assert "finished already" in story.run_again.out
+    assert "already finished" in story.run_again.out
     assert story.files_unchanged
 
 

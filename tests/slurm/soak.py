@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.slurm.submit import living, read_jobs
+from launch.slurm.submit import active_jobs, read_jobs
 from tests.fault.final_state import unlike
 from tests.slurm.faults import KINDS, Outcome, as_row
 from tests.slurm.struck import strike_in_turn, two_node_recipe
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
                     record = {"seed": options.seed, "outcomes": [as_row(outcome) for outcome in outcomes]}
                     options.record.write_text(json.dumps(record, indent=1) + "\n")
             (place / "full-speed").touch()
-            wait_until(lambda: not living(read_jobs(folder)), 900, "the end of all jobs")
+            wait_until(lambda: not active_jobs(read_jobs(folder)), 900, "the end of all jobs")
         print(table(outcomes))
         calm = calm_run(place / "runs" / "calm", recipe)
         found = unlike(recipe, calm, folder)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launch.slurm.submit import living, read_jobs, submit_run
+from launch.slurm.submit import active_jobs, read_jobs, submit_run
 from pipeline.recipe.schema import Recipe
 from tests.slurm.faults import RECOVERY_S, Outcome, Victim
 from tests.support.commands import launch, wait_until
@@ -66,7 +66,7 @@ def cancel(folder: Path) -> None:
     """By the command line, and waited for."""
     done = launch(folder.parent.parent, "cancel", str(folder))
     assert done.code == 0, done.err
-    wait_until(lambda: not living(read_jobs(folder)), 60, "the end of all jobs")
+    wait_until(lambda: not active_jobs(read_jobs(folder)), 60, "the end of all jobs")
 
 
 def _started(cluster: SlurmCluster, folder: Path) -> Victim:

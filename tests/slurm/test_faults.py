@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.submit import living, read_jobs
+from launch.slurm.submit import active_jobs, read_jobs
 from pipeline.recipe.schema import Recipe
 from tests.fault.final_state import unlike
 from tests.slurm.faults import KINDS, as_row
@@ -53,7 +53,7 @@ def test_faults_are_survived(
     for outcome in strike_in_turn(slurm_cluster, folder, order, chance):
         print(json.dumps(as_row(outcome)))
     (tmp_path / "full-speed").touch()
-    wait_until(lambda: not living(read_jobs(folder)), 600, "the end of all jobs")
+    wait_until(lambda: not active_jobs(read_jobs(folder)), 600, "the end of all jobs")
     assert slurm_cluster.job_state(job_of(folder, "report")) == "COMPLETED"
     assert (folder / "report" / "robust_accuracy.png").exists()
     assert len((folder / "report" / "robust_accuracy.csv").read_text().splitlines()) == 2 + len(keep_fractions)

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.slurm.submit import living, read_jobs
+from launch.slurm.submit import active_jobs, read_jobs
 from pipeline.recipe.file import dump_yaml
 from pipeline.run.files import read_json
 from tests.slurm.struck import cancel, job_of
@@ -40,10 +40,10 @@ def test_a_node_that_does_not_come_is_named(slurm: SlurmCluster, fashion_data: P
     job = job_of(folder, "pretrain")
     wait_until(lambda: _stopped(slurm, job, task=1), 60, "the second node's task")
     host = slurm.job_nodes(job)[1]
-    wait_until(lambda: not living(read_jobs(folder)), 240, "the end of all jobs")
+    wait_until(lambda: not active_jobs(read_jobs(folder)), 240, "the end of all jobs")
 
     assert slurm.job_state(job) == "FAILED"
-    missing = f"of 3 nodes, {host} did not join Ray in {WAITED_S} s; look at {host}, or give the `run` command again"
+    missing = f"of 3 nodes, {host} did not join Ray in {WAITED_S} s; check {host}, or repeat the `run` command"
     ended = read_json(folder / "control" / f"{job}-0" / "ended.json")
     assert ended["code"] == 1
     assert f"last: {missing} with slurm.exclude={host}; see " in ended["message"]

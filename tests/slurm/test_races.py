@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.submit import living, read_jobs, submit_run
+from launch.slurm.submit import active_jobs, read_jobs, submit_run
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json, read_rows
 from tests.fault.final_state import unlike
@@ -84,7 +84,7 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
     by_hand = Command(tmp_path, "resume", "raced", "--on", "local")
     (tmp_path / "full-speed").touch()
     for folder in (calm, raced):
-        wait_until(lambda folder=folder: not living(read_jobs(folder)), 400, "the end of all jobs")
+        wait_until(lambda folder=folder: not active_jobs(read_jobs(folder)), 400, "the end of all jobs")
     resumed = by_hand.finish(400)
     assert resumed.code == 0 or "is being written by pid" in resumed.err, resumed.err
     rows = [row["step"] for row in read_rows(raced / "pretrain" / "metrics.jsonl") if row["kind"] == "train"]

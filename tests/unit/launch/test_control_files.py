@@ -33,17 +33,17 @@ def test_addresses_belong_to_generations(start: ControlFiles) -> None:
 
 def test_lost_nodes_belong_to_generations(start: ControlFiles) -> None:
     for generation, node in ((0, 3), (0, 1), (10, 2)):
-        start.lose(generation, node)
-    assert (start.lost(0), start.lost(1), start.lost(10)) == ([1, 3], [], [2])
+        start.mark_lost(generation, node)
+    assert (start.lost_nodes(0), start.lost_nodes(1), start.lost_nodes(10)) == ([1, 3], [], [2])
 
 
 def test_a_node_is_silent_when_its_last_word_is_old(start: ControlFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not start.silent(1, 30), "a node that was never heard of has its own deadline"
+    assert not start.is_silent(1, 30), "a node that was never heard of has its own deadline"
     start.beat(1)
-    assert not start.silent(1, 30)
+    assert not start.is_silent(1, 30)
     later = time.time() + 31
     monkeypatch.setattr(control_files.time, "time", lambda: later)
-    assert start.silent(1, 30)
+    assert start.is_silent(1, 30)
 
 
 def test_the_end_is_said_once_and_for_all(start: ControlFiles) -> None:

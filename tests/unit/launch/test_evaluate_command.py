@@ -306,7 +306,7 @@ def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(run), "--attack", "square,rumour"])
     assert ended.value.code == 2
-    assert "'rumour' is none of pgd, apgd, autoattack, square, transfer, corruptions" in capsys.readouterr().err
+    assert "'rumour' is not one of pgd, apgd, autoattack, square, transfer, corruptions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -316,8 +316,8 @@ def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixtur
         (["--images", "0"], "--images 0: expected all or a number"),
         (["--images", "few"], "--images few: expected all or a number"),
         (["--steps", "0"], "--steps, --restarts and --step-size must be positive"),
-        (["--attack", "apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
-        (["--attack", "pgd,apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
+        (["--attack", "apgd", "--steps", "5"], "--attack apgd runs with its authors' settings"),
+        (["--attack", "pgd,apgd", "--steps", "5"], "--attack apgd runs with its authors' settings"),
         (["--attack", "square", "--source", "x"], "--source x is for --attack transfer"),
         (["--attack", "transfer", "--source", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
@@ -331,7 +331,7 @@ def test_nonsense_is_refused(run: Path, capsys: pytest.CaptureFixture[str], argu
 def test_a_network_is_no_source_of_attacks_on_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--attack", "transfer")
     assert code == 2
-    assert "is the network that is attacked; give another one: --source FILE" in err
+    assert "is the network under attack itself; name another one: --source FILE" in err
 
 
 @pytest.fixture
@@ -393,10 +393,10 @@ def test_listed_images_that_cannot_be_judged_are_refused(
 ) -> None:
     code, _, err = evaluate(capsys, listed[0], *listed[1][:2])
     assert code == 2
-    assert "--folder and --image-list belong together" in err
+    assert "--folder and --image-list go together" in err
     code, _, err = evaluate(capsys, listed[0], *listed[1], "--images", 4)
     assert code == 2
     assert "--images 4: expected all or a number from 1 to 3" in err
     code, _, err = evaluate(capsys, run, *listed[1])
     assert code == 2
-    assert "--folder gives images of 224 pixels a side, and the network was trained on 28" in err
+    assert "--folder gives images of 224 x 224 pixels, and the network was trained on 28" in err

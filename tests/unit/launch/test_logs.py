@@ -12,7 +12,7 @@ import pytest
 
 from launch import run_folder
 from launch.commands import logs
-from launch.commands.logs import show_logs
+from launch.commands.logs import print_logs
 from launch.slurm.submit import SubmittedJob
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
@@ -63,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def shown(run: Run, lines: int = 20) -> str:
     stream = io.StringIO()
-    show_logs(run.folder, False, lines, stream, threading.Event())
+    print_logs(run.folder, False, lines, stream, threading.Event())
     return stream.getvalue()
 
 
@@ -145,7 +145,7 @@ def test_nothing_to_show_names_the_fix(run: Run) -> None:
     run.finish()
     for follow in (False, True):
         with pytest.raises(ValueError, match="runs/mine has no logs; it is finished"):
-            show_logs(run.folder, follow, 20, io.StringIO(), threading.Event())
+            print_logs(run.folder, follow, 20, io.StringIO(), threading.Event())
 
 
 @pytest.mark.parametrize("lines", [0, -1])
@@ -163,7 +163,7 @@ def test_a_log_that_cannot_be_read_is_named(run: Run) -> None:
 def followed(run: Run, *actions: Callable[[], object], lines: int = 20) -> list[str]:
     """What is shown while these things happen, one between two looks."""
     stream = io.StringIO()
-    show_logs(run.folder, True, lines, stream, Script(*actions))
+    print_logs(run.folder, True, lines, stream, Script(*actions))
     return stream.getvalue().splitlines()
 
 
@@ -228,7 +228,7 @@ def test_files_that_begin_anew(run: Run, how: str) -> None:
     }
     text = followed(run, *actions[how], lambda: run.log(WORKER, "goes on\n"))
     assert text[:2] == ["==> runs/mine/logs/worker-0.log <==", "the first start"]
-    again = text.index("==> runs/mine/logs/worker-0.log <== (began anew)")
+    again = text.index("==> runs/mine/logs/worker-0.log <== (replaced)")
     expected = {"cut and grown": ["anew", "x" * 100], "replaced alike": [*before.splitlines(), "anew"]}
     assert text[again + 1 :] == [*expected.get(how, ["anew"]), "goes on"]
 
@@ -260,7 +260,7 @@ def test_a_finished_run_is_shown_and_left(run: Run) -> None:
     looks: list[float] = []
     stop = Script(*[lambda: looks.append(0.0)] * 5)
     stream = io.StringIO()
-    show_logs(run.folder, True, 20, stream, stop)
+    print_logs(run.folder, True, 20, stream, stop)
     assert stream.getvalue().splitlines()[1:] == ["all done"]
     assert len(looks) <= 1
 
@@ -275,7 +275,7 @@ class Stream(io.StringIO):
 def test_following_a_living_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "POLL_S", 0.01)
     stream, stop = Stream(), threading.Event()
-    thread = threading.Thread(target=show_logs, args=(run.folder, True, 5, stream, stop))
+    thread = threading.Thread(target=print_logs, args=(run.folder, True, 5, stream, stop))
     thread.start()
     try:
         stream.wait_for("waiting for the first log of runs/mine\n")
@@ -298,7 +298,7 @@ def test_following_a_living_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 def test_following_ends_when_it_is_asked_to(run: Run) -> None:
     run.log(WORKER, "begins\nwaits for its newline")
     stream, stop = Stream(), threading.Event()
-    thread = threading.Thread(target=show_logs, args=(run.folder, True, 5, stream, stop))
+    thread = threading.Thread(target=print_logs, args=(run.folder, True, 5, stream, stop))
     thread.start()
     stream.wait_for("begins\n")
     assert thread.is_alive()

@@ -90,7 +90,7 @@ def test_another_recipe_is_refused_naming_what_differs() -> None:
     folder = run_folder.open_or_create(recipe_with("phases.prune.lr=0.25"), None, NO_DATA)
     before = (folder / "recipe.yaml").read_bytes()
     other = recipe_with("phases.prune.lr=0.5", "seed=1", "workers.threads=9", "objective.name=trades")
-    with pytest.raises(ValueError, match="was begun with another recipe") as caught:
+    with pytest.raises(ValueError, match="was started with another recipe") as caught:
         run_folder.open_or_create(other, None, NO_DATA)
     message = str(caught.value)
     for words in (
@@ -111,7 +111,7 @@ def test_a_folder_of_something_else_is_refused() -> None:
     run_folder.open_or_create(recipe_with(), "mine", NO_DATA)  # empty: nothing can be lost
     Path("runs/other").mkdir()
     Path("runs/other/thesis.tex").write_text("important")
-    with pytest.raises(ValueError, match=r"runs/other exists and is no run .*choose another --name"):
+    with pytest.raises(ValueError, match=r"runs/other exists and is not a run .*choose another --name"):
         run_folder.open_or_create(recipe_with(), "other", NO_DATA)
 
 
@@ -163,7 +163,7 @@ def test_a_data_file_replaced_under_a_run_is_refused(on_real_data: Recipe) -> No
     run_folder.check_same_data(folder)
     for suffix in (".beton", ".beton.manifest.json"):
         shutil.copy(f"data/test{suffix}", f"data/train{suffix}")
-    with pytest.raises(ValueError, match=r"data\.train_file was replaced since runs/mine was begun"):
+    with pytest.raises(ValueError, match=r"data\.train_file was replaced after runs/mine was started"):
         run_folder.check_same_data(folder)
 
 

@@ -122,7 +122,7 @@ def test_a_job_that_cannot_be_queued_again_says_so(
     programs.put(program, does)
     control = ControlFiles.of(run, "12", "0")
     control.create()
-    control.count()
+    control.mark_counted()
     teardown = sbatch.sbatch_parameters(small_recipe(run, slurm=SECTION), run, "x", None)["teardown"]
     script = "\n".join(["(exit 3)", *teardown])
     environment = {**os.environ, "SLURM_JOB_ID": "12"}
@@ -166,10 +166,10 @@ def test_a_report_that_is_killed_every_time_is_not_queued_again_for_ever(
         with pytest.raises(Killed):
             Report(str(run), [])()
         assert (control.was_counted(), control.ended()) == (True, None), "it may be queued again"
-    ControlFiles.of(run, "12", str(allowed - 1)).fail(0, "an old reason")
-    ControlFiles.of(run, "12", str(allowed - 1)).fail(10, "nothing was heard of n2")
+    ControlFiles.of(run, "12", str(allowed - 1)).record_failure(0, "an old reason")
+    ControlFiles.of(run, "12", str(allowed - 1)).record_failure(10, "no heartbeat from n2")
     last = start(allowed)
-    told = rf"report was started {allowed} times without anything new committed \(last: nothing was heard of n2\); mend"
+    told = rf"report was started {allowed} times without anything new committed \(last: no heartbeat from n2\); fix"
     with pytest.raises(JobFailed, match=told) as caught:
         Report(str(run), [])()
     assert last.ended() == {"code": 1, "message": str(caught.value)}
