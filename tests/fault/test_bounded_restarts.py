@@ -34,7 +34,7 @@ def test_a_checkpoint_resets_the_count_and_the_same_exception_twice_stops_the_ru
     command = Command(tmp_path, str(folder), "tests.fault.cuts:cut", module="tests.fault.run_observed")
     ended = command.finish(DEADLINE_S)
     assert ended.code == 1
-    words = f"error: {folder}: pretrain failed twice in the same way at step {STEP}, so that a restart cannot mend it: "
+    words = f"error: {folder}: pretrain failed twice in the same way at step {STEP}, so a restart cannot fix it: "
     assert f"{words}Mishap: as the test asked for. See " in ended.err, ended.err
     assert "Traceback" not in ended.err
     assert done_cuts(folder) == len(CUTS)

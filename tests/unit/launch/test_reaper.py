@@ -65,9 +65,9 @@ def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: 
     owner = textwrap.dedent(f"""
         import os, signal, subprocess
         from pathlib import Path
-        from launch.ray_cluster.reaper import MARK, Guard
-        reaper = Guard()
-        child = subprocess.Popen({SLEEP!r}, env={{**os.environ, MARK: reaper.mark}}, start_new_session=True)
+        from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
+        reaper = Reaper()
+        child = subprocess.Popen({SLEEP!r}, env={{**os.environ, CLUSTER_MARK: reaper.mark}}, start_new_session=True)
         Path({str(told)!r}).with_suffix(".tmp").write_text(f"{{child.pid}} {{reaper.folder}}")
         os.rename({str(told)!r} + ".tmp", {str(told)!r})
         signal.pause()

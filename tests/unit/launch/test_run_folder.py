@@ -41,7 +41,7 @@ def test_a_new_run_holds_its_recipe_and_provenance() -> None:
     assert written.seed == 3
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["recipe_sha256"] == recipe_hash(written)
-    assert set(provenance.VERSIONS_OF) == set(provenance["versions"])
+    assert set(provenance_module.VERSIONS_OF) == set(provenance["versions"])
     assert provenance["commit"] is None or re.fullmatch("[0-9a-f]{40}", provenance["commit"])
 
 

@@ -111,7 +111,7 @@ def test_a_new_checkpoint_resets_the_count(tmp_path: Path, monkeypatch: pytest.M
 def test_the_same_exception_at_the_same_step_twice_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = f"pretrain failed twice in the same way at step {STEP}, .* cannot mend it: RuntimeError: out of memory"
+    words = f"pretrain failed twice in the same way at step {STEP}, .* cannot fix it: RuntimeError: out of memory"
     with pytest.raises(RunFailed, match=words):
         run_script(tmp_path, monkeypatch, 9, says(oom()), says(oom()))
 

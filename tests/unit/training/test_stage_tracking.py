@@ -20,7 +20,7 @@ from pipeline.training.context import RunContext
 from pipeline.training.hardware import hardware_of
 from pipeline.training.loop import NonFinite
 from pipeline.training.stage import run_stages
-from pipeline.training.stage_tracking import stage_tracker, summary_of, tell_kept
+from pipeline.training.stage_tracking import log_finished_parts, stage_tracker, summary_of
 from tests.support.small_recipe import small_recipe
 from tests.support.wandb_files import recorded
 from tests.unit.report.test_report import evaluation
@@ -142,7 +142,7 @@ def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("error", "title", "level"),
     [
-        (StopRequested("pretrain was asked to stop, and has a checkpoint of step 7"), "Run stopped", "WARN"),
+        (StopRequested("pretrain stopped on request, with a checkpoint of step 7"), "Run stopped", "WARN"),
         (NonFinite("pretrain: the loss of step 7 is not finite"), "Loss, gradient or weight is not finite", "ERROR"),
         (OSError("disk full"), "Stage failed", "ERROR"),
     ],
@@ -170,7 +170,7 @@ def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
             facts = {"steps": 40, "model_sha256": "m", "mask_sha256": None}
             (folder / "evaluate").mkdir()
             atomic_write_json(folder / "result.json", facts)
-            tell_kept(context, stage, tracker)
+            log_finished_parts(context, stage, tracker)
             for name in stage.evaluations:
                 atomic_write_json(folder / "evaluate" / f"{name}.json", {})
         alerts.append(recorded(folder)[0].alerts)
