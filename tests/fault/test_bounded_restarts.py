@@ -14,10 +14,10 @@ from tests.support.small_recipe import small_recipe
 from tests.support.undisturbed_run import new_run
 
 DEADLINE_S = 600
-STEP = 26  # checkpoints are due at 9 and 18; the second is begun once the first is committed
+STEP = 26  # checkpoints are due at 9 and 18; the second starts once the first is committed
 CUTS: list[Cut] = [
     ("step", "pretrain", 3, "worker"),  # the one restart without progress that is allowed
-    ("step", "pretrain", STEP, "exception"),  # a checkpoint was committed, so the run goes on
+    ("step", "pretrain", STEP, "exception"),  # a checkpoint was committed, so the run continues
     ("step", "pretrain", STEP, "worker"),  # at the same step, but killed
     ("step", "pretrain", STEP, "exception"),
 ]

@@ -42,7 +42,7 @@ def drawn(count: int, seed: int) -> list[str]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: one row per kind."""
     lines = [
-        "| fault | times (amid a save) | steps lost, median (most) | seconds until the next step, median (most) |",
+        "| fault | times (during a save) | steps lost, median (most) | seconds until the next step, median (most) |",
         "|---|---|---|---|",
     ]
     for kind in KINDS:
@@ -83,12 +83,12 @@ def main(arguments: Sequence[str]) -> int:
             wait_until(lambda: not active_jobs(read_jobs(folder)), 900, "the end of all jobs")
         print(table(outcomes))
         calm = calm_run(place / "runs" / "calm", recipe)
-        found = unlike(recipe, calm, folder)
+        differences = unlike(recipe, calm, folder)
         print(
             f"{len(outcomes)} faults, seed {options.seed}: "
-            + (f"DIFFERENT: {found[:5]}" if found else "equal bit for bit")
+            + (f"DIFFERENT: {differences[:5]}" if differences else "equal bit for bit")
         )
-        return 1 if found else 0
+        return 1 if differences else 0
 
 
 if __name__ == "__main__":

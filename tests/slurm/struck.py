@@ -1,4 +1,4 @@
-"""A run of all stages that is struck by faults in turn, each while a step is computed or saved."""
+"""A run of all stages that suffers faults in turn, each during a step or a save."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def job_of(folder: Path, group: str) -> str:
 def strike_in_turn(
     cluster: SlurmCluster, folder: Path, kinds: Sequence[str], chance: random.Random
 ) -> Iterator[Outcome]:
-    """Submit the run, inflict each fault at a random step, and leave the run as it goes on training.
+    """Submit the run, inflict each fault at a random step, and leave the run training.
 
     Kinds that need the cluster's warnings off come first: the cluster is set to it while no job runs.
     """

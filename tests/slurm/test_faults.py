@@ -1,4 +1,4 @@
-"""Whatever a cluster does to a run, it comes back by itself and ends as an undisturbed one, bit for bit."""
+"""After any fault of a cluster, a run recovers by itself and ends bitwise equal to an undisturbed one."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_faults_are_survived(
     assert slurm_cluster.job_state(job_of(folder, "report")) == "COMPLETED"
     assert (folder / "report" / "robust_accuracy.png").exists()
     assert len((folder / "report" / "robust_accuracy.csv").read_text().splitlines()) == 2 + len(keep_fractions)
-    said = launch(tmp_path, "status", str(folder)).out
+    status = launch(tmp_path, "status", str(folder)).out
     stages = 1 + 2 * len(keep_fractions)
-    assert f"finished, {stages} of {stages} stages finished" in said, said
+    assert f"finished, {stages} of {stages} stages finished" in status, status
     assert unlike(recipe, undisturbed(recipe), folder) == []
     wait_until(lambda: not _left(slurm_cluster), 30, "the end of all that the jobs started")
 

@@ -1,4 +1,4 @@
-"""A node whose task never begins: the job ends, and whoever started it learns which node, and what to do."""
+"""A node whose task never starts: the job ends, and `status` names the node and what to do."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_a_node_that_does_not_come_is_named(slurm: SlurmCluster, fashion_data: P
     log = (folder / "jobs" / f"{job}_0_log.err").read_text()
     assert missing in log
     assert "using 2 of 3 workers" in log
-    said = " ".join(launch(tmp_path, "status", "shy").out.split())
-    assert missing in said
+    status = " ".join(launch(tmp_path, "status", "shy").out.split())
+    assert missing in status
     mail = next(mail for mail in slurm.mails() if f"Job_id={job} " in mail)
     assert "Name=shy-pretrain Failed," in mail
     assert mail.endswith("me@here")
 
-    advice = re.search(r"slurm\.exclude=[^; ]+", said)
+    advice = re.search(r"slurm\.exclude=[^; ]+", status)
     assert advice is not None
     assert launch(tmp_path, *command, advice[0]).code == 0
     again = job_of(folder, "pretrain")

@@ -1,4 +1,4 @@
-"""What the nodes of a job tell each other, and which starts lead nowhere."""
+"""Communication among the nodes of a job, and starts without progress."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_lost_nodes_belong_to_generations(start: ControlFiles) -> None:
 
 
 def test_a_node_is_silent_when_its_last_word_is_old(start: ControlFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not start.is_silent(1, 30), "a node that was never heard of has its own deadline"
+    assert not start.is_silent(1, 30), "a node without a heartbeat has another deadline"
     start.beat(1)
     assert not start.is_silent(1, 30)
     later = time.time() + 31
@@ -68,7 +68,7 @@ def test_starts_without_progress_are_those_of_the_group_since_the_marks_changed(
     assert starts.without_progress("pretrain", "12", [9]) == 2
     assert starts.without_progress("pretrain", "12", [18]) == 0
     assert starts.without_progress("keep-0.1", "12", [0]) == 1
-    assert starts.without_progress("pretrain", "13", [9]) == 0, "a job that was submitted anew begins to count anew"
+    assert starts.without_progress("pretrain", "13", [9]) == 0, "a resubmitted job starts counting from zero"
     with starts.path.open("a") as stream:
         stream.write('{"torn')
     assert len(starts.read()) == 4

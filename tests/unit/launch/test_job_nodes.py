@@ -1,4 +1,4 @@
-"""What is said of the nodes of a job: those that do not come, by name, and the workers that have nothing to do."""
+"""Messages about the nodes of a job: those that do not start, by name, and unused workers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def start(tmp_path: Path) -> ControlFiles:
 
 
 def test_workers_that_no_micro_batch_is_left_for_are_told(recipe: Recipe) -> None:
-    said = unused_workers(recipe, 3)
-    assert said == "3 nodes: using 2 of 3 workers; legal: 1, 2, 4 (they share the 4 micro-batches of a step)"
+    note = unused_workers(recipe, 3)
+    assert note == "3 nodes: using 2 of 3 workers; legal: 1, 2, 4 (they share the 4 micro-batches of a step)"
     assert [nodes for nodes in range(1, 6) if unused_workers(recipe, nodes) is None] == [1, 2, 4]
 
 
@@ -97,7 +97,7 @@ class Follower:
 def test_a_first_node_that_does_not_come_is_named_by_the_others(
     recipe: Recipe, start: ControlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
 ) -> None:
-    """If it was never heard of, nobody queues the job again, and `status` must know why."""
+    """If it never started, the job is not requeued, and `status` must show why."""
     follower = Follower(tmp_path, recipe, monkeypatch)
     if counted:
         start.mark_counted()

@@ -1,4 +1,4 @@
-"""Logs: the last lines of every file, and files that grow, appear, are cut and replaced while they are followed."""
+"""Logs: the last lines of every file, and files that grow, appear, are truncated and replaced while followed."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Run:
 
     def submit(self, *jobs: tuple[str, str]) -> None:
         """(id, group) of every job, oldest first."""
-        known = [SubmittedJob(number, group, [], 0.0).row() for number, group in jobs]
-        atomic_write_json(self.folder / "jobs.json", {"jobs": known})
+        rows = [SubmittedJob(number, group, [], 0.0).row() for number, group in jobs]
+        atomic_write_json(self.folder / "jobs.json", {"jobs": rows})
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_log_that_cannot_be_read_is_named(run: Run) -> None:
 
 
 def followed(run: Run, *actions: Callable[[], object], lines: int = 20) -> list[str]:
-    """What is shown while these things happen, one between two looks."""
+    """The output while these actions happen, one between two polls."""
     stream = io.StringIO()
     print_logs(run.folder, True, lines, stream, Script(*actions))
     return stream.getvalue().splitlines()
@@ -214,14 +214,14 @@ def test_new_files_are_shown_from_their_beginning(run: Run) -> None:
     ]
 
 
-@pytest.mark.parametrize("how", ["cut", "cut and grown", "replaced", "replaced alike", "away for a while"])
-def test_files_that_begin_anew(run: Run, how: str) -> None:
+@pytest.mark.parametrize("how", ["truncated", "truncated and grown", "replaced", "replaced alike", "away for a while"])
+def test_files_that_are_truncated_or_replaced(run: Run, how: str) -> None:
     before = "the first start\nsaid more than this\n"
     run.log(WORKER, before)
     path = run.folder / WORKER
     actions = {
-        "cut": [lambda: path.write_text(""), lambda: path.write_text("anew\n")],
-        "cut and grown": [lambda: path.write_text("anew\n" + "x" * 100 + "\n")],
+        "truncated": [lambda: path.write_text(""), lambda: path.write_text("anew\n")],
+        "truncated and grown": [lambda: path.write_text("anew\n" + "x" * 100 + "\n")],
         "replaced": [lambda: atomic_write_text(path, "anew\n")],
         "replaced alike": [lambda: atomic_write_text(path, before + "anew\n")],
         "away for a while": [path.unlink, lambda: None, lambda: path.write_text("anew\n")],
@@ -229,16 +229,16 @@ def test_files_that_begin_anew(run: Run, how: str) -> None:
     text = followed(run, *actions[how], lambda: run.log(WORKER, "goes on\n"))
     assert text[:2] == ["==> runs/mine/logs/worker-0.log <==", "the first start"]
     again = text.index("==> runs/mine/logs/worker-0.log <== (replaced)")
-    expected = {"cut and grown": ["anew", "x" * 100], "replaced alike": [*before.splitlines(), "anew"]}
+    expected = {"truncated and grown": ["anew", "x" * 100], "replaced alike": [*before.splitlines(), "anew"]}
     assert text[again + 1 :] == [*expected.get(how, ["anew"]), "goes on"]
 
 
 def test_the_end_of_a_run_ends_it_once_nothing_new_came(run: Run) -> None:
     run.log(WORKER, "begins\n")
-    said: list[str] = []
+    messages: list[str] = []
 
     def say(text: str) -> None:
-        said.append(text)
+        messages.append(text)
         run.log(WORKER, f"{text}\n")
 
     text = followed(
@@ -250,23 +250,23 @@ def test_the_end_of_a_run_ends_it_once_nothing_new_came(run: Run) -> None:
         lambda: None,
         lambda: say("is never asked for"),
     )
-    assert said == ["trains", "is finished", "leaves"]
-    assert text[1:] == ["begins", *said]
+    assert messages == ["trains", "is finished", "leaves"]
+    assert text[1:] == ["begins", *messages]
 
 
 def test_a_finished_run_is_shown_and_left(run: Run) -> None:
     run.log(WORKER, "all done")
     run.finish()
-    looks: list[float] = []
-    stop = Script(*[lambda: looks.append(0.0)] * 5)
+    polls: list[float] = []
+    stop = Script(*[lambda: polls.append(0.0)] * 5)
     stream = io.StringIO()
     print_logs(run.folder, True, 20, stream, stop)
     assert stream.getvalue().splitlines()[1:] == ["all done"]
-    assert len(looks) <= 1
+    assert len(polls) <= 1
 
 
 class Stream(io.StringIO):
-    """What is printed, told to those who wait for it."""
+    """A stream that wakes those who wait for its text."""
 
     def wait_for(self, text: str) -> None:
         wait_until(lambda: text in self.getvalue(), DEADLINE_S, f"{text!r} is shown")

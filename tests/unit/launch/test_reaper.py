@@ -61,21 +61,21 @@ def test_closing_ends_the_marked_and_removes_the_folder(bystander: subprocess.Po
 
 
 def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
-    told = tmp_path / "told"
+    pid_file = tmp_path / "pid"
     owner = textwrap.dedent(f"""
         import os, signal, subprocess
         from pathlib import Path
         from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
         reaper = Reaper()
         child = subprocess.Popen({SLEEP!r}, env={{**os.environ, CLUSTER_MARK: reaper.mark}}, start_new_session=True)
-        Path({str(told)!r}).with_suffix(".tmp").write_text(f"{{child.pid}} {{reaper.folder}}")
-        os.rename({str(told)!r} + ".tmp", {str(told)!r})
+        Path({str(pid_file)!r}).with_suffix(".tmp").write_text(f"{{child.pid}} {{reaper.folder}}")
+        os.rename({str(pid_file)!r} + ".tmp", {str(pid_file)!r})
         signal.pause()
     """)
     process = subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT)
-    wait_until(told.exists, 20, "the owner has begun")
-    said, _, place = told.read_text().partition(" ")
-    child, folder = int(said), Path(place)
+    wait_until(pid_file.exists, 20, "the owner has started")
+    pid, _, place = pid_file.read_text().partition(" ")
+    child, folder = int(pid), Path(place)
     assert not gone(child)
     assert folder.exists()
     other = Reaper()  # a start beside it leaves the folder alone
@@ -88,21 +88,21 @@ def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: 
 
 
 def test_a_child_that_hides_its_environment_is_remembered(tmp_path: Path) -> None:
-    """As Ray's agents do, which write their title over it; its parent is gone when it has to be found."""
-    told = tmp_path / "told"
+    """As Ray's agents do, which overwrite it with their title; the parent has ended by then."""
+    pid_file = tmp_path / "pid"
     parent = textwrap.dedent(f"""
         import os, subprocess, sys
         child = subprocess.Popen({SLEEP!r}, env={{}}, start_new_session=True)
-        open({str(told)!r} + ".tmp", "w").write(str(child.pid))
-        os.rename({str(told)!r} + ".tmp", {str(told)!r})
+        open({str(pid_file)!r} + ".tmp", "w").write(str(child.pid))
+        os.rename({str(pid_file)!r} + ".tmp", {str(pid_file)!r})
         sys.stdin.read()
     """)
     processes = ProcessTree("hidden")
     process = subprocess.Popen(
         [sys.executable, "-c", parent], env={**os.environ, CLUSTER_MARK: "hidden"}, stdin=subprocess.PIPE
     )
-    wait_until(told.exists, 20, "the child has begun")
-    child = int(told.read_text())
+    wait_until(pid_file.exists, 20, "the child has started")
+    child = int(pid_file.read_text())
     assert set(processes.scan()) == {process.pid, child}
     process.communicate()
     assert processes.scan() == [child]
@@ -111,4 +111,4 @@ def test_a_child_that_hides_its_environment_is_remembered(tmp_path: Path) -> Non
 
 
 def test_nothing_marked_is_nothing_to_do() -> None:
-    assert ProcessTree("nobody-has-this").end() == []
+    assert ProcessTree("unused").end() == []

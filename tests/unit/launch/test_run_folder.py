@@ -1,4 +1,4 @@
-"""Run directories: begun once, gone on with by the same recipe only, found again by name."""
+"""Run directories: created once, resumed with the same recipe only, found by name."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ class Run:
 
     def submit(self, *jobs: tuple[str, str]) -> None:
         """(id, group) of every job, oldest first."""
-        known = [SubmittedJob(number, group, [], time.time()).row() for number, group in jobs]
-        atomic_write_json(self.folder / "jobs.json", {"jobs": known})
+        rows = [SubmittedJob(number, group, [], time.time()).row() for number, group in jobs]
+        atomic_write_json(self.folder / "jobs.json", {"jobs": rows})
 
     def start(self, group: str, job: str, restart: int = 0) -> ControlFiles:
         control = ControlFiles.of(self.folder, job, str(restart))
@@ -105,7 +105,7 @@ class Run:
 
 
 class Squeue:
-    """A program `squeue` on PATH that answers what it is told and writes down how it was called."""
+    """A program `squeue` on PATH that gives a set answer and records its arguments."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.place = place / "bin"
@@ -210,7 +210,7 @@ def test_the_heartbeat_of_another_host(run: Run, silent_s: float, state: str) ->
     assert row(text, DENSE)[2:4] == ["37/740", "5"]
 
 
-def test_what_was_never_begun_waits_for_somebody(run: Run) -> None:
+def test_a_run_that_never_started_waits(run: Run) -> None:
     text = status_text([run.folder])
     assert text.splitlines()[0] == "runs/mine: not running, 0 of 4 stages finished"
     assert set(states(text).values()) == {"waiting"}
@@ -298,7 +298,7 @@ def test_parallel_jobs_train_at_the_same_time(run: Run, squeue: Squeue) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "state", "headline"),
+    ("answer", "state", "headline"),
     [
         ("120 PENDING BeginTime", "waiting", "waiting for SLURM"),
         ("120 RUNNING None", "waiting", "waiting for SLURM"),
@@ -308,16 +308,16 @@ def test_parallel_jobs_train_at_the_same_time(run: Run, squeue: Squeue) -> None:
         ("", "stopped", "not running"),
     ],
 )
-def test_a_stage_that_nobody_holds(run: Run, squeue: Squeue, said: str, state: str, headline: str) -> None:
+def test_a_stage_without_a_lease(run: Run, squeue: Squeue, answer: str, state: str, headline: str) -> None:
     run.submit(("120", "pretrain"))
     run.begin(DENSE, step=25)
-    squeue.answers(said)
+    squeue.answers(answer)
     text = status_text([run.folder])
     assert text.splitlines()[0].startswith(f"runs/mine: {headline}, ")
     assert row(text, DENSE)[1] == state
-    assert row(text, DENSE)[-2] == (said.split()[1] if said else "-")
+    assert row(text, DENSE)[-2] == (answer.split()[1] if answer else "-")
     assert ("python -m launch resume" in text) == (state != "waiting")
-    reason = said.partition(" ")[2].partition(" ")[2]
+    reason = answer.partition(" ")[2].partition(" ")[2]
     assert (f"{reason}: 120 (pretrain)" in text) == (reason not in ("", "None"))
 
 
@@ -334,7 +334,7 @@ def test_why_a_job_has_ended(run: Run, squeue: Squeue) -> None:
     assert "\n  report: the report could not be written\n" in text
     assert "not this one" not in text
     assert row(text, FINETUNE)[-1] == "1"
-    # Submitted again: what the old job said is no longer the news, until the new one ends as well.
+    # Resubmitted: the old job's message is not shown, until the new job ends as well.
     run.submit(*JOBS, ("130_0", "keep-0.1"))
     squeue.answers("130_0 PENDING Resources")
     text = status_text([run.folder])
@@ -457,7 +457,7 @@ def test_everything_at_its_widest_fits(tmp_path: Path, squeue: Squeue, monkeypat
     lines = status_text([run.folder]).splitlines()
     assert max(map(len, lines)) <= 120
     assert row("\n".join(lines), "keep-0.001/prune")[-3:] == ["1234567_0", "OUT_OF_MEMORY", "12"]
-    assert len(lines) < 25  # a long error is cut
+    assert len(lines) < 25  # a long error is shortened
 
 
 def test_long_times_are_days(run: Run) -> None:
@@ -476,11 +476,11 @@ def test_the_command_shows_all_runs_or_those_it_is_given(run: Run, capsys: pytes
     (Path("runs") / "no_run").mkdir()
     parser = argparse.ArgumentParser()
     status.add_parser(parser.add_subparsers())
-    for given, shown in (([], ["mine", "second"]), (["second"], ["second"]), (["runs/mine"], ["mine"])):
-        arguments = parser.parse_args(["status", *given])
+    for names, expected in (([], ["mine", "second"]), (["second"], ["second"]), (["runs/mine"], ["mine"])):
+        arguments = parser.parse_args(["status", *names])
         assert arguments.handler(arguments) == 0
         headlines = [line for line in capsys.readouterr().out.splitlines() if "stages finished" in line]
-        assert [line.partition(":")[0] for line in headlines] == [f"runs/{name}" for name in shown]
+        assert [line.partition(":")[0] for line in headlines] == [f"runs/{name}" for name in expected]
     unknown = parser.parse_args(["status", "third"])
     with pytest.raises(ValueError, match="third: no such run; runs here: mine, second"):
         unknown.handler(unknown)

@@ -29,7 +29,7 @@ print([name for name in ("torch", "ray", "deepspeed") if name in sys.modules])
 
 
 class Programs:
-    """Programs on PATH that do what they are told."""
+    """Programs on PATH with a set behaviour."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.place = place / "bin"
@@ -98,7 +98,7 @@ def test_a_submission_that_never_ends_does_not_hold_the_next(
 
 
 @pytest.mark.parametrize(
-    ("program", "does", "queued_again", "told"),
+    ("program", "does", "requeued", "advised"),
     [
         ("squeue", "echo RUNNING", True, False),
         ("squeue", "echo COMPLETING", False, False),
@@ -113,12 +113,12 @@ def test_a_job_that_cannot_be_queued_again_says_so(
     monkeypatch: pytest.MonkeyPatch,
     program: str,
     does: str,
-    queued_again: bool,
-    told: bool,
+    requeued: bool,
+    advised: bool,
 ) -> None:
     monkeypatch.setattr(sbatch, "CLIENT_S", 1)
     programs.put("squeue", "echo RUNNING")
-    programs.put("scontrol", f'echo "$@" > {programs.place}/said')
+    programs.put("scontrol", f'echo "$@" > {programs.place}/arguments')
     programs.put(program, does)
     control = ControlFiles.of(run, "12", "0")
     control.create()
@@ -128,8 +128,8 @@ def test_a_job_that_cannot_be_queued_again_says_so(
     environment = {**os.environ, "SLURM_JOB_ID": "12"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3
-    assert (programs.place / "said").exists() == queued_again
-    assert (f"python -m launch resume {run}" in done.stderr) == told
+    assert (programs.place / "arguments").exists() == requeued
+    assert (f"python -m launch resume {run}" in done.stderr) == advised
 
 
 def test_a_warning_before_submitit_is_ready_does_not_end_the_task(run: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_report_that_is_killed_every_time_is_not_queued_again_for_ever(
     ControlFiles.of(run, "12", str(allowed - 1)).record_failure(0, "an old reason")
     ControlFiles.of(run, "12", str(allowed - 1)).record_failure(10, "no heartbeat from n2")
     last = start(allowed)
-    told = rf"report was started {allowed} times without anything new committed \(last: no heartbeat from n2\); fix"
-    with pytest.raises(JobFailed, match=told) as caught:
+    message = rf"report was started {allowed} times without anything new committed \(last: no heartbeat from n2\); fix"
+    with pytest.raises(JobFailed, match=message) as caught:
         Report(str(run), [])()
     assert last.ended() == {"code": 1, "message": str(caught.value)}
