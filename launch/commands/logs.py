@@ -25,7 +25,11 @@ MARK = 64
 
 
 def add_parser(commands: Any) -> None:
-    logs = commands.add_parser("logs", help="the last lines that the jobs and workers of a run have logged")
+    logs = commands.add_parser(
+        "logs",
+        help="the last lines that the jobs and workers of a run have logged",
+        description="Print the last lines of every log of a run: SLURM jobs, workers, restarts.",
+    )
     logs.add_argument("run", metavar="RUN", help="name of a run under runs/, or its folder")
     logs.add_argument(
         "-f", "--follow", action="store_true", help="keep printing new lines until the run is finished, or Ctrl-C"

@@ -13,7 +13,9 @@ log = logging.getLogger(__name__)
 
 def add_parser(subparsers: Any) -> None:
     report = subparsers.add_parser(
-        "report", help="table, HTML page, charts and CSV of one or more runs (such as seeds)"
+        "report",
+        help="table, HTML page, charts and CSV of one or more runs (such as seeds)",
+        description="Write runs/RUN/report/ and print its table. Several runs (such as seeds) are compared.",
     )
     report.add_argument(
         "runs",

@@ -21,7 +21,9 @@ RESUMABLE = "checkpoints are kept; continue with: python -m launch resume RUN"
 
 def add_parser(subparsers: Any) -> None:
     run = subparsers.add_parser(
-        "run", help="train, prune, finetune and evaluate as a recipe says; resumes a run of the same recipe"
+        "run",
+        help="train, prune, finetune and evaluate as a recipe says; resumes a run of the same recipe",
+        description="Start or resume the run of a recipe in runs/NAME. A finished run is left unchanged.",
     )
     run.add_argument("recipe", type=Path, help="YAML file, for example recipes/fashion_mnist.yaml")
     run.add_argument(
@@ -48,7 +50,11 @@ def add_parser(subparsers: Any) -> None:
     run.add_argument("--after", metavar="JOB", help="id of a SLURM job that must end first")
     run.set_defaults(handler=_run, after_interrupt=RESUMABLE)
 
-    resume = subparsers.add_parser("resume", help="continue a run from its newest checkpoint")
+    resume = subparsers.add_parser(
+        "resume",
+        help="continue a run from its newest checkpoint",
+        description="Continue a run from its newest checkpoint; on SLURM, submit what is unfinished and has no job.",
+    )
     resume.add_argument("run", metavar="RUN", help="name of a run under runs/, or its folder")
     resume.add_argument(
         "--on", choices=("local", "slurm"), help="this machine or SLURM (default: where it was started)"

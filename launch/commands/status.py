@@ -38,7 +38,11 @@ GONE = ("-", *FAILED, "CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED")
 
 
 def add_parser(commands: Any) -> None:
-    status = commands.add_parser("status", help="progress, robust accuracy, time left and job state of every stage")
+    status = commands.add_parser(
+        "status",
+        help="progress, robust accuracy, time left and job state of every stage",
+        description="Show stage, step, speed, robust accuracy, time left and SLURM job of runs. Changes nothing.",
+    )
     status.add_argument(
         "runs", nargs="*", metavar="RUN", help="name of a run under runs/, or its folder (default: all)"
     )
