@@ -333,7 +333,7 @@ def _all_poisoned(group: Group) -> dict[tuple[int, str, float], tuple[list[bool]
     return {setting: _poisoned(group, *setting) for setting in [*settings, (2, "fp32", math.inf)]}
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing_and_every_rank_is_told() -> None:
+def test_a_non_finite_gradient_moves_nothing_and_every_rank_knows() -> None:
     for results in run_group(2, _all_poisoned, deadline_s=DEADLINE_S):
         assert len(results) == 5
         for setting, (answers, still) in results.items():

@@ -241,7 +241,7 @@ def test_every_shipped_recipe_takes_two_steps_of_each_phase(runs: Path, fashion_
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_networks_are_judged_by_what_they_were_trained_for(runs: Path, fashion_data: Path, name: str) -> None:
+def test_networks_are_evaluated_with_the_measure_of_their_objective(runs: Path, fashion_data: Path, name: str) -> None:
     recipe = variant(fashion_data, name)
     for stage in stages_of(recipe):
         if stage.measure is not None:

@@ -46,7 +46,7 @@ def test_a_node_is_silent_when_its_last_word_is_old(start: ControlFiles, monkeyp
     assert start.is_silent(1, 30)
 
 
-def test_the_end_is_said_once_and_for_all(start: ControlFiles) -> None:
+def test_the_end_is_recorded_once(start: ControlFiles) -> None:
     assert start.ended() is None
     start.end(1, "why")
     assert start.ended() == {"code": 1, "message": "why"}

@@ -262,7 +262,7 @@ def test_the_runs_own_evaluation_is_taken_and_left_alone(
 
 
 @pytest.mark.parametrize("attack", ["square", "transfer"])
-def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
+def test_an_interrupted_evaluation_resumes_with_the_next_chunk(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attack: str
 ) -> None:
     file = run / STAGES[1] / "model.safetensors"
@@ -322,7 +322,9 @@ def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixtur
         (["--attack", "transfer", "--source", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )
-def test_nonsense_is_refused(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_invalid_options_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     code, results, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", *arguments)
     assert (code, results) == (2, [])
     assert message in err
@@ -350,7 +352,7 @@ def listed(fashion_data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     return folder, ["--folder", str(images), "--image-list", str(tmp_path / "list.txt")]
 
 
-def test_listed_images_are_judged_as_torchvision_prepares_them(
+def test_listed_images_are_preprocessed_like_torchvision(
     listed: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, options = listed
@@ -388,7 +390,7 @@ def test_a_list_that_does_not_come_is_one_line_and_a_failure(
     )
 
 
-def test_listed_images_that_cannot_be_judged_are_refused(
+def test_listed_images_that_do_not_fit_the_network_are_refused(
     listed: tuple[Path, list[str]], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = evaluate(capsys, listed[0], *listed[1][:2])

@@ -50,7 +50,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 def start_job(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *drivers: Driver, limit: int = 1, restart: int = 0
 ) -> ControlFiles:
-    """One start of the job, whose generations have these drivers. Errors: as `Share`; AssertionError if it has fewer
+    """One start of the job, whose generations have these drivers. Errors: as `JobPayload`; AssertionError for fewer
     generations."""
     slurm = {"nodes": 1, "cpus_per_task": 1, "time": 30, "signal_s": 30}
     recipe = small_recipe(folder, workers={"restarts_without_progress": limit}, slurm=slurm)

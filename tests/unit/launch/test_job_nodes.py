@@ -37,7 +37,7 @@ def start(tmp_path: Path) -> ControlFiles:
     return control
 
 
-def test_workers_that_no_micro_batch_is_left_for_are_told(recipe: Recipe) -> None:
+def test_unused_workers_are_reported(recipe: Recipe) -> None:
     note = unused_workers(recipe, 3)
     assert note == "3 nodes: using 2 of 3 workers; legal: 1, 2, 4 (they share the 4 micro-batches of a step)"
     assert [nodes for nodes in range(1, 6) if unused_workers(recipe, nodes) is None] == [1, 2, 4]
@@ -106,8 +106,6 @@ def test_a_first_node_that_does_not_come_is_named_by_the_others(
     assert start.ended() == (None if counted else {"code": 1, "message": str(caught.value)})
 
 
-def test_a_node_that_was_heard_of_and_is_silent_is_named(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_node_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     follower = Follower(tmp_path, recipe, monkeypatch)
     assert follower.task._silence_message([1]) == f"no heartbeat from n2 for 600 s; {EXCLUDE_N2}"

@@ -220,17 +220,17 @@ def test_files_that_are_truncated_or_replaced(run: Run, how: str) -> None:
     run.log(WORKER, before)
     path = run.folder / WORKER
     actions = {
-        "truncated": [lambda: path.write_text(""), lambda: path.write_text("anew\n")],
-        "truncated and grown": [lambda: path.write_text("anew\n" + "x" * 100 + "\n")],
-        "replaced": [lambda: atomic_write_text(path, "anew\n")],
-        "replaced alike": [lambda: atomic_write_text(path, before + "anew\n")],
-        "away for a while": [path.unlink, lambda: None, lambda: path.write_text("anew\n")],
+        "truncated": [lambda: path.write_text(""), lambda: path.write_text("new\n")],
+        "truncated and grown": [lambda: path.write_text("new\n" + "x" * 100 + "\n")],
+        "replaced": [lambda: atomic_write_text(path, "new\n")],
+        "replaced alike": [lambda: atomic_write_text(path, before + "new\n")],
+        "away for a while": [path.unlink, lambda: None, lambda: path.write_text("new\n")],
     }
-    text = followed(run, *actions[how], lambda: run.log(WORKER, "goes on\n"))
+    text = followed(run, *actions[how], lambda: run.log(WORKER, "continues\n"))
     assert text[:2] == ["==> runs/mine/logs/worker-0.log <==", "the first start"]
     again = text.index("==> runs/mine/logs/worker-0.log <== (replaced)")
-    expected = {"truncated and grown": ["anew", "x" * 100], "replaced alike": [*before.splitlines(), "anew"]}
-    assert text[again + 1 :] == [*expected.get(how, ["anew"]), "goes on"]
+    expected = {"truncated and grown": ["new", "x" * 100], "replaced alike": [*before.splitlines(), "new"]}
+    assert text[again + 1 :] == [*expected.get(how, ["new"]), "continues"]
 
 
 def test_the_end_of_a_run_ends_it_once_nothing_new_came(run: Run) -> None:

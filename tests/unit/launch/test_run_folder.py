@@ -45,7 +45,7 @@ def test_a_new_run_holds_its_recipe_and_provenance() -> None:
     assert provenance["commit"] is None or re.fullmatch("[0-9a-f]{40}", provenance["commit"])
 
 
-def test_provenance_says_what_machine_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_provenance_has_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpus = tmp_path / "cpuinfo"
     cpus.write_text("processor\t: 0\nmodel name\t: A Processor: 2.5 GHz\n\nmodel name\t: another\n")
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -77,7 +77,7 @@ def test_data_files_are_absolute_so_that_a_restart_may_come_from_elsewhere(tmp_p
     assert (data.train_file, data.test_file) == (str(tmp_path / "data" / "a.beton"), "/b.beton")
 
 
-def test_the_same_recipe_goes_on_and_may_change_how_it_runs() -> None:
+def test_the_same_recipe_resumes_and_may_change_how_it_runs() -> None:
     folder = run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
     provenance = (folder / "provenance.json").read_bytes()
     again = run_folder.open_or_create(recipe_with("workers.threads=3", "tracking.log_every_steps=1"), "mine", NO_DATA)

@@ -107,7 +107,7 @@ def test_a_submission_that_never_ends_does_not_hold_the_next(
         ("scontrol", "exit 1", False, True),
     ],
 )
-def test_a_job_that_cannot_be_queued_again_says_so(
+def test_a_job_that_cannot_be_requeued_says_so(
     programs: Programs,
     run: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -144,12 +144,10 @@ def test_a_warning_before_submitit_is_ready_does_not_end_the_task(run: Path) -> 
 
 
 class Killed(BaseException):
-    """What a task does not survive."""
+    """Simulates the kill of a task."""
 
 
-def test_a_report_that_is_killed_every_time_is_not_queued_again_for_ever(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_that_is_always_killed_is_not_requeued_forever(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*arguments: object) -> None:
         raise Killed
 

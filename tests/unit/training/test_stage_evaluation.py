@@ -156,7 +156,7 @@ def test_it_is_made_once_for_a_network(finished: Finished) -> None:
     assert finished.check() == again
 
 
-def test_an_interrupted_one_goes_on_with_the_next_chunk(finished: Finished) -> None:
+def test_an_interrupted_evaluation_resumes_with_the_next_chunk(finished: Finished) -> None:
     with pytest.raises(StopRequested):
         finished.check(stop=lambda: len(finished.chunks) == 2)
     assert not finished.target.exists()
