@@ -1,1 +1,1 @@
-"""The command line and where runs are started. Training itself is `pipeline`'s."""
+"""The command line, and the launchers: this machine or SLURM. Training itself is in `pipeline`."""

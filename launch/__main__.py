@@ -1,7 +1,7 @@
 """The command line: `hydra-pipeline --help`, or `python -m launch --help`.
 
-`runs/` and relative paths count from the folder that the command is given in.
-Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data. Those of the second kind are messages without traceback.
+`runs/` and relative paths are relative to the working folder.
+Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data (a message without a traceback).
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from types import FrameType
 from launch.commands import data, evaluate, leaderboard, logs, report, run, status
 
 DESCRIPTION = """\
-Small neural networks that withstand adversarial examples: pretrain robustly, prune by scores that the robust objective
-learns (HYDRA), finetune, evaluate, report.
+Small neural networks that are robust to adversarial examples: pretrain with a robust objective, prune by scores that
+the same objective learns (HYDRA), finetune, evaluate under attack, report.
+
+Write the data, run a recipe, resume it if it was interrupted, and report:
 
   %(prog)s data write fashion_mnist --out data/fashion_mnist
   %(prog)s run recipes/fashion_mnist.yaml phases.pretrain.epochs=2 --name quick
   %(prog)s resume quick
   %(prog)s report quick
 
+The same on a SLURM cluster:
+
   %(prog)s run recipes/imagenet_resnet50_linf4.yaml --on slurm --cluster my_cluster.yaml slurm.nodes=1-4
 """
 
 COMMAND = "hydra-pipeline"
-"""As pyproject.toml names it."""
+"""The script name in pyproject.toml."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,31 +57,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _refuse_shadowing_packages() -> None:
-    """Errors: ValueError if the working folder has a package of our name that is not ours.
+    """Errors: ValueError if the working folder has another package named like one of ours.
 
-    The processes of a run (`python -m`, Ray's workers) would import that one, as they search the working folder first.
+    A run's processes (`python -m`, Ray's workers) search the working folder first and would import that one.
     """
     for name in ("launch", "pipeline"):
         here, ours = importlib.machinery.PathFinder.find_spec(name, [""]), sys.modules[name].__file__
         if here is None or here.origin is None or ours is None or os.path.samefile(here.origin, ours):
             continue
         raise ValueError(
-            f"{here.origin} would be imported in place of {ours} by the processes that this command starts; give it "
+            f"{here.origin} would be imported in place of {ours} by the processes that this command starts; run it "
             "in another folder"
         )
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _raise_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse leaves overrides behind that follow an option, as in `run RECIPE --name quick seed=1`.
-    odd = [text for text in rest if text.startswith("-") or "overrides" not in arguments]
-    if odd:
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    # argparse does not collect overrides that follow an option, as in `run RECIPE --name quick seed=1`.
+    unrecognized = [text for text in rest if text.startswith("-") or "overrides" not in arguments]
+    if unrecognized:
+        parser.error(f"unrecognized arguments: {' '.join(unrecognized)}")
     if rest:
         arguments.overrides += rest
     return arguments
@@ -86,7 +90,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     arguments = _parse(argv)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
         _refuse_shadowing_packages()
         return arguments.handler(arguments)
@@ -94,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail too
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; {arguments.after_interrupt}", file=sys.stderr)

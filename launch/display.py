@@ -1,7 +1,7 @@
-"""Shows a run's progress, reading nothing but its run directory: bars on a terminal, plain lines in a log.
+"""Shows a run's progress, reading only its run directory: bars on a terminal, plain lines in a log.
 
-It follows a run of this process as well as one of another. Files may be missing, torn or cut (a resumed stage drops the
-metric rows beyond its checkpoint) at any moment.
+The run may be in this process or in another. At any moment a file may be missing, end in half a line, or be truncated
+(a resumed stage drops the metric rows beyond its checkpoint).
 """
 
 from __future__ import annotations
@@ -36,67 +36,67 @@ def follow(
     interval_s: float = 1.0,
     line_every_s: float = 5.0,
 ) -> None:
-    """Show the stages of a run until `stop` is set, and then once more, so that the last results are seen.
+    """Show the stages of a run until `stop` is set, and then once more, so that the last results are shown.
 
-    `evaluations` are those of finished networks (`phases.Stage.evaluations`); a stage need not have all of them.
-
-    Looks every `interval_s` seconds; without a terminal a training stage prints at most one line per `line_every_s`.
+    `evaluations` are labels of `Stage.evaluations`; a stage need not have all of them. Polls every `interval_s`
+    seconds; without a terminal a training stage prints at most one line per `line_every_s` seconds.
     """
     stages = [_Stage(name, run_folder / name, list(evaluations)) for name in stage_names]
-    show = _Bars(stream) if stream.isatty() else _Lines(stream, line_every_s)
+    view = _Bars(stream) if stream.isatty() else _Lines(stream, line_every_s)
     for stage in stages:
         if StageFolder(stage.folder).result.exists():
             stage.finished = True
-            stage.left = [name for name in evaluations if not StageFolder(stage.folder).evaluation(name).exists()]
-            show.say(f"{stage.name}  already finished")
-        stage.tail.read()  # what was written before is not news
+            stage.pending = [name for name in evaluations if not StageFolder(stage.folder).evaluation(name).exists()]
+            view.print_line(f"{stage.name}  already finished")
+        stage.tail.read()  # earlier rows are not shown
     stopping = False
     try:
         while True:
             for stage in stages:
-                _look(stage, show)
+                _update(stage, view)
             if stopping:
                 return
             stopping = stop.wait(interval_s)
     finally:
-        show.close()
+        view.close()
 
 
 @dataclass
 class _Tail:
-    """The rows appended to a metrics file since the last look; begins anew when the file was cut or replaced."""
+    """The rows appended to a metrics file since the last read; starts over when the file is truncated or replaced."""
 
     path: Path
     _inode: int = -1
     _offset: int = 0
 
     def read(self) -> tuple[list[Row], bool]:
-        """(new whole rows, whether the file began anew)."""
+        """(new whole rows, whether the file was truncated or replaced)."""
         try:
             stream = self.path.open("rb")
         except FileNotFoundError:
             return [], False
         with stream:
             status = os.fstat(stream.fileno())
-            anew = self._inode != -1 and (status.st_ino != self._inode or status.st_size < self._offset)
-            if anew:
+            restarted = self._inode != -1 and (status.st_ino != self._inode or status.st_size < self._offset)
+            if restarted:
                 self._offset = 0
             self._inode = status.st_ino
             stream.seek(self._offset)
             whole, newline, _ = stream.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [row for line in (whole + newline).splitlines(keepends=True) if (row := _parse(line)) is not None], anew
+        lines = (whole + newline).splitlines(keepends=True)
+        return [row for line in lines if (row := _parse(line)) is not None], restarted
 
 
 @dataclass
 class _Stage:
     name: str
     folder: Path
-    left: list[str]
-    """Evaluations whose end was not shown."""
+    pending: list[str]
+    """Evaluations whose result has not been shown."""
     finished: bool = False
     plan: Row | None = None
-    """stage.json, once it is there."""
+    """stage.json, once it exists."""
     tail: _Tail = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class _Lines:
         self.every_s = every_s
         self._printed_at: dict[str, float] = {}
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
     def train(self, name: str, row: Row, plan: Row) -> None:
@@ -119,13 +119,13 @@ class _Lines:
         if now - self._printed_at.get(name, float("-inf")) >= self.every_s:
             self._printed_at[name] = now
             step, total = row["step"], plan["total_steps"]
-            self.say(f"{name}  step {step}/{total} ({100 * step // total} %)  {'  '.join(_facts(row, plan))}")
+            self.print_line(f"{name}  step {step}/{total} ({100 * step // total} %)  {'  '.join(_facts(row, plan))}")
 
     def evaluate(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._printed_at.get(name, float("-inf")) >= self.every_s:
             self._printed_at[name] = now
-            self.say(f"{name}  attacking the test set: {done:,}/{total:,} images")
+            self.print_line(f"{name}  attacking the test set: {done:,}/{total:,} images")
 
     def end(self, name: str) -> None:
         self._printed_at.pop(name, None)
@@ -141,7 +141,7 @@ class _Bars:
         self.stream = stream
         self._bars: dict[str, tqdm[Any]] = {}
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         tqdm.write(text, file=self.stream)
 
     def train(self, name: str, row: Row, plan: Row) -> None:
@@ -164,57 +164,56 @@ class _Bars:
         if bar is None:
             bar = tqdm(total=total, file=self.stream, leave=False, dynamic_ncols=True, bar_format=BAR)
             self._bars[name] = bar
-        bar.total, bar.n = total, done  # set, not added to: a resumed stage goes back
+        bar.total, bar.n = total, done  # set, not incremented: a resumed stage goes back
         bar.set_description_str(label, refresh=False)
         bar.set_postfix_str(facts, refresh=False)
         bar.refresh()
 
 
-def _look(stage: _Stage, show: _Lines | _Bars) -> None:
-    """Show what has changed in one stage since the last look."""
+def _update(stage: _Stage, view: _Lines | _Bars) -> None:
+    """Show what has changed in one stage since the last update."""
     if not stage.finished:
-        _look_at_training(stage, show)
+        _update_training(stage, view)
     else:
         progress = _read_if_whole(StageFolder(stage.folder).evaluation_progress, read_json)
-        for name in list(stage.left):
+        for name in list(stage.pending):
             evaluation = _read_if_whole(StageFolder(stage.folder).evaluation(name), EvaluationResult.read)
             if evaluation is not None:
-                stage.left.remove(name)
-                show.end(stage.name)
-                show.say(f"{stage.name}  {_accuracies_with_intervals(evaluation)}")
-        if progress is not None and progress["attack"] in stage.left:
-            show.evaluate(stage.name, progress["done"], progress["total"])
+                stage.pending.remove(name)
+                view.end(stage.name)
+                view.print_line(f"{stage.name}  {_accuracies_with_intervals(evaluation)}")
+        if progress is not None and progress["attack"] in stage.pending:
+            view.evaluate(stage.name, progress["done"], progress["total"])
 
 
-def _look_at_training(stage: _Stage, show: _Lines | _Bars) -> None:
+def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
     if stage.plan is None:
         stage.plan = _read_if_whole(StageFolder(stage.folder).plan, read_json)
         if stage.plan is None:
             return
         steps, batch = stage.plan["total_steps"], stage.plan["batch_per_step"]
-        show.say(f"{stage.name}  {steps:,} steps of {batch:,} images")
-    result = _read_if_whole(
-        StageFolder(stage.folder).result, read_json
-    )  # before the rows, so that none of them is missed
-    rows, anew = stage.tail.read()
-    if anew:
-        show.say(f"{stage.name}  resumed, at step {rows[-1]['step'] if rows else 0}")
+        view.print_line(f"{stage.name}  {steps:,} steps of {batch:,} images")
+    # Before the rows, so that none of them is missed.
+    result = _read_if_whole(StageFolder(stage.folder).result, read_json)
+    rows, restarted = stage.tail.read()
+    if restarted:
+        view.print_line(f"{stage.name}  resumed, at step {rows[-1]['step'] if rows else 0}")
     else:
         for row in rows:
             if row["kind"] == "validation":
-                show.say(f"{stage.name}  step {row['step']}  held-out images: {_accuracies(row)}")
+                view.print_line(f"{stage.name}  step {row['step']}  held-out images: {_accuracies(row)}")
     train = [row for row in rows if row["kind"] == "train"]
     if train:
-        show.train(stage.name, train[-1], stage.plan)
+        view.train(stage.name, train[-1], stage.plan)
     if result is not None:
         stage.finished = True
-        show.end(stage.name)
-        show.say(f"{stage.name}  finished after {result['steps']:,} steps")
-        _look(stage, show)
+        view.end(stage.name)
+        view.print_line(f"{stage.name}  finished after {result['steps']:,} steps")
+        _update(stage, view)
 
 
 def _facts(row: Row, plan: Row) -> list[str]:
-    """Loss, robust accuracy, speed and the time that the steps left take at this speed."""
+    """Loss, robust accuracy, images/s and the time left at this speed."""
     facts = [f"loss {row['loss']:.3g}"]
     accuracy = row["robust_accuracy"]
     if accuracy is not None:
@@ -228,8 +227,8 @@ def _facts(row: Row, plan: Row) -> list[str]:
 
 
 def _accuracies(row: Row) -> str:
-    named = (("clean", row["clean_accuracy"]), ("robust", row["robust_accuracy"]))
-    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in named if value is not None)
+    pairs = (("clean", row["clean_accuracy"]), ("robust", row["robust_accuracy"]))
+    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs if value is not None)
 
 
 def _accuracies_with_intervals(evaluation: EvaluationResult) -> str:
@@ -247,7 +246,7 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _read_if_whole(path: Path, read: Callable[[Path], Value]) -> Value | None:
-    """What `read` makes of a file; None if it is not there (yet), or cannot be read at this moment."""
+    """`read(path)`; None if the file does not exist (yet) or cannot be read at this moment."""
     try:
         return read(path)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Does a run, here, and shows its progress."""
+"""Runs on this machine, with a progress display."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 
 
 def run_here(folder: Path, observer: str | None = None) -> int:
-    """Do what is left of the run on a Ray cluster of its own; returns the exit code."""
+    """Do the rest of the run on a Ray cluster of its own; returns the exit code."""
     check_same_data(folder)
-    from launch.ray_cluster.connect import local_cluster  # loads torch and ray: seconds, and not needed above
+    from launch.ray_cluster.connect import local_cluster  # imports torch and ray, which takes seconds
     from pipeline.training.driver import RunFailed, RunRequest, stages_left
 
-    order = RunRequest(folder, observer=observer)
-    if not stages_left(order, load_recipe(RunFolder(folder).recipe)):
-        print(f"{folder}: finished already; see: python -m launch report {folder}")
+    request = RunRequest(folder, observer=observer)
+    if not stages_left(request, load_recipe(RunFolder(folder).recipe)):
+        print(f"{folder}: already finished; see: python -m launch report {folder}")
         return 0
     try:
-        run_and_show(order, local_cluster)
+        run_and_show(request, local_cluster)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run_and_show(order: RunRequest, connect: Connect) -> None:
-    """Do the order with bars or lines on standard error. Errors: as `pipeline.training.driver.run_driver`."""
+def run_and_show(request: RunRequest, connect: Connect) -> None:
+    """Run the driver, with progress on standard error. Errors: as `pipeline.training.driver.run_driver`."""
     from pipeline.training.driver import run_driver
 
-    recipe = load_recipe(RunFolder(order.run_folder).recipe)
+    recipe = load_recipe(RunFolder(request.run_folder).recipe)
     stop = threading.Event()
-    names = [stage.name for stage in stages_of(recipe) if order.stages is None or stage.name in order.stages]
+    names = [stage.name for stage in stages_of(recipe) if request.stages is None or stage.name in request.stages]
     evaluations = [recipe.objective.measure, *(attack.label for attack in recipe.evaluation.attacks)]
-    shown = (order.run_folder, names, evaluations, stop, sys.stderr)
-    display = threading.Thread(target=follow, args=shown, name="display", daemon=True)
+    arguments = (request.run_folder, names, evaluations, stop, sys.stderr)
+    display = threading.Thread(target=follow, args=arguments, name="display", daemon=True)
     display.start()
     try:
-        run_driver(order, connect)
+        run_driver(request, connect)
     finally:
         stop.set()
         display.join(timeout=10)

@@ -1,4 +1,4 @@
-"""Run directories: made once from a recipe, found again by name; all that a restart reads is in them."""
+"""Run directories: created from a recipe, found by name. A restart reads nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """A restart may come from another folder, and Ray's workers have one of their own."""
+    """A restart may have another working folder, and so do Ray's workers."""
     data = recipe.data
     files = {"train_file": str(Path(data.train_file).absolute()), "test_file": str(Path(data.test_file).absolute())}
     recipe = recipe.model_copy(update={"data": data.model_copy(update=files)})
@@ -46,11 +46,11 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]) -> Path:
-    """The run directory of a recipe: a new one, or the existing one of the same recipe, which then goes on.
+    """The run directory of a recipe: a new one, or the existing one of the same recipe, which then resumes.
 
-    `data_sha256` is what `check_data` found. Workers, ZeRO stage, checkpoint cadence and tracking may differ from
-    before. Errors: ValueError naming what else differs, LeaseHeld while somebody runs it, as its workers read
-    recipe.yaml whenever they are restarted.
+    `data_sha256` is from `check_data`. Workers, ZeRO stage, checkpoint interval and tracking may differ from before.
+    Errors: ValueError naming what else differs; LeaseHeld while a process runs it, as its workers read recipe.yaml
+    whenever they restart.
     """
     if name is not None and not re.match(NAME, name):
         raise ValueError(f"--name {name}: a run's name is 1 to 64 letters, digits, dots, dashes and underscores")
@@ -61,9 +61,9 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
         old = load_recipe(path)
         if recipe_hash(old) != recipe_hash(recipe):
             changes = "; ".join(_differences(old, recipe))
-            raise ValueError(f"{folder} was begun with another recipe ({changes}); choose a new --name")
+            raise ValueError(f"{folder} was started with another recipe ({changes}); choose a new --name")
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is no run (it has no recipe.yaml); choose another --name")
+        raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml); choose another --name")
     for stage in stages_of(recipe):
         refuse_if_held(folder / stage.name)
     write_run_folder(folder, recipe, data_sha256)
@@ -71,7 +71,7 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
 
 
 def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
-    """Make a run directory, or bring the recipe of one up to date."""
+    """Create a run directory, or update the recipe of an existing one."""
     folder.mkdir(parents=True, exist_ok=True)
     if not RunFolder(folder).provenance.exists():
         atomic_write_json(RunFolder(folder).provenance, collect_provenance(recipe, data_sha256))
@@ -79,9 +79,9 @@ def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) 
 
 
 def check_data(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 that the data files' manifests state, and that of foreign weights.
+    """The SHA-256 in the data files' manifests, and that of imported weights, by recipe key.
 
-    Errors: ValueError naming the command that mends it.
+    Errors: ValueError naming the command that fixes it.
     """
     data, hashes = recipe.data, {}
     for key, name in (("data.train_file", data.train_file), ("data.test_file", data.test_file)):
@@ -101,7 +101,7 @@ def check_data(recipe: Recipe) -> dict[str, str]:
         hashes[key] = manifest.sha256
         if key == "data.train_file" and data.extra_fraction is not None and manifest.num_extra == 0:
             raise ValueError(
-                f"data.extra_fraction = {data.extra_fraction}: {path} holds no extra images; write it again with "
+                f"data.extra_fraction = {data.extra_fraction}: {path} has no extra images; write it again with "
                 "--extra FILE, or leave the key out"
             )
     if recipe.model.weights is not None:
@@ -113,20 +113,20 @@ def check_data(recipe: Recipe) -> dict[str, str]:
 
 
 def check_same_data(folder: Path) -> None:
-    """Raise ValueError unless the data files are the ones that the run was begun with."""
-    began = read_json(RunFolder(folder).provenance)["data_sha256"]
-    for key, found in check_data(load_recipe(RunFolder(folder).recipe)).items():
-        if found != began[key]:
+    """Raise ValueError unless the data files are those that the run was started with."""
+    original = read_json(RunFolder(folder).provenance)["data_sha256"]
+    for key, sha256 in check_data(load_recipe(RunFolder(folder).recipe)).items():
+        if sha256 != original[key]:
             raise ValueError(
-                f"{key} was replaced since {folder} was begun (sha256 {began[key][:12]}... -> {found[:12]}...); "
-                "bring the file back, or start again under another --name"
+                f"{key} was replaced after {folder} was started (sha256 {original[key][:12]}... -> {sha256[:12]}...); "
+                "restore the file, or start again under another --name"
             )
 
 
 def find_run(reference: str) -> Path:
-    """'runs/demo' or 'demo' -> the run directory. Errors: ValueError listing the runs there are."""
+    """'runs/demo' or 'demo' -> the run directory. Errors: ValueError listing the existing runs."""
     for folder in (Path(reference), RUNS / reference):
         if RunFolder(folder).recipe.exists():
             return folder
-    known = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
-    raise ValueError(f"{reference}: no such run; runs here: {', '.join(known) or 'none'} (in {RUNS}/)")
+    names = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
+    raise ValueError(f"{reference}: no such run; runs here: {', '.join(names) or 'none'} (in {RUNS}/)")

@@ -1,4 +1,4 @@
-"""`python -m launch data write|verify|info`: FFCV files from data sets as they are distributed, and what is in them."""
+"""`python -m launch data write|verify|info`: FFCV files from data sets as their authors distribute them."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
 
 WRITE = """\
-Write train.beton and test.beton, each with a manifest beside it that holds hashes, counts and the class list.
+Write train.beton and test.beton (FFCV), each with a manifest of hashes, counts and classes beside it.
 
   %(prog)s fashion_mnist --out data/fashion_mnist
   %(prog)s cifar10 --extra ti_500K_pseudo_labeled.pickle --out data/cifar10_extra
   %(prog)s imagenet --source /data/ilsvrc2012 --out data/imagenet
   %(prog)s image_folder --source /data/birds --classes robin,wren --out data/two_birds
 
-fashion_mnist      comes from Debian's package dataset-fashion-mnist, else from a folder with its four idx files
-                   (--source), else it is downloaded.
-cifar10, cifar100  come from the authors' python archive, or the folder it unpacks to, else they are downloaded.
-svhn               comes from a folder with train_32x32.mat and test_32x32.mat, else it is downloaded.
-imagenet           comes from a folder with the three official archives (ILSVRC2012_img_train.tar, _img_val.tar and
+fashion_mnist      --source: a folder with its four idx files. Without it: Debian's package dataset-fashion-mnist if
+                   installed, else a download.
+cifar10, cifar100  --source: the authors' python archive, or the folder it unpacks to. Without it: a download.
+svhn               --source: a folder with train_32x32.mat and test_32x32.mat. Without it: a download.
+imagenet           --source: a folder with the three official archives (ILSVRC2012_img_train.tar, _img_val.tar and
                    _devkit_t12.tar.gz), which are read without being unpacked, or with train/ and val/.
-image_folder       is any tree DIR/train/<class>/<image> and DIR/val/<class>/<image>: val becomes test.
+image_folder       --source: any tree DIR/train/<class>/<image> and DIR/val/<class>/<image>; val becomes test.
 
---classes leaves the other classes out. These are numbered in the order given, from 0; @FILE reads one name per line.
---extra puts pseudo-labelled images behind the training images: a .pickle with data and extrapolated_targets (Carmon et
-al.), a .npz with image and label, or SVHN's extra_32x32.mat. The recipe's data.extra_fraction says how many are used.
+--classes keeps only these classes, numbered from 0 in the order given; @FILE reads one name per line.
+--extra appends pseudo-labelled images to the training images: a .pickle with data and extrapolated_targets (Carmon et
+al.), a .npz with image and label, or SVHN's extra_32x32.mat. The recipe's data.extra_fraction sets their share of every
+micro-batch.
 
-Every image is decoded before anything is written. Grey, CMYK and mis-named images are converted to RGB; those that
-cannot be decoded are listed, all of them, and nothing is written unless --skip-broken is given. Images of up to 64 x 64
-pixels are stored bit-exact, larger ones as JPEG. A file that is there already, from the same source, is left as it is.
+Every image is decoded before anything is written. Grey, CMYK and misnamed images are converted to RGB. If any cannot be
+decoded, all of them are listed and nothing is written, unless --skip-broken is given. Images of up to 64 x 64 pixels
+are stored bit-exact, larger ones as JPEG. An existing file from the same source is left unchanged.
 """
 VERIFY = """\
-Read a file completely: compare every byte with the hashes of its manifest, and decode every image.
+Read a file completely: check every byte against the hashes in its manifest, and decode every image.
 
   %(prog)s data/imagenet/train.beton
 
-Exit code 0 if it is as it was written, 1 if it is damaged (all damaged samples are listed), 2 if there is no such file.
+Exit code 0 if it is intact, 1 if it is damaged (all damaged samples are listed), 2 if there is no such file.
 """
 INFO = """\
-Print what a file holds: counts per class, image sizes, source, conversions, hashes.
+Describe a file: counts per class, image sizes, source, conversions, hashes.
 
   %(prog)s data/fashion_mnist/train.beton
 """
@@ -55,28 +56,41 @@ Progress = Callable[[str, int, int], None]
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add `data` with its sub-commands to the subparsers of the command line."""
-    data = subparsers.add_parser("data", help="write, verify and describe FFCV files")
+    data = subparsers.add_parser("data", help="write, verify and describe data files (FFCV)")
     commands = data.add_subparsers(required=True, metavar="COMMAND")
 
-    write = _command(commands, "write", "make the FFCV files of a data set", WRITE, _write)
+    write = _command(commands, "write", "write the data files of a data set", WRITE, _write)
     write.add_argument("dataset", choices=DATASETS)
-    write.add_argument("--source", type=Path, metavar="DIR", help="where the images are")
-    write.add_argument("--classes", metavar="A,B|@FILE", help="only these classes")
-    write.add_argument("--extra", type=Path, metavar="FILE", help="pseudo-labelled images to train on besides")
-    write.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for train.beton and test.beton")
-    write.add_argument("--workers", type=int, metavar="N", help="writing processes (default: one per usable core)")
+    write.add_argument("--source", type=Path, metavar="DIR", help="where the images are (see above)")
+    write.add_argument("--classes", metavar="A,B|@FILE", help="only these classes (default: all)")
     write.add_argument(
-        "--max-resolution", type=int, default=500, metavar="PX", help="longer side at most (default: %(default)s)"
+        "--extra", type=Path, metavar="FILE", help="pseudo-labelled images to add to the training images"
     )
-    write.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: %(default)s)")
-    write.add_argument("--skip-broken", action="store_true", help="leave undecodable images out and record them")
-    write.add_argument("--force", action="store_true", help="replace files that are there")
-    write.set_defaults(after_interrupt="no unfinished file is left; the same command starts again")
+    write.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for train.beton and test.beton")
+    write.add_argument(
+        "--workers", type=int, metavar="N", help="number of writer processes (default: one per usable core)"
+    )
+    write.add_argument(
+        "--max-resolution",
+        type=int,
+        default=500,
+        metavar="PX",
+        help="downscale images whose longer side exceeds this (default: %(default)s)",
+    )
+    write.add_argument(
+        "--quality", type=int, default=90, help="JPEG quality of larger images, 1 to 100 (default: %(default)s)"
+    )
+    write.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be decoded, and record them in the manifest",
+    )
+    write.add_argument("--force", action="store_true", help="replace existing files")
+    write.set_defaults(after_interrupt="no unfinished file is left; run the same command again")
 
-    verify = _command(commands, "verify", "check every byte and image of a file", VERIFY, _verify)
+    verify = _command(commands, "verify", "check every byte and image of a data file", VERIFY, _verify)
     verify.add_argument("file", type=Path, metavar="FILE")
-    info = _command(commands, "info", "what a file holds", INFO, _info)
+    info = _command(commands, "info", "describe a data file", INFO, _info)
     info.add_argument("file", type=Path, metavar="FILE")
 
 
@@ -91,16 +105,16 @@ def _command(
 
 
 def class_list(value: str | None) -> tuple[str, ...]:
-    """Names from 'a,b', or from the lines of FILE for '@FILE'; none for None. Errors: DataError if none is named."""
+    """Names from 'a,b', or from the lines of FILE for '@FILE'; () for None. Errors: DataError if none is named."""
     from pipeline.data.manifest import DataError
 
     if value is None:
         return ()
     try:
-        given = Path(value[1:]).read_text(encoding="utf-8").splitlines() if value[:1] == "@" else value.split(",")
+        entries = Path(value[1:]).read_text(encoding="utf-8").splitlines() if value[:1] == "@" else value.split(",")
     except (OSError, ValueError) as error:
         raise DataError(f"--classes {value}: {error}") from None
-    names = tuple(name.strip() for name in given if name.strip())
+    names = tuple(name.strip() for name in entries if name.strip())
     if not names:
         raise DataError(f"--classes {value!r} names no class; write --classes a,b or @FILE with one name per line")
     return names
@@ -108,27 +122,27 @@ def class_list(value: str | None) -> tuple[str, ...]:
 
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """A bar per stage on a terminal; elsewhere a line when a stage begins."""
+    """A bar per stage on a terminal; elsewhere a line when a stage starts."""
     from tqdm import tqdm
 
-    stage_shown = ""
+    current_stage = ""
     bar: Any = None
 
-    def show(stage: str, done: int, total: int) -> None:
-        nonlocal stage_shown, bar
+    def update(stage: str, done: int, total: int) -> None:
+        nonlocal current_stage, bar
         if not sys.stderr.isatty():
-            if stage != stage_shown:
+            if stage != current_stage:
                 print(f"{stage}: {total}", file=sys.stderr, flush=True)
         else:
-            if stage != stage_shown and bar is not None:
+            if stage != current_stage and bar is not None:
                 bar.close()
-            if stage != stage_shown or bar is None:
+            if stage != current_stage or bar is None:
                 bar = tqdm(total=total, desc=stage, unit="", dynamic_ncols=True)
             bar.update(done - bar.n)
-        stage_shown = stage
+        current_stage = stage
 
     try:
-        yield show
+        yield update
     finally:
         if bar is not None:
             bar.close()
@@ -168,8 +182,10 @@ def _write(arguments: argparse.Namespace) -> int:
         )
         if manifest.num_extra:
             print(f"  the last {manifest.num_extra} images are extra, from {manifest.extra_source}")
-        for name in _not_the_authors(manifest):
-            print(f"  warning: {name} is not its authors' file: its MD5 is not the published one", file=sys.stderr)
+        for name in _files_not_as_published(manifest):
+            print(
+                f"  warning: {name} is not its authors' file: its MD5 differs from the published one", file=sys.stderr
+            )
         if manifest.converted:
             print(f"  converted to RGB: {_counts(manifest.converted)}")
         for image in manifest.skipped:
@@ -177,7 +193,7 @@ def _write(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _not_the_authors(manifest: Manifest) -> list[str]:
+def _files_not_as_published(manifest: Manifest) -> list[str]:
     return [name for name, published in manifest.authors_md5.items() if not published]
 
 
@@ -185,8 +201,8 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
-def _refused(file: Path, error: ValueError) -> int:
-    """Print why a file does not open; 2 if there is none, 1 if it is damaged."""
+def _report_error(file: Path, error: ValueError) -> int:
+    """Print why a file does not open. Returns the exit code: 2 if it does not exist, 1 if it is damaged."""
     print(f"error: {error}", file=sys.stderr)
     return 1 if file.is_file() else 2
 
@@ -199,23 +215,23 @@ def _verify(arguments: argparse.Namespace) -> int:
         manifest = open_checked(arguments.file)
         index = read_index(arguments.file, check_structure(arguments.file))
         with shown_progress() as progress:
-            found = verify_file(arguments.file, progress)
+            damage = verify_file(arguments.file, progress)
     except DataError as error:
-        return _refused(arguments.file, error)
-    if not found.damaged:
-        print(f"{arguments.file}: good; {manifest.num_samples} images, content {manifest.content_sha256}")
+        return _report_error(arguments.file, error)
+    if not damage.damaged:
+        print(f"{arguments.file}: intact; {manifest.num_samples} images, content {manifest.content_sha256}")
         return 0
     print(f"{arguments.file}: DAMAGED")
-    for sample, reason in list(found.samples.items())[:SHOWN_SAMPLES]:
+    for sample, reason in list(damage.samples.items())[:SHOWN_SAMPLES]:
         label = int(index.samples["label"][sample])
         print(f"  sample {sample} (class {label}, {manifest.class_names[label]}): {reason}")
-    if len(found.samples) > SHOWN_SAMPLES:
-        print(f"  and {len(found.samples) - SHOWN_SAMPLES} more samples")
-    if found.pages:
-        print(f"  8 MiB pages that differ: {', '.join(map(str, found.pages))}")
-    for name in found.manifest:
-        print(f"  the manifest itself is damaged: its {name} is not that of the file, whose bytes are good")
-    print("write it again with `python -m launch data write ... --force`, or copy it anew")
+    if len(damage.samples) > SHOWN_SAMPLES:
+        print(f"  and {len(damage.samples) - SHOWN_SAMPLES} more samples")
+    if damage.pages:
+        print(f"  8 MiB pages that differ: {', '.join(map(str, damage.pages))}")
+    for name in damage.manifest:
+        print(f"  the manifest itself is damaged: its {name} differs from that of the file, whose bytes are intact")
+    print("write it again with `python -m launch data write ... --force`, or copy it again")
     return 1
 
 
@@ -228,15 +244,15 @@ def _info(arguments: argparse.Namespace) -> int:
         manifest = open_checked(arguments.file)
         samples = read_index(arguments.file, check_structure(arguments.file)).samples
     except DataError as error:
-        return _refused(arguments.file, error)
+        return _report_error(arguments.file, error)
     stored = "raw, bit-exact"
     if manifest.image_mode == "jpg":
         stored = f"JPEG, quality {manifest.jpeg_quality}, longer side at most {manifest.max_resolution}"
     print(f"{arguments.file}")
     print(f"  data set   {manifest.dataset}, split {manifest.split}, from {manifest.source}")
     if manifest.authors_md5:
-        others = ", ".join(_not_the_authors(manifest))
-        print(f"  MD5        {f'not as published: {others}' if others else 'as its authors published'}")
+        changed = ", ".join(_files_not_as_published(manifest))
+        print(f"  MD5        {f'not as published: {changed}' if changed else 'as its authors published'}")
     if manifest.extra_source:
         print(f"  extra      the last {manifest.num_extra} images, from {manifest.extra_source}")
     if manifest.chosen_from:

@@ -1,4 +1,4 @@
-"""`python -m launch evaluate`: attacks finished networks again, with another strength or on other images."""
+"""`python -m launch evaluate`: evaluates finished networks under other attacks, attack strengths or images."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from pipeline.evaluation.spec import EvaluationSpec
 
 EXAMPLE = """\
+Evaluate the finished networks of a run under the threat model of its recipe. Prints one line of JSON per network, and
+writes the result and the verdict of each image to evaluate/ beside the network.
+
   %(prog)s runs/demo/keep-0.01/finetune/model.safetensors --steps 50 --restarts 10 --images 1000
   %(prog)s demo --attack autoattack --images 1000    (every finished network of the run)
   %(prog)s first --attack autoattack --folder val --image-list imagenet_test_image_ids.txt
@@ -36,27 +39,39 @@ KEPT = "finished chunks are kept; the same command continues with the next one"
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="attack finished networks again; prints accuracies as JSON and keeps the verdicts",
+        help="evaluate finished networks under other attacks, attack strengths or images; prints JSON",
         description=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", metavar="RUN|FILE", help="a run, or a model.safetensors inside one")
-    names = f"one or several of {', '.join(ATTACKS)} (default: pgd)"
+    names = f"one or more of {', '.join(ATTACKS)} (default: pgd)"
     parser.add_argument("--attack", default="pgd", type=_names, metavar="A[,A]", help=names)
-    parser.add_argument("--images", default="all", help="how many test images, evenly spread, or all (default)")
+    parser.add_argument("--images", default="all", help="number of test images, evenly spread, or all (default)")
     parser.add_argument("--steps", type=int, help="steps of pgd and transfer (default: the recipe's)")
-    parser.add_argument("--restarts", type=int, help="their random restarts (default: the recipe's)")
-    parser.add_argument("--step-size", type=_pixels, help="for example 1/255 (default: the recipe's)")
-    parser.add_argument("--source", type=Path, help="file that transfer makes its examples on (default: the dense one)")
-    parser.add_argument("--folder", type=Path, help="evaluate on image files in folders by class, as leaderboards do")
-    parser.add_argument("--image-list", type=Path, metavar="FILE", help="which of them: one <class>/<file> per line")
+    parser.add_argument("--restarts", type=int, help="random restarts of pgd and transfer (default: the recipe's)")
+    parser.add_argument(
+        "--step-size", type=_pixels, help="step size of pgd and transfer, for example 1/255 (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--source",
+        type=Path,
+        help="network that transfer computes its adversarial examples on (default: the run's dense one)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="evaluate on image files in one folder per class, as leaderboards do, not on the test file",
+    )
+    parser.add_argument(
+        "--image-list", type=Path, metavar="FILE", help="the images of --folder to use: one <class>/<file> per line"
+    )
     parser.set_defaults(handler=_evaluate, after_interrupt=KEPT)
 
 
 def _names(text: str) -> list[str]:
     names = text.split(",")
-    if odd := [name for name in names if name not in ATTACKS]:
-        raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(ATTACKS)}")
+    if unknown := [name for name in names if name not in ATTACKS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(ATTACKS)}")
     return names
 
 
@@ -75,7 +90,7 @@ def _run_of(path: Path) -> Path:
 
 
 def _targets(target: str) -> tuple[Path, list[Path]]:
-    """The run, and which of its networks are meant."""
+    """The run, and the network files of it to evaluate."""
     path = Path(target)
     if path.suffix == ".safetensors":
         if not path.is_file():
@@ -85,25 +100,25 @@ def _targets(target: str) -> tuple[Path, list[Path]]:
     stages = [stage for stage in stages_of(load_recipe(RunFolder(folder).recipe)) if stage.measure is not None]
     files = [path for stage in stages if (path := StageFolder(folder / stage.name).network).exists()]
     if not files:
-        raise ValueError(f"{folder} has no finished network yet; python -m launch resume {folder}")
+        raise ValueError(f"{folder} has no finished network yet; continue with: python -m launch resume {folder}")
     return folder, files
 
 
 def _attack(name: str, arguments: argparse.Namespace, recipe: Recipe) -> Attack:
-    """What the command line asks for. Errors: ValueError for what this attack, or this recipe, does not have."""
+    """An attack with the options of the command line. Errors: ValueError for options that it does not support."""
     images = arguments.images
     if images != "all" and (not images.isdigit() or int(images) == 0):
         raise ValueError(f"--images {images}: expected all or a number")
-    given = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
-    given = {key: value for key, value in given.items() if value is not None}
-    if min(given.values(), default=1) <= 0:
+    options = {"steps": arguments.steps, "restarts": arguments.restarts, "step_size": arguments.step_size}
+    options = {key: value for key, value in options.items() if value is not None}
+    if min(options.values(), default=1) <= 0:
         raise ValueError("--steps, --restarts and --step-size must be positive")
-    if given and name not in STEPPING:
-        raise ValueError(f"--attack {name} is run as its authors set it: no --steps, --restarts, --step-size")
+    if options and name not in STEPPING:
+        raise ValueError(f"--attack {name} runs with its authors' settings: no --steps, --restarts, --step-size")
     if arguments.source is not None and "transfer" not in arguments.attack:
         raise ValueError(f"--source {arguments.source} is for --attack transfer")
-    attack = Attack.model_validate({"name": name, "images": None if images == "all" else int(images), **given})
-    if recipe.threat_model is not None or attack.name != "pgd":  # which then counts what is right clean
+    attack = Attack.model_validate({"name": name, "images": None if images == "all" else int(images), **options})
+    if recipe.threat_model is not None or attack.name != "pgd":  # without a threat model, pgd measures clean accuracy
         usual, classes = recipe.evaluation.step_size, recipe.model.num_classes
         check_attack(attack, "--attack", recipe.objective, recipe.threat_model, classes, usual)
     return attack
@@ -111,15 +126,15 @@ def _attack(name: str, arguments: argparse.Namespace, recipe: Recipe) -> Attack:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     try:
-        _attack_each(arguments)
-    except LoaderError as error:  # nothing that the user could say differently: no ValueError
+        _run_attacks(arguments)
+    except LoaderError as error:  # not a usage error: no ValueError
         print(f"error: {error}; {KEPT}", file=sys.stderr)
         return 1
     return 0
 
 
-def _attack_each(arguments: argparse.Namespace) -> None:
-    """Print the result of every network that is meant. Errors: ValueError; LoaderError for images that do not come."""
+def _run_attacks(arguments: argparse.Namespace) -> None:
+    """Print the result of every attack on every network. Errors: ValueError; LoaderError if reading images fails."""
     folder, files = _targets(arguments.target)
     run_folder.check_same_data(folder)
     recipe = load_recipe(RunFolder(folder).recipe)
@@ -133,24 +148,24 @@ def _attack_each(arguments: argparse.Namespace) -> None:
     source = arguments.source or StageFolder(folder / "pretrain").network
     device = pick_device(recipe.workers.device)
     with _open_images(arguments, recipe) as loader:
-        make_deterministic(recipe.workers.threads)  # also back to the thread count that importing FFCV changed
+        make_deterministic(recipe.workers.threads)  # also restores the thread count, which importing FFCV changes
         if arguments.images != "all" and int(arguments.images) > loader.num_samples:
             raise ValueError(f"--images {arguments.images}: expected all or a number from 1 to {loader.num_samples}")
         images = EvaluationImages.all_of(loader, recipe.data.augmentation)
         cache = EvaluationCache(folder, recipe, images, Group(0, 1, device))
         specs = [
-            (evaluation_spec(recipe, attack, source, device), _attacked(attack, files, source)) for attack in attacks
+            (evaluation_spec(recipe, attack, source, device), _networks_of(attack, files, source)) for attack in attacks
         ]
         for attack, (spec, networks) in zip(attacks, specs, strict=True):
-            pgd = _checked(attack, spec, recipe)
+            pgd = _pgd_to_check(attack, spec, recipe)
             for path in networks:
                 honesty = None if pgd is None else cache.check_honesty(path, pgd, spec.images)
                 result = cache.evaluate(path, spec, honesty)
                 print(json.dumps({"file": str(path), **result.to_json()}), flush=True)
 
 
-def _checked(attack: Attack, spec: EvaluationSpec, recipe: Recipe) -> Pgd | None:
-    """The PGD whose honesty says whether an attack can be believed; None where the checks have nothing to say."""
+def _pgd_to_check(attack: Attack, spec: EvaluationSpec, recipe: Recipe) -> Pgd | None:
+    """The PGD that the honesty checks of an attack use; None where they do not apply."""
     from pipeline.evaluation.measures.pgd import Pgd
     from pipeline.evaluation.spec import recipe_measure
 
@@ -160,19 +175,19 @@ def _checked(attack: Attack, spec: EvaluationSpec, recipe: Recipe) -> Pgd | None
     return measure if isinstance(measure, Pgd) else None
 
 
-def _attacked(attack: Attack, files: list[Path], source: Path) -> list[Path]:
-    """The networks that an attack is for: transfer's source is no target. Errors: ValueError if none is left."""
+def _networks_of(attack: Attack, files: list[Path], source: Path) -> list[Path]:
+    """The networks to attack: without the source of transfer. Errors: ValueError if none is left."""
     if attack.name != "transfer":
         return files
-    own = sha256_of(source)
-    others = [path for path in files if sha256_of(path) != own]
+    source_sha256 = sha256_of(source)
+    others = [path for path in files if sha256_of(path) != source_sha256]
     if not others:
-        raise ValueError(f"{source} is the network that is attacked; give another one: --source FILE")
+        raise ValueError(f"{source} is the network under attack itself; name another one: --source FILE")
     return others
 
 
 def _open_images(arguments: argparse.Namespace, recipe: Recipe) -> Loader | ListedImages:
-    """The recipe's test file, or what --folder and --image-list say. Errors: ValueError."""
+    """The recipe's test file, or the images of --folder and --image-list. Errors: ValueError."""
     from pipeline.data.loading.image_list import CROPPED, ListedImages
     from pipeline.data.loading.loader import Loader
     from pipeline.data.manifest import read_manifest
@@ -180,12 +195,12 @@ def _open_images(arguments: argparse.Namespace, recipe: Recipe) -> Loader | List
     data, threads = recipe.data, recipe.workers.threads
     folder, image_list = arguments.folder, arguments.image_list
     if (folder is None) != (image_list is None):
-        raise ValueError("--folder and --image-list belong together: where the images are, and which of them")
+        raise ValueError("--folder and --image-list go together: where the images are, and which of them to use")
     if folder is None:
         return Loader(Path(data.test_file), image_size=data.image_size, threads=threads)
     if data.image_size != CROPPED:
         raise ValueError(
-            f"--folder gives images of {CROPPED} pixels a side, and the network was trained on {data.image_size} "
+            f"--folder gives images of {CROPPED} x {CROPPED} pixels, and the network was trained on {data.image_size} "
             "(data.image_size)"
         )
     return ListedImages(folder, image_list, read_manifest(Path(data.test_file)).class_names, threads=threads)

@@ -1,4 +1,4 @@
-"""Results of `launch evaluate`, kept beside each network: what was evaluated before is read, the rest is evaluated."""
+"""Cache of the results of `launch evaluate`, in evaluate/ beside each network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.run.locks import exclusive
 
 @dataclass(frozen=True)
 class EvaluationCache:
-    """Results for the networks of one run on one set of images, in evaluate/ beside each network."""
+    """Results for the networks of one run on one set of images."""
 
     run_folder: Path
     recipe: Recipe
@@ -39,9 +39,9 @@ class EvaluationCache:
     group: Group
 
     def evaluate(self, file: Path, spec: EvaluationSpec, honesty: HonestySummary | None) -> EvaluationResult:
-        """The result for a network, from an earlier evaluation if there is one, with `honesty`.
+        """The result for a network, from the cache if it is there, with `honesty`.
 
-        Errors: ValueError; LoaderError for images that do not come.
+        Errors: ValueError; LoaderError if reading images fails.
         """
         header = spec.header(self.images, file)
         with self._locked(file, spec, header) as name:
@@ -52,7 +52,7 @@ class EvaluationCache:
         return result if honesty is None else result.model_copy(update={"honesty": honesty})
 
     def check_honesty(self, file: Path, pgd: Pgd, images: int | None) -> HonestySummary:
-        """The honesty checks of a network that `pgd` attacks; warnings of new ones are logged. Errors: the same."""
+        """The honesty checks of a network under `pgd`; warnings of new checks are logged. Errors: as `evaluate`."""
         spec = honesty_spec(self.recipe, pgd, images or len(self.images.ids))
         header, folder = spec.header(self.images, file), StageFolder(file.parent).evaluations
         result = header.read_if_current(StageFolder(file.parent).honesty, HonestyResult)
@@ -73,12 +73,12 @@ class EvaluationCache:
 
     @contextmanager
     def _locked(self, file: Path, spec: EvaluationSpec, header: EvaluationHeader) -> Iterator[str]:
-        """What the files of an evaluation are called, for one process at a time. Errors: ValueError."""
+        """The name of an evaluation's files, under a lock for one process at a time. Errors: ValueError."""
         folder = StageFolder(file.parent).evaluations
         if not os.access(file.parent, os.W_OK):
-            raise ValueError(f"{file.parent} cannot be written, and verdicts are kept there; make a copy of the run")
+            raise ValueError(f"{file.parent} is not writable, and verdicts are written there; make a copy of the run")
         folder.mkdir(exist_ok=True)
-        # Not a name that the run itself would give.
+        # With a digest, so that it differs from the files that the run itself writes.
         digest = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode()).hexdigest()
         name = f"{spec.label}-{digest[:8]}"
         with exclusive(folder / f".{name}.lock"):
@@ -88,7 +88,7 @@ class EvaluationCache:
         return ProgressBar(f"{file.parent.name}: {spec.label}", header.images, spec.chunk, spec.passes)
 
     def _trained(self, file: Path) -> Network | None:
-        """The network that a file was written from, where that is a finished stage's."""
+        """The network that a finished stage exported to this file; None for other files."""
         name = self._stage_name(file)
         stage = next((stage for stage in stages_of(self.recipe) if stage.name == name), None)
         if stage is None or not StageFolder(file.parent).result.exists():
@@ -100,15 +100,15 @@ class EvaluationCache:
 
 
 def _find(folder: Path, header: EvaluationHeader, kind: type[Result]) -> Result | None:
-    """The result of an earlier evaluation with this header whose verdicts are there, too."""
-    whole = (path for path in sorted(folder.glob("*.json")) if path.with_suffix(".parquet").exists())
-    return next((result for path in whole if (result := header.read_if_current(path, kind))), None)
+    """The result of an earlier evaluation with this header that has its verdicts."""
+    complete = (path for path in sorted(folder.glob("*.json")) if path.with_suffix(".parquet").exists())
+    return next((result for path in complete if (result := header.read_if_current(path, kind))), None)
 
 
 class ProgressBar(EvaluationHooks):
-    """Images done, on a terminal; and forward passes of the network, as a chunk may take long.
+    """Images done, on a terminal, and forward passes, as a chunk may take long.
 
-    Where it is known how many `passes` a chunk takes, the bar moves with them.
+    If the number of `passes` of a chunk is known, the bar advances with each of them.
     """
 
     def __init__(self, label: str, images: int, chunk: int, passes: int | None) -> None:

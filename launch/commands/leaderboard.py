@@ -11,6 +11,8 @@ from pipeline.run.layout import RunFolder
 
 ID = r"[A-Za-z0-9-]+"
 EXAMPLE = """\
+Write leaderboard entries for the networks of a run that have AutoAttack verdicts (from `evaluate --attack autoattack`).
+
   %(prog)s first --id Doe2026Small --title "Small robust networks" --authors "Jane Doe, John Roe" \\
       --link https://arxiv.org/abs/0000.00000
 """
@@ -19,16 +21,20 @@ EXAMPLE = """\
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "leaderboard",
-        help="write a run's entries for RobustBench and the adversarial pruning benchmark, from AutoAttack verdicts",
+        help="write a run's entries for RobustBench and the adversarial pruning benchmark",
         description=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
-    parser.add_argument("--id", required=True, help="<first author><year><first word of the title>")
-    parser.add_argument("--title", required=True, help="of the paper")
-    parser.add_argument("--authors", required=True, help="of the paper, with commas between")
-    parser.add_argument("--link", required=True, help="to the paper")
-    parser.add_argument("--venue", default="Unpublished", help="for example NeurIPS 2026 (default: %(default)s)")
+    parser.add_argument("run", metavar="RUN", help="name of a run under runs/, or its folder")
+    parser.add_argument(
+        "--id", required=True, help="<first author><year><first word of the title>, for example Doe2026Small"
+    )
+    parser.add_argument("--title", required=True, help="title of the paper")
+    parser.add_argument("--authors", required=True, help="its authors, separated by commas")
+    parser.add_argument("--link", required=True, help="URL of the paper")
+    parser.add_argument(
+        "--venue", default="Unpublished", help="where it appeared, for example NeurIPS 2026 (default: %(default)s)"
+    )
     parser.set_defaults(handler=_leaderboard)
 
 

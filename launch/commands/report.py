@@ -1,4 +1,4 @@
-"""`python -m launch report`: table, HTML page, charts and CSV of one or several runs."""
+"""`python -m launch report`: table, HTML page, charts and CSV of one or more runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
-    report = subparsers.add_parser("report", help="table, HTML page, pictures and CSV of one or several runs (seeds)")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="name under runs/, or the folder")
+    report = subparsers.add_parser(
+        "report",
+        help="table, HTML page, charts and CSV of one or more runs (such as seeds)",
+        description="Write runs/RUN/report/ and print its table. Several runs (such as seeds) are compared.",
+    )
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="name of a run under runs/, or its folder; the report is written to the first",
+    )
     report.set_defaults(handler=_report)
 
 
@@ -25,9 +34,11 @@ def _report(arguments: argparse.Namespace) -> int:
     try:
         text = build_report(folders)
     except OSError as error:
-        raise ValueError(f"the report cannot be written: {error}; of several runs, name a run of yours first") from None
+        raise ValueError(
+            f"the report cannot be written: {error}; of several runs, name one of your own first"
+        ) from None
     print(text)
-    print(f"pictures and CSV: {folders[0] / 'report'}/")
+    print(f"charts and CSV: {folders[0] / 'report'}/")
     print(f"page: {folders[0] / 'report' / PAGE}")
     for folder in folders:
         try:

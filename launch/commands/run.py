@@ -1,4 +1,4 @@
-"""`python -m launch run`, `resume` and `cancel`: starts a recipe here or on SLURM, continues it, ends its jobs."""
+"""`python -m launch run`, `resume` and `cancel`: start a recipe here or on SLURM, resume it, cancel its jobs."""
 
 from __future__ import annotations
 
@@ -16,34 +16,60 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.layout import RunFolder
 
-RESUMABLE = "checkpoints are kept: python -m launch resume RUN goes on"
+RESUMABLE = "checkpoints are kept; continue with: python -m launch resume RUN"
 
 
 def add_parser(subparsers: Any) -> None:
-    run = subparsers.add_parser("run", help="start a recipe, or go on with it; a finished run is left as it is")
+    run = subparsers.add_parser(
+        "run",
+        help="train, prune, finetune and evaluate as a recipe says; resumes a run of the same recipe",
+        description="Start or resume the run of a recipe in runs/NAME. A finished run is left unchanged.",
+    )
     run.add_argument("recipe", type=Path, help="YAML file, for example recipes/fashion_mnist.yaml")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="for example phases.prune.epochs=3 seed=1")
-    run.add_argument("--name", help="folder under runs/ (default: the recipe's name)")
-    run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its stages, run nothing")
-    run.add_argument("--on", choices=("local", "slurm"), default="local", help="where (default: %(default)s)")
-    run.add_argument("--cluster", type=Path, metavar="FILE", help="YAML with what all jobs of a cluster share")
-    run.add_argument("--after", metavar="JOB", help="a SLURM job that must have ended before")
+    run.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="recipe keys to override, for example phases.prune.epochs=3 seed=1",
+    )
+    run.add_argument("--name", help="name of the run, its folder under runs/ (default: the recipe's name)")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, its stages and (with --on slurm) its sbatch files; start nothing",
+    )
+    run.add_argument(
+        "--on", choices=("local", "slurm"), default="local", help="this machine or SLURM (default: %(default)s)"
+    )
+    run.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with a cluster's slurm settings, such as partition and account; the recipe's keys win",
+    )
+    run.add_argument("--after", metavar="JOB", help="id of a SLURM job that must end first")
     run.set_defaults(handler=_run, after_interrupt=RESUMABLE)
 
-    resume = subparsers.add_parser("resume", help="go on with a run from its newest checkpoint")
-    resume.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
-    resume.add_argument("--on", choices=("local", "slurm"), help="where (default: where it was started)")
-    resume.add_argument("--after", metavar="JOB", help="a SLURM job that must have ended before")
+    resume = subparsers.add_parser(
+        "resume",
+        help="continue a run from its newest checkpoint",
+        description="Continue a run from its newest checkpoint; on SLURM, submit what is unfinished and has no job.",
+    )
+    resume.add_argument("run", metavar="RUN", help="name of a run under runs/, or its folder")
+    resume.add_argument(
+        "--on", choices=("local", "slurm"), help="this machine or SLURM (default: where it was started)"
+    )
+    resume.add_argument("--after", metavar="JOB", help="id of a SLURM job that must end first")
     resume.set_defaults(handler=_resume, after_interrupt=RESUMABLE)
 
-    cancel = subparsers.add_parser("cancel", help="end a run's SLURM jobs; its checkpoints stay")
-    cancel.add_argument("run", metavar="RUN", help="name under runs/, or the folder")
+    cancel = subparsers.add_parser("cancel", help="cancel a run's SLURM jobs; its checkpoints are kept")
+    cancel.add_argument("run", metavar="RUN", help="name of a run under runs/, or its folder")
     cancel.set_defaults(handler=_cancel)
 
 
 def _refuse_after_without_slurm(arguments: argparse.Namespace, on: str) -> None:
     if arguments.after is not None and on != "slurm":
-        raise ValueError(f"--after {arguments.after} is a SLURM job, and this run is not for SLURM: add --on slurm")
+        raise ValueError(f"--after {arguments.after} is a SLURM job, and this run is not on SLURM: add --on slurm")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -76,7 +102,7 @@ def _submit(folder: Path, after: str | None) -> int:
     if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
         print(note)
     for job in submit.submit_run(folder, after):
-        print(f"job {job.id:<10} {job.job_name}: {', '.join(job.stages) or 'table and pictures'}")
+        print(f"job {job.id:<10} {job.job_name}: {', '.join(job.stages) or 'table and charts'}")
     print(f"follow it with: python -m launch status {folder.name}    python -m launch logs {folder.name} -f")
     return 0
 

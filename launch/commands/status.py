@@ -1,7 +1,7 @@
-"""`python -m launch status`: where every stage of a run is, told from its run directory.
+"""`python -m launch status`: the state of every stage of a run, from its run directory.
 
-SLURM is asked once, for the jobs of all that is unfinished; without its answer the tables are there all the same. A
-file that cannot be read is named under its run's table, and counts as missing.
+squeue is called once, for all unfinished jobs; the tables are printed without its answer too. A file that cannot be
+read is reported under its run's table and counts as missing.
 """
 
 from __future__ import annotations
@@ -34,23 +34,29 @@ COLUMNS = ["stage", "state", "progress", "%", "images/s", "robust %", "time left
 TEXT_COLUMNS = ("stage", "state", "SLURM")
 FAILED = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 GONE = ("-", *FAILED, "CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED")
-"""What is said of jobs that do not come back; with any other word the job is queued or runs."""
+"""States of jobs that have ended for good (`-`: unknown to SLURM); in any other state a job is queued or running."""
 
 
 def add_parser(commands: Any) -> None:
-    status = commands.add_parser("status", help="where every stage of the runs is, and how long it will still take")
-    status.add_argument("runs", nargs="*", metavar="RUN", help="name under runs/, or the folder (default: all)")
+    status = commands.add_parser(
+        "status",
+        help="progress, robust accuracy, time left and job state of every stage",
+        description="Show stage, step, speed, robust accuracy, time left and SLURM job of runs. Changes nothing.",
+    )
+    status.add_argument(
+        "runs", nargs="*", metavar="RUN", help="name of a run under runs/, or its folder (default: all)"
+    )
     status.set_defaults(handler=_status)
 
 
 def _status(arguments: argparse.Namespace) -> int:
     folders = [run_folder.find_run(name) for name in arguments.runs]
-    print(show_status(folders or sorted(path.parent for path in run_folder.RUNS.glob("*/recipe.yaml"))))
+    print(status_text(folders or sorted(path.parent for path in run_folder.RUNS.glob("*/recipe.yaml"))))
     return 0
 
 
-def show_status(folders: list[Path]) -> str:
-    """A headline and a table for every run. Errors: ValueError if there is none."""
+def status_text(folders: list[Path]) -> str:
+    """A headline and a table per run. Errors: ValueError if there is no run."""
     if not folders:
         raise ValueError(f"there is no run in {run_folder.RUNS}/; start one: python -m launch run RECIPE")
     runs: list[_Run | str] = []
@@ -60,22 +66,22 @@ def show_status(folders: list[Path]) -> str:
         except (OSError, ValueError) as error:
             runs.append(_wrap(f"{folder} cannot be shown: {error}"))
     queue, note = ask_squeue([job for run in runs if isinstance(run, _Run) for job in run.unfinished_jobs()])
-    blocks = [run if isinstance(run, str) else run.show(queue) for run in runs]
+    blocks = [run if isinstance(run, str) else run.table_text(queue) for run in runs]
     return "\n\n".join([*blocks, _wrap(note)] if note else blocks)
 
 
 @dataclass
 class _Part:
-    """One stage, as far as its folder tells."""
+    """One stage, from the files in its folder."""
 
     stage: Stage
     done: bool
     trained: bool
-    token: str | None  # the lease's, if its holder lives
-    begun: float | None  # when the newest attempt at it wrote its first file
-    total: int  # steps; 0 while no stage of the run has begun
+    token: str | None  # the lease's, if its holder is alive
+    started_at: float | None  # when its newest attempt wrote its first file
+    total: int  # steps; 0 until a stage of the run has started
     step: int
-    speed: float  # newest images/s; 0 while there is none
+    speed: float  # newest images/s; 0 until there is a row
     robust: str
     attacked: tuple[int, int]  # (done, total) images of the test set
     state: str = "waiting"
@@ -89,7 +95,7 @@ class _Part:
 
 
 class _Run:
-    """One run, as far as its directory tells. Errors: ValueError if its recipe cannot be read."""
+    """One run, from its directory. Errors: ValueError if its recipe cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,22 +103,22 @@ class _Run:
         recipe = load_recipe(RunFolder(folder).recipe)
         self.batch = recipe.batch.batch_per_step
         jobs = self._read(folder / "jobs.json", parse_jobs)
-        self.jobs = {job.job_name: job for job in jobs or []}  # the last of a name counts
+        self.jobs = {job.job_name: job for job in jobs or []}  # the newest of each name
         self.starts = _rows(StartLog.of(folder).path, lambda row: (row["group"], int(row["job"])))
         self.failures = _rows(RunFolder(folder).logs / "failures.jsonl", _failure)
         stages = stages_by_job(recipe)
         self.parts_by_job = {name: [self._part(stage) for stage in job] for name, job in stages.items()}
         self.parts = [part for parts in self.parts_by_job.values() for part in parts]
         per_epoch = next((part.total // part.stage.optimisation.epochs for part in self.parts if part.total), 0)
-        for part in self.parts:  # every stage has the same images
+        for part in self.parts:  # every stage has the same images per epoch
             part.total = part.total or per_epoch * part.stage.optimisation.epochs
             part.step = part.total if part.trained else part.step
         self.ended = {name: self._how_it_ended(name) for name in self.jobs}
 
-    def _read(self, path: Path, take: Callable[[Any], Value]) -> Value | None:
-        """What `take` makes of a file; None if it is not there. A damaged one is noted."""
+    def _read(self, path: Path, parse: Callable[[Any], Value]) -> Value | None:
+        """`parse` of a JSON file; None if it does not exist. A damaged file is added to the notes."""
         try:
-            return take(read_json(path))
+            return parse(read_json(path))
         except (KeyError, OSError, TypeError, ValueError) as error:
             if path.exists():
                 self.notes.append(f"{path} is damaged: {str(error).removeprefix(f'{path} cannot be read: ')}")
@@ -121,19 +127,17 @@ class _Run:
     def _part(self, stage: Stage) -> _Part:
         folder = self.folder / stage.name
         done = is_done(self.folder, stage)
-        signs = (StageFolder(folder).plan, StageFolder(folder).evaluations)
+        early_files = (StageFolder(folder).plan, StageFolder(folder).evaluations)
         rows = _rows(StageFolder(folder).metrics, _metric)
         held_out = [f"{100 * value:.1f} held-out" for kind, _, value in rows if kind == "validation"]
         tested = self._read(StageFolder(folder).evaluation(stage.measure), _interval) if stage.measure else None
-        attacked = self._read(
-            StageFolder(folder).evaluation_progress, lambda row: (int(row["done"]), int(row["total"]))
-        )
+        attacked = self._read(StageFolder(folder).evaluation_progress, _images_done)
         return _Part(
             stage,
             done,
             trained=StageFolder(folder).result.exists(),
             token=None if done else self._read(folder / "lease.json", _living_token),
-            begun=max((path.stat().st_mtime for path in signs if path.exists()), default=None),
+            started_at=max((path.stat().st_mtime for path in early_files if path.exists()), default=None),
             total=self._read(StageFolder(folder).plan, lambda plan: int(plan["total_steps"])) or 0,
             step=max((step for _, step, _ in rows), default=0),
             speed=next((value for kind, _, value in reversed(rows) if kind == "train"), 0.0),
@@ -142,11 +146,11 @@ class _Run:
         )
 
     def _how_it_ended(self, name: str) -> tuple[int, str] | None:
-        """(code, message) of the newest start of the newest job of this name; None if it has not ended for good."""
+        """(exit code, message) of the newest start of the newest job of this name; None unless it ended for good."""
         job = self.jobs[name].id
-        # An element of an array, 12_3, runs under a number of its own, which is not lower than the array's.
+        # An array task, 12_3, runs under a job id of its own, which is not lower than the array's.
         numbers = [
-            number for started, number in self.starts if started == name and number >= int(job.partition("_")[0])
+            number for job_name, number in self.starts if job_name == name and number >= int(job.partition("_")[0])
         ]
         job = str(numbers[-1]) if numbers else job
         restarts = [path.name.rpartition("-")[2] for path in (self.folder / "control").glob(f"{job}-*")]
@@ -155,36 +159,36 @@ class _Run:
         return self._read(ended, lambda row: (int(row["code"]), row["message"]))
 
     def unfinished_jobs(self) -> list[str]:
-        over = {name: all(part.done for part in parts) for name, parts in self.parts_by_job.items()}
-        return [job.id for name, job in self.jobs.items() if not over.get(name, self.ended[name] is not None)]
+        complete = {name: all(part.done for part in parts) for name, parts in self.parts_by_job.items()}
+        return [job.id for name, job in self.jobs.items() if not complete.get(name, self.ended[name] is not None)]
 
-    def show(self, queue: Queue | None) -> str:
-        """`queue`: what SLURM says of the jobs, or None if that is not known."""
-        said = {name: (queue or {}).get(job.id, ("-", "None")) for name, job in self.jobs.items()}
-        notes = self._judge({name: state for name, (state, _) in said.items()})
+    def table_text(self, queue: Queue | None) -> str:
+        """Headline, table and notes. `queue`: SLURM's job states, or None if they are unknown."""
+        slurm = {name: (queue or {}).get(job.id, ("-", "None")) for name, job in self.jobs.items()}
+        notes = self._set_states({name: state for name, (state, _) in slurm.items()})
         rows = [COLUMNS]
         for name, parts in self.parts_by_job.items():
-            starts = [started for started, _ in self.starts if started == name]
-            job = [self.jobs[name].id, said[name][0]] if name in self.jobs else ["-", "-"]
+            starts = [job_name for job_name, _ in self.starts if job_name == name]
+            job = [self.jobs[name].id, slurm[name][0]] if name in self.jobs else ["-", "-"]
             rows += [[*part.cells(self.batch), *job, str(len(starts) - 1) if starts else "-"] for part in parts]
-        # Reasons, and the report's job, which has no line in the table.
-        known = [(name, pair) for name, pair in said.items() if pair[0] != "-"]
-        told = [pair for name, pair in known if pair[1] != "None" or name not in self.parts_by_job]
-        for state, reason in dict.fromkeys(told):
-            jobs = [f"{self.jobs[name].id} ({name})" for name, pair in said.items() if pair == (state, reason)]
+        # Pending reasons, and the report job, which has no row in the table.
+        in_slurm = [(name, pair) for name, pair in slurm.items() if pair[0] != "-"]
+        reasons = [pair for name, pair in in_slurm if pair[1] != "None" or name not in self.parts_by_job]
+        for state, reason in dict.fromkeys(reasons):
+            jobs = [f"{self.jobs[name].id} ({name})" for name, pair in slurm.items() if pair == (state, reason)]
             notes.append(f"{state}{'' if reason == 'None' else f', {reason}'}: {', '.join(jobs)}")
-        states, queued = {part.state for part in self.parts}, any(state not in GONE for state, _ in said.values())
+        states, queued = {part.state for part in self.parts}, any(state not in GONE for state, _ in slurm.values())
         word = "waiting for SLURM" if queued else "failed" if "failed" in states else "not running"
         if states & {"training", "evaluating"} or states == {"finished"}:
             word = "finished" if states == {"finished"} else "running"
         elif not queued and queue is not None:
-            notes.append(f"go on with: python -m launch resume {self.folder}")
+            notes.append(f"continue with: python -m launch resume {self.folder}")
         facts = [f"{self.folder}: {word}", *self._facts(word == "running")]
         table = _table([row if self.jobs else row[:-3] for row in rows])
         return "\n".join([", ".join(facts), table, *(_wrap(note, "  ") for note in [*notes, *self.notes])])
 
-    def _judge(self, slurm: dict[str, str]) -> list[str]:
-        """Give every stage its state; returns what those that failed left as their last words."""
+    def _set_states(self, slurm: dict[str, str]) -> list[str]:
+        """Set the state of every stage; returns the failure messages of those that failed."""
         reasons: list[str] = []
         leading: set[str | None] = set()
         for name, parts in self.parts_by_job.items():
@@ -192,33 +196,33 @@ class _Run:
             for part in parts:
                 if part.done:
                     part.state = "finished"
-                elif part.token is not None:  # who holds a job's stages holds them from its beginning
+                elif part.token is not None:  # a job holds all its stages from its start
                     if part.token not in leading:
                         part.state = "evaluating" if part.trained else "training"
                     leading.add(part.token)
                 elif slurm.get(name, "-") in GONE:
-                    why = self._last_words(part, name, slurm.get(name)) if part is first else []
-                    part.state = "failed" if why else "waiting" if part.begun is None else "stopped"
+                    why = self._failure_messages(part, name, slurm.get(name)) if part is first else []
+                    part.state = "failed" if why else "waiting" if part.started_at is None else "stopped"
                     reasons += why
         others = {
             name: ended for name, ended in self.ended.items() if ended is not None and name not in self.parts_by_job
         }
         return reasons + [f"{name}: {message}" for name, (code, message) in others.items() if code]
 
-    def _last_words(self, part: _Part, name: str, slurm: str | None) -> list[str]:
-        """Of a stage's job and workers, unless it was begun again since."""
+    def _failure_messages(self, part: _Part, name: str, slurm: str | None) -> list[str]:
+        """Of a stage's job and workers, unless it has started again since."""
         code, message = self.ended.get(name) or (0, "")
-        words = [f"{name}: {message}"] if code else [f"{name}: SLURM has ended its job"] if slurm in FAILED else []
-        # Before its first stage a worker names none. With several jobs it could be any.
+        messages = [f"{name}: {message}"] if code else [f"{name}: SLURM has ended its job"] if slurm in FAILED else []
+        # A failure before a worker's first stage names no stage. With several jobs it could be any.
         is_next = not self.jobs and part is next(other for other in self.parts if not other.done)
         failures = [row for row in self.failures if row[1] == part.stage.name or (row[1] is None and is_next)]
-        if failures and (part.begun is None or failures[-1][0] > part.begun):
-            words.append(f"{part.stage.name}: {failures[-1][2]}")
-        return words
+        if failures and (part.started_at is None or failures[-1][0] > part.started_at):
+            messages.append(f"{part.stage.name}: {failures[-1][2]}")
+        return messages
 
     def _facts(self, running: bool) -> list[str]:
         facts = [f"{sum(part.done for part in self.parts)} of {len(self.parts)} stages finished"]
-        # Everything at the speed of what trains, or else of what has trained.
+        # At the speed of a stage that is training, or else of one that has trained.
         speeds = sorted((part.state == "training", part.speed) for part in self.parts if part.speed)
         left = sum(part.total - part.step for part in self.parts) * self.batch
         if running and left and speeds:
@@ -247,12 +251,12 @@ def _duration(seconds: float) -> str:
     return f"{days} d {rest // 3600} h" if days else str(timedelta(seconds=rest))
 
 
-def _rows(path: Path, take: Callable[[Any], Value]) -> list[Value]:
-    """What `take` makes of each line; lines that are torn or damaged are passed over, as a resume cuts them."""
+def _rows(path: Path, parse: Callable[[Any], Value]) -> list[Value]:
+    """`parse` of each line; damaged lines are skipped, as a resume removes them."""
     rows = []
     for row in read_rows(path):
         try:
-            rows.append(take(row))
+            rows.append(parse(row))
         except (KeyError, TypeError, ValueError):
             continue
     return rows
@@ -265,7 +269,7 @@ def _metric(row: Any) -> tuple[str, int, float]:
 
 
 def _failure(row: Any) -> tuple[float, str | None, str]:
-    """(time, stage if one had begun, what happened)"""
+    """(time, stage if one had started, what happened)"""
     return float(row["time"]), row["stage"], f"failed at step {row['step']}: {row['error']}"
 
 

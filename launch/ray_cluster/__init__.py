@@ -1,1 +1,1 @@
-"""Ray clusters that leave nothing behind."""
+"""Ray clusters that leave no process and no file behind."""

@@ -1,4 +1,4 @@
-"""Ray clusters for one run: started on this machine, or joined inside a SLURM allocation. Nothing of them stays."""
+"""Connects to Ray: a cluster of this process on this machine, or an existing one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from pipeline.training.driver import Cluster, RunFailed, uses_gpu
 
 @contextmanager
 def environment_set(values: dict[str, str]) -> Iterator[None]:
-    """Set in this process, known to Ray, and put back."""
+    """Set variables in this process, have Ray re-read them, and restore them on exit."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
-    # Ray reads authentication mode and token when it is imported; they are known only now.
+    # Ray reads the authentication mode and token at import, before they are set.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     try:
@@ -41,18 +41,18 @@ def connect_to_ray(**arguments: Any) -> None:
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
-    except Exception as error:  # Ray gives its daemons 30 s, and says in many ways that they were not enough
+    except Exception as error:  # Ray gives its daemons 30 s, and raises many types after that
         reason = " ".join(str(error).split())[:300]
         raise RunFailed(
-            f"Ray did not start ({reason}); is the machine overloaded or out of memory? Nothing was lost: give the "
+            f"Ray did not start ({reason}); is the machine overloaded or out of memory? Nothing was lost: run the "
             "command again"
         ) from error
-    # The one that Ray's core puts in front aborts the process 3 s later, whether it has cleaned up by then or not.
+    # Ray's own handler aborts the process after 3 s, whether it has cleaned up by then or not.
     signal.signal(signal.SIGTERM, terminate)
 
 
 def _check_devices(recipe: Recipe) -> None:
-    """Errors: ValueError where Ray would wait for devices that this machine does not have."""
+    """Errors: ValueError if workers need more GPUs than this machine has; Ray would wait for them."""
     devices = torch.cuda.device_count()
     if uses_gpu(recipe) and recipe.workers.count > devices:
         raise ValueError(
@@ -63,24 +63,24 @@ def _check_devices(recipe: Recipe) -> None:
 
 @contextmanager
 def local_cluster(recipe: Recipe) -> Iterator[Cluster]:
-    """A Ray cluster of this process alone, behind a random token."""
+    """A private Ray cluster on this machine, protected by a random token."""
     _check_devices(recipe)
-    guard = Reaper()
-    folder = guard.folder
+    reaper = Reaper()
+    folder = reaper.folder
     try:
         write_token(folder / "token")
-        environment = ray_environment(folder / "token", folder, uses_gpu(recipe)) | {CLUSTER_MARK: guard.mark}
+        environment = ray_environment(folder / "token", folder, uses_gpu(recipe)) | {CLUSTER_MARK: reaper.mark}
         with environment_set(environment):
             connect_to_ray(
                 address="local",
                 num_cpus=recipe.workers.count * recipe.workers.threads,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(guard.ray_folder),
+                _temp_dir=str(reaper.ray_folder),
             )
             try:
                 yield Cluster(recipe.workers.count, folder)
             finally:
                 ray.shutdown()
     finally:
-        guard.close()
+        reaper.close()

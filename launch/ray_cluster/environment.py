@@ -1,4 +1,4 @@
-"""How every process of a cluster is set up: environment, token, memory. Ray itself is not imported here."""
+"""Environment, token and memory of every process of a Ray cluster. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import secrets
 from pathlib import Path
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Nothing large goes through Ray: images come from FFCV, weights through the run directory."""
+"""Small: images come from FFCV and weights go through the run directory, not through Ray."""
 
 
 def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
-    """What every process of a cluster needs: head, nodes, driver, and through them the workers.
+    """Environment variables for the head, nodes and driver, inherited by the workers.
 
-    `scratch` is the cluster's temporary folder on this node, where libraries put theirs too.
+    `scratch` is the cluster's temporary folder on this node, also used by libraries (TMPDIR).
     """
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "TMPDIR": str(scratch),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Workers that Ray starts before they are asked for lack Ray Train's environment, and are never used.
+        # Prestarted workers lack Ray Train's environment, and are never used.
         "RAY_prestart_worker_first_driver": "0",
-        # Ray would have workers give way to whatever else runs on the node (nice 15): training then starves.
+        # Ray's default of nice 15 starves training when anything else runs on the node.
         "RAY_worker_niceness": "0",
-        # Nor have them die for memory that others took: who takes too much is for the kernel and SLURM to say.
+        # Ray would kill workers when others use the memory; the kernel and SLURM enforce limits.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

@@ -1,9 +1,9 @@
-"""Ends a Ray cluster's processes when the process that answers for them is gone, however it ended.
+"""Ends the processes of a Ray cluster when their owner is gone, however it ended.
 
-Every process of a cluster carries a mark in its environment, which orphans keep, and so do its descendants; some of
-them write their title over their environment, so the guard also remembers who was whose child. It is a small process in
-a session of its own that waits for the end of a pipe: when its owner closes it or dies, SIGKILL included, it ends them
-all and deletes the cluster's temporary folder. Nothing else of this machine is touched.
+Every process of a cluster, and so every descendant, inherits a mark in its environment, which orphans keep. Some
+processes overwrite their environment with their title, so the reaper also tracks parents and children. It is a small
+process in a session of its own that waits for the end of a pipe: when the owner closes it or dies, even by SIGKILL, the
+reaper kills the marked processes and deletes the cluster's temporary folder. No other process is touched.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from launch.ray_cluster.scratch import RAY, new_scratch
 CLUSTER_MARK = "HYDRA_CLUSTER"
 END_S = 20.0
 POLL_S = 0.1
-LOOK_S = 1.0
-"""How often the guard looks who is new."""
+SCAN_S = 1.0
+"""Interval at which the reaper scans for new processes."""
 YOUNG_S = 10.0
-"""A process may still be about to become another program, with another environment, for so long."""
-
+"""For this long after its start a process may still exec another program, with another environment."""
 
 Process = tuple[int, int]
-"""pid and start time in clock ticks, which tells a pid from its later reuse."""
+"""(pid, start time in clock ticks): unique even if the pid is reused."""
 
 
 def _uptime_s() -> float:
-    """Seconds since the boot that start times count from."""
+    """Seconds since boot, the origin of start times."""
     return float(Path("/proc/uptime").read_text().split()[0])
 
 
@@ -44,13 +43,13 @@ class ProcessTree:
     """The processes of one mark: those that carry it, and their descendants."""
 
     def __init__(self, mark: str) -> None:
-        self._wanted = f"{CLUSTER_MARK}={mark}".encode()
+        self._marker = f"{CLUSTER_MARK}={mark}".encode()
         self._seen: set[Process] = set()
         self._ours: set[Process] = set()
 
-    def look(self) -> list[int]:
-        """Take in who is new; returns the pids of all that live, this process left out."""
-        living, parents = set[Process](), dict[Process, int]()
+    def scan(self) -> list[int]:
+        """Add new processes; returns the pids of all that are alive, without this process."""
+        alive, parents = set[Process](), dict[Process, int]()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
@@ -59,29 +58,29 @@ class ProcessTree:
                     continue
                 process = int(entry.name), int(fields[19])
                 if fields[0] not in "ZX":
-                    living.add(process)
+                    alive.add(process)
                     parents[process] = int(fields[1])
-        self._ours &= living
+        self._ours &= alive
         pids = {pid for pid, _ in self._ours}
-        # By start time: a parent is judged before its children. Environments are read until a process is not young.
-        for process in sorted(living - self._seen, key=lambda one: (one[1], one[0])):
-            if parents[process] in pids or self._carries(process[0]):
+        # By start time, so that a parent comes before its children. A process is checked again until it is not young.
+        for process in sorted(alive - self._seen, key=lambda one: (one[1], one[0])):
+            if parents[process] in pids or self._has_mark(process[0]):
                 self._ours.add(process)
                 pids.add(process[0])
-        grown = (_uptime_s() - YOUNG_S) * os.sysconf("SC_CLK_TCK")
-        self._seen = {process for process in living if process[1] < grown}
+        young_since = (_uptime_s() - YOUNG_S) * os.sysconf("SC_CLK_TCK")
+        self._seen = {process for process in alive if process[1] < young_since}
         return sorted(pids)
 
-    def _carries(self, pid: int) -> bool:
+    def _has_mark(self, pid: int) -> bool:
         try:
-            return self._wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            return self._marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:  # it has ended, or is another user's
             return False
 
     def end(self, deadline_s: float = END_S) -> list[int]:
-        """SIGKILL all of them, again until none is left (they may be starting others). Returns who stays."""
+        """SIGKILL all of them, repeatedly, as they may be starting others. Returns the pids that are left."""
         end, pause = time.monotonic() + deadline_s, threading.Event()
-        while left := self.look():
+        while left := self.scan():
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -92,7 +91,7 @@ class ProcessTree:
 
 
 class Reaper:
-    """A mark for the processes of one cluster, its private temporary folder, and the process that ends both."""
+    """The mark of one cluster's processes, its private temporary folder, and the process that removes both."""
 
     def __init__(self) -> None:
         self.folder, lock = new_scratch()
@@ -105,17 +104,17 @@ class Reaper:
             start_new_session=True,
             pass_fds=[lock],
         )
-        os.close(lock)  # now the guard's alone: the folder is held for as long as it lives
+        os.close(lock)  # only the reaper process holds the lock now, until it ends
 
     def close(self) -> None:
-        """End everything that carries the mark, and return when it has ended. Closing twice is fine."""
+        """End every process with the mark, and wait for that. Idempotent."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(END_S + 10)
 
 
 def ignore_job_signals() -> None:
-    """For children of a job's process: SLURM may send its warnings to all of a job, and they are not for them."""
+    """For child processes: SLURM may send its warnings to every process of a job, but only the leader handles them."""
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -123,10 +122,10 @@ def ignore_job_signals() -> None:
 def main(mark: str, folder: str) -> int:
     """Watch until the end of standard input, then clean up."""
     ignore_job_signals()
-    family = ProcessTree(mark)
-    while not select.select([sys.stdin], [], [], LOOK_S)[0]:
-        family.look()
-    left = family.end()
+    processes = ProcessTree(mark)
+    while not select.select([sys.stdin], [], [], SCAN_S)[0]:
+        processes.scan()
+    left = processes.end()
     shutil.rmtree(folder, ignore_errors=True)
     return 1 if left else 0
 

@@ -1,7 +1,7 @@
-"""Temporary folders of clusters: private, short enough for Ray's sockets, and removed even if all were killed.
+"""Temporary folders of clusters: private, with paths short enough for Ray's sockets, and always removed.
 
-A cluster's guard removes its folder when the cluster is over. Where the guard was killed too, as SLURM may do, the next
-start on that machine does: a folder whose lock nobody holds is nobody's.
+A cluster's reaper removes its folder. If the reaper was killed too, as SLURM may do, the next start on that machine
+does: a folder whose lock is free has no owner.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 from pipeline.run.locks import lock, try_lock
 
 LONGEST = 38
-"""Characters of a path up to which Ray's sockets stay within the 107 that Linux allows."""
+"""Longest path, in characters, with which Ray's socket paths stay within Linux's limit of 107."""
 RAY = "ray"
-"""The part of a folder that is Ray's own, which lets everybody read and write the folder that it is given. Inside one
-that nobody else can enter that does no harm."""
+"""Subfolder for Ray, which makes its folder world-writable. That is harmless inside a folder that only this user can
+enter."""
 PREFIX = "hydra-"
 LOCK = "lock"
 YOUNG_S = 60.0
-"""A folder without a lock may still be in the making for so long."""
+"""For this long, a folder without a lock may still be under creation."""
 
 
 def new_scratch() -> tuple[Path, int]:
-    """A new folder that only this user can enter, and the descriptor of the locked file that keeps it.
+    """A new folder that only this user can enter, and the descriptor of its lock file, which is locked.
 
-    It is below TMPDIR if that is short enough, and below /tmp otherwise. What killed ones of this user left is removed.
+    It is in TMPDIR if that path is short enough, else in /tmp. Abandoned folders of this user are removed.
     """
     parent = Path(tempfile.gettempdir())
     if len(str(parent / PREFIX)) + 8 > LONGEST:
         parent = Path("/tmp")
-    for left in parent.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # somebody else's, or just being removed
-            if left.stat().st_uid == os.getuid() and not _is_held(left):
-                shutil.rmtree(left, ignore_errors=True)
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another user's, or removed at this moment
+            if folder.stat().st_uid == os.getuid() and not _is_held(folder):
+                shutil.rmtree(folder, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     lock(descriptor)

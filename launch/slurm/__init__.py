@@ -1,1 +1,1 @@
-"""SLURM jobs, and what runs on their nodes."""
+"""SLURM: submitting jobs, and the processes on their nodes."""

@@ -1,17 +1,17 @@
-"""What the nodes of one job tell each other: small files in the run directory, the only thing they all see.
+"""Communication among the nodes of one job: small files in the run directory, which all of them see.
 
-    control/starts.jsonl                      one line per start of a job, for counting those without progress
-    control/<job>-<restart>/                  one start of one job (SLURM counts its restarts)
-        counted                               it stands in starts.jsonl, so that it may be queued again
-        token                                 the Ray cluster's, 0600
-        cluster-<generation>.json             the head is up: where
-        lost-<generation>-<node>              a node's Ray processes ended
-        failed-<generation>                   why it ended, where somebody could say it
-        alive-<node>                          heartbeat of a node's task
-        stop                                  workers stop with a checkpoint at the next step
-        ended.json                            the start is over for good: {"code", "message"}
+    control/starts.jsonl                      one line per start of a job, to count starts without progress
+    control/<job>-<restart>/                  one start of one job (SLURM numbers its restarts)
+        counted                               the start is in starts.jsonl, so the job may be requeued
+        token                                 the Ray cluster's token, 0600
+        cluster-<generation>.json             address of the head, once it is up
+        lost-<generation>-<node>              the node's Ray processes ended
+        failed-<generation>                   why the generation ended, if known
+        alive-<node>                          heartbeat of the node's task
+        stop                                  workers write a checkpoint at the next step and stop
+        ended.json                            the job is over for good: {"code", "message"}
 
-A generation is one Ray cluster. Whatever happens to one, all nodes end theirs and join the next.
+A generation is one Ray cluster. When one fails, all nodes end their part of it and join the next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALIVE_EVERY_S = 2.0
 
 
 class JobFailed(RuntimeError):
-    """This start of the job is over. Whether SLURM queues it again is decided by whether `ended.json` is there."""
+    """This start of the job is over. The batch script requeues the job unless `ended.json` exists."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,15 @@ class ControlFiles:
     def create(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def count(self) -> None:
-        """The batch script may queue the job again if this start fails; training starts are in `Starts` by then, which
-        bounds how often."""
+    def mark_counted(self) -> None:
+        """Allow the batch script to requeue the job if this start fails; `StartLog`, which has it, bounds how often."""
         (self.folder / "counted").touch()
 
     def was_counted(self) -> bool:
         return (self.folder / "counted").exists()
 
     def was_replaced(self) -> bool:
-        """Whether SLURM has started the job once more, while this start's node was taken for lost."""
+        """Whether SLURM has started the job again because it considers this start's node lost."""
         job, _, restart = self.folder.name.rpartition("-")
         return (self.folder.parent / f"{job}-{int(restart) + 1}").exists()
 
@@ -71,35 +70,35 @@ class ControlFiles:
         atomic_write_json(self.folder / f"cluster-{generation}.json", {"address": address})
 
     def address(self, generation: int) -> str | None:
-        """Where the generation's head listens; None while it is not up."""
+        """Address of the generation's head; None until it is up."""
         path = self.folder / f"cluster-{generation}.json"
         return read_json(path)["address"] if path.exists() else None
 
-    def lose(self, generation: int, node: int) -> None:
+    def mark_lost(self, generation: int, node: int) -> None:
         (self.folder / f"lost-{generation}-{node}").touch()
 
-    def lost(self, generation: int) -> list[int]:
+    def lost_nodes(self, generation: int) -> list[int]:
         """Nodes whose Ray processes ended in this generation."""
         return sorted(int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"lost-{generation}-*"))
 
-    def fail(self, generation: int, why: str) -> None:
-        atomic_write_text(self.folder / f"failed-{generation}", f"{why}\n")
+    def record_failure(self, generation: int, reason: str) -> None:
+        atomic_write_text(self.folder / f"failed-{generation}", f"{reason}\n")
 
     def failure(self, generation: int) -> str | None:
-        """Why a generation ended, if somebody has said so."""
+        """Why a generation ended, if that was recorded."""
         path = self.folder / f"failed-{generation}"
         return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
     def last_failure(self) -> str | None:
-        """Of all generations."""
+        """Of the newest generation that has one."""
         generations = [int(path.name.rpartition("-")[2]) for path in self.folder.glob("failed-*")]
         return self.failure(max(generations)) if generations else None
 
     def beat(self, node: int) -> None:
         atomic_write_text(self.folder / f"alive-{node}", f"{time.time()}\n")
 
-    def silent(self, node: int, deadline_s: float) -> bool:
-        """Whether a node that was heard of has not been for longer than the deadline; their clocks must agree."""
+    def is_silent(self, node: int, deadline_s: float) -> bool:
+        """Whether the node's last heartbeat, if any, is older than the deadline. The nodes' clocks must agree."""
         path = self.folder / f"alive-{node}"
         try:
             return time.time() - float(path.read_text()) > deadline_s
@@ -115,7 +114,7 @@ class ControlFiles:
 
 @dataclass(frozen=True)
 class StartLog:
-    """The starts of a run's jobs, kept to tell those that lead nowhere."""
+    """The starts of a run's jobs, to bound those without progress."""
 
     path: Path
 
@@ -127,9 +126,9 @@ class StartLog:
         return read_rows(self.path)
 
     def without_progress(self, job_name: str, job: str, marks: list[int]) -> int:
-        """How many starts of this job in a row, the newest first, found exactly what is there now.
+        """Number of newest starts of this job in a row that began with the current progress `marks`.
 
-        Those of other jobs do not count: who submits the run again has looked at what stopped it.
+        Other jobs do not count: a person who resubmits the run has seen why it stopped.
         """
         count = 0
         for start in reversed([s for s in self.read() if s["group"] == job_name and s["job"] == job]):
@@ -145,22 +144,25 @@ class StartLog:
 
 
 def start_of_job() -> tuple[str, str]:
-    """(job id, how often SLURM has queued it again)."""
+    """(job id, SLURM's restart count)."""
     return os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
-def begin(run_folder: Path, job_name: str, nodes: int, marks: list[int], limit: int) -> None:
-    """Count this start of a job, and so let it be queued again. Errors: JobFailed if the last ones led nowhere."""
+def count_start(run_folder: Path, job_name: str, nodes: int, marks: list[int], limit: int) -> None:
+    """Count this start of a job, which lets it be requeued.
+
+    Errors: JobFailed after too many starts without progress.
+    """
     (job, restart), starts = start_of_job(), StartLog.of(run_folder)
-    control, before = (ControlFiles.of(run_folder, job, str(number)) for number in (restart, int(restart) - 1))
+    control, previous = (ControlFiles.of(run_folder, job, str(number)) for number in (restart, int(restart) - 1))
     count = starts.without_progress(job_name, job, marks)
     starts.add(job_name, job, restart, nodes, marks)
-    control.count()
+    control.mark_counted()
     if count > 2 * limit + 1:
-        last = f" (last: {why})" if (why := before.last_failure()) is not None else ""
-        why = (
+        last = f" (last: {reason})" if (reason := previous.last_failure()) is not None else ""
+        message = (
             f"{run_folder}: {job_name} was started {count} times without anything new committed{last}; "
-            f"mend the cause (see jobs/ and logs/), then: python -m launch resume {run_folder}"
+            f"fix the cause (see jobs/ and logs/), then: python -m launch resume {run_folder}"
         )
-        control.end(1, why)
-        raise JobFailed(why)
+        control.end(1, message)
+        raise JobFailed(message)

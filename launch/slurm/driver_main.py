@@ -1,7 +1,7 @@
-"""The driver inside a SLURM job: joins the Ray cluster that the job's nodes have started, and runs the job's stages.
+"""The driver inside a SLURM job: joins the Ray cluster of the job's nodes and runs the job's stages.
 
-Started by `launch.slurm.node_task`: 0 means done, 75 stopped as asked. Any other end, an unforeseen exception included,
-leads to another attempt, unless ended.json says that it would be in vain.
+Started by `launch.slurm.node_task`. Exit code 0 means done, 75 stopped on request. After any other exit, an unforeseen
+exception included, the leader tries again, unless ended.json exists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.run.stop import StopRequested
 from pipeline.training.driver import Cluster, RunFailed, RunRequest
 
 LEASE_PATIENCE_S = STALE_AFTER_S + 30
-"""A job that is queued again may begin on another node before its last start's lease there has run out."""
+"""A requeued job may start on another node before the lease of its previous start has expired."""
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the stages; the exit code says what happens next."""
+    """Run the stages; returns the exit code."""
     options = _parse(arguments)
     control, names = ControlFiles(options.control), options.hosts.split(",")
     request = RunRequest(
@@ -55,12 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         run_and_show(request, connect)
-    except StopRequested as stopped:
-        print(stopped, file=sys.stderr)
+    except StopRequested as stop:
+        print(stop, file=sys.stderr)
         return STOPPED
     except NodesMissing as error:
         print(error, file=sys.stderr)
-        control.fail(options.generation, str(error))
+        control.record_failure(options.generation, str(error))
         return 1
     except (ValueError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""What runs on every node of a SLURM job, one task each: the first node leads, the others follow.
+"""The task on every node of a SLURM job: the first node leads, the others follow.
 
-The leader starts a Ray head and the driver; the others join. Each task only watches processes: whatever ends too early
-(driver, head, a node's raylet) ends this generation of the cluster on all nodes, and the next one goes on from the
-newest checkpoint. The time limit and preemption are submitit's to announce (SIGUSR2): the leader has the workers write
-a checkpoint, and the job queues again. A task that itself is killed, or a node that is lost, is the batch script's and
-SLURM's to requeue. No torch and no Ray here: the heavy imports are the children's.
+The leader starts a Ray head and the driver; the others join. Each task only watches processes: if any ends too early
+(driver, head, a node's raylet), this generation of the cluster ends on all nodes, and the next one resumes from the
+newest checkpoint. submitit announces the time limit and preemption (SIGUSR2): the leader has the workers write a
+checkpoint, and the job is requeued. If a task itself is killed or a node is lost, the batch script or SLURM requeues
+the job. Imports neither torch nor Ray, which are for the child processes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 from launch.ray_cluster.environment import OBJECT_STORE_BYTES, ray_environment, write_token
 from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper, ignore_job_signals
-from launch.slurm.control_files import ALIVE_EVERY_S, ControlFiles, JobFailed, begin, start_of_job
-from launch.slurm.nodes import look_at
+from launch.slurm.control_files import ALIVE_EVERY_S, ControlFiles, JobFailed, count_start, start_of_job
+from launch.slurm.nodes import node_advice
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.slurm import Slurm
@@ -31,14 +31,14 @@ from pipeline.run.layout import RunFolder, progress_marks
 
 POLL_S = 0.5
 STOPPED = 75
-"""The driver's exit code once it has stopped as asked (EX_TEMPFAIL)."""
+"""Exit code of a driver that stopped on request (EX_TEMPFAIL)."""
 LEAVE_S = 20.0
-"""How long the leader waits for the others when a start is over."""
+"""How long the leader waits for the other nodes to leave at the end."""
 
 
 @dataclass
 class JobPayload:
-    """The submitted object: a job's part of a run. Plain values only, as submitit pickles it."""
+    """The submitted object: one job's part of a run. Plain values only, as submitit pickles it."""
 
     run_folder: str
     job_name: str
@@ -51,7 +51,7 @@ class JobPayload:
         self._task.run()
 
     def checkpoint(self) -> Any:
-        """submitit calls this in the leader's main thread when the job is about to be ended; then it queues again."""
+        """submitit calls this in the leader's main thread when the job is about to end, and then requeues it."""
         import submitit
 
         if self._task is not None:
@@ -62,7 +62,7 @@ class JobPayload:
 
 
 class _Task:
-    """One node's part, from the start of its task to the end."""
+    """The task of one node."""
 
     def __init__(self, payload: JobPayload) -> None:
         import submitit
@@ -75,26 +75,26 @@ class _Task:
         assert self.recipe.slurm is not None
         self.slurm: Slurm = self.recipe.slurm
         self.hosts = list(submitit.JobEnvironment().hostnames)
-        """Of all nodes, in the order of their numbers."""
+        """Host names of all nodes, in the order of their numbers."""
         self.host = self.hosts[self.node]
         self._driver: subprocess.Popen[bytes] | None = None
         self._parent = os.getppid()
         self._beat_at = float("-inf")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(f"[{self.host}] {text}", file=sys.stderr, flush=True)
 
     def run(self) -> None:
-        self.control.create()  # each for itself: the first node may be the last to come
+        self.control.create()  # on every node: the leader may be the last to start
         if self.node == 0:
             self._lead()
         else:
             self._follow()
 
-    # --- both ---------------------------------------------------------------------------------------------------------
+    # --- every node ---------------------------------------------------------------------------------------------------
 
     def _wait(self, condition: Callable[[], bool], deadline_s: float) -> bool:
-        """Poll until the condition holds; False when the deadline came first. Keeps the heartbeat going."""
+        """Poll until the condition holds; False if the deadline passes first. Sends heartbeats meanwhile."""
         end, pause = time.monotonic() + deadline_s, threading.Event()
         while not condition():
             if time.monotonic() - self._beat_at > ALIVE_EVERY_S:
@@ -102,44 +102,48 @@ class _Task:
                 self._beat()
             if time.monotonic() > end:
                 return False
-            if os.getppid() != self._parent:  # slurmstepd was killed, and with it what SLURM knows of this task
-                os.kill(os.getpid(), signal.SIGKILL)  # its guard ends the rest
+            if os.getppid() != self._parent:  # slurmstepd was killed: SLURM has lost this task
+                os.kill(os.getpid(), signal.SIGKILL)  # its reaper ends the rest
             pause.wait(POLL_S)
         return True
 
     def _beat(self) -> None:
-        """Say that this node lives, and end if others have its job, as when only its slurmd has died."""
+        """Write a heartbeat; end if the job has restarted elsewhere, as when only this node's slurmd has died."""
         try:
             self.control.beat(self.node)
-        except OSError as error:  # others notice if it stays
-            self.say(f"cannot say that this node lives: {error}")
+        except OSError as error:  # if this persists, the other nodes notice
+            self.log(f"cannot write a heartbeat: {error}")
         if self.control.was_replaced():
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _is_silent(self, node: int) -> bool:
-        """Lost with its node, or hung: the deadline is that of workers."""
-        return self.control.silent(node, self.recipe.workers.hang_timeout_s)
+        """Whether a node is lost or hung; the deadline is that of workers."""
+        return self.control.is_silent(node, self.recipe.workers.hang_timeout_s)
 
-    def _not_heard_of(self, nodes: list[int]) -> str:
+    def _silence_message(self, nodes: list[int]) -> str:
         hosts = [self.hosts[node] for node in nodes]
-        waited = f"{self.recipe.workers.hang_timeout_s:g} s"
-        return f"nothing was heard of {', '.join(hosts)} for {waited}; {look_at(hosts, self.slurm)}"
+        deadline = f"{self.recipe.workers.hang_timeout_s:g} s"
+        return f"no heartbeat from {', '.join(hosts)} for {deadline}; {node_advice(hosts, self.slurm)}"
 
-    def _start(self, guard: Reaper, *command: str) -> subprocess.Popen[bytes]:
-        """A child that carries the guard's mark, and is deaf to what SLURM sends to the job."""
+    def _start_child(self, reaper: Reaper, *command: str) -> subprocess.Popen[bytes]:
+        """Start a child with the reaper's mark, which ignores the signals that SLURM sends to the job."""
         gpu = self.recipe.workers.device != "cpu"
-        environment = {**os.environ, **ray_environment(self.control.token, guard.folder, gpu), CLUSTER_MARK: guard.mark}
+        environment = {
+            **os.environ,
+            **ray_environment(self.control.token, reaper.folder, gpu),
+            CLUSTER_MARK: reaper.mark,
+        }
         return subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=ignore_job_signals)
 
-    def _start_ray(self, guard: Reaper, *where: str) -> subprocess.Popen[bytes]:
+    def _start_ray(self, reaper: Reaper, *where: str) -> subprocess.Popen[bytes]:
         workers = self.slurm.workers_of_a_node(self.recipe.workers.threads)
         gpus = workers if self.slurm.gpus_per_node or self.slurm.gres else 0
-        return self._start(
-            guard,
+        return self._start_child(
+            reaper,
             *("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *where),
-            # Nobody scales this cluster, and workers log to the run directory.
+            # No autoscaling; workers log to the run directory.
             *("--no-monitor", "--include-log-monitor", "false"),
-            *("--temp-dir", str(guard.ray_folder), "--object-store-memory", str(OBJECT_STORE_BYTES)),
+            *("--temp-dir", str(reaper.ray_folder), "--object-store-memory", str(OBJECT_STORE_BYTES)),
             *("--num-cpus", str(workers * self.recipe.workers.threads), "--num-gpus", str(gpus)),
             *("--resources", f'{{"node_{self.node}": 1}}'),
         )
@@ -147,46 +151,45 @@ class _Task:
     # --- the first node -----------------------------------------------------------------------------------------------
 
     def _lead(self) -> None:
-        signal.signal(signal.SIGTERM, self._terminated)
+        signal.signal(signal.SIGTERM, self._on_terminate)
         limit = self.recipe.workers.restarts_without_progress
-        begin(self.run_folder, self.payload.job_name, len(self.hosts), self._marks(), limit)
+        count_start(self.run_folder, self.payload.job_name, len(self.hosts), self._marks(), limit)
         if not self.control.token.exists():
             write_token(self.control.token)
         generation, failures, marks = 0, 0, self._marks()
         while True:
-            code, why = self._lead_generation(generation)
+            code, reason = self._lead_generation(generation)
             if code is not None:
                 break
-            now = self._marks()
-            failures = 0 if now != marks else failures + 1
-            marks = now
+            previous, marks = marks, self._marks()
+            failures = 0 if marks != previous else failures + 1
             if failures > limit:
-                why = f"failed {failures} times in a row without a new checkpoint; last: {why}"
-                code, why = 1, f"{why}; see {self.run_folder}/logs/"
+                reason = f"failed {failures} times in a row without a new checkpoint; last: {reason}"
+                code, reason = 1, f"{reason}; see {self.run_folder}/logs/"
                 break
-            self.say(f"{why}; starting again from the newest checkpoint")
+            self.log(f"{reason}; restarting from the newest checkpoint")
             generation += 1
         if code == STOPPED:
-            # Not by submitit's handler, which does not return here: SLURM took the job away, or is about to. It must
-            # not end as if all were done.
+            # Not through submitit's handler, which does not return here: SLURM is ending the job. Exit code 0 would
+            # count as done.
             raise JobFailed("stopped with a checkpoint before the end of the run")
-        self.control.end(code, why)
+        self.control.end(code, reason)
         self._wait(lambda: len(list(self.control.folder.glob("left-*"))) >= len(self.hosts) - 1, LEAVE_S)
         if code:
-            raise JobFailed(why)
+            raise JobFailed(reason)
 
     def _lead_generation(self, generation: int) -> tuple[int | None, str]:
-        """One Ray cluster from start to end. Returns (the driver's final exit code or None to go on, what happened)."""
-        guard = Reaper()
+        """One Ray cluster from start to end. Returns (exit code, or None for another generation; the reason)."""
+        reaper = Reaper()
         try:
-            head = self._start_ray(guard, "--head", "--port", "0", "--include-dashboard", "false")
-            address = guard.ray_folder / "ray_current_cluster"
+            head = self._start_ray(reaper, "--head", "--port", "0", "--include-dashboard", "false")
+            address = reaper.ray_folder / "ray_current_cluster"
             up = self._wait(lambda: address.exists() or head.poll() is not None, self.slurm.node_start_s)
             if not up or head.poll() is not None:
                 return None, f"the Ray head on {self.host} did not start within {self.slurm.node_start_s} s"
             self.control.publish(generation, address.read_text().strip())
-            driver = self._start(
-                guard,
+            driver = self._start_child(
+                reaper,
                 *("-m", "launch.slurm.driver_main", self.payload.run_folder),
                 *("--stages", ",".join(self.payload.stages), "--hosts", ",".join(self.hosts)),
                 *("--control", str(self.control.folder), "--generation", str(generation)),
@@ -195,86 +198,86 @@ class _Task:
             self._driver = driver
 
             def over() -> bool:
-                gone = driver.poll() is not None or head.poll() is not None
-                return gone or bool(self.control.lost(generation) or self._silent())
+                has_ended = driver.poll() is not None or head.poll() is not None
+                return has_ended or bool(self.control.lost_nodes(generation) or self._silent_nodes())
 
             self._wait(over, float("inf"))
             if (code := driver.poll()) in (0, STOPPED):
                 return code, ""
-            if (ended := self.control.ended()) is not None:
-                return ended["code"], ended["message"]
+            if (end := self.control.ended()) is not None:
+                return end["code"], end["message"]
             if code is not None:
                 return None, self.control.failure(generation) or f"the driver ended with {code}"
             if head.poll() is not None:
                 return None, f"the Ray head on {self.host} ended"
-            if lost := self.control.lost(generation):
+            if lost := self.control.lost_nodes(generation):
                 return None, f"Ray ended on {', '.join(self.hosts[node] for node in lost)}"
-            why = self._not_heard_of(self._silent())
-            self.control.fail(generation, why)  # for the last of several starts that end like this
-            raise JobFailed(why)
+            message = self._silence_message(self._silent_nodes())
+            self.control.record_failure(generation, message)  # for the message of the start that gives up
+            raise JobFailed(message)
         finally:
-            guard.close()
+            reaper.close()
 
-    def _silent(self) -> list[int]:
+    def _silent_nodes(self) -> list[int]:
         return [node for node in range(1, len(self.hosts)) if self._is_silent(node)]
 
     def _marks(self) -> list[int]:
         return progress_marks(self.run_folder, self.payload.stages)
 
     def stop_driver(self) -> None:
-        """Have the workers write a checkpoint, and wait for it, but not beyond the time that SLURM gives."""
+        """Have the workers write a checkpoint, and wait for it within the time that SLURM gives."""
         self.control.stop.touch()
         if (driver := self._driver) is None:
             return
-        self.say("asked to stop: the workers write a checkpoint at the next step")
+        self.log("stop requested: the workers write a checkpoint at the next step")
         done = self._wait(lambda: driver.poll() is not None, self.slurm.signal_s * 0.8)
-        self.say("stopped with a checkpoint" if done else "no checkpoint in time: the job goes on from the one before")
+        self.log("stopped with a checkpoint" if done else "no checkpoint in time: the job resumes from an older one")
 
-    def _terminated(self, number: int, frame: object) -> None:
-        """Preemption without a warning, or scancel: use what time there is."""
+    def _on_terminate(self, number: int, frame: object) -> None:
+        """Preemption without a warning, or scancel: use the time that is left."""
         self.control.stop.touch()
 
-    # --- the others ---------------------------------------------------------------------------------------------------
+    # --- the other nodes ----------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         generation = 0
         while True:
 
-            def known(current: int = generation) -> bool:
+            def is_announced(current: int = generation) -> bool:
                 return self.control.address(current) is not None or self.control.ended() is not None
 
-            if not self._wait(known, self.slurm.node_start_s + LEAVE_S):
-                self._miss_first_node()
+            if not self._wait(is_announced, self.slurm.node_start_s + LEAVE_S):
+                self._fail_without_leader()
             if self.control.ended() is not None:
                 break
             self._follow_generation(generation)
             generation += 1
         (self.control.folder / f"left-{self.node}").touch()
 
-    def _miss_first_node(self) -> None:
-        first, waited = self.hosts[0], self.slurm.node_start_s
-        why = f"{first}, the first node, did not start Ray in {waited} s; {look_at([first], self.slurm)}"
-        if not self.control.was_counted():  # so that the job is not queued again, and nobody else can say why
-            self.control.end(1, why)
-        raise JobFailed(why)
+    def _fail_without_leader(self) -> None:
+        first, deadline = self.hosts[0], self.slurm.node_start_s
+        message = f"{first}, the first node, did not start Ray in {deadline} s; {node_advice([first], self.slurm)}"
+        if not self.control.was_counted():  # the job is not requeued, and the leader records no reason
+            self.control.end(1, message)
+        raise JobFailed(message)
 
     def _follow_generation(self, generation: int) -> None:
-        """Join one Ray cluster, until the next one is there or all is over."""
-        guard = Reaper()
+        """Join one Ray cluster, until the next one is up or the job is over."""
+        reaper = Reaper()
         try:
             address = self.control.address(generation)
             assert address is not None
-            ray = self._start_ray(guard, "--address", address)
+            ray = self._start_ray(reaper, "--address", address)
 
             def over() -> bool:
                 if self._is_silent(0):
-                    raise JobFailed(self._not_heard_of([0]))
+                    raise JobFailed(self._silence_message([0]))
                 return self.control.address(generation + 1) is not None or self.control.ended() is not None
 
             self._wait(lambda: over() or ray.poll() is not None, float("inf"))
             if not over():
-                self.say("Ray ended on this node")
-                self.control.lose(generation, self.node)
+                self.log("Ray ended on this node")
+                self.control.mark_lost(generation, self.node)
         finally:
-            guard.close()
+            reaper.close()

@@ -1,6 +1,6 @@
-"""The nodes of a SLURM job: how many workers they carry, and what is said of one that does not come.
+"""The nodes of a SLURM job: how many workers they have room for, and advice about nodes that fail.
 
-No torch and no Ray: the node that submits and the tasks that watch need neither.
+Imports neither torch nor Ray: login nodes and node tasks do not need them.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from pipeline.recipe.slurm import Slurm
 
 
 def workers_for(recipe: Recipe, nodes: int) -> int:
-    """The largest legal number of workers on so many nodes. Errors: ValueError if the nodes carry none."""
-    carried = _carried(recipe, nodes)
-    return max(count for count in divisors(recipe.batch.micro_batches_per_step) if count <= carried)
+    """The largest legal number of workers on this many nodes. Errors: ValueError if there is room for none."""
+    capacity = _capacity(recipe, nodes)
+    return max(count for count in divisors(recipe.batch.micro_batches_per_step) if count <= capacity)
 
 
 def unused_workers(recipe: Recipe, nodes: int) -> str | None:
-    """What to say where the nodes carry more workers than the recipe's micro-batches can be dealt to."""
-    carried, used = _carried(recipe, nodes), workers_for(recipe, nodes)
-    if used == carried:
+    """A note if the nodes have room for more workers than the recipe's micro-batches can be split among."""
+    capacity, used = _capacity(recipe, nodes), workers_for(recipe, nodes)
+    if used == capacity:
         return None
     micro_batches = recipe.batch.micro_batches_per_step
     legal = ", ".join(map(str, divisors(micro_batches)))
     return (
-        f"{nodes} node{'s' * (nodes > 1)}: using {used} of {carried} workers; legal: {legal} "
+        f"{nodes} node{'s' * (nodes > 1)}: using {used} of {capacity} workers; legal: {legal} "
         f"(they share the {micro_batches} micro-batches of a step)"
     )
 
 
-def _carried(recipe: Recipe, nodes: int) -> int:
+def _capacity(recipe: Recipe, nodes: int) -> int:
     assert recipe.slurm is not None
     return nodes * recipe.slurm.workers_of_a_node(recipe.workers.threads)
 
 
-def look_at(hosts: Sequence[str], slurm: Slurm) -> str:
-    """What to do about nodes that did not do their part."""
+def node_advice(hosts: Sequence[str], slurm: Slurm) -> str:
+    """What a user can do about nodes that did not start or stopped responding."""
     exclude = ",".join([*([slurm.exclude] if slurm.exclude else []), *hosts])
-    return f"look at {', '.join(hosts)}, or give the `run` command again with slurm.exclude={exclude}"
+    return f"check {', '.join(hosts)}, or repeat the `run` command with slurm.exclude={exclude}"

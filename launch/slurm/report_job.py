@@ -1,4 +1,4 @@
-"""The last job of a run: its report, once the others have ended."""
+"""The last job of a run: writes its report once the others have ended."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.slurm.control_files import ControlFiles, JobFailed, begin, start_of_job
+from launch.slurm.control_files import ControlFiles, JobFailed, count_start, start_of_job
 from pipeline.recipe.file import load_recipe
 from pipeline.run.layout import RunFolder
 
 REPORT = "report"
-"""Its job_name. It needs one node and no GPU."""
+"""Its job_name. It takes one node and no GPU."""
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Report:
         control = ControlFiles.of(folder, *start_of_job())
         control.create()
         limit = load_recipe(RunFolder(folder).recipe).workers.restarts_without_progress
-        begin(folder, REPORT, 1, [], limit)
+        count_start(folder, REPORT, 1, [], limit)
         code = subprocess.run([sys.executable, "-m", "launch", "report", self.run_folder]).returncode
-        control.end(code, "" if code == 0 else "the report could not be written; its reason is above")
+        control.end(code, "" if code == 0 else "the report could not be written; see the reason above")
         if code:
             raise JobFailed(f"report: exit code {code}")

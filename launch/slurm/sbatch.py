@@ -1,4 +1,4 @@
-"""The files that sbatch is given: what a recipe's slurm section asks for, in submitit's words. Works without SLURM."""
+"""Builds the sbatch scripts from a recipe's slurm section, through submitit. Works without SLURM."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.slurm import Slurm
 
 CLIENT_S = 60
-"""How long a SLURM command may take."""
+"""Deadline of a SLURM command."""
 FAN = "sparsities"
-"""What the jobs after pretrain's are called together."""
+"""Name of the array of all jobs between pretrain and the report."""
 
 
 def sbatch_parameters(recipe: Recipe, run_folder: Path, job_name: str, dependency: str | None) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is told; its names are sbatch's."""
+    """Parameters for submitit's SlurmExecutor, which have sbatch's names."""
     slurm = section_of(recipe)
     low, high = slurm.nodes
     extra: dict[str, Any] = {
@@ -30,11 +30,11 @@ def sbatch_parameters(recipe: Recipe, run_folder: Path, job_name: str, dependenc
         extra["mem"] = slurm.mem
     if dependency is not None:
         extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
-    named = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type"]
+    keys = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type"]
     if job_name == REPORT:
         extra["nodes"] = "1"
     else:
-        named += ["gpus_per_node", "gres"]
+        keys += ["gpus_per_node", "gres"]
     return {
         "job_name": f"{run_folder.name}-{job_name}",
         "time": slurm.time,
@@ -45,7 +45,7 @@ def sbatch_parameters(recipe: Recipe, run_folder: Path, job_name: str, dependenc
         "teardown": _teardown(run_folder),
         "srun_args": _srun_arguments(slurm),
         "additional_parameters": extra,
-        **{name: value for name in named if (value := getattr(slurm, name)) is not None},
+        **{name: value for name in keys if (value := getattr(slurm, name)) is not None},
     }
 
 
@@ -59,9 +59,9 @@ def section_of(recipe: Recipe) -> Slurm:
 
 
 def _srun_arguments(slurm: Slurm) -> list[str]:
-    # One task per node is for srun alone: told so, sbatch counts a task for each of the fewest nodes of a range, and
-    # never gives more nodes than tasks. srun does not take over --cpus-per-task since SLURM 22.05; one dead task ends
-    # the others.
+    # --ntasks-per-node is for srun only: with it, sbatch counts one task per node of the lower end of a range, and
+    # never allocates more nodes than tasks. srun does not inherit --cpus-per-task since SLURM 22.05. One dead task
+    # ends the others.
     arguments = ["--ntasks-per-node=1", f"--cpus-per-task={slurm.cpus_per_task}", "--kill-on-bad-exit=1"]
     if slurm.container_image is not None:
         arguments.append(f"--container-image={slurm.container_image}")
@@ -70,14 +70,14 @@ def _srun_arguments(slurm: Slurm) -> list[str]:
 
 
 def _teardown(run_folder: Path) -> list[str]:
-    """Shell lines after srun: queue again what began and did not end by itself, unless SLURM has taken the job away.
+    """Shell lines after srun: requeue a job that started and was not ended for good, unless SLURM itself ended it.
 
-    A start that was not even counted (no Python, no project on the node, no room in the run directory) is not queued
-    again: nothing would bound that. One task of an array has the array's own job id, which stands for all of them, so
-    an array's tasks are named by their numbers.
+    A start that was not counted (no Python, no project on the node, no room in the run directory) is not requeued:
+    nothing would bound that. One array task has the array's own job id, which stands for all of them, so array tasks
+    are named by their numbers.
     """
     folder = run_folder.resolve()
-    unanswered = f"SLURM did not queue this job again; go on with: python -m launch resume {folder}"
+    no_answer = f"SLURM did not requeue this job; continue with: python -m launch resume {folder}"
     return [
         "code=$?",
         f'start={shlex.quote(str(folder))}/control/"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
@@ -87,7 +87,7 @@ def _teardown(run_folder: Path) -> list[str]:
         f'  if state=$(timeout {CLIENT_S} squeue -h -r -j "$me" -o %T); then',
         f'    [ "$state" != RUNNING ] || timeout {CLIENT_S} scontrol requeue "$me" && exit "$code"',
         "  fi",
-        f"  echo {shlex.quote(unanswered)} >&2",
+        f"  echo {shlex.quote(no_answer)} >&2",
         "fi",
         'exit "$code"',
     ]
@@ -96,7 +96,7 @@ def _teardown(run_folder: Path) -> list[str]:
 def python_of(recipe: Recipe) -> str:
     """The interpreter on the nodes: this one, or the container's own.
 
-    Deaf to SLURM's warning until submitit is ready for it: while Python starts, it would end the task.
+    Ignores SLURM's warning (USR2) until submitit handles it: while Python starts, the signal would end the task.
     """
     python = "python3" if section_of(recipe).container_image else shlex.quote(sys.executable)
     return f"""sh -c 'trap "" USR2; exec "$0" "$@"' {python}"""
@@ -105,7 +105,7 @@ def python_of(recipe: Recipe) -> str:
 def sbatch_text(
     recipe: Recipe, run_folder: Path, job_name: str, *, array: int | None = None, after: str | None = None
 ) -> str:
-    """The file that sbatch would be given. Works where there is no SLURM."""
+    """The script that would be passed to sbatch."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     jobs = (run_folder / "jobs").resolve()

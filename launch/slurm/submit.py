@@ -1,9 +1,9 @@
-"""Runs on SLURM: what is left of a run becomes jobs, submitted through submitit. Needs no torch: a login node does it.
+"""Submits the unfinished stages of a run as SLURM jobs, through submitit. Imports no torch, for login nodes.
 
     pretrain  ->  one array: per sparsity prune + finetune, and each baseline  ->  report
 
-The submitted objects are a few strings (`allocation.Share`); everything else a job reads is in the run directory.
-jobs.json there says which job does what.
+The submitted objects are a few strings (`JobPayload`); everything else a job reads is in the run directory. jobs.json
+there maps jobs to stages.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pipeline.run.layout import RunFolder, is_done
 from pipeline.run.locks import exclusive
 
 SUBMIT_S = 6 * CLIENT_S
-"""How long another submission of the same run may take: squeue, and sbatch for three jobs."""
+"""How long to wait for another submission of the same run: squeue, and sbatch for three jobs."""
 TIMED_OUT = (124, 137)
 """Exit codes of timeout(1)."""
 NO_LIMIT = 10**6
-"""submitit counts timeouts; what bounds restarts here is lack of progress."""
+"""submitit bounds timeouts by number; here restarts are bounded by lack of progress."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class SubmittedJob:
     submitted: float
 
     def row(self) -> dict[str, Any]:
-        """The job in jobs.json, where its name is the `group`."""
+        """The job's entry in jobs.json, where its name is `group`."""
         return {"id": self.id, "group": self.job_name, "stages": self.stages, "submitted": self.submitted}
 
 
 def stages_by_job(recipe: Recipe) -> dict[str, list[Stage]]:
-    """Name of each job -> the stages it runs; all jobs but the first start from pretrain's result."""
+    """Job name -> its stages; all jobs but the first start from pretrain's result."""
     jobs: dict[str, list[Stage]] = {}
     for stage in stages_of(recipe):
         keep = stage.name.partition("/")[0]
@@ -58,48 +58,48 @@ def stages_by_job(recipe: Recipe) -> dict[str, list[Stage]]:
 
 
 def read_jobs(run_folder: Path) -> list[SubmittedJob]:
-    """The jobs of a run, oldest first; empty for a run of this machine."""
+    """The jobs of a run, oldest first; empty for a run that was never submitted."""
     path = run_folder / "jobs.json"
     try:
         return parse_jobs(read_json(path)) if path.exists() else []
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no list of jobs ({error}); remove it to begin a new one") from None
+        raise ValueError(f"{path} is not a list of jobs ({error}); remove it to start a new one") from None
 
 
 def parse_jobs(value: Any) -> list[SubmittedJob]:
-    """What jobs.json holds. Errors: KeyError or TypeError if it is no list of jobs."""
+    """The contents of jobs.json. Errors: KeyError or TypeError if it is not a list of jobs."""
     return [SubmittedJob(job["id"], job["group"], job["stages"], job["submitted"]) for job in value["jobs"]]
 
 
 def _require(program: str) -> None:
     if shutil.which(program) is None:
-        raise ValueError(f"{program} was not found: is this a machine of a SLURM cluster? --on local needs none")
+        raise ValueError(f"{program} was not found: is this machine in a SLURM cluster? --on local needs none")
 
 
-def _client(*command: str) -> str:
-    """Output of a SLURM command. Errors: ValueError with what it said."""
+def _run_client(*command: str) -> str:
+    """Output of a SLURM command. Errors: ValueError with its error output."""
     _require(command[0])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_S)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_S)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{' '.join(command)} did not answer in {CLIENT_S} s; give the command again") from None
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-    return done.stdout
+        raise ValueError(f"{' '.join(command)} did not answer in {CLIENT_S} s; run the command again") from None
+    if result.returncode:
+        raise ValueError(f"{' '.join(command)} failed: {result.stderr.strip()}")
+    return result.stdout
 
 
-def living(jobs: list[SubmittedJob]) -> list[SubmittedJob]:
-    """Those that SLURM still has queued or running."""
+def active_jobs(jobs: list[SubmittedJob]) -> list[SubmittedJob]:
+    """The jobs that are still queued or running in SLURM."""
     if not jobs:
         return []
-    queued = {line.strip() for line in _client("squeue", "-h", "-r", "-o", "%i", "--me").splitlines()}
+    queued = {line.strip() for line in _run_client("squeue", "-h", "-r", "-o", "%i", "--me").splitlines()}
     return [job for job in jobs if job.id in queued]
 
 
 def describe_jobs(recipe: Recipe, run_folder: Path, after: str | None) -> list[str]:
-    """The files that `submit` would give to sbatch for a new run."""
+    """The scripts that `submit_run` would pass to sbatch for a new run."""
     first, *rest = stages_by_job(recipe)
-    array = len(rest) if len(rest) > 1 else None  # as submitit does
+    array = len(rest) if len(rest) > 1 else None  # submitit makes no array of one job
     return [
         sbatch_text(recipe, run_folder, first, after=f"afterany:{after}" if after else None),
         sbatch_text(recipe, run_folder, FAN, array=array, after=f"afterok:JOB_OF_{first}"),
@@ -112,8 +112,8 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
     import submitit
     from submitit.core.utils import FailedJobError
 
-    _require("srun")  # what submitit looks for
-    # For all executors, as an array is submitted by another one, which submitit makes itself.
+    _require("srun")  # submitit requires it
+    # On the class: submitit creates another executor to submit an array.
     submitit.SlurmExecutor._make_submission_command = _sbatch
     executor = submitit.SlurmExecutor(
         (run_folder / "jobs").resolve(), max_num_timeout=NO_LIMIT, python=python_of(recipe)
@@ -125,41 +125,41 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
     except FailedJobError as error:
         if isinstance(cause := error.__cause__, subprocess.CalledProcessError) and cause.returncode in TIMED_OUT:
             raise ValueError(
-                f"sbatch did not answer in {CLIENT_S} s; if squeue shows a job {run_folder.name}-{name} all the same, "
-                "scancel it; then give the command again"
+                f"sbatch did not answer in {CLIENT_S} s; if squeue shows a job {run_folder.name}-{name} anyway, "
+                "scancel it; then run the command again"
             ) from None
         raise ValueError(
-            f"SLURM refused the job: {str(error).strip().splitlines()[-1]}; mend slurm.* of the recipe"
+            f"SLURM refused the job: {str(error).strip().splitlines()[-1]}; fix the recipe's slurm.* keys"
         ) from None
     return [job.job_id for job in jobs]
 
 
 def _sbatch(self: Any, submission_file_path: Path) -> list[str]:
-    """A method for submitit's executors, whose own would wait for ever."""
+    """Replaces a method of submitit's executors that calls sbatch without a deadline."""
     return ["timeout", "--foreground", "--kill-after=5", str(CLIENT_S), "sbatch", str(submission_file_path)]
 
 
 def submit_run(run_folder: Path, after: str | None = None, observer: str | None = None) -> list[SubmittedJob]:
-    """Submit what is left of a run and has no living job. `after`: a job that must have ended before.
+    """Submit the unfinished stages of a run that have no active job. `after`: id of a job that must end first.
 
-    Errors: ValueError for what SLURM refuses, naming what it says.
+    Errors: ValueError with SLURM's reason if it refuses a job.
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(exclusive(run_folder / ".jobs.lock", SUBMIT_S))  # two at once would submit all twice
+            stack.enter_context(exclusive(run_folder / ".jobs.lock", SUBMIT_S))  # two at once would submit twice
         except TimeoutError:
             raise ValueError(
                 f"{run_folder} has been submitted by another process for {SUBMIT_S} s; end that, or wait for it"
             ) from None
-        return _submit_what_is_left(run_folder, after, observer)
+        return _submit_unfinished(run_folder, after, observer)
 
 
-def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | None) -> list[SubmittedJob]:
+def _submit_unfinished(run_folder: Path, after: str | None, observer: str | None) -> list[SubmittedJob]:
     recipe = load_recipe(RunFolder(run_folder).recipe)
     section_of(recipe).workers_of_a_node(recipe.workers.threads)
-    known = read_jobs(run_folder)
-    alive = {job.job_name: job for job in living(known)}
-    left = {
+    submitted = read_jobs(run_folder)
+    active = {job.job_name: job for job in active_jobs(submitted)}
+    unfinished = {
         job_name: [stage.name for stage in stages if not is_done(run_folder, stage)]
         for job_name, stages in stages_by_job(recipe).items()
     }
@@ -170,25 +170,26 @@ def _submit_what_is_left(run_folder: Path, after: str | None, observer: str | No
         ids = _submit(recipe, run_folder, title, work, dependency)
         for number, (job_name, job) in enumerate(zip(names, ids, strict=True)):
             new.append(SubmittedJob(job, job_name, work[number].stages, time.time()))
-        atomic_write_json(run_folder / "jobs.json", {"jobs": [job.row() for job in [*known, *new]]})
+        atomic_write_json(run_folder / "jobs.json", {"jobs": [job.row() for job in [*submitted, *new]]})
 
-    first, *rest = left
-    if left[first] and first not in alive:
-        add([first], first, [JobPayload(folder, first, left[first], observer)], f"afterany:{after}" if after else None)
-    before = next((job.id for job in [*new, *alive.values()] if job.job_name == first), None)
-    fan = [job_name for job_name in rest if left[job_name] and job_name not in alive]
+    first, *rest = unfinished
+    if unfinished[first] and first not in active:
+        payload = JobPayload(folder, first, unfinished[first], observer)
+        add([first], first, [payload], f"afterany:{after}" if after else None)
+    pretrain = next((job.id for job in [*new, *active.values()] if job.job_name == first), None)
+    fan = [job_name for job_name in rest if unfinished[job_name] and job_name not in active]
     if fan:
-        dependency = f"afterok:{before}" if before else f"afterany:{after}" if after else None
-        add(fan, FAN, [JobPayload(folder, job_name, left[job_name], observer) for job_name in fan], dependency)
-    if REPORT not in alive and (new or not any(left.values())):
-        ids = [job.id for job in [*new, *alive.values()]]
+        dependency = f"afterok:{pretrain}" if pretrain else f"afterany:{after}" if after else None
+        add(fan, FAN, [JobPayload(folder, job_name, unfinished[job_name], observer) for job_name in fan], dependency)
+    if REPORT not in active and (new or not any(unfinished.values())):
+        ids = [job.id for job in [*new, *active.values()]]
         add([REPORT], REPORT, [Report(folder, [])], f"afterany:{':'.join(ids)}" if ids else None)
     return new
 
 
 def cancel_jobs(run_folder: Path) -> list[SubmittedJob]:
-    """End all jobs of a run; its checkpoints stay. Returns those that lived."""
-    jobs = living(read_jobs(run_folder))
+    """Cancel all active jobs of a run, and return them; its checkpoints stay."""
+    jobs = active_jobs(read_jobs(run_folder))
     if jobs:
-        _client("scancel", *[job.id for job in jobs])
+        _run_client("scancel", *[job.id for job in jobs])
     return jobs

@@ -1,1 +1,1 @@
-"""One loop for every stage, and the processes that it runs in."""
+"""The training loop of every stage, and the processes that it runs in."""

@@ -1,9 +1,8 @@
-"""A stage's stream of micro-batches: sample order, crops, image size per step; replayed batches, and noise they carry.
+"""A stage's stream of micro-batches: sample order, crops, image size per step; and the replays and noise of `free`.
 
-Free adversarial training takes every batch several times, and its noise is state. The noise belongs to places in the
-step, not to images: place p of global micro-batch n has the noise that the last step left there, whatever image that
-was for. A checkpoint holds it for all micro-batches of a step in their order, so that any legal number of workers
-continues from it.
+Free adversarial training replays every batch, and its noise is state. The noise belongs to positions in the step, not
+to images: position p of global micro-batch n starts from the noise that the last step left there, for any image. A
+checkpoint holds it for all micro-batches of a step in order, so a run can resume on any legal number of workers.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ NOISE = "noise/perturbation"
 def micro_batches(
     context: RunContext, stage: Stage, loader: Loader, train_ids: NDArray[np.int64], start: int, stop: int
 ) -> Generator[Batch]:
-    """This worker's micro-batches of the stage's steps start..stop-1; its first epochs follow those of earlier stages.
+    """This worker's micro-batches of the stage's steps start..stop-1; epochs count on from those of earlier stages.
 
-    Errors: those of `order.training_crops` and `order.training_plan`, at the call; those of the loader.
+    Errors: those of `sampling.training_crops` and `sampling.training_plan`, at the call; those of the loader.
     """
     recipe = context.recipe
     per_epoch = sampling.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
@@ -61,25 +60,25 @@ def micro_batches(
 
 
 def replayed(micro_batches: Iterator[Batch], per_step: int, times: int, start: int) -> Iterator[Batch]:
-    """Micro-batches of the steps from `start` on, when each run of `per_step` of them makes `times` steps in a row.
+    """Micro-batches of the steps from `start` on, where each batch of `per_step` micro-batches makes `times` steps.
 
-    `micro_batches` begin with those of batch start // times. Each is taken once, when it is first needed, and kept
-    until its batch's last step; as the loader's batches own their memory, nothing overwrites them meanwhile.
+    `micro_batches` start with those of batch start // times. Each is drawn when first needed and kept until the last
+    step of its batch; the loader's batches own their memory, so nothing overwrites them meanwhile.
     """
-    left = times - start % times
+    remaining = times - start % times
     for first in micro_batches:
-        kept = [first]
+        batches = [first]
         yield first
         for batch in islice(micro_batches, per_step - 1):
-            kept.append(batch)
+            batches.append(batch)
             yield batch
-        for _ in range(left - 1):
-            yield from kept
-        left = times
+        for _ in range(remaining - 1):
+            yield from batches
+        remaining = times
 
 
 class FreeNoise:
-    """The perturbation of free training: zeros as a stage begins, written to by its objective."""
+    """The perturbation of free training: zeros at the start of a stage, updated in place by its objective."""
 
     prefix = "noise/"
 
@@ -90,18 +89,18 @@ class FreeNoise:
         self._noise = torch.zeros(shape, device=self._group.device)
 
     def of(self, micro_batch: int) -> Tensor:
-        """The live noise [micro_batch, 3, s, s] float32 of this worker's micro-batch of that number in the step."""
+        """The noise [micro_batch, 3, s, s], float32, of this worker's micro-batch of this index; not a copy."""
         return self._noise[micro_batch]
 
     def state(self) -> dict[str, Tensor]:
-        """All ranks' noise as a checkpoint holds it: a CPU copy, global micro-batches in order. Collective.
+        """All ranks' noise for a checkpoint: a CPU copy, global micro-batches in order. Collective.
 
-        One micro-batch of each rank at a time, as on a device the whole may have no room.
+        One micro-batch of each rank at a time, as the whole may not fit on the device.
         """
         rows = [self._group.gather_rows(one[None]).to("cpu", copy=True) for one in self._noise]
         return {NOISE: torch.stack(rows, dim=1).flatten(0, 1)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of what `state` returned, on any number of workers that divides the micro-batches."""
+        """Load this rank's part of what `state` returned, on any number of workers that divides the micro-batches."""
         first = self._group.rank * len(self._noise)
         self._noise.copy_(tensors[NOISE][first : first + len(self._noise)])

@@ -1,11 +1,11 @@
 """BatchNorm's running statistics, combined over all micro-batches of a step, the same on every rank.
 
-Within a step the running statistics stand still, so an attack sees the same ones whichever micro-batch it is for. Each
-training forward's batch means and (unbiased) variances are caught after it; after the last backward those of all ranks
-are gathered in micro-batch order, averaged in float32 and folded in once: r <- (1 - m) r + m * mean(batch statistics).
-Who computed which micro-batch does not matter. The step's own sums travel in the same collective.
+Within a step the running statistics do not change, so the attacks of all micro-batches see the same ones. The batch
+means and (unbiased) variances of each training forward are recorded; after the last backward those of all ranks are
+gathered in micro-batch order, averaged in float32 and folded in once: r <- (1 - m) r + m * mean(batch statistics). The
+result does not depend on which rank computed which micro-batch. The step's sums are in the same collective.
 
-A network has many small layers: all of them are read and written at once, as a GPU would wait for a launch per layer.
+All layers are read and written at once: a network has many small ones, and a kernel launch per layer is slow.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.distributed import Group
 
 batched: Any = torch
-"""torch for its functions of many tensors at once, which its optimizers use and its stubs leave out."""
+"""torch, for its multi-tensor functions, which its stubs leave out."""
 
 
 class BatchStatistics:
-    """Owns the running statistics of every BatchNorm of a network that is in training mode, while a phase trains."""
+    """Manages the running statistics of every BatchNorm in training mode of a network, while a phase trains."""
 
     def __init__(self, network: nn.Module, group: Group) -> None:
         self._group = group
@@ -31,8 +31,8 @@ class BatchStatistics:
         self._layers = [layer for layer in layers if layer.track_running_stats]
         self._momenta: list[float] = []
         self._live: list[torch.Tensor] = []
-        """Each layer's running mean and variance. Through .data: autograd keeps the buffers of a training forward,
-        though its backward does not read them, and would refuse a change that it sees."""
+        """Each layer's running mean and variance. Through .data: autograd saves the buffers of a training forward and
+        would refuse in-place changes, although its backward does not read them."""
         self._counts: list[torch.Tensor] = []
         for layer in self._layers:
             if layer.momentum is None:
@@ -46,26 +46,26 @@ class BatchStatistics:
             layer.momentum = 1.0  # a training forward then leaves exactly its batch statistics in the buffers
         self._sizes = [tensor.numel() for tensor in self._live]
         self._running = [tensor.clone() for tensor in self._live]
-        self._caught: list[torch.Tensor] = []
-        self._hook = network.register_forward_hook(self._catch)
+        self._recorded: list[torch.Tensor] = []
+        self._hook = network.register_forward_hook(self._record)
 
-    def _catch(self, *_: Any) -> None:
+    def _record(self, *_: Any) -> None:
         if self._layers and self._layers[0].training:
-            self._caught.append(torch.cat(self._live))
+            self._recorded.append(torch.cat(self._live))
             batched._foreach_copy_(self._live, self._running)
 
     @torch.no_grad()
     def fold_in(self, sums: torch.Tensor) -> torch.Tensor:
-        """After a step's last backward: combine, write back, and add up `sums` [m] float64 over the ranks.
+        """After a step's last backward: update the running statistics, and sum `sums` [m] float64 over the ranks.
 
-        One collective carries both. Every rank must have done equally many forwards. Returns the sums, the same bits on
+        One collective for both. Every rank must have run equally many forwards. Returns the sums, bitwise equal on
         every rank.
         """
-        own = torch.cat([sums.view(torch.float32), *self._caught])  # the bits of the float64, first for their alignment
+        own = torch.cat([sums.view(torch.float32), *self._recorded])  # float64 bits first, for alignment
         from_all = self._group.gather_rows(own[None])
         bits, statistics = from_all.split([2 * len(sums), len(own) - 2 * len(sums)], dim=1)
         if self._layers:
-            self._fold(statistics.reshape(self._group.world * len(self._caught), -1).mean(dim=0))
+            self._fold(statistics.reshape(self._group.world * len(self._recorded), -1).mean(dim=0))
         return bits.contiguous().view(torch.float64).sum(dim=0)
 
     def _fold(self, mean: torch.Tensor) -> None:
@@ -74,8 +74,8 @@ class BatchStatistics:
         batched._foreach_mul_(self._running, [1.0 - momentum for momentum in momenta])
         batched._foreach_add_(self._running, batches)
         batched._foreach_copy_(self._live, self._running)
-        batched._foreach_sub_(self._counts, len(self._caught) - 1)  # counts steps, not this rank's forwards
-        self._caught.clear()
+        batched._foreach_sub_(self._counts, len(self._recorded) - 1)  # counts steps, not this rank's forwards
+        self._recorded.clear()
 
     def close(self) -> None:
         for layer, momentum in zip(self._layers, self._momenta, strict=True):

@@ -1,4 +1,4 @@
-"""A network as torch.compile makes it, for the steps of a phase: updates and attacks."""
+"""A network under torch.compile, for the updates and attacks of a phase."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn.utils import parametrize
 from pipeline.models.pruning.masked_weight import masked_layers
 
 MOST_VERSIONS = 64
-"""How often one network may be compiled: for the update, for the attack, and that for each size of its images."""
+"""Most compilations of one network: one for the update and one for the attack, per image size."""
 
 
 class Compiled(nn.Module):
-    """`network`, whose forward is compiled at its first call of a kind and for its shape of images; same parameters.
+    """`network` with a compiled forward, compiled at its first call per kind and image shape; same parameters.
 
-    Masked weights are made before, once per forward, or once per attack (`masked.cached_weights`), and are inputs of
-    what is compiled: their masks may change. A network that its objective looks into (bounds) cannot be compiled.
+    Masked weights are computed before, once per forward or once per attack (`cached_weights`), and are inputs of the
+    compiled graph, so masks may change. Objectives that compute bounds need the network's layers, and cannot use this.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -25,7 +25,7 @@ class Compiled(nn.Module):
         self.network = network
         self._masked_layers = masked_layers(network)
         torch._dynamo.config.recompile_limit = MOST_VERSIONS
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on as if not compiled
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of falling back to eager
 
         def forward(images: Tensor) -> Tensor:
             return network(images)
@@ -36,9 +36,9 @@ class Compiled(nn.Module):
         """Images [n, channels, h, w] in [0, 1] -> logits [n, num_classes]."""
         with parametrize.cached():
             for layer in self._masked_layers:
-                _ = layer.weight  # into the cache, with its graph unless an attack's is there
+                _ = layer.weight  # fills the cache, with a graph unless an attack has filled it
             return self._forward(images)
 
     def close(self) -> None:
-        """Forget what was compiled, in the whole process, and with it the networks that it was compiled from."""
+        """Drop all compiled code of the process, which holds references to its networks."""
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What the stages of a run share in one worker: recipe, process group, data files, observer and stop request."""
+"""The state that the stages of a run share in one worker: recipe, process group, loaders, observer, stop request."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pipeline.recipe.stages import Stage
 from pipeline.run.stop import StopRequested
 
 STAGING_POLL_S = 1.0
-"""How often the workers exchange how far their nodes' copies are."""
+"""Interval at which the workers exchange the progress of their nodes' copies."""
 
 Observer = Callable[[str, dict[str, Any]], None]
-"""Watches a run from inside: called with an event's name and its facts, on every rank."""
+"""Observes a run from inside: called with an event's name and facts, on every rank."""
 
 
 @dataclass
@@ -40,13 +40,13 @@ class RunContext:
     group: Group
     observer: Observer | None = None
     stop: Callable[[], bool] | None = None
-    """Whether this worker knows that the run is to stop; without it, it never is."""
+    """Whether a stop was requested, as far as this worker knows; None: never."""
     staging_poll_s: float = STAGING_POLL_S
     _loaders: dict[str, Loader] = field(default_factory=dict)
     _resources: ExitStack = field(default_factory=ExitStack)
 
     def observe(self, event: str, facts: dict[str, Any]) -> None:
-        """Report an event to the observer; `facts` name the stage, and where there is one the step."""
+        """Report an event to the observer; `facts` have the stage, and the step if there is one."""
         if self.observer is not None:
             self.observer(event, facts)
 
@@ -59,16 +59,16 @@ class RunContext:
         return self.recipe.batch.micro_batches_per_step // self.group.world
 
     def loader(self, path: str) -> Loader:
-        """One Loader per file and process, kept for all stages; of the node's own copy with data.stage_to. Collective.
+        """The process's Loader of a file, kept for all stages; with data.stage_to, of the node's own copy. Collective.
 
-        Its `path` is the original's. Errors: DataError, ValueError; StagingFailed; StopRequested while copying.
+        Its `path` is that of the original. Errors: DataError, ValueError; NodeCopyFailed; StopRequested while copying.
         """
         if path not in self._loaders:
             data, threads = self.recipe.data, self.recipe.workers.threads
             if data.stage_to is None:
                 loader = Loader(path, image_size=data.image_size, threads=threads)
             else:
-                copy = self._staged(Path(path), Path(data.stage_to))
+                copy = self._copy_to_node(Path(path), Path(data.stage_to))
                 loader = NodeCopyLoader(Path(path), copy, image_size=data.image_size, threads=threads)
             self._loaders[path] = self._resources.enter_context(loader)
             if len(loader.class_names) != self.recipe.model.num_classes:
@@ -78,46 +78,46 @@ class RunContext:
                 )
         return self._loaders[path]
 
-    def _staged(self, path: Path, folder: Path) -> Path:
-        """This node's copy of a data file, once every node has its own.
+    def _copy_to_node(self, path: Path, folder: Path) -> Path:
+        """Path of this node's copy of a data file, once every node has its own. Collective.
 
-        Nodes may be minutes apart, more than a collective or the watchdog waits. So a thread copies, and the workers
-        tell each other how far they are; as long as any of them gets on, none is taken for hung. They fail together.
+        Nodes may be minutes apart, longer than a collective or the watchdog waits. So a thread copies, and the workers
+        exchange their progress; while any copy advances, no worker counts as hung. All fail together.
         """
-        given_up = threading.Event()
+        cancelled = threading.Event()
         last_status = ""
 
         def report(status: str) -> None:
             nonlocal last_status
             last_status = status
-            if given_up.is_set():
-                raise NodeCopyFailed(f"copying {path} was given up")
+            if cancelled.is_set():
+                raise NodeCopyFailed(f"copying {path} was cancelled")
 
         with ThreadPoolExecutor(1, thread_name_prefix="staging") as pool:
             copying = pool.submit(copy_to_node, path, folder, report)
-            before = None
+            previous = None
             try:
                 while True:
                     done = not wait([copying], timeout=self.staging_poll_s).not_done
                     error = copying.exception() if done else None
                     problem = (isinstance(error, ValueError), f"{platform.node()}: {error}") if error else None
                     states = self.group.gather((done, last_status, problem, self.stop_requested()))
-                    if states != before:
+                    if states != previous:
                         self.observe("staging", {"stage": None})
-                        before = states
+                        previous = states
                     problems = [state[2] for state in states if state[2] is not None]
                     if problems:
-                        kind = DataError if any(is_users for is_users, _ in problems) else NodeCopyFailed
+                        kind = DataError if any(is_user_error for is_user_error, _ in problems) else NodeCopyFailed
                         raise kind("; ".join(sorted({message for _, message in problems}))) from error
                     if any(state[3] for state in states):
-                        raise StopRequested(f"asked to stop while copying {path}; no step was lost")
+                        raise StopRequested(f"stopped on request while copying {path}; no step was lost")
                     if all(state[0] for state in states):
                         return copying.result()
             finally:
-                given_up.set()
+                cancelled.set()
 
     def training_samples(self, loader: Loader) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(samples that are trained on, samples that are held out) of the training file."""
+        """(ids of training samples, ids of held-out samples) of the training file."""
         data = self.recipe.data
         train_ids, held_out_ids = sampling.held_out(loader.num_samples, data.validation_images)
         return sampling.train_subset(train_ids, data.train_images), held_out_ids

@@ -1,8 +1,8 @@
-"""One TorchTrainer per job on a Ray cluster that somebody else has started; restarts what fails.
+"""Runs stages with Ray Train on a cluster from `Connect`, and restarts failed workers.
 
-A worker that dies or hangs is replaced and the run goes on from the newest checkpoint. Restarts are bounded by lack of
-progress: a newly committed checkpoint, stage or evaluation resets the count. What a restart cannot mend stops the run:
-a ValueError (bad data, an impossible recipe), and the same exception at the same step twice.
+When a worker dies or hangs, all are replaced and the run resumes from the newest checkpoint. Restarts are bounded by
+lack of progress: a newly committed checkpoint, stage or evaluation resets the count. Failures that a restart cannot fix
+stop the run: a ValueError (bad data, an impossible recipe), and the same exception at the same step twice.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from pipeline.run.stop import StopRequested
 log = logging.getLogger(__name__)
 
 WORKERS_START_S = 300
-"""How long the workers of an attempt may wait for their places, which those of the attempt before may still hold."""
+"""How long new workers may wait for resources that the workers of the previous attempt may still hold."""
 
 
 class RunFailed(RuntimeError):
-    """The run stopped; the message says where, why and how to go on."""
+    """The run stopped; the message says where, why and how to continue."""
 
 
 @dataclass(frozen=True)
@@ -45,55 +45,55 @@ class Cluster:
     """A Ray cluster that this process is connected to."""
 
     workers: int
-    """How many workers it is for."""
+    """Number of workers to start on it."""
     scratch: Path
-    """A folder of this run alone, for what Ray Train wants to keep."""
+    """A private folder for Ray Train's files."""
 
 
 Connect = Callable[[Recipe], AbstractContextManager[Cluster]]
-"""Starts a cluster, or joins one, for as long as the context lasts."""
+"""Starts or joins a cluster, for the duration of the context."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What is to be done, apart from what the run directory says."""
+    """What to run, in addition to the run directory."""
 
     run_folder: Path
     stages: tuple[str, ...] | None = None
-    """Names of the stages to do; None means all of them."""
+    """Names of the stages to run; None means all."""
     stop_file: Path | None = None
-    """The run stops with a checkpoint once this file is there."""
+    """The run stops with a checkpoint once this file exists."""
     lease_patience_s: float = 0.0
-    """How long a stage may still be held by another writer before that is an error."""
+    """How long to wait for a lease that another process holds before that is an error."""
     observer: str | None = None
-    """'module:function', which is called at every step on every worker (tests)."""
+    """'module:function', called with events on every worker (for tests)."""
 
 
-def stages_left(order: RunRequest, recipe: Recipe) -> list[Stage]:
-    """Stages of the order that still have something to do, evaluation included."""
-    ours = [s for s in stages_of(recipe) if order.stages is None or s.name in order.stages]
-    return [stage for stage in ours if not is_done(order.run_folder, stage)]
+def stages_left(request: RunRequest, recipe: Recipe) -> list[Stage]:
+    """The requested stages that are not done, evaluation included."""
+    requested = [s for s in stages_of(recipe) if request.stages is None or s.name in request.stages]
+    return [stage for stage in requested if not is_done(request.run_folder, stage)]
 
 
-def run_driver(order: RunRequest, connect: Connect) -> None:
-    """Do what is left of an order.
+def run_driver(request: RunRequest, connect: Connect) -> None:
+    """Run the stages of a request that are not done.
 
-    Errors: ValueError for what the user must mend, LeaseHeld, RunFailed, StopRequested once it has stopped as asked.
+    Errors: ValueError for what the user must fix, LeaseHeld, RunFailed; StopRequested after stopping on request.
     """
-    recipe = load_recipe(RunFolder(order.run_folder).recipe)
-    stages = stages_left(order, recipe)
+    recipe = load_recipe(RunFolder(request.run_folder).recipe)
+    stages = stages_left(request, recipe)
     if not stages:
         return
-    leases = Leases([order.run_folder / stage.name for stage in stages], order.lease_patience_s)
+    leases = Leases([request.run_folder / stage.name for stage in stages], request.lease_patience_s)
     try:
-        RunFolder(order.run_folder).logs.mkdir(exist_ok=True)
-        # Ray's own deadlines, for workers that do not answer, such as one that was frozen, and for those that start.
+        RunFolder(request.run_folder).logs.mkdir(exist_ok=True)
+        # Ray's own deadlines, for workers that do not answer (such as frozen ones), and for starting workers.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.workers.hang_timeout_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKERS_START_S)
         with connect(recipe) as cluster:
-            _fit_until_done(order, recipe, leases.token, cluster)
+            _fit_until_done(request, recipe, leases.token, cluster)
     except SystemExit:
-        raise KeyboardInterrupt from None  # Ray's handler of SIGINT exits; callers expect Python's own way
+        raise KeyboardInterrupt from None  # Ray's SIGINT handler exits; callers expect KeyboardInterrupt
     finally:
         leases.release()
 
@@ -103,25 +103,24 @@ def uses_gpu(recipe: Recipe) -> bool:
     return recipe.workers.device != "cpu" and torch.cuda.is_available()
 
 
-def _work(arguments: dict[str, Any]) -> None:
-    from pipeline.training.worker import (
-        work,  # DeepSpeed, FFCV and wandb take seconds to import and only workers need them
-    )
+def _run_worker(arguments: dict[str, Any]) -> None:
+    # DeepSpeed, FFCV and wandb take seconds to import, and only workers need them.
+    from pipeline.training.worker import run_worker
 
-    work(**arguments)
+    run_worker(**arguments)
 
 
-def _trainer(order: RunRequest, recipe: Recipe, token: str, cluster: Cluster, attempt: str) -> TorchTrainer:
+def _trainer(request: RunRequest, recipe: Recipe, token: str, cluster: Cluster, attempt: str) -> TorchTrainer:
     gpu = uses_gpu(recipe)
     return TorchTrainer(
-        _work,
+        _run_worker,
         train_loop_config={
-            "run_folder": str(order.run_folder.resolve()),
+            "run_folder": str(request.run_folder.resolve()),
             "token": token,
             "attempt": attempt,
-            "stages": [stage.name for stage in stages_left(order, recipe)],
-            "stop_file": str(order.stop_file) if order.stop_file else None,
-            "observer": order.observer,
+            "stages": [stage.name for stage in stages_left(request, recipe)],
+            "stop_file": str(request.stop_file) if request.stop_file else None,
+            "observer": request.observer,
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(recipe.workers.hang_timeout_s)),
         scaling_config=ScalingConfig(
@@ -137,49 +136,49 @@ def _trainer(order: RunRequest, recipe: Recipe, token: str, cluster: Cluster, at
     )
 
 
-def _fit_until_done(order: RunRequest, recipe: Recipe, token: str, cluster: Cluster) -> None:
-    folder = order.run_folder
-    ours = [stage.name for stage in stages_left(order, recipe)]
-    without_progress, marks = 0, progress_marks(folder, ours)
+def _fit_until_done(request: RunRequest, recipe: Recipe, token: str, cluster: Cluster) -> None:
+    folder = request.run_folder
+    names = [stage.name for stage in stages_left(request, recipe)]
+    without_progress, marks = 0, progress_marks(folder, names)
     killed: list[str] = []
-    go_on = f"See {folder}/logs/, then: python -m launch resume {folder}"
-    while stages_left(order, recipe):
+    hint = f"See {folder}/logs/, then: python -m launch resume {folder}"
+    while stages_left(request, recipe):
         attempt = secrets.token_hex(4)
         try:
-            _trainer(order, recipe, token, cluster, attempt).fit()
+            _trainer(request, recipe, token, cluster, attempt).fit()
         except Exception as error:
             user_error = _user_error(error)
             if user_error is not None:
                 raise user_error from None
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             append_to_log(folder, "restarts.log", f"attempt {attempt} failed: {error}\n")
-            if _somebody_died(error):
+            if _worker_died(error):
                 killed.append(attempt)
-            elif (twice := repeated_failure(folder, attempt, killed)) is not None:
+            elif (failure := repeated_failure(folder, attempt, killed)) is not None:
                 raise RunFailed(
-                    f"{folder}: {twice.stage} failed twice in the same way at step {twice.step}, so that a restart "
-                    f"cannot mend it: {twice.error}. {go_on}"
+                    f"{folder}: {failure.stage} failed twice in the same way at step {failure.step}, so a restart "
+                    f"cannot fix it: {failure.error}. {hint}"
                 ) from error
-            marks, before = progress_marks(folder, ours), marks
-            without_progress = 0 if marks != before else without_progress + 1
+            previous, marks = marks, progress_marks(folder, names)
+            without_progress = 0 if marks != previous else without_progress + 1
             if without_progress > recipe.workers.restarts_without_progress:
                 raise RunFailed(
                     f"{folder}: failed {without_progress} times in a row without a new checkpoint; last: {reason}. "
-                    f"{go_on}"
+                    f"{hint}"
                 ) from error
             log.warning("%s: workers failed (%s); restarting from the newest checkpoint", folder.name, reason[:300])
         else:
-            if order.stop_file is not None and order.stop_file.exists() and stages_left(order, recipe):
-                raise StopRequested(f"{folder} was asked to stop; {go_on}")
+            if request.stop_file is not None and request.stop_file.exists() and stages_left(request, recipe):
+                raise StopRequested(f"{folder} stopped on request. {hint}")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An exception and all that it came from, however Ray wrapped them."""
+    """An exception and all its causes, through Ray's wrappers."""
     pending: list[BaseException] = [error]
     causes: list[BaseException] = []
     while pending:
         current = pending.pop()
-        if any(current is known for known in causes):
+        if any(current is cause for cause in causes):
             continue
         causes.append(current)
         pending += [e for e in getattr(current, "worker_failures", {}).values() if isinstance(e, BaseException)]
@@ -189,10 +188,10 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _user_error(error: BaseException) -> ValueError | None:
-    """The ValueError a worker raised."""
+    """The ValueError that a worker raised, if any."""
     return next((cause for cause in _causes(error) if isinstance(cause, ValueError)), None)
 
 
-def _somebody_died(error: BaseException) -> bool:
+def _worker_died(error: BaseException) -> bool:
     """Whether a worker ended without an exception of its own: killed, frozen, or lost with its node."""
     return any(isinstance(cause, (RayActorError, WorkerHealthCheckTimeoutError)) for cause in _causes(error))

@@ -1,7 +1,8 @@
-"""DeepSpeed: the engine that steps the trained parameters, and its state under plain names.
+"""The DeepSpeed engine that steps the trained parameters, and its state under plain names.
 
-The engine is built after the module holds its weights (DeepSpeed copies them at initialisation). Its optimizer holds
-only what the phase trains. State is gathered and restored in full, so a checkpoint fits any world size and ZeRO stage.
+Build the engine after loading the weights, as DeepSpeed copies them at initialisation. Its optimizer holds only the
+parameters that the phase trains. State is gathered and restored in full, so a checkpoint fits any world size and ZeRO
+stage.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from pipeline.training.compiled import Compiled
 from pipeline.training.context import RunContext
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""Adam's constants (Kingma and Ba, ICLR 2015, algorithm 1), which HYDRA's reference leaves as they are."""
+"""Adam's constants (Kingma and Ba, ICLR 2015, algorithm 1), also used by HYDRA's reference code."""
 STEP = "step"
-"""Adam's count of its steps, by which it corrects the bias of its averages: a scalar, the same for all that trains."""
+"""Adam's step count, for its bias correction: a scalar, the same for all trained parameters."""
 LARGEST_BUCKET = 50_000_000
-"""Elements that ZeRO reduces at once at the most."""
+"""Most elements that ZeRO reduces at once."""
 
 
 def zero_stage(recipe: Recipe, world: int) -> int:
-    """The recipe's stage; 0 for one worker, as ZeRO would copy every gradient and weight to share them with nobody.
+    """The recipe's ZeRO stage; 0 for one worker, as ZeRO would copy every gradient and weight with nothing to shard.
 
-    Options of ZeRO in the recipe's `deepspeed:` section are for a stage, which then is kept.
+    If the recipe's `deepspeed:` section has options of ZeRO, which need a stage, the recipe's stage is kept.
     """
     return recipe.engine.zero_stage if world > 1 or "zero_optimization" in recipe.deepspeed else 0
 
 
 def deepspeed_config(context: RunContext, trained: int) -> dict[str, Any]:
-    """The recipe's own `deepspeed:` section plus what the recipe says elsewhere; `trained` counts parameters."""
+    """The recipe's `deepspeed:` section plus its other settings; `trained` is the number of trained parameters."""
     recipe, batch = context.recipe, context.recipe.batch
     config: dict[str, Any] = dict(recipe.deepspeed)
     config.setdefault("steps_per_print", 10**9)
-    # DeepSpeed allocates a whole bucket at every step, 2 GB by default, however small the network is.
+    # DeepSpeed allocates a whole bucket at every step, 2 GB by default, even for a small network.
     bucket = min(trained, LARGEST_BUCKET)
     buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     config |= {
@@ -68,7 +69,7 @@ def deepspeed_config(context: RunContext, trained: int) -> dict[str, Any]:
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Attach DeepSpeed to the process group there is. On CPU its inference-only shared-memory op is not built."""
+    """Attach DeepSpeed to the existing process group. On CPU its inference-only shared-memory op is not built."""
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -78,41 +79,38 @@ def prepare_deepspeed(device: torch.device) -> None:
 def build_optimizer(
     parameters: dict[str, nn.Parameter], phase: Phase, score_weight_decay: float | None = None
 ) -> torch.optim.Optimizer:
-    """SGD or Adam, as the phase says. Weight decay is added to the gradient in both: Adam's is not decoupled.
+    """The phase's SGD or Adam. Both add weight decay to the gradient: Adam's is not decoupled.
 
-    Scores have a group of their own if `score_weight_decay` is another than the phase's, and so have rates: they have
-    no weight decay, which would pull the layers' shares of the budget back to the uniform ones.
+    Scores form a group of their own if `score_weight_decay` differs from the phase's, and so do rates: they have no
+    weight decay, which would push the layers' shares of the budget towards the uniform ones.
     """
     decays: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        own = {"rate": 0.0, "score": score_weight_decay}.get(name.split("/")[0])
-        decays.setdefault(phase.weight_decay if own is None else own, []).append(parameter)
+        override = {"rate": 0.0, "score": score_weight_decay}.get(name.split("/")[0])
+        decays.setdefault(phase.weight_decay if override is None else override, []).append(parameter)
     groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
     if phase.optimizer == "adam":
         return torch.optim.Adam(groups, lr=phase.lr, betas=BETAS, eps=EPSILON)
-    # Fused, it takes a quarter of the time on a CPU. Where ZeRO cuts decides its last bits, as it does of the sums.
+    # Fused takes a quarter of the time on a CPU. Its last bits depend on where ZeRO partitions, like those of the sums.
     return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, fused=True)
 
 
 def slots_of(phase: Phase) -> tuple[str, ...]:
-    """Names of the optimizer's state that has its parameter's shape."""
+    """Names of the optimizer state that has its parameter's shape."""
     if phase.optimizer == "adam":
         return "exp_avg", "exp_avg_sq"
     return ("momentum_buffer",) if phase.momentum else ()
 
 
 def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """What DeepSpeed opens around its own forward, for a forward that bypasses it."""
+    """DeepSpeed's autocast, for a forward that bypasses it."""
     if recipe.engine.precision == "bf16":
         return partial(torch.autocast, device.type, torch.bfloat16)
     return nullcontext
 
 
 class Engine:
-    """One phase's DeepSpeed engine.
-
-    It steps the parameters of `network` that have requires_grad when it is made.
-    """
+    """One phase's DeepSpeed engine. It steps the parameters of `network` that have requires_grad at construction."""
 
     prefix = "optim/"
 
@@ -122,7 +120,7 @@ class Engine:
         self._scores = scores
         self._compiled = Compiled(network) if recipe.engine.mode == "compiled" else None
         self.network: nn.Module = network if self._compiled is None else self._compiled
-        """What is called in training: the network, compiled if the recipe says so."""
+        """The network to call in training: compiled if the recipe says so."""
         optimizer = build_optimizer(parameters, phase, recipe.sparsity.score_weight_decay)
         self._engine, *_ = deepspeed.initialize(
             model=self.network,
@@ -131,7 +129,7 @@ class Engine:
             config=deepspeed_config(context, sum(p.numel() for p in parameters.values())),
             dist_init_required=False,
         )
-        self._optimizer = optimizer  # the one that steps, also inside ZeRO's
+        self._optimizer = optimizer  # the one that steps, also inside ZeRO's wrapper
         self._slots = slots_of(phase)
         self._counts_steps = phase.optimizer == "adam"
         self._zero: DeepSpeedZeroOptimizer | None = None
@@ -139,22 +137,22 @@ class Engine:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)
             self._zero = self._engine.optimizer
         else:
-            # DeepSpeed broadcasts weights at initialisation, which it cannot in another order than the usual one. ZeRO
-            # has them in flat tensors, in that order.
+            # Only now, as DeepSpeed cannot broadcast weights of this memory format at initialisation. ZeRO has them in
+            # flat tensors, in the usual format.
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            # Alone, DeepSpeed would copy every gradient into a buffer, and back.
+            # With one worker, DeepSpeed would copy every gradient into a buffer and back.
             self._engine.enable_backward_allreduce = group.world > 1
-        self._begin_state()
-        # DeepSpeed divides the loss by this number to get a mean; a rate's gradient does not shrink with it (`masked`).
+        self._allocate_state()
+        # DeepSpeed divides the loss by this number for a mean; a rate's gradient does not scale with the loss.
         local = context.local_micro_batches
         rates = [parameter for name, parameter in parameters.items() if name.startswith("rate/")]
         self._hooks = [rate.register_hook(lambda gradient: gradient / local) for rate in rates]
         self.autocast = autocast_of(recipe, group.device)
-        """What DeepSpeed opens around its own forward, for the attack, which bypasses it."""
+        """DeepSpeed's autocast, for attacks, which bypass its forward."""
 
     @property
     def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The update's forward; gradients flow to what trains. Attacks use `network` instead."""
+        """The update's forward, with gradients for the trained parameters. Attacks use `network` instead."""
         return self._engine
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -165,25 +163,25 @@ class Engine:
             group["lr"] = lr
 
     def advance(self) -> bool:
-        """Call after every micro-batch's backward; the parameters move at the last one of a step.
+        """Call after the backward of every micro-batch; the parameters change after the last one of a step.
 
-        False, the same on every rank, if they do not because a gradient is NaN or infinite.
+        Returns False, on every rank, if they do not change because a gradient is NaN or infinite.
         """
         ends_step = self._engine.is_gradient_accumulation_boundary()
-        if ends_step and self._zero is None:  # the gradients are summed over the ranks by now
+        if ends_step and self._zero is None:  # gradients are already summed over the ranks
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             if not math.isfinite(float(get_total_norm(gradients))):
                 return False
         self._engine.step()
         if ends_step and self._scores is not None:
             self._scores.weights_changed()
-        return self._zero is None or not self._zero.overflow  # ZeRO takes the norm, and then skips the step, silently
+        return self._zero is None or not self._zero.overflow  # ZeRO checks the norm and skips the step silently
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Full state as CPU copies, fp32; call it after a step. Collective.
+        """The full optimizer state as fp32 CPU copies; call it after a step. Collective.
 
-        `optim/<plain name>/<slot>` [parameter's shape]: momentum_buffer of SGD, exp_avg and exp_avg_sq of Adam; and
-        `optim/<plain name>/step` [] of Adam, as a partition of ZeRO has one count for all that it steps.
+        `optim/<plain name>/<slot>` [parameter's shape]: momentum_buffer of SGD, exp_avg and exp_avg_sq of Adam; for
+        Adam also `optim/<plain name>/step` [], from the one count of a ZeRO partition.
         """
         state = {}
         for name, parameter in self._parameters.items():
@@ -200,18 +198,18 @@ class Engine:
         return state
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state` returned, whatever world size or ZeRO stage it came from."""
+        """Restore what `state` returned, from any world size and ZeRO stage. Errors: ValueError if it does not fit."""
         slots = (*self._slots, STEP) if self._counts_steps else self._slots
         expected = {f"optim/{name}/{slot}" for name in self._parameters for slot in slots}
         if set(tensors) != expected:
-            odd = sorted(set(tensors) ^ expected)
-            raise ValueError(f"optimizer state does not fit this phase; first difference: {odd[0]}")
+            mismatches = sorted(set(tensors) ^ expected)
+            raise ValueError(f"optimizer state does not fit this phase; first difference: {mismatches[0]}")
         counts = [tensor for name, tensor in tensors.items() if name.endswith(f"/{STEP}")]
         if any(not torch.equal(count, counts[0]) for count in counts):
-            raise ValueError("optimizer state has different counts of steps, but all that trains moves at every step")
+            raise ValueError("optimizer state has different step counts, but all trained parameters step together")
         if counts:
-            for held in self._optimizer.state.values():
-                held[STEP].copy_(counts[0])
+            for slots_of_one in self._optimizer.state.values():
+                slots_of_one[STEP].copy_(counts[0])
         for name, parameter in self._parameters.items():
             for slot in self._slots:
                 full = tensors[f"optim/{name}/{slot}"].to(parameter.device)
@@ -220,11 +218,11 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, full, slot)
 
-    def _begin_state(self) -> None:
-        """Zeros for all that the optimizer steps, which at ZeRO 1 and 2 are DeepSpeed's flat partitions.
+    def _allocate_state(self) -> None:
+        """Zeros for every tensor that the optimizer steps: at ZeRO 1 and 2, DeepSpeed's flat partitions.
 
-        DeepSpeed finds a parameter's part of them only if they are there when it looks, which it does once: left alone,
-        after the step of the first of several groups.
+        DeepSpeed maps parameters to their slices of that state only once, by default after the step of the first of
+        several groups; state that does not exist by then is never mapped.
         """
         for parameter in [p for group in self._optimizer.param_groups for p in group["params"]]:
             for slot in self._slots:
@@ -235,7 +233,7 @@ class Engine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks on the network, so that the next phase can build an engine of its own."""
+        """Remove the hooks on the network, so that the next phase can build its own engine."""
         for hook in self._hooks:
             hook.remove()
         self._engine.destroy()

@@ -1,4 +1,4 @@
-"""What a run's workers are made of, for people who compare runs: models and counts, no names of hosts."""
+"""Hardware of a run's workers, for comparing runs: models, counts and usage, without host names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.run.provenance import processor_model
 
 
 def hardware_of(group: Group, threads: int) -> dict[str, Any]:
-    """Nodes, workers, and models of processors and GPUs; a model that not all have is told apart by commas. Collective.
+    """Counts of nodes and workers, and models of processors and GPUs; commas join different models. Collective.
 
-    `threads`: those of one worker.
+    `threads`: per worker.
     """
     gpu = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else None
     answers = group.gather((platform.node(), processor_model(), os.cpu_count(), gpu))
@@ -38,12 +38,12 @@ def _models(names: list[str]) -> str | None:
 
 
 METRICS = ("processor_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")
-"""Of all its processors since the row before, of its memory now; of its workers' GPUs as the driver counts them: the
-share of the last second or less in which anything ran, and of their memory now, whoever holds it."""
+"""Of a node: processor use since the previous row, memory use now. Of its workers' GPUs: share of the last second or
+less in which a kernel ran, and memory in use now by any process; both from the driver."""
 
 
 class NodeUsage:
-    """The nodes of a group, numbered in the order of their lowest ranks; their names stay here."""
+    """Usage of a group's nodes, numbered in the order of their lowest ranks, without host names."""
 
     def __init__(self, group: Group) -> None:
         """Collective."""
@@ -51,28 +51,28 @@ class NodeUsage:
         names = list(dict.fromkeys(hosts))
         self._group = group
         self._node_of = [names.index(host) for host in hosts]
-        psutil.cpu_percent()  # the next call counts from here
+        psutil.cpu_percent()  # the next call measures from here
 
     def sample(self) -> dict[str, dict[str, float]]:
-        """{"node-0": {metric: percent, the mean of what its workers see}, ...}, without what a node has not.
+        """{"node-0": {metric: percent, the mean over its workers}, ...}, without metrics that a node lacks.
 
-        Collective, of four numbers per worker: for when a row is written, not for every step.
+        Collective, four numbers per worker: for each metrics row, not for each step.
         """
         own = torch.tensor([_sample(self._group.device)], dtype=torch.float64, device=self._group.device)
         rows = self._group.gather_rows(own).cpu()
-        found = {}
+        usage = {}
         for node in range(max(self._node_of) + 1):
             means = rows[[n == node for n in self._node_of]].nanmean(dim=0).tolist()
-            found[f"node-{node}"] = {name: mean for name, mean in zip(METRICS, means, strict=True) if mean == mean}
-        return found
+            usage[f"node-{node}"] = {name: mean for name, mean in zip(METRICS, means, strict=True) if mean == mean}
+        return usage
 
 
 def _sample(device: torch.device) -> list[float]:
-    """METRICS as this worker sees them; NaN for what is not there."""
+    """METRICS as measured by this worker; NaN for missing ones."""
     gpu = memory = float("nan")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         memory = 100.0 * (1.0 - free / total)
-        with suppress(Exception):  # nvidia-ml-py, or what it asks the driver for, is not everywhere; no run needs it
+        with suppress(Exception):  # optional: nvidia-ml-py or the driver may not support it
             gpu = float(torch.cuda.utilization(device))
     return [psutil.cpu_percent(), psutil.virtual_memory().percent, gpu, memory]

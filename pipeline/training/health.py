@@ -1,7 +1,7 @@
-"""What every worker checks before its first step: its device, its data files, and that its peers are its likes.
+"""Checks before the first step: every device computes correctly, and all workers have the same code, data and settings.
 
-A node with a broken GPU, another version of the code or another copy of the data is named, instead of spoiling a run.
-And a network that no stage could bound is, before another stage has trained it.
+A node that fails is named, instead of spoiling a run. A network that a later stage could not bound is refused before
+any stage trains it.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ VERSIONS = ("torch", "deepspeed", "ffcv", "numpy")
 
 
 class Unhealthy(RuntimeError):
-    """A worker that must not train; the message names its host and what is wrong."""
+    """A worker must not train; the message names its host and the problem."""
 
 
 def check_device(device: torch.device) -> None:
-    """A product of integers, exact in fp32 in every order of summation. Errors: Unhealthy."""
+    """Check a product of integer matrices, exact in fp32 in any summation order. Errors: Unhealthy."""
     host = platform.node()
     values = torch.arange(SIDE * SIDE, dtype=torch.float32).reshape(SIDE, SIDE) % 7
     try:
-        found = (values.to(device) @ values.T.to(device)).cpu()
+        product = (values.to(device) @ values.T.to(device)).cpu()
     except RuntimeError as error:
         raise Unhealthy(f"{host}: {device} does not compute ({error}); exclude this node (slurm.exclude)") from error
     expected = (values.long() @ values.T.long()).float()
-    if not torch.equal(found, expected):
-        wrong = int((found != expected).sum())
+    if not torch.equal(product, expected):
+        wrong = int((product != expected).sum())
         raise Unhealthy(
             f"{host}: {device} computes wrongly ({wrong} of {SIDE * SIDE} sums); exclude this node (slurm.exclude)"
         )
 
 
 def check_bounds(recipe: Recipe) -> None:
-    """Refuse a network without bounds where an objective trains or judges by them. Errors: ValueError."""
-    proving = [f"{key}.name {found.name}" for key, found in recipe.objectives.items() if isinstance(found, Bounding)]
-    if not proving:
+    """Refuse a network that cannot be bounded if an objective trains or evaluates with bounds. Errors: ValueError."""
+    objectives = recipe.objectives.items()
+    bounding = [f"{key}.name {value.name}" for key, value in objectives if isinstance(value, Bounding)]
+    if not bounding:
         return
     try:
         trace(build_network(recipe.model, recipe.seed, recipe.data.image_size))
     except ValueError as error:
-        raise ValueError(
-            f"{proving[0]} needs bounds of model.arch {recipe.model.arch}: {error}; choose another network or objective"
-        ) from None
+        need = f"{bounding[0]} needs bounds of model.arch {recipe.model.arch}"
+        raise ValueError(f"{need}: {error}; choose another network or objective") from None
 
 
 def _identity(context: RunContext) -> dict[str, Any]:
-    """What must be equal on all workers."""
+    """Facts that must be equal on all workers."""
     data = context.recipe.data
     return {
         "recipe": recipe_hash(context.recipe),
@@ -73,29 +73,29 @@ def _identity(context: RunContext) -> dict[str, Any]:
 
 
 def check_worker(context: RunContext) -> None:
-    """Raise Unhealthy on every rank if any worker's device fails or differs from the others. Collective.
+    """Raise Unhealthy on every rank if any worker's device fails or any worker differs from the others. Collective.
 
-    Errors: ValueError, on every rank as well, for a network that cannot be bounded and has to be; DataError naming
-    the host and the file for data that is not there or not whole.
+    Errors, on every rank: ValueError for a network that must be bounded and cannot be; DataError naming the host and
+    file for data that is missing or damaged.
     """
     check_bounds(context.recipe)
-    problem = refusal = None
+    device_error = data_error = None
     identity: dict[str, Any] = {}
     try:
         check_device(context.group.device)
         identity = _identity(context)
     except Unhealthy as error:
-        problem = str(error)
+        device_error = str(error)
     except DataError as error:
-        refusal = f"{platform.node()}: {error}"
-    answers = context.group.gather((platform.node(), problem, refusal, identity))
-    if problems := {said for _, said, _, _ in answers if said}:
-        raise Unhealthy("; ".join(sorted(problems)))
-    if refusals := {said for _, _, said, _ in answers if said}:
-        raise DataError("; ".join(sorted(refusals)))
+        data_error = f"{platform.node()}: {error}"
+    answers = context.group.gather((platform.node(), device_error, data_error, identity))
+    if messages := {message for _, message, _, _ in answers if message}:
+        raise Unhealthy("; ".join(sorted(messages)))
+    if messages := {message for _, _, message, _ in answers if message}:
+        raise DataError("; ".join(sorted(messages)))
     for key in identity:
         values = [other[key] for *_, other in answers]
         usual, count = Counter(values).most_common(1)[0]
         if count < len(values):
-            odd = sorted({f"{host} has {other[key]}" for host, *_, other in answers if other[key] != usual})
-            raise Unhealthy(f"the workers differ in {key}: most have {usual}, {'; '.join(odd)}")
+            others = sorted({f"{host} has {other[key]}" for host, *_, other in answers if other[key] != usual})
+            raise Unhealthy(f"the workers differ in {key}: most have {usual}, {'; '.join(others)}")

@@ -1,9 +1,8 @@
 """The training loop, for every phase and objective.
 
-Phases are data (`phases.Stage`), objectives are functions that are handed the attack. A step is: for each of this
-worker's micro-batches attack and accumulate gradients; fold BatchNorm's statistics in and agree that the loss is
-finite, in one collective; move the parameters; rank the scores. All randomness is keyed, so that the loop can
-begin at any step.
+One step: for each of this worker's micro-batches, attack and accumulate gradients; in one collective, fold in the
+BatchNorm statistics and check on all ranks that the loss is finite; update the parameters; re-rank the scores. All
+randomness is keyed by step and sample, so the loop can start at any step.
 """
 
 from __future__ import annotations
@@ -45,44 +44,44 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """What one stage's loop works with."""
+    """The inputs of one stage's loop."""
 
     stage: Stage
     context: RunContext
     state: StageState
-    """Its network in training mode, but for BatchNorm where it is frozen."""
+    """With the network in training mode, except for frozen BatchNorm."""
     objective: Objective
     micro_batches: Iterator[Batch]
-    """This worker's micro-batches from the first step that is left."""
+    """This worker's micro-batches, from the first remaining step."""
     rows: Rows | None
     """Metric rows; on rank 0 only."""
     validate: Callable[[float], dict[str, Any]]
-    """Accuracies on the held-out images: a metrics row without its position. Takes the share of its eps that the
-    attack has. Collective."""
+    """Maps the current share of eps, in [0, 1], to accuracies on the held-out images: a metrics row without its
+    position. Collective."""
     save: Callable[[Snapshot], None]
     """Called on every rank; rank 0 writes."""
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums of one step, float64 scalars: first of this worker's micro-batches, then of those of all workers."""
+    """Sums of one step, float64 scalars: over this worker's micro-batches, after the collective over all."""
 
     values: Tensor
-    """[5]: the others, as they travel in one collective."""
+    """[5]: the fields below, in one tensor for the collective; they are views of it."""
     loss: Tensor
-    """Over micro-batches."""
+    """Sum of the micro-batches' mean losses."""
     clean_correct: Tensor
     robust_correct: Tensor
     images: Tensor
     stops: Tensor
-    """How many workers were asked to stop."""
+    """Number of workers that received a stop request."""
 
     @staticmethod
     def of(values: Tensor) -> StepSums:
         return StepSums(values, *values.unbind())
 
     def add(self, output: ObjectiveOutput, images: int) -> None:
-        """Take a micro-batch in; what its objective does not count stays zero."""
+        """Add a micro-batch; accuracies that its objective does not count stay zero."""
         self.loss.add_(output.loss.detach())
         self.images.add_(images)
         if output.clean_correct is not None:
@@ -92,18 +91,18 @@ class StepSums:
 
 
 def snapshot(training: Training, progress: Progress) -> Snapshot:
-    """Owned CPU copies of everything a checkpoint holds. Collective. Errors: NonFinite, so that none enters one."""
-    taken = training.state.snapshot(progress)
-    for name, tensor in {**taken.model, **taken.train_state}.items():
+    """CPU copies of everything in a checkpoint. Collective. Errors: NonFinite, so no checkpoint has such values."""
+    result = training.state.snapshot(progress)
+    for name, tensor in {**result.model, **result.train_state}.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFinite(f"{training.stage.name}: {name} is not finite at step {progress.step}")
-    return taken
+    return result
 
 
 def train(training: Training, progress: Progress) -> Progress:
-    """Run the steps that are left and return the last position: the end, or where the run was stopped. Collective.
+    """Run the remaining steps; returns the final position: the end, or where the run was stopped. Collective.
 
-    Errors: NonFinite; CatastrophicOverfitting where the objective is guarded.
+    Errors: NonFinite; CatastrophicOverfitting if the objective is guarded.
     """
     stage, context = training.stage, training.context
     recipe, group = context.recipe, context.group
@@ -112,14 +111,14 @@ def train(training: Training, progress: Progress) -> Progress:
     try:
         while not progress.finished:
             sums = _step(training, statistics, progress, clock)
-            progress = progress.after_step(_added(progress.window, sums))
+            progress = progress.after_step(_add_sums(progress.window, sums))
             context.observe("step", {"stage": stage.name, "step": progress.step})
             ends_epoch = progress.at_epoch_end
             if progress.step % recipe.tracking.log_every_steps == 0 or ends_epoch:
                 _log_window(training, progress, clock.read(), nodes.sample())
                 progress = progress.after_window()
             if ends_epoch and recipe.evaluation.validation_steps > 0:
-                progress = _validated(training, progress)
+                progress = _validate(training, progress)
                 clock.restart()
             stopping = bool(sums.stops > 0)
             if stopping or _is_checkpoint_step(training, progress):
@@ -133,7 +132,7 @@ def train(training: Training, progress: Progress) -> Progress:
 
 
 def _step(training: Training, statistics: BatchStatistics, progress: Progress, clock: Stopwatch) -> StepSums:
-    """One optimizer step. Returns the sums over all ranks, on the CPU; they travel with BatchNorm's statistics."""
+    """One optimizer step. Returns the sums over all ranks, on the CPU; one collective for them and BatchNorm."""
     stage, context, state = training.stage, training.context, training.state
     engine, device, step = state.engine, context.group.device, progress.step
     engine.set_lr(lr_at(stage.optimisation, step, progress.steps_per_epoch))
@@ -144,11 +143,11 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             batch = next(training.micro_batches)
             images, labels = batch.to(device)
 
-        def forward(fed: Tensor, index: int = index, ids: Tensor = batch.ids) -> Tensor:
+        def forward(inputs: Tensor, index: int = index, ids: Tensor = batch.ids) -> Tensor:
             context.observe(
-                "forward", {"stage": stage.name, "step": step, "micro_batch": index, "ids": ids, "fed": fed}
+                "forward", {"stage": stage.name, "step": step, "micro_batch": index, "ids": ids, "fed": inputs}
             )
-            return engine.forward(fed)
+            return engine.forward(inputs)
 
         output = training.objective(
             ObjectiveInput(
@@ -171,11 +170,13 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             sums.stops.fill_(float(context.stop_requested()))
             sums = StepSums.of(statistics.fold_in(sums.values).cpu())
             if not math.isfinite(float(sums.loss)):
-                raise NonFinite(_what_is_not_finite(training, step, losses))
+                raise NonFinite(_non_finite_message(training, step, losses))
         if not engine.advance():
             ids = [i for ids, _ in losses for i in ids.tolist()]
-            what = f"a gradient of step {step} is not finite, although every loss is: samples {ids} and other workers'"
-            raise NonFinite(f"{stage.name}: {what}; {_advice(training)}")
+            reason = (
+                f"a gradient of step {step} is not finite, although every loss is: samples {ids} and other workers'"
+            )
+            raise NonFinite(f"{stage.name}: {reason}; {_advice(training)}")
     if stage.trains == "scores":
         scores = state.network.scores
         assert scores is not None
@@ -188,10 +189,10 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
     return sums
 
 
-def _what_is_not_finite(training: Training, step: int, losses: list[tuple[Tensor, Tensor]]) -> str:
-    """Names the samples of all micro-batches whose loss is not finite. Collective: every rank says the same."""
-    odd = [f"{float(loss)} for samples {ids.tolist()}" for ids, loss in losses if not math.isfinite(float(loss))]
-    where = "; ".join(part for parts in training.context.group.gather(odd) for part in parts)
+def _non_finite_message(training: Training, step: int, losses: list[tuple[Tensor, Tensor]]) -> str:
+    """Names the samples of all micro-batches with a non-finite loss. Collective: the same message on every rank."""
+    local = [f"{float(loss)} for samples {ids.tolist()}" for ids, loss in losses if not math.isfinite(float(loss))]
+    where = "; ".join(part for parts in training.context.group.gather(local) for part in parts)
     return f"{training.stage.name}: the loss of step {step} is not finite: {where}; {_advice(training)}"
 
 
@@ -200,7 +201,7 @@ def _advice(training: Training) -> str:
     return f"lower phases.{section}.lr or lengthen its warm-up"
 
 
-def _added(window: Window, sums: StepSums) -> Window:
+def _add_sums(window: Window, sums: StepSums) -> Window:
     return Window(
         window.loss_sum + float(sums.loss),
         window.clean_correct + int(sums.clean_correct),
@@ -213,7 +214,7 @@ def _added(window: Window, sums: StepSums) -> Window:
 def _log_window(
     training: Training, progress: Progress, seconds_in: dict[str, float], system: dict[str, dict[str, float]]
 ) -> None:
-    """One metrics row for the steps since the last one. What is measured is kept apart: the rest is repeatable."""
+    """Log one metrics row for the steps since the last one. `timing` is separate: everything else is deterministic."""
     if training.rows is None:
         return
     seconds = sum(seconds_in.values())
@@ -243,12 +244,12 @@ def _log_window(
 
 
 def _level(training: Training, progress: Progress) -> dict[str, int]:
-    """How strong the attack has been made, in the rows of stages where it may be."""
+    """The attack level, in the rows of stages with an overfitting guard."""
     return {"attack_level": progress.level} if training.stage.objective.guarded else {}
 
 
 def _image_size(training: Training, progress: Progress) -> dict[str, int]:
-    """How large the images of a row's steps were, in the rows of stages where they grow; a row ends with its epoch."""
+    """The image size of a row's steps, for stages where images grow; no row spans two epochs."""
     optimisation = training.stage.optimisation
     if optimisation.resolution is None:
         return {}
@@ -256,8 +257,8 @@ def _image_size(training: Training, progress: Progress) -> dict[str, int]:
     return {"image_size": image_size_at(optimisation, training.context.recipe.data.image_size, epoch)}
 
 
-def _validated(training: Training, progress: Progress) -> Progress:
-    """Accuracies on the held-out images, logged; with `select: best_validation_robust` they choose the checkpoint.
+def _validate(training: Training, progress: Progress) -> Progress:
+    """Log accuracies on the held-out images; with `select: best_validation_robust`, track the best step.
 
     Errors: CatastrophicOverfitting.
     """
@@ -270,9 +271,9 @@ def _validated(training: Training, progress: Progress) -> Progress:
         training.rows.log({"kind": "validation", **position, **accuracies, "timing": timing, **level})
     smallest = stage.objective.smallest_ratio
     if smallest is not None:
-        right = accuracies["probe"]["pgd_correct"], accuracies["probe"]["one_step_correct"]
-        if overfits(*right, smallest):
-            raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, right)
+        counts = accuracies["probe"]["pgd_correct"], accuracies["probe"]["one_step_correct"]
+        if overfits(*counts, smallest):
+            raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, counts)
         progress = progress.with_good_step()
     if training.context.recipe.select == "best_validation_robust":
         return progress.with_best(accuracies["robust_accuracy"])
@@ -281,7 +282,7 @@ def _validated(training: Training, progress: Progress) -> Progress:
 
 def _is_checkpoint_step(training: Training, progress: Progress) -> bool:
     every, selects = training.context.recipe.checkpoint.every_steps, training.context.recipe.select
-    needed = every is None or selects == "best_validation_robust" or training.stage.objective.guarded
-    if progress.finished or (progress.at_epoch_end and needed):
+    at_epochs = every is None or selects == "best_validation_robust" or training.stage.objective.guarded
+    if progress.finished or (progress.at_epoch_end and at_epochs):
         return True
     return every is not None and progress.step % every == 0

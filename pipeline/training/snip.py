@@ -1,4 +1,4 @@
-"""Connection sensitivity (SNIP: Lee, Ajanthan and Torr, ICLR 2019), which ranks the connections of a baseline."""
+"""Connection sensitivity (SNIP: Lee, Ajanthan and Torr, ICLR 2019), which ranks a baseline's connections."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def connection_sensitivity(
     seed: int,
     stage: str,
 ) -> dict[str, Tensor]:
-    """|g * w| of every maskable weight, under its plain name: how fast the loss changes as a connection fades out
-    (section 4.1; they divide by the sum over all connections, which changes no ranking).
+    """|g * w| of every maskable weight, under its plain name: the sensitivity of the loss to scaling the
+    connection (section 4.1; the paper divides by the sum over all connections, which changes no ranking).
 
-    g is the gradient of the objective's loss, summed over the micro-batches of all ranks, at a network without scores,
-    in training mode: the update that the stage would begin with if nothing were pruned. BatchNorm's statistics stay, so
-    that every micro-batch, whoever computes it, meets the same network. Noise is keyed by (seed, stage, sample id).
+    g is the gradient of the objective's loss, summed over the micro-batches of all ranks, at a network without scores
+    in training mode: that of the stage's first update if nothing were pruned. BatchNorm's statistics are restored after
+    each micro-batch, so all of them see the same network. Noise is keyed by (seed, stage, sample id).
     Collective. Errors: ValueError naming a weight whose gradient is not finite.
     """
     weights = {name: layer.weight for name, layer in maskable(network).items()}
@@ -42,9 +42,9 @@ def connection_sensitivity(
     for batch in micro_batches:
         images, labels = batch.to(group.device)
         keys = device_keys(batch.ids.numpy(), group.device, seed, "snip", stage)
-        none = torch.zeros_like(images)
-        given = ObjectiveInput(network, forward, images, labels, keys, autocast, noise=none)
-        gradients = torch.autograd.grad(objective(given).loss, tensors, materialize_grads=True)
+        zeros = torch.zeros_like(images)
+        inputs = ObjectiveInput(network, forward, images, labels, keys, autocast, noise=zeros)
+        gradients = torch.autograd.grad(objective(inputs).loss, tensors, materialize_grads=True)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient
         for buffer, value in before:

@@ -1,6 +1,6 @@
-"""Runs the stages of a recipe: where a stage starts, how it trains, what it leaves.
+"""Runs the stages of a recipe: restore or start, train, export, evaluate.
 
-Works inside any process group: Ray's (`pipeline.training.worker`) or one that a test or a benchmark makes.
+Works inside any process group: Ray's (`pipeline.training.worker`), or one of a test or benchmark.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine
 from pipeline.training.health import check_worker
 from pipeline.training.loop import Training, train
-from pipeline.training.rollback import go_back
+from pipeline.training.rollback import roll_back
 from pipeline.training.stage_evaluation import build_validation, check_honesty, evaluate_stage
 from pipeline.training.stage_start import load_start
 from pipeline.training.stage_state import NetworkState, StageState, restored
-from pipeline.training.stage_tracking import stage_tracker, summary_of, tell_kept
+from pipeline.training.stage_tracking import log_finished_parts, stage_tracker, summary_of
 
 log = logging.getLogger(__name__)
 
 
 def run_stages(context: RunContext, stages: list[Stage]) -> None:
-    """Do the stages in their order; what is finished is not repeated. Collective.
+    """Run the stages in order, without those that are finished. Collective.
 
-    Errors: StopRequested once the run was asked to stop and has its checkpoint; Unhealthy.
+    Errors: StopRequested, once a checkpoint is written after a stop request; Unhealthy.
     """
     try:
         check_worker(context)
@@ -65,12 +65,12 @@ def _run_stage(context: RunContext, stage: Stage) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     own = _own_checkpoint(folder, context.token) if to_train and context.group.is_first else None
-    # Only now, as the rows beyond the checkpoint were cut: one wandb run for training and test.
+    # Only now that the rows beyond the checkpoint are removed. One wandb run for training and test.
     with stage_tracker(context, stage) as tracker:
         if to_train:
             _train_stage(context, stage, own, tracker)
             context.observe("stage_finished", {"stage": stage.name})
-        tell_kept(context, stage, tracker)
+        log_finished_parts(context, stage, tracker)
         if to_evaluate:
             check_honesty(context, stage)
             for label, result in evaluate_stage(context, stage, to_evaluate):
@@ -79,16 +79,16 @@ def _run_stage(context: RunContext, stage: Stage) -> None:
 
 
 def _own_checkpoint(folder: Path, token: str) -> Snapshot | None:
-    """The stage's own newest whole checkpoint; what lies beyond it is removed.
+    """The stage's newest intact checkpoint; checkpoints and rows beyond it are removed.
 
-    Errors: LeaseHeld if the stage is another's by now; ValueError if it has checkpoints, and none of them is whole.
+    Errors: LeaseHeld if another process has taken the stage; ValueError if it has checkpoints but none is intact.
     """
-    check_token(folder, token)  # what is removed must be ours
+    check_token(folder, token)  # never remove what another process owns
     own = checkpoint.read_newest_checkpoint(folder)
     if own is None and (lost := checkpoint.committed_steps(folder)):
         raise ValueError(
-            f"{folder}: none of its checkpoints is whole (steps {', '.join(map(str, lost))}; logs/worker-0.log says "
-            "what is wrong with each); bring one back, or delete its step-* folders to train the stage from its start, "
+            f"{folder}: none of its checkpoints is intact (steps {', '.join(map(str, lost))}; logs/worker-0.log says "
+            "what is wrong with each); restore one, or delete its step-* folders to train the stage from its start, "
             "then resume"
         )
     checkpoint.delete_checkpoints_after(folder, own.progress.step if own else 0)
@@ -97,13 +97,13 @@ def _own_checkpoint(folder: Path, token: str) -> Snapshot | None:
 
 
 def _train_stage(context: RunContext, stage: Stage, own: Snapshot | None, tracker: Tracker | None) -> None:
-    """Train to the end; where training overfits to its attack, again from before that, with a stronger one."""
+    """Train to the end; after catastrophic overfitting, roll back and train with a stronger attack."""
     level = 0
     while True:
         try:
             return _attempt(StageTrainer(context, stage, tracker, level), own)
-        except CatastrophicOverfitting as overfitted:
-            own, level = go_back(context, stage, overfitted, tracker)
+        except CatastrophicOverfitting as overfitting:
+            own, level = roll_back(context, stage, overfitting, tracker)
 
 
 def _attempt(trainer: StageTrainer, own: Snapshot | None) -> None:
@@ -114,9 +114,9 @@ def _attempt(trainer: StageTrainer, own: Snapshot | None) -> None:
 
 
 class StageTrainer:
-    """Trains one stage: `restore` its state, `run` the steps that are left, `finish` with its result; then `close`.
+    """Trains one stage: `restore` its state, `run` the remaining steps, `finish` with its result; then `close`.
 
-    `level` is how often the attack was made stronger because training overfitted to it.
+    `level` counts how often the attack was strengthened after catastrophic overfitting.
     """
 
     def __init__(self, context: RunContext, stage: Stage, tracker: Tracker | None, level: int = 0) -> None:
@@ -126,9 +126,9 @@ class StageTrainer:
         self._resources = ExitStack()
 
     def restore(self, own: Snapshot | None) -> None:
-        """Build every part of the stage's state, as its own checkpoint has it or as the stage begins. Collective.
+        """Build every part of the stage's state, from its own checkpoint or from its start. Collective.
 
-        Rank 0 hands in the checkpoint; the others read it. Errors: ValueError if it is of other steps.
+        Rank 0 passes the checkpoint; the others read it. Errors: ValueError if its numbers of steps do not fit.
         """
         context, stage, recipe, group = self._context, self._stage, self._context.recipe, self._context.group
         network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
@@ -147,7 +147,7 @@ class StageTrainer:
         network.to(group.device).train()
         train_only(network, stage.trains, recipe.sparsity.batchnorm)
         if scores is not None:
-            scores.refresh()  # as the device that trains rounds
+            scores.refresh()  # on the training device, with its rounding
         engine, decay = Engine(network, scores, stage.optimisation, context), stage.optimisation.ema_decay
         self._resources.callback(engine.close)
         self._network, self._progress = network, self._position(own)
@@ -168,21 +168,21 @@ class StageTrainer:
         progress = own.progress if own is not None else Progress(0, per_epoch, total)
         if (progress.steps_per_epoch, progress.total_steps) != (per_epoch, total):
             raise ValueError(
-                f"{self._folder} was begun with {progress.total_steps} steps of which {progress.steps_per_epoch} make "
-                f"an epoch; the recipe now says {total} and {per_epoch}; use a new --name"
+                f"{self._folder} was started with {progress.total_steps} steps, {progress.steps_per_epoch} per epoch; "
+                f"the recipe now gives {total} and {per_epoch}; use a new --name"
             )
         return replace(progress, level=max(progress.level, self._level))
 
     def run(self) -> None:
-        """Take the steps that are left; every rank ends at the same one. Collective.
+        """Run the remaining steps; every rank ends at the same one. Collective.
 
-        Errors: StopRequested, with a checkpoint; NonFinite; CatastrophicOverfitting.
+        Errors: StopRequested, after writing a checkpoint; NonFinite; CatastrophicOverfitting.
         """
         context, stage, recipe = self._context, self._stage, self._context.recipe
         progress, replays = self._progress, stage.objective.steps_per_batch
         if context.group.is_first:
-            described = {**stage.describe(progress.steps_per_epoch), "batch_per_step": recipe.batch.batch_per_step}
-            atomic_write_json(StageFolder(self._folder).plan, described)
+            plan = {**stage.describe(progress.steps_per_epoch), "batch_per_step": recipe.batch.batch_per_step}
+            atomic_write_json(StageFolder(self._folder).plan, plan)
         log.info("%s: starting at step %d of %d", stage.name, progress.step, progress.total_steps)
         loader = context.loader(recipe.data.train_file)
         train_ids, held_out_ids = context.training_samples(loader)
@@ -203,16 +203,16 @@ class StageTrainer:
         try:
             progress = self._progress = train(training, progress)
         except CatastrophicOverfitting:
-            self._writer.wait()  # what it would still write is removed next
+            self._writer.wait()  # checkpoints still being written are removed next
             raise
         self._writer.wait()
         if not progress.finished:
-            raise StopRequested(f"{stage.name} was asked to stop, and has a checkpoint of step {progress.step}")
+            raise StopRequested(f"{stage.name} stopped on request, with a checkpoint of step {progress.step}")
 
     def _save(self, snapshot: Snapshot) -> None:
         if self._tracker is not None:
-            check_token(self._folder, self._context.token)  # before anything of a successor's could be touched
-            self._tracker.sync()  # rows first: a checkpoint promises that those up to its step are on disk
+            check_token(self._folder, self._context.token)  # so that no file of a successor is touched
+            self._tracker.sync()  # a checkpoint guarantees that the rows up to its step are on disk
             self._writer.submit(snapshot)
 
     def _guard(self, step: int) -> None:
@@ -220,7 +220,7 @@ class StageTrainer:
         check_token(self._folder, self._context.token)
 
     def finish(self) -> None:
-        """Write model.safetensors, then result.json: the stage is finished when that exists. Rank 0 writes."""
+        """Write model.safetensors, then result.json, which marks the stage as finished. Rank 0 writes. Collective."""
         context, stage, folder, progress = self._context, self._stage, self._folder, self._progress
         network, scores, ema = self._network, self._state.network.scores, self._state.ema
         selected = progress.best_step or progress.step
@@ -254,5 +254,5 @@ class StageTrainer:
         context.group.barrier()
 
     def close(self) -> None:
-        """Stop reading batches, and release the network from its engine."""
+        """Stop reading batches, and detach the engine from the network."""
         self._resources.close()

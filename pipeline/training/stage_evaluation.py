@@ -1,4 +1,4 @@
-"""Evaluation inside a run: on the held-out images while a stage trains, on the test set once it is finished."""
+"""Evaluation inside a run: on held-out images while a stage trains, on the test set once it has finished."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pipeline.training.context import RunContext
 
 
 class _HeldOutHooks(EvaluationHooks):
-    """Reports chunks; nothing stops it, as the next step of training agrees on stopping."""
+    """Reports chunks. Does not stop: the ranks agree on stopping in the next training step."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -45,7 +45,7 @@ class _HeldOutHooks(EvaluationHooks):
 
 
 class _StageHooks(EvaluationHooks):
-    """Reports and stops an evaluation of a stage's network, and keeps a process that lost its lease from writing."""
+    """Reports and stops the evaluation of a stage's network, and refuses to write without the lease."""
 
     def __init__(self, context: RunContext, stage: Stage) -> None:
         self._context, self._stage = context, stage
@@ -64,7 +64,7 @@ class _StageHooks(EvaluationHooks):
 
 
 class _TestSetHooks(_StageHooks):
-    """Writes evaluate/progress.json, too: the attack, and images done and in total."""
+    """Also writes evaluate/progress.json: the attack, and the number of images done and in total."""
 
     def __init__(self, context: RunContext, stage: Stage, path: Path, attack: str, images: int) -> None:
         super().__init__(context, stage)
@@ -72,7 +72,7 @@ class _TestSetHooks(_StageHooks):
 
     def chunk_done(self, done: int, total: int) -> None:
         super().chunk_done(done, total)
-        if self._context.group.is_first:  # the others are about as far
+        if self._context.group.is_first:  # the other ranks are about as far
             progress = {"attack": self._attack, "total": self._images, "done": self._images * done // total}
             atomic_write_json(self._path, progress)
 
@@ -80,10 +80,10 @@ class _TestSetHooks(_StageHooks):
 def build_validation(
     context: RunContext, stage: Stage, network: Network, ema: Ema | None, loader: Loader, ids: NDArray[np.int64]
 ) -> Callable[[float], dict[str, Any]]:
-    """Clean and robust accuracy on the held-out images, as a metrics row without its position. Collective.
+    """A function for clean and robust accuracy on the held-out images: a metrics row without its position. Collective.
 
-    They are those of the average, for a phase that has one, as it is the phase's result. Where the objective is
-    guarded, the counts of the probe are there too, at the share of eps that is handed in.
+    The function takes the current share of eps. With an EMA, which is the phase's result, it evaluates the EMA's
+    weights. If the objective is guarded, it adds the counts of the overfitting probe at that share of eps.
     """
     recipe = context.recipe
     usual, threat_model = _validation_measure(recipe), recipe.threat_model
@@ -111,9 +111,9 @@ def build_validation(
 
 
 def evaluate_stage(context: RunContext, stage: Stage, labels: list[str]) -> Iterator[tuple[str, EvaluationResult]]:
-    """Evaluate the stage's exported network on the test set: those of `stage.evaluations` that `labels` names.
+    """Run the evaluations `labels` of the stage's exported network on the test set.
 
-    Yields each with its result, once that is written. What was evaluated before a stop or a crash is not repeated.
+    Yields (label, result) once the result is written. Chunks finished before a stop or crash are not repeated.
     Collective. Errors: those of `Evaluator.evaluate`; LeaseHeld.
     """
     recipe, folder = context.recipe, context.folder(stage)
@@ -132,10 +132,10 @@ def evaluate_stage(context: RunContext, stage: Stage, labels: list[str]) -> Iter
 
 
 def check_honesty(context: RunContext, stage: Stage) -> None:
-    """Write honesty.json of a finished stage, and log what warns. Collective.
+    """Write honesty.json of a finished stage, and log warnings. Collective.
 
-    Only for networks that PGD attacks; a certificate and a proof need no attack. Finished chunks are kept over a stop
-    or a crash, and a file that is current is left as it is. Errors: those of `run_honesty_checks`; LeaseHeld.
+    Only for recipes evaluated with PGD; certificates and proofs involve no attack. Chunks finished before a stop or
+    crash are not repeated, and a current file is kept. Errors: those of `run_honesty_checks`; LeaseHeld.
     """
     recipe, folder, group = context.recipe, context.folder(stage), context.group
     pgd = recipe_measure(recipe)
@@ -162,7 +162,7 @@ def _test_images(context: RunContext) -> EvaluationImages:
 
 
 def _validation_measure(recipe: Recipe) -> Measure:
-    """The recipe's measure on held-out images, as cheap as it must be between epochs."""
+    """A cheap version of the recipe's measure, for the held-out images between epochs."""
     steps = recipe.evaluation.validation_steps
     if isinstance(recipe.objective, Smoothing):
         return Noisy(float(recipe.objective.sigma), steps, recipe.seed)
@@ -175,6 +175,6 @@ def _validation_measure(recipe: Recipe) -> Measure:
 def _quick_pgd(recipe: Recipe, threat_model: ThreatModel | None) -> Pgd:
     """PGD of evaluation.validation_steps."""
     steps = recipe.evaluation.validation_steps
-    # 2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross.
+    # 2.5 eps / steps (Madry et al. 2018): with fewer steps than on the test set, each must be larger to cross the ball.
     size = 2.5 * float(threat_model.eps) / max(steps, 1) if threat_model is not None else 0.0
     return Pgd(threat_model, steps, size, restarts=1, seed=recipe.seed)

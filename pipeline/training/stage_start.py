@@ -1,4 +1,4 @@
-"""What a stage begins with: weights of another stage, of others or from the seed, and its first scores."""
+"""The start of a stage: weights of another stage, imported or from the seed, and its initial scores."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pipeline.training.snip import connection_sensitivity
 
 
 def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | None:
-    """Load the weights that a stage begins with, and attach its scores. Collective.
+    """Load the weights that a stage starts from, and attach its scores. Collective.
 
-    The selected checkpoint of the stage it starts from; or the foreign weights that the recipe names; or the network
-    stays as it was initialised from the seed.
+    The weights are those of the selected checkpoint of the stage that it starts from, else those of `model.weights`,
+    else those initialised from the seed.
     """
     recipe = context.recipe
     if stage.starts_from is None:
@@ -49,7 +49,7 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
 
 
 def _score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:
-    """Where a stage's own scores begin; a checkpoint of it has them. SNIP uses the images of the first step."""
+    """The initial scores of a stage that has no checkpoint yet. SNIP uses the images of the first step."""
     recipe, group = context.recipe, context.group
     if stage.scores_from != "snip":
         return first_scores(stage.scores_from, recipe.seed)

@@ -1,4 +1,4 @@
-"""What a stage changes from step to step, as parts that each know how a checkpoint holds them."""
+"""The state that a stage changes from step to step, in parts that convert themselves to and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Stateful(Protocol):
 
     @property
     def prefix(self) -> str | tuple[str, ...]:
-        """What the names of its tensors in a checkpoint begin with, and no other part's."""
+        """Prefix of the names of its tensors in a checkpoint, and of no other part's."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Owned CPU copies under their names in a checkpoint. Collective."""
+        """CPU copies under their names in a checkpoint. Collective."""
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, on any number of workers. Errors: ValueError if it does not fit."""
+        """Restore what `state` returned, on any number of workers. Errors: ValueError if it does not fit."""
         ...
 
 
@@ -39,7 +39,7 @@ Part = TypeVar("Part", bound=Stateful)
 
 
 def restored(part: Part, snapshot: Snapshot | None) -> Part:
-    """The same part, as it was when the snapshot was taken, if there is one."""
+    """The part, with the state of the snapshot if there is one."""
     if snapshot is not None:
         tensors = {**snapshot.model, **snapshot.train_state}
         part.load({name: tensor for name, tensor in tensors.items() if name.startswith(part.prefix)})
@@ -47,7 +47,7 @@ def restored(part: Part, snapshot: Snapshot | None) -> Part:
 
 
 class NetworkState:
-    """The network in training, with its scores if it has some."""
+    """The network in training, with its scores if it has any."""
 
     prefix = ("weight/", "score/", "rate/", "buffer/")
 
@@ -55,12 +55,12 @@ class NetworkState:
         self.network, self.scores = network, scores
 
     def state(self) -> dict[str, Tensor]:
-        """Those of `named_state`."""
+        """The tensors of `named_state`."""
         tensors = named_state(self.network).items()
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Before an engine is built for the network, which copies it. Masks follow the scores."""
+        """Call it before an engine is built, which copies the weights. Masks are computed from the scores."""
         load_state(self.network, tensors, self.scores)
 
 
@@ -71,14 +71,14 @@ class StageState:
     network: NetworkState
     engine: Engine
     ema: Ema | None = None
-    """The moving average of what trains, for phases that have one."""
+    """The moving average of the trained parameters, for phases that have one."""
     noise: FreeNoise | None = None
     """For objectives that carry a perturbation from step to step."""
     drift: MaskDrift | None = None
-    """How far the masks have moved; on rank 0 of phases that train scores."""
+    """How far the masks have changed; on rank 0 of phases that train scores."""
 
     def snapshot(self, progress: Progress) -> Snapshot:
-        """Everything that a checkpoint holds. Collective."""
+        """The contents of a checkpoint. Collective."""
         train_state: dict[str, Tensor] = {}
         parts: list[Stateful | None] = [self.engine, self.ema, self.noise, self.drift]
         for part in parts:

@@ -1,4 +1,4 @@
-"""A stage as wandb sees it: what it is made of, what it began with and left, how it ended."""
+"""A stage in wandb: its config, input and output artifacts, results and alerts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipeline.training.hardware import hardware_of
 from pipeline.training.loop import NonFinite
 
 GROUPED_BY = ("method", "phase", "keep_fraction", "sparsity")
-"""Facts that stand beside a stage's accuracies in wandb's table of runs."""
+"""Facts shown beside a stage's accuracies in wandb's table of runs."""
 
 
 @contextmanager
 def stage_tracker(context: RunContext, stage: Stage) -> Iterator[Tracker | None]:
     """The stage's Tracker on rank 0, and None on the others. Collective.
 
-    However the stage ends, people who have wandb's alerts on are told, if its process lives to do so.
+    Sends a wandb alert when the stage fails or is stopped, and when the run is done.
     """
     recipe, run = context.recipe, context.run_folder
     mirrored = recipe.tracking.wandb != "disabled"
@@ -48,8 +48,8 @@ def stage_tracker(context: RunContext, stage: Stage) -> Iterator[Tracker | None]
             tracker.uses(artifact_of(run, stage.starts_from))
         try:
             yield tracker
-        except StopRequested as stopped:
-            tracker.alert("Run stopped", f"{run.name}: {stopped}", "WARN")
+        except StopRequested as stop:
+            tracker.alert("Run stopped", f"{run.name}: {stop}", "WARN")
             raise
         except NonFinite as error:
             tracker.alert("Loss, gradient or weight is not finite", f"{run.name}: {error}", "ERROR")
@@ -63,11 +63,11 @@ def stage_tracker(context: RunContext, stage: Stage) -> Iterator[Tracker | None]
             tracker.alert("Run done", f"{run.name}: all {len(stages)} stages are done", "INFO")
 
 
-def tell_kept(context: RunContext, stage: Stage, tracker: Tracker | None) -> None:
-    """Give wandb the network of a stage that is trained, and the evaluations that are kept already.
+def log_finished_parts(context: RunContext, stage: Stage, tracker: Tracker | None) -> None:
+    """Log the network of a trained stage and its existing evaluations to wandb.
 
-    Each start says it again, whichever of them did the work: it may have been offline then, or was killed. A network is
-    uploaded once, and while the test set is looked at.
+    Repeated at every start of the stage: the start that produced them may have been offline or killed. A network is
+    uploaded once, while the evaluation on the test set runs.
     """
     if tracker is None:
         return
@@ -76,13 +76,13 @@ def tell_kept(context: RunContext, stage: Stage, tracker: Tracker | None) -> Non
     metadata = facts_of(stage) | {key: result[key] for key in ("steps", "model_sha256", "mask_sha256")}
     files = [StageFolder(folder).network, StageFolder(folder).result]
     tracker.produces(artifact_of(context.run_folder, stage.name), files, metadata)
-    left = unevaluated(context.run_folder, stage)
-    for label in (label for label in stage.evaluations if label not in left):
+    pending = unevaluated(context.run_folder, stage)
+    for label in (label for label in stage.evaluations if label not in pending):
         tracker.summary(summary_of(stage, label, EvaluationResult.read(StageFolder(folder).evaluation(label))))
 
 
 def facts_of(stage: Stage) -> dict[str, Any]:
-    """What networks are grouped and drawn by."""
+    """Facts by which networks are grouped and plotted."""
     keep = 1.0 if stage.keep_fraction is None else float(stage.keep_fraction)
     sparsity = 0.0 if stage.keep_fraction is None else float(1 - stage.keep_fraction)
     facts = {"name": stage.name, "phase": stage.phase, "method": NETWORK_OF_PHASE[stage.phase]}
@@ -90,8 +90,8 @@ def facts_of(stage: Stage) -> dict[str, Any]:
 
 
 def summary_of(stage: Stage, label: str, evaluation: EvaluationResult) -> dict[str, Any]:
-    """One of `stage.evaluations` for wandb's table of runs: as test_<label>. The stage's own measure is called test,
-    and is there once more as clean_accuracy and robust_accuracy, with their intervals."""
+    """One of `stage.evaluations` for wandb's table of runs, as test_<label>. The stage's own measure is `test`, and
+    also gives clean_accuracy and robust_accuracy with their intervals."""
     if label != stage.evaluations[0]:
         return {f"test_{label}": evaluation.to_json()}
     headline = {}
@@ -103,5 +103,5 @@ def summary_of(stage: Stage, label: str, evaluation: EvaluationResult) -> dict[s
 
 
 def artifact_of(run: Path, stage: str) -> str:
-    """What the network of a stage is called among wandb's artifacts."""
+    """Name of the wandb artifact of a stage's network."""
     return f"{run.name}-{stage.replace('/', '-')}"

@@ -1,4 +1,4 @@
-"""Where the time of a stage's steps goes, told without holding a GPU up."""
+"""Measures where the time of a stage's steps goes, without stalling a GPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipeline.run.tracking.metrics import PARTS
 
 
 class _Moment:
-    """A reading of the processor's clock, asked as a CUDA event is."""
+    """A reading of the CPU clock, with the interface of a CUDA event."""
 
     def __init__(self) -> None:
         self._at = time.perf_counter()
 
     def synchronize(self) -> None:
-        """It is over when it is read."""
+        """Nothing to wait for."""
 
     def elapsed_time(self, end: _Moment) -> float:
         """Milliseconds."""
@@ -28,11 +28,11 @@ class _Moment:
 
 
 class Stopwatch:
-    """Runs from the beginning, and at any moment for one part only, so that the parts' seconds add up to the whole.
+    """Runs from construction on, for exactly one part at any moment, so the parts' seconds add up to the total.
 
-    A GPU works behind the program that feeds it, and waiting for it at every mark would slow both down. So marks are
-    CUDA events, queued with the work, and what lies between two of them is known when somebody reads: also how long the
-    GPU had nothing to do, as while images are waited for. On a CPU they are readings of a clock.
+    A GPU runs asynchronously, and synchronizing at every mark would slow it down. So marks are CUDA events, queued with
+    the work, and evaluated in `read`; the time between them includes idle time, such as waiting for images. On a CPU
+    they are readings of a clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,32 +42,32 @@ class Stopwatch:
 
     def restart(self) -> None:
         """Forget the time since the last reading."""
-        self._marks: list[tuple[str, Any]] = []  # what was begun, and when
+        self._marks: list[tuple[str, Any]] = []  # (part that starts, when)
         self._mark()
 
     @contextmanager
     def during(self, part: str) -> Iterator[None]:
-        """Run for `part`, one of PARTS, and afterwards for what it ran for before."""
-        before, self._part = self._part, part
+        """Count time for `part`, one of PARTS, then again for the previous part."""
+        previous, self._part = self._part, part
         self._mark()
         try:
             yield
         finally:
-            self._part = before
+            self._part = previous
             self._mark()
 
     def read(self) -> dict[str, float]:
-        """Seconds spent in each part since the last reading or restart. On a GPU this waits for what is queued."""
+        """Seconds spent in each part since the last reading or restart. On a GPU this waits for the queued work."""
         self._mark()
         self._marks[-1][1].synchronize()
         seconds = dict.fromkeys(PARTS, 0.0)
-        for (part, begun), (_, ended) in pairwise(self._marks):
-            seconds[part] += begun.elapsed_time(ended) / 1000.0
+        for (part, start), (_, end) in pairwise(self._marks):
+            seconds[part] += start.elapsed_time(end) / 1000.0
         self._marks = self._marks[-1:]
         return seconds
 
     def _mark(self) -> None:
-        """From now on time is spent in the part under way."""
+        """Count time for the current part from now on."""
         if self._on_gpu:
             now = torch.cuda.Event(enable_timing=True)
             now.record()

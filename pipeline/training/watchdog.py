@@ -1,4 +1,4 @@
-"""Ends a worker that hangs. Wall-clock time is used here only to notice silence; it decides nothing else."""
+"""Ends a worker that hangs. Wall-clock time affects nothing else in a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 EXIT_HUNG = 70
-"""Exit code of a worker that ended itself because it hung (EX_SOFTWARE)."""
+"""Exit code of a worker that the watchdog ended (EX_SOFTWARE)."""
 
 
 class Watchdog:
-    """Ends this process, stacks in its log, when `beat` has not been called for `deadline_s`: Ray then replaces it.
+    """Logs all stacks and ends this process if `beat` is not called for `deadline_s`; Ray then replaces it.
 
-    A process that is frozen as a whole cannot do this; it is noticed by Ray, whose questions it leaves unanswered.
+    A process that is frozen as a whole cannot end itself; it fails Ray's health check.
     """
 
     def __init__(self, deadline_s: float, stacks: Path) -> None:

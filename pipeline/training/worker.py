@@ -1,7 +1,7 @@
-"""What one Ray Train worker does: set the process up, join the group, do the run's stages.
+"""The main function of a Ray Train worker: sets up the process, joins the group, runs the stages.
 
-Ray restarts workers and tells who they are; checkpoints are the run directory's. The train function runs outside the
-main thread, so signals are the driver's business.
+Ray assigns ranks and restarts workers; checkpoints are in the run directory. Ray calls the function outside the main
+thread, so it cannot handle signals; the driver does.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def resolve_observer(reference: str) -> Observer:
     return getattr(importlib.import_module(module), name)
 
 
-def log_to(run_folder: Path, rank: int) -> None:
-    """Everything this worker says goes to logs/worker-<rank>.log of the run."""
+def log_to_file(run_folder: Path, rank: int) -> None:
+    """Send all logging of this process to logs/worker-<rank>.log of the run."""
     folder = RunFolder(run_folder).logs
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"worker-{rank}.log")
@@ -42,42 +42,42 @@ def log_to(run_folder: Path, rank: int) -> None:
     root.setLevel(logging.INFO)
 
 
-def work(
+def run_worker(
     run_folder: str, token: str, attempt: str, stages: list[str], stop_file: str | None, observer: str | None
 ) -> None:
-    """One worker's whole life. What is not in the arguments is read from the run directory.
+    """Run the stages as one worker; the recipe is read from the run directory.
 
-    `stages` are names; the run stops once `stop_file` is there; `observer`, 'module:function', watches every rank.
+    `stages` are names; the run stops once `stop_file` exists; `observer`, 'module:function', is called on every rank.
     """
     folder = Path(run_folder)
     recipe = load_recipe(RunFolder(folder).recipe)
     device = pick_device(recipe.workers.device)
     train_context = ray.train.get_context()
     group = Group(train_context.get_world_rank(), train_context.get_world_size(), device)
-    log_to(folder, group.rank)
+    log_to_file(folder, group.rank)
     prepare_deepspeed(device)
     make_deterministic(recipe.workers.threads)
-    mine = [stage for stage in stages_of(recipe) if stage.name in stages]
-    watching = resolve_observer(observer) if observer is not None else None
+    selected = [stage for stage in stages_of(recipe) if stage.name in stages]
+    callback = resolve_observer(observer) if observer is not None else None
     watchdog = Watchdog(recipe.workers.hang_timeout_s, RunFolder(folder).logs / f"worker-{group.rank}.log")
-    place: dict[str, Any] = {"stage": None, "step": None}
+    position: dict[str, Any] = {"stage": None, "step": None}
 
     def observe(event: str, facts: dict[str, Any]) -> None:
         watchdog.beat()
-        place.update(stage=facts["stage"], step=facts.get("step"))
-        if watching is not None:
-            watching(event, facts)
+        position.update(stage=facts["stage"], step=facts.get("step"))
+        if callback is not None:
+            callback(event, facts)
 
     stop = StopFile(Path(stop_file) if stop_file else None)
     context = RunContext(recipe, folder, token, group, observe, stop.requested)
     try:
-        run_stages(context, mine)
-    except StopRequested as stopped:
-        logging.getLogger(__name__).info("worker %d of %d: %s", group.rank, group.world, stopped)
+        run_stages(context, selected)
+    except StopRequested as stop_request:
+        logging.getLogger(__name__).info("worker %d of %d: %s", group.rank, group.world, stop_request)
     except Exception as error:
         logging.getLogger(__name__).exception("worker %d of %d stops", group.rank, group.world)
-        said = f"{type(error).__name__}: {error}"
-        record_failure(folder, Failure(attempt, group.rank, place["stage"], place["step"], said))
+        message = f"{type(error).__name__}: {error}"
+        record_failure(folder, Failure(attempt, group.rank, position["stage"], position["step"], message))
         raise
     finally:
         watchdog.close()

@@ -129,9 +129,9 @@ def test_workers_and_interruptions_do_not_change_a_verdict(run: Path, monkeypatc
         paths = [StageFolder(folder / STAGE).evaluation(label) for folder in (alone, shared)]
         facts, others = (read_json(path) for path in paths)
         assert facts == others
-        expected, found = (read_verdicts(path.with_suffix(".parquet")) for path in paths)
-        assert expected.keys() == found.keys()
-        assert [name for name in expected if not np.array_equal(expected[name], found[name])] == []
+        expected, actual = (read_verdicts(path.with_suffix(".parquet")) for path in paths)
+        assert expected.keys() == actual.keys()
+        assert [name for name in expected if not np.array_equal(expected[name], actual[name])] == []
         assert len(expected["sample_id"]) == IMAGES
         if label != "transfer-2x2":
             assert 0 < facts["robust_correct"] < facts["clean_correct"] < IMAGES, f"{label}: equality says little"

@@ -70,7 +70,7 @@ def test_compiled_steps(world: int, trains: Trains, precision: str) -> None:
     assert compiled.breaks == {}
     if trains == "scores":
         first, *_, last = compiled.masks
-        assert any(not torch.equal(mask, last[name]) for name, mask in first.items()), "nothing was to be compiled anew"
+        assert any(not torch.equal(mask, last[name]) for name, mask in first.items()), "nothing had to be recompiled"
 
     again, *_ = run_group(world, _compiled, trains, precision)
     assert all(torch.equal(tensor, again.parameters[name]) for name, tensor in compiled.parameters.items())

@@ -231,7 +231,7 @@ def test_steps_equal_plain_pytorch(
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resume_is_exact(trained: dict[str, Trained], setting: tuple[str, str, int, str]) -> None:
-    """Stopping after two steps and going on in a new engine equals going straight through, bit for bit."""
+    """Stopping after two steps and resuming in a new engine equals going straight through, bit for bit."""
     for straight, resumed in zip(trained["two"][setting], trained["resumed"][setting], strict=True):
         assert straight.keys() == resumed.keys()
         for name, tensor in straight.items():
@@ -292,7 +292,7 @@ def test_neither_buckets_nor_sending_during_backward_change_two_workers_step() -
 
 
 def _poisoned(group: Group, zero: int, precision: str, odd: float) -> tuple[list[bool], bool]:
-    """What each call of advance said in two steps, when rank 1's last gradient of the second is `odd`; and whether
+    """What each call of advance returned in two steps, when rank 1's last gradient of the second is `odd`; and whether
     parameters and momenta stood still in that one."""
     batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
     recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero, "precision": precision})
@@ -333,9 +333,9 @@ def _all_poisoned(group: Group) -> dict[tuple[int, str, float], tuple[list[bool]
     return {setting: _poisoned(group, *setting) for setting in [*settings, (2, "fp32", math.inf)]}
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing_and_every_rank_is_told() -> None:
-    for said in run_group(2, _all_poisoned, deadline_s=DEADLINE_S):
-        assert len(said) == 5
-        for setting, (answers, still) in said.items():
+def test_a_non_finite_gradient_moves_nothing_and_every_rank_knows() -> None:
+    for results in run_group(2, _all_poisoned, deadline_s=DEADLINE_S):
+        assert len(results) == 5
+        for setting, (answers, still) in results.items():
             assert answers == [True, True, True, False], setting
             assert still, setting

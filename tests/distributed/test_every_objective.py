@@ -1,4 +1,4 @@
-"""Every objective, allocation and average: a run that is stopped amid an epoch and resumed equals one that is not."""
+"""Every objective, allocation and average: a run that is stopped within an epoch and resumed equals one that is not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.techniques import own_values
 
 pytestmark = pytest.mark.timeout(900)
 STOPS = (2, 5, 9)
-"""Steps after which the run is stopped: amid an epoch of each phase. A phase has 4, an epoch 2. With free they are
+"""Steps after which the run is stopped: within an epoch of each phase. A phase has 4, an epoch 2. With free they are
 twice as many, and the last two stops fall between the replays of a batch."""
 ATTACK = {"steps": 2, "step_size": "1/15"}
 LINF, L2 = {"norm": "linf", "eps": "1/10"}, {"norm": "l2", "eps": "1/4"}
@@ -153,7 +153,7 @@ def variant(data: Path, name: str) -> Recipe:
 
 
 def _run(group: Group, recipe: Recipe, folder: Path, token: str, stops: tuple[int, ...]) -> int:
-    """Do all stages, beginning anew whenever one of the stops has ended it; returns how often it was stopped."""
+    """Run all stages, restarting after each stop; returns how often it was stopped."""
     left, done, stopped = list(stops), 0, 0
 
     def observe(event: str, facts: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ def test_every_shipped_recipe_takes_two_steps_of_each_phase(runs: Path, fashion_
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_networks_are_judged_by_what_they_were_trained_for(runs: Path, fashion_data: Path, name: str) -> None:
+def test_networks_are_evaluated_with_the_measure_of_their_objective(runs: Path, fashion_data: Path, name: str) -> None:
     recipe = variant(fashion_data, name)
     for stage in stages_of(recipe):
         if stage.measure is not None:

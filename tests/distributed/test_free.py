@@ -128,7 +128,7 @@ def _train(group: Group, setting: Setting, start: Snapshot | None = None) -> dic
 
 
 @functools.cache
-def _by_hand(setting: Setting) -> dict[str, Tensor]:
+def _reference(setting: Setting) -> dict[str, Tensor]:
     """Algorithm 1 of Shafahi et al. with SGD written out: state, momenta and noise after all steps."""
     recipe = _recipe(setting)
     network, scores = _network(recipe, setting)
@@ -198,20 +198,20 @@ def _everything(snapshot: Snapshot) -> dict[str, Tensor]:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_equals_the_algorithm_written_out(trained: dict[str, Ends], workers: str, setting: Setting) -> None:
     """Weights or scores, momenta, and the noise of every place of the global batch."""
-    found, expected = _everything(trained[workers][setting]), _by_hand(setting)
+    actual, expected = _everything(trained[workers][setting]), _reference(setting)
     for name, tensor in expected.items():
-        off = found[name] - tensor
+        off = actual[name] - tensor
         if setting.precision == "bf16":  # DeepSpeed also reduces gradients in it
             assert float(off.norm()) < 0.2 * float(tensor.norm()), name
         elif setting.norm == "linf" and name == NOISE:  # a gradient of about 0 may have either sign
             assert float((off.abs() > 1e-6).float().mean()) < 1e-3
         else:
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
     assert float(expected[NOISE].abs().max()) > 0.9 * EPS["linf"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_cut_amid_replays_it_goes_on_bit_for_bit(trained: dict[str, Ends], setting: Setting) -> None:
+def test_stopped_between_replays_it_resumes_bit_for_bit(trained: dict[str, Ends], setting: Setting) -> None:
     straight, resumed = _everything(trained["two"][setting]), _everything(trained["resumed"][setting])
     assert straight.keys() == resumed.keys()
     assert [name for name, tensor in straight.items() if not torch.equal(tensor, resumed[name])] == []

@@ -41,7 +41,7 @@ class Crash(RuntimeError):
 
 
 class Watch:
-    """What happens to one run, what disturbs it, and what is found of its held-out images."""
+    """One run: its events, its disturbances, and the counts on its held-out images."""
 
     def __init__(self, overfitted: Callable[[int, int], bool], plans: list[str]) -> None:
         self.events: Events = []
@@ -80,7 +80,7 @@ class Watch:
 
 
 def _run(group: Group, recipe: Recipe, folder: Path, token: str, watch: Watch) -> Events:
-    """Pretrain, beginning anew whenever something has ended it."""
+    """Pretrain, restarting after each interruption."""
     with (
         mock.patch("pipeline.training.stage.build_objective", watch.build),
         mock.patch("pipeline.training.loop.overfits", watch.overfits),
@@ -173,8 +173,8 @@ def test_crashed_after_going_back_and_stopped_after_that_it_ends_bit_for_bit_the
 
 def test_what_overfits_at_every_level_is_refused(runs: Runs) -> None:
     """Each time it went back to its beginning, as no epoch was good."""
-    root, (*_, events, said) = runs
+    root, (*_, events, message) = runs
     assert events == [("rolled_back", PER_EPOCH, level) for level in range(1, STRONGEST + 1)]
-    assert "pretrain: catastrophic overfitting at step 10: of the held-out images" in said
-    assert "although training was with PGD of 16 steps; lower objective.overfitting_guard 0.5" in said
+    assert "pretrain: catastrophic overfitting at step 10: of the held-out images" in message
+    assert "although training was with PGD of 16 steps; lower objective.overfitting_guard 0.5" in message
     assert checkpoint.steps_on_disk(root / "hopeless" / "pretrain") == [8]

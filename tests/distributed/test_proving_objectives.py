@@ -59,7 +59,7 @@ def _network(trains: str) -> tuple[nn.Module, Scores | None]:
     return network.train(), scores
 
 
-def _given(network: nn.Module, forward: Any, autocast: Any, step: int, number: int) -> ObjectiveInput:
+def _objective_input(network: nn.Module, forward: Any, autocast: Any, step: int, number: int) -> ObjectiveInput:
     generator = torch.Generator().manual_seed(100 * step + number)
     images = torch.rand(MICRO, 3, SIDE, SIDE, generator=generator)
     labels = torch.randint(0, 10, (MICRO,), generator=generator)
@@ -75,7 +75,7 @@ def _train(group: Group, name: str, trains: str, zero: int, precision: str) -> d
     local = COUNT // group.world
     for step in range(STEPS):
         for number in range(group.rank * local, (group.rank + 1) * local):
-            engine.backward(objective(_given(network, engine.forward, engine.autocast, step, number)).loss)
+            engine.backward(objective(_objective_input(network, engine.forward, engine.autocast, step, number)).loss)
             engine.advance()
         if scores is not None:
             scores.refresh()
@@ -104,8 +104,8 @@ def _reference(name: str, trains: str) -> dict[str, torch.Tensor]:
     for step in range(STEPS):
         optimizer.zero_grad()
         for number in range(COUNT):
-            given = _given(network, network, nullcontext, step, number)
-            (objective(given).loss / COUNT).backward()
+            inputs = _objective_input(network, network, nullcontext, step, number)
+            (objective(inputs).loss / COUNT).backward()
         optimizer.step()
         if scores is not None:
             scores.refresh()

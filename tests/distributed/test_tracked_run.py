@@ -30,7 +30,7 @@ from tests.support.wandb_files import recorded
 STEPS = 12
 PRUNE = "keep-0.1/prune"
 STOPS = {PRUNE: [5, 10]}
-"""Steps before whose end the run is asked to stop; rows are written every 3 and at the end of an epoch, 6."""
+"""Steps before whose end the run gets a stop request; rows are written every 3 and at the end of an epoch, 6."""
 
 
 def _run(group: Group, recipe: Recipe, folder: Path, token: str, stops: dict[str, list[int]]) -> None:
@@ -114,14 +114,14 @@ def test_stopped_runs_have_the_rows_of_straight_ones(runs: Path) -> None:
 
 
 def test_drift_is_that_of_the_masks(runs: Path) -> None:
-    """At the last row, against the masks of the weights that the phase began with."""
+    """At the last row, against the masks of the phase's initial weights."""
     drifts = [row["mask_drift"] for row in rows_of(runs / "straight" / PRUNE) if row["kind"] == "train"]
     assert drifts[0]["since_start"] == drifts[0]["since_row"] > 0
     assert all(0 <= drift["since_row"] < 1 for drift in drifts)
-    begun = checkpoint.read_checkpoint(checkpoint.folder_of(runs / "straight" / "pretrain", STEPS)).model
+    first = checkpoint.read_checkpoint(checkpoint.folder_of(runs / "straight" / "pretrain", STEPS)).model
     ended = checkpoint.read_checkpoint(checkpoint.folder_of(runs / "straight" / PRUNE, STEPS)).model
     # scaled scores rank as the weights do
-    weights = {_score(name): tensor for name, tensor in begun.items()}
+    weights = {_score(name): tensor for name, tensor in first.items()}
     start, end = masks_of({name: tensor for name, tensor in weights.items() if name in ended}), masks_of(ended)
     gone = sum(int((start[name] & ~end[name]).sum()) for name in end)
     assert drifts[-1]["since_start"] == pytest.approx(gone / sum(int(mask.sum()) for mask in end.values()))

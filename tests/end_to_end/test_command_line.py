@@ -1,4 +1,4 @@
-"""What people see of the command line: help, refusals, interruption, and a run that somebody else is writing."""
+"""The command line as users see it: help, errors, interruption, and a run that another process is writing."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ in_story = pytest.mark.timeout(4 * RUN_S)
 
 
 @in_story
-def test_a_second_start_is_refused_and_told_who_is_running(story: Story) -> None:
+def test_a_second_start_is_refused_and_names_the_running_process(story: Story) -> None:
     assert story.holder_pid == story.pid
     assert story.started_again.code == 2
     assert f"is being written by pid {story.pid}" in story.started_again.err
@@ -149,16 +149,16 @@ def test_resuming_completes_the_run(story: Story) -> None:
         steps = [row["step"] for row in rows if row["kind"] == "train"]
         assert steps == sorted(set(steps))
         assert steps[-1] == number
-    began = [
+    start_lines = [
         line for line in (story.run / "logs" / "worker-0.log").read_text().splitlines() if "starting at step" in line
     ]
-    assert f"pretrain: starting at step {story.step_when_interrupted} of {STEPS['pretrain']}" in began[1]
+    assert f"pretrain: starting at step {story.step_when_interrupted} of {STEPS['pretrain']}" in start_lines[1]
 
 
 @in_story
 def test_a_finished_run_is_left_as_it_is(story: Story) -> None:
     assert story.run_again.code == 0
-    assert "finished already" in story.run_again.out
+    assert "already finished" in story.run_again.out
     assert story.files_unchanged
 
 

@@ -100,7 +100,7 @@ def test_broken_images_are_refused_all_at_once(story: Story) -> None:
     assert story.refused_left == []
 
 
-def test_the_rest_is_written_and_what_was_done_is_said(story: Story) -> None:
+def test_the_rest_is_written_and_reported(story: Story) -> None:
     assert story.written.code == 0, story.written.err
     for split in ("train", "test"):
         manifest = read_json(story.place / "data" / "imagenet" / f"{split}.beton.manifest.json")

@@ -1,4 +1,4 @@
-"""The installed command in a folder that is not the project's: what is relative counts from there."""
+"""The installed command in another folder than the project's: relative paths start there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends a run at an exact place: an observer inside the workers, told by a file in the run directory what to do.
+"""Interrupts a run at an exact place: an observer inside the workers, configured by a file in the run directory.
 
 `cut.json`: [[event, stage, step or null, "worker" | "run" | "exception"], ...]. Each fires once, after the one before
 it; "run" means the driver, with which its cluster dies, or the process that started the workers where there is no Ray.

@@ -21,7 +21,7 @@ def set_doses(folder: Path, doses: Sequence[Dose]) -> None:
     (folder / "poison.json").write_text(json.dumps(doses))
 
 
-def given(folder: Path, stage: str) -> list[list[int]]:
+def poisoned_samples(folder: Path, stage: str) -> list[list[int]]:
     """Sample ids of the spoiled micro-batches of a stage, oldest first."""
     marks = sorted(folder.glob(f"poisoned-{stage.replace('/', '-')}-*"))
     return [json.loads(mark.read_text()) for mark in marks]
@@ -34,7 +34,7 @@ def spoil(event: str, facts: dict[str, Any]) -> None:
         return
     stage = facts["stage"]
     for where, step, times in json.loads((folder / "poison.json").read_text()):
-        number = len(given(folder, stage))
+        number = len(poisoned_samples(folder, stage))
         if (stage, facts["step"]) == (where, step) and number < times:
             (folder / f"poisoned-{stage.replace('/', '-')}-{number}").write_text(json.dumps(facts["ids"].tolist()))
             facts["fed"].fill_(float("nan"))

@@ -14,10 +14,10 @@ from tests.support.small_recipe import small_recipe
 from tests.support.undisturbed_run import new_run
 
 DEADLINE_S = 600
-STEP = 26  # checkpoints are due at 9 and 18; the second is begun once the first is committed
+STEP = 26  # checkpoints are due at 9 and 18; the second starts once the first is committed
 CUTS: list[Cut] = [
     ("step", "pretrain", 3, "worker"),  # the one restart without progress that is allowed
-    ("step", "pretrain", STEP, "exception"),  # a checkpoint was committed, so the run goes on
+    ("step", "pretrain", STEP, "exception"),  # a checkpoint was committed, so the run continues
     ("step", "pretrain", STEP, "worker"),  # at the same step, but killed
     ("step", "pretrain", STEP, "exception"),
 ]
@@ -34,7 +34,7 @@ def test_a_checkpoint_resets_the_count_and_the_same_exception_twice_stops_the_ru
     command = Command(tmp_path, str(folder), "tests.fault.cuts:cut", module="tests.fault.run_observed")
     ended = command.finish(DEADLINE_S)
     assert ended.code == 1
-    words = f"error: {folder}: pretrain failed twice in the same way at step {STEP}, so that a restart cannot mend it: "
+    words = f"error: {folder}: pretrain failed twice in the same way at step {STEP}, so a restart cannot fix it: "
     assert f"{words}Mishap: as the test asked for. See " in ended.err, ended.err
     assert "Traceback" not in ended.err
     assert done_cuts(folder) == len(CUTS)

@@ -1,4 +1,4 @@
-"""Whatever is killed, the final weights, scores and metrics equal an undisturbed run's, bit for bit."""
+"""After any kill, the final weights, scores and metrics equal an undisturbed run's, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _start(folder: Path, *module: str) -> int:
     """Run or resume in a process of its own; returns its exit code once it and all that it started have ended."""
     environment = {**os.environ, "HYDRA_TEST_RUN": str(folder)}
     process = subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, env=environment)
-    family: set[psutil.Process] = set()
+    descendants: set[psutil.Process] = set()
     watched = psutil.Process(process.pid)
     deadline = DEADLINE_S
     while True:
@@ -38,13 +38,13 @@ def _start(folder: Path, *module: str) -> int:
             process.wait(timeout=1)
             break
         except subprocess.TimeoutExpired:
-            family |= set(watched.children(recursive=True))
+            descendants |= set(watched.children(recursive=True))
             deadline -= 1
             if deadline < 0:
                 process.kill()
                 pytest.fail(f"{folder} did not end within {DEADLINE_S} s")
-    # Ray's agents look for their raylet now and then, and end when it is gone.
-    _, alive = psutil.wait_procs(list(family), timeout=180)
+    # Ray's agents poll their raylet, and end when it is gone.
+    _, alive = psutil.wait_procs(list(descendants), timeout=180)
     assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
     return process.returncode
 
@@ -56,7 +56,7 @@ STARTS: list[tuple[str, list[Cut]]] = [
     (
         "ray",
         [
-            ("step", "keep-0.1/prune", 13, "worker"),  # mid-epoch: the run goes on by itself
+            ("step", "keep-0.1/prune", 13, "worker"),  # mid-epoch: the run recovers by itself
             ("step", "keep-0.1/prune", 20, "run"),  # at an epoch's end, before anything of it is recorded
         ],
     ),

@@ -1,4 +1,4 @@
-"""A disk that is full from any moment on costs what was under way; with room again the run ends as a calm one."""
+"""A disk that fills up at any moment loses only unfinished work; with room again the run ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Attempt = tuple[int, str, int | None]
 def _start(faults: Faults, context: RunContext, full_from: int) -> Attempt:
     """A start of a run with a disk that is full from a call on; there is room again after it."""
     faults.begin(context.run_folder, full_from, errno.ENOSPC, True)
-    said, code = "", None
+    message, code = "", None
     try:
         run_stages(context, stages_of(context.recipe))
     except Exception as error:
-        said, code = f"{type(error).__name__}: {error}", getattr(error, "errno", None)
-    return faults.end(), said, code
+        message, code = f"{type(error).__name__}: {error}", getattr(error, "errno", None)
+    return faults.end(), message, code
 
 
 def _starts(
@@ -84,15 +84,15 @@ def test_a_full_disk_at_any_moment_loses_nothing(
         )
     finally:
         leases.release()
-    calls, said, _ = first
-    assert (calls > 100, said) == (True, "")
+    calls, message, _ = first
+    assert (calls > 100, message) == (True, "")
     assert unlike(recipe, calm, counted) == []
     for attempt, before, after in zip(attempts, committed, committed[1:], strict=False):
         assert all(now >= then for now, then in zip(after, before, strict=True)), (before, after, attempt)
     *full, (_, last, _) = attempts
     assert last == ""
     assert len(full) >= PARTS // 2
-    for _, said, code in full:
-        assert code == errno.ENOSPC, said
-        assert str(folder) in said, said
+    for _, message, code in full:
+        assert code == errno.ENOSPC, message
+        assert str(folder) in message, message
     assert unlike(recipe, calm, folder) == []

@@ -22,7 +22,7 @@ from pipeline.run import checkpoint
 from pipeline.training.loop import NonFinite
 from tests.bench.real_step import RealStep, recipe_of
 from tests.fault.final_state import unlike
-from tests.fault.poison import given, set_doses
+from tests.fault.poison import poisoned_samples, set_doses
 from tests.support.commands import ROOT
 from tests.support.processes import run_group
 from tests.support.small_recipe import two_worker_recipe
@@ -41,18 +41,18 @@ def _do(folder: Path, *module: str) -> subprocess.CompletedProcess[str]:
 def test_once_is_mended_and_always_stops_the_run(
     fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path]
 ) -> None:
-    """A worker of two computes nonsense: once amid pretraining, and twice at the same step of pruning."""
+    """A worker of two computes nonsense: once during pretraining, and twice at the same step of pruning."""
     recipe = two_worker_recipe(fashion_data)
     folder = new_run(tmp_path / "run", recipe)
     set_doses(folder, [("pretrain", 13, 1), (PRUNE, 12, 2)])
     done = _do(folder, "tests.fault.run_observed", str(folder), "tests.fault.poison:spoil")
     assert done.returncode == 1, done.stderr[-3000:]
-    (once,), (first, second) = given(folder, "pretrain"), given(folder, PRUNE)
+    (once,), (first, second) = poisoned_samples(folder, "pretrain"), poisoned_samples(folder, PRUNE)
     assert first == second
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr[-3000:]
     for part in (f"{PRUNE} failed twice in the same way at step 12", "NonFinite", str(first), "lower phases.prune.lr"):
-        assert part in said[0]
+        assert part in errors[0]
     assert "Traceback" not in done.stderr
     restarts = (folder / "logs" / "restarts.log").read_text()
     assert f"the loss of step 13 is not finite: nan for samples {once}" in restarts
@@ -80,10 +80,10 @@ class _Infinite(torch.autograd.Function):
 
 
 def _spoiled_step(group: Group) -> str:
-    """What a step says whose loss is finite on every rank, and whose gradient is not on rank 1."""
+    """The error of a step with a finite loss on every rank and a non-finite gradient on rank 1."""
 
-    def objective(given: ObjectiveInput) -> ObjectiveOutput:
-        loss = given.forward(given.x).float().logsumexp(dim=1).mean()
+    def objective(inputs: ObjectiveInput) -> ObjectiveOutput:
+        loss = inputs.forward(inputs.x).float().logsumexp(dim=1).mean()
         return ObjectiveOutput(_Infinite.apply(loss) if group.rank == 1 else loss, None, None)  # pyright: ignore[reportArgumentType]
 
     ids = torch.arange(4) + 100 * group.rank
@@ -96,8 +96,8 @@ def _spoiled_step(group: Group) -> str:
 
 
 def test_a_gradient_is_named_by_its_own_step() -> None:
-    for rank, said in enumerate(run_group(2, _spoiled_step)):
+    for rank, message in enumerate(run_group(2, _spoiled_step)):
         ids = [i + 100 * rank for i in range(4)]
-        assert "a gradient of step 0 is not finite" in said
-        assert str(ids) in said
-        assert "lower phases.pretrain.lr" in said
+        assert "a gradient of step 0 is not finite" in message
+        assert str(ids) in message
+        assert "lower phases.pretrain.lr" in message

@@ -1,8 +1,8 @@
-"""Faults that a cluster inflicts on a running job, and what became of the job after each.
+"""Faults that a cluster inflicts on a running job, and how the job recovers from each.
 
-Every fault is real: SLURM's own commands, or a signal to the process itself. Each is inflicted while a worker is seen
-to be amid a step or a save (`throttle`), and is survived when a step beyond it has been logged. What SLURM brings about
-later by itself, such as a time limit, is ordered then.
+Every fault is real: SLURM's own commands, or a signal to the process itself. Each is inflicted while a worker is inside
+a step or a save (`throttle`), and is survived once a later step has been logged. Faults that SLURM causes with a delay,
+such as a time limit, are requested at that moment.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Outcome:
 
     kind: str
     place: str
-    """What it struck amid: a step or a save."""
+    """What it interrupted: a step or a save."""
     at_step: int
-    """The newest step that was logged when it struck."""
+    """The newest step logged before it."""
     resumed_from: int
-    """The checkpoint that the job went on from."""
+    """The checkpoint that the job resumed from."""
     recovered_s: float
     """Until the next step was logged."""
 
     @property
     def lost_steps(self) -> int:
-        """Steps that were computed twice; none where the job wrote a checkpoint after it was struck."""
+        """Steps computed twice; none if the job wrote a checkpoint after the fault."""
         return max(0, self.at_step - self.resumed_from)
 
 
@@ -54,7 +54,7 @@ class Victim:
     def __init__(self, cluster: SlurmCluster, run_folder: Path, job: str, stage: str) -> None:
         self.cluster, self.run_folder, self.job, self.stage = cluster, run_folder, job, stage
 
-    # --- looking ------------------------------------------------------------------------------------------------------
+    # --- observing ----------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.run_folder / self.stage / "metrics.jsonl"
@@ -78,62 +78,62 @@ class Victim:
         assert not self.finished(), f"{self.stage} finished before step {step} could be disturbed"
 
     def processes(self, what: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
-        found = []
+        matches = []
         for process in self.cluster.processes():
             try:
                 if what(process):
-                    found.append(process)
+                    matches.append(process)
             except psutil.NoSuchProcess:
                 continue
-        return sorted(found, key=lambda process: process.pid)
+        return sorted(matches, key=lambda process: process.pid)
 
     def one(self, what: Callable[[psutil.Process], bool], name: str, index: int = 0) -> psutil.Process:
-        found = self.processes(what)
-        assert found, f"there is no {name} to strike"
-        return found[index % len(found)]
+        matches = self.processes(what)
+        assert matches, f"there is no {name} to strike"
+        return matches[index % len(matches)]
 
     # --- striking -----------------------------------------------------------------------------------------------------
 
     def strike(self, kind: str, index: int, place: str) -> Outcome:
-        """Inflict one fault amid the next step or save, and return when the job trains again.
+        """Inflict one fault during the next step or save, and return when the job trains again.
 
         `index` chooses among several victims.
         """
         starts = self._starts()
         blow, heal = getattr(self, f"_{kind}")(index)
-        amid = self._wait_until_inside(place)
-        before, began = self.step(), time.monotonic()
+        marker = self._wait_until_inside(place)
+        before, struck_at = self.step(), time.monotonic()
         blow()
-        assert amid.exists() or not kind.startswith(SIGNALS), f"{kind} came after the {place} it was meant for"
-        # Rows are cut to the checkpoint that is gone on from, and then grow: the first log line after tells it.
+        assert marker.exists() or not kind.startswith(SIGNALS), f"{kind} came after the {place} it was meant for"
+        # Rows are truncated to the checkpoint that the job resumes from, then grow: the next start in the log names it.
         wait_until(lambda: len(self._starts()) > len(starts), RECOVERY_S, f"another start after {kind}")
         resumed = self._starts()[len(starts)]
         wait_until(lambda: self.step() > resumed, RECOVERY_S, f"a step after {kind}")
-        recovered = time.monotonic() - began
+        recovered = time.monotonic() - struck_at
         if heal is not None:
             heal()
         return Outcome(kind, place, before, resumed, recovered)
 
     def _wait_until_inside(self, place: str) -> Path:
-        folder, found = Path(os.environ[FOLDER]), []
+        folder, matches = Path(os.environ[FOLDER]), []
 
-        def looked() -> bool:
+        def is_inside_or_finished() -> bool:
             mark = inside(folder, place)
-            found.extend([mark] if mark is not None else [])
+            matches.extend([mark] if mark is not None else [])
             return mark is not None or self.finished()
 
-        wait_until(looked, RECOVERY_S, f"a worker amid a {place} of {self.stage}", every_s=0.01)
-        assert found, f"{self.stage} finished before a {place} could be struck"
-        return found[0]
+        wait_until(is_inside_or_finished, RECOVERY_S, f"a worker inside a {place} of {self.stage}", every_s=0.01)
+        assert matches, f"{self.stage} finished before a {place} could be struck"
+        return matches[0]
 
     def _starts(self) -> list[int]:
-        """The steps that the stage was started at, by rank 0's log."""
+        """The steps at which the stage started, from rank 0's log."""
         path = self.run_folder / "logs" / "worker-0.log"
         text = path.read_text(errors="replace") if path.exists() else ""
         mark = f"{self.stage}: starting at step "
         return [int(line.split(mark)[1].split()[0]) for line in text.splitlines() if mark in line]
 
-    # Each returns the blow, and what undoes it once the job trains again.
+    # Each returns the fault, and what undoes it once the job trains again.
 
     def _warning(self, index: int) -> tuple[Act, Act | None]:
         return partial(self.cluster.client, "scancel", "--signal=USR2", self.job), None
@@ -223,7 +223,7 @@ KINDS = (
 )
 """What `Victim.strike` can inflict."""
 SIGNALS = ("kill_", "stop_")
-"""How kinds begin that act at once."""
+"""Prefixes of the kinds that act at once."""
 
 
 def as_row(outcome: Outcome) -> dict[str, Any]:

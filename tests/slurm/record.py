@@ -1,4 +1,4 @@
-"""An observer that writes down what a worker is fed, at which step, and trains slowly until told otherwise."""
+"""An observer that records the inputs of a worker per step, and slows training down until a file ends that."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.slurm.submit import living, read_jobs
+from launch.slurm.submit import active_jobs, read_jobs
 from tests.fault.final_state import unlike
 from tests.slurm.faults import KINDS, Outcome, as_row
 from tests.slurm.struck import strike_in_turn, two_node_recipe
@@ -42,7 +42,7 @@ def drawn(count: int, seed: int) -> list[str]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: one row per kind."""
     lines = [
-        "| fault | times (amid a save) | steps lost, median (most) | seconds until the next step, median (most) |",
+        "| fault | times (during a save) | steps lost, median (most) | seconds until the next step, median (most) |",
         "|---|---|---|---|",
     ]
     for kind in KINDS:
@@ -80,15 +80,15 @@ def main(arguments: Sequence[str]) -> int:
                     record = {"seed": options.seed, "outcomes": [as_row(outcome) for outcome in outcomes]}
                     options.record.write_text(json.dumps(record, indent=1) + "\n")
             (place / "full-speed").touch()
-            wait_until(lambda: not living(read_jobs(folder)), 900, "the end of all jobs")
+            wait_until(lambda: not active_jobs(read_jobs(folder)), 900, "the end of all jobs")
         print(table(outcomes))
         calm = calm_run(place / "runs" / "calm", recipe)
-        found = unlike(recipe, calm, folder)
+        differences = unlike(recipe, calm, folder)
         print(
             f"{len(outcomes)} faults, seed {options.seed}: "
-            + (f"DIFFERENT: {found[:5]}" if found else "equal bit for bit")
+            + (f"DIFFERENT: {differences[:5]}" if differences else "equal bit for bit")
         )
-        return 1 if found else 0
+        return 1 if differences else 0
 
 
 if __name__ == "__main__":

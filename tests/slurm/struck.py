@@ -1,4 +1,4 @@
-"""A run of all stages that is struck by faults in turn, each while a step is computed or saved."""
+"""A run of all stages that suffers faults in turn, each during a step or a save."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launch.slurm.submit import living, read_jobs, submit_run
+from launch.slurm.submit import active_jobs, read_jobs, submit_run
 from pipeline.recipe.schema import Recipe
 from tests.slurm.faults import RECOVERY_S, Outcome, Victim
 from tests.support.commands import launch, wait_until
@@ -43,7 +43,7 @@ def job_of(folder: Path, group: str) -> str:
 def strike_in_turn(
     cluster: SlurmCluster, folder: Path, kinds: Sequence[str], chance: random.Random
 ) -> Iterator[Outcome]:
-    """Submit the run, inflict each fault at a random step, and leave the run as it goes on training.
+    """Submit the run, inflict each fault at a random step, and leave the run training.
 
     Kinds that need the cluster's warnings off come first: the cluster is set to it while no job runs.
     """
@@ -66,7 +66,7 @@ def cancel(folder: Path) -> None:
     """By the command line, and waited for."""
     done = launch(folder.parent.parent, "cancel", str(folder))
     assert done.code == 0, done.err
-    wait_until(lambda: not living(read_jobs(folder)), 60, "the end of all jobs")
+    wait_until(lambda: not active_jobs(read_jobs(folder)), 60, "the end of all jobs")
 
 
 def _started(cluster: SlurmCluster, folder: Path) -> Victim:

@@ -1,4 +1,4 @@
-"""A run goes on with another number of nodes, on the same images with the same noise; and it has one writer."""
+"""A run resumes on another number of nodes, with the same images and noise; and it has one writer."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_two_then_one_then_four_nodes_and_back(
     slurm: SlurmCluster, fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many of a range as are idle, then back to one worker without SLURM and Ray, which finishes the run. Data is
-    staged; the run is watched meanwhile."""
+    copied to the nodes; the run is watched meanwhile."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
     folder = tmp_path / "runs" / "elastic"
     jobs: list[str] = []
-    for nodes, given in NODES.items():
+    for nodes, count in NODES.items():
         recipe = recipe_on(fashion_data, tmp_path, nodes)
         run_folder.write_run_folder(folder, recipe, run_folder.check_data(recipe))
-        with _others_on(slurm, 3 if given == 1 else 0):
+        with _others_on(slurm, 3 if count == 1 else 0):
             submit_run(folder, observer=FED)
             jobs.append(job_of(folder, "pretrain"))
             victim = Victim(slurm, folder, jobs[-1], "pretrain")
@@ -80,7 +80,7 @@ def test_two_then_one_then_four_nodes_and_back(
                 _can_be_watched(folder, jobs[0])
             cancel(folder)
     assert (tmp_path / "set-up").read_text().splitlines() == [
-        f"{job} {given}" for job, given in zip(jobs, NODES.values(), strict=True)
+        f"{job} {count}" for job, count in zip(jobs, NODES.values(), strict=True)
     ]
     assert [path.name[:6] for path in (tmp_path / "local").glob("hydra-*/*.beton")] == ["train-"]
     (tmp_path / "full-speed").touch()
@@ -118,7 +118,7 @@ def test_two_then_one_then_four_nodes_and_back(
 
 @contextmanager
 def _others_on(slurm: SlurmCluster, nodes: int) -> Iterator[None]:
-    """So many nodes belong to somebody else."""
+    """This many nodes are taken by another job."""
     wish = ("--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
     others = [slurm.submit(*wish)] if nodes else []
     for other in others:
@@ -132,14 +132,14 @@ def _others_on(slurm: SlurmCluster, nodes: int) -> Iterator[None]:
 def _can_be_watched(folder: Path, job: str) -> None:
     """By `status` and `logs -f`, while the job trains."""
     place = folder.parent.parent
-    said = launch(place, "status", "elastic").out
-    row = next(line for line in said.splitlines() if line.startswith("pretrain ")).split()
-    assert "elastic: running, 0 of 3 stages finished" in said
+    status = launch(place, "status", "elastic").out
+    row = next(line for line in status.splitlines() if line.startswith("pretrain ")).split()
+    assert "elastic: running, 0 of 3 stages finished" in status
     assert (row[1], row[-3:]) == ("training", [job, "RUNNING", "0"])
     logs = Command(place, "logs", "elastic", "-f", "-n", "1")
     wait_until(lambda: "/logs/worker-1.log <==" in logs.output(), 60, "the logs of both workers")
-    shown = logs.output()
-    wait_until(lambda: len(logs.output()) > len(shown), 60, "what is logged meanwhile")
+    output = logs.output()
+    wait_until(lambda: len(logs.output()) > len(output), 60, "what is logged meanwhile")
     logs.signal(signal.SIGINT)
     assert logs.finish(60).code == 0
     assert f"/jobs/{job}_0_log.err <==" in logs.output()

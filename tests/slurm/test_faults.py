@@ -1,4 +1,4 @@
-"""Whatever a cluster does to a run, it comes back by itself and ends as an undisturbed one, bit for bit."""
+"""After any fault of a cluster, a run recovers by itself and ends bitwise equal to an undisturbed one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.submit import living, read_jobs
+from launch.slurm.submit import active_jobs, read_jobs
 from pipeline.recipe.schema import Recipe
 from tests.fault.final_state import unlike
 from tests.slurm.faults import KINDS, as_row
@@ -53,13 +53,13 @@ def test_faults_are_survived(
     for outcome in strike_in_turn(slurm_cluster, folder, order, chance):
         print(json.dumps(as_row(outcome)))
     (tmp_path / "full-speed").touch()
-    wait_until(lambda: not living(read_jobs(folder)), 600, "the end of all jobs")
+    wait_until(lambda: not active_jobs(read_jobs(folder)), 600, "the end of all jobs")
     assert slurm_cluster.job_state(job_of(folder, "report")) == "COMPLETED"
     assert (folder / "report" / "robust_accuracy.png").exists()
     assert len((folder / "report" / "robust_accuracy.csv").read_text().splitlines()) == 2 + len(keep_fractions)
-    said = launch(tmp_path, "status", str(folder)).out
+    status = launch(tmp_path, "status", str(folder)).out
     stages = 1 + 2 * len(keep_fractions)
-    assert f"finished, {stages} of {stages} stages finished" in said, said
+    assert f"finished, {stages} of {stages} stages finished" in status, status
     assert unlike(recipe, undisturbed(recipe), folder) == []
     wait_until(lambda: not _left(slurm_cluster), 30, "the end of all that the jobs started")
 

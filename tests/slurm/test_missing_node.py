@@ -1,4 +1,4 @@
-"""A node whose task never begins: the job ends, and whoever started it learns which node, and what to do."""
+"""A node whose task never starts: the job ends, and `status` names the node and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.slurm.submit import living, read_jobs
+from launch.slurm.submit import active_jobs, read_jobs
 from pipeline.recipe.file import dump_yaml
 from pipeline.run.files import read_json
 from tests.slurm.struck import cancel, job_of
@@ -40,23 +40,23 @@ def test_a_node_that_does_not_come_is_named(slurm: SlurmCluster, fashion_data: P
     job = job_of(folder, "pretrain")
     wait_until(lambda: _stopped(slurm, job, task=1), 60, "the second node's task")
     host = slurm.job_nodes(job)[1]
-    wait_until(lambda: not living(read_jobs(folder)), 240, "the end of all jobs")
+    wait_until(lambda: not active_jobs(read_jobs(folder)), 240, "the end of all jobs")
 
     assert slurm.job_state(job) == "FAILED"
-    missing = f"of 3 nodes, {host} did not join Ray in {WAITED_S} s; look at {host}, or give the `run` command again"
+    missing = f"of 3 nodes, {host} did not join Ray in {WAITED_S} s; check {host}, or repeat the `run` command"
     ended = read_json(folder / "control" / f"{job}-0" / "ended.json")
     assert ended["code"] == 1
     assert f"last: {missing} with slurm.exclude={host}; see " in ended["message"]
     log = (folder / "jobs" / f"{job}_0_log.err").read_text()
     assert missing in log
     assert "using 2 of 3 workers" in log
-    said = " ".join(launch(tmp_path, "status", "shy").out.split())
-    assert missing in said
+    status = " ".join(launch(tmp_path, "status", "shy").out.split())
+    assert missing in status
     mail = next(mail for mail in slurm.mails() if f"Job_id={job} " in mail)
     assert "Name=shy-pretrain Failed," in mail
     assert mail.endswith("me@here")
 
-    advice = re.search(r"slurm\.exclude=[^; ]+", said)
+    advice = re.search(r"slurm\.exclude=[^; ]+", status)
     assert advice is not None
     assert launch(tmp_path, *command, advice[0]).code == 0
     again = job_of(folder, "pretrain")

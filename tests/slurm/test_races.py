@@ -1,4 +1,4 @@
-"""Runs that meet on one node stay apart, and whoever races for one run, it has one writer and one result."""
+"""Runs on one node do not interfere, and a run that several processes start has one writer and one result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.submit import living, read_jobs, submit_run
+from launch.slurm.submit import active_jobs, read_jobs, submit_run
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json, read_rows
 from tests.fault.final_state import unlike
@@ -50,8 +50,8 @@ def asked(address: str, token: Path | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
 
 
-def as_nobody(folder: Path, *command: str) -> str:
-    """What a command of another user complains of, begun inside the folder, so that no folder above it protects it."""
+def as_another_user(folder: Path, *command: str) -> str:
+    """Error output of a command of another user, run inside the folder, so that no folder above protects it."""
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, user=65534, group=65534, extra_groups=[]
     )
@@ -59,7 +59,7 @@ def as_nobody(folder: Path, *command: str) -> str:
 
 
 def submitted(folder: Path) -> None:
-    """By two at once, as by somebody impatient; its jobs are there once."""
+    """By two processes at once; each job is submitted once."""
     with ThreadPoolExecutor(2) as pool:
         new = list(pool.map(lambda _: submit_run(folder, observer=SLOW), range(2)))
     assert sorted(len(jobs) for jobs in new) == [0, 3]
@@ -78,13 +78,13 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
     for victim in victims:
         victim.wait_for_step(3)
     assert slurm.job_nodes(victims[0].job) == slurm.job_nodes(victims[1].job) == ["n1"]
-    _strangers_are_refused(victims)
-    # SLURM takes the job away and queues it again, while somebody resumes the run by hand.
+    _other_users_are_refused(victims)
+    # SLURM requeues the job while a user resumes the run.
     slurm.client("scontrol", "requeue", victims[1].job)
     by_hand = Command(tmp_path, "resume", "raced", "--on", "local")
     (tmp_path / "full-speed").touch()
     for folder in (calm, raced):
-        wait_until(lambda folder=folder: not living(read_jobs(folder)), 400, "the end of all jobs")
+        wait_until(lambda folder=folder: not active_jobs(read_jobs(folder)), 400, "the end of all jobs")
     resumed = by_hand.finish(400)
     assert resumed.code == 0 or "is being written by pid" in resumed.err, resumed.err
     rows = [row["step"] for row in read_rows(raced / "pretrain" / "metrics.jsonl") if row["kind"] == "train"]
@@ -92,7 +92,7 @@ def test_two_runs_on_one_node_do_not_meet_and_a_requeue_races_a_resume(
     assert unlike(recipe, calm, raced) == []
 
 
-def _strangers_are_refused(victims: list[Victim]) -> None:
+def _other_users_are_refused(victims: list[Victim]) -> None:
     """With the token of another run of the same user; and other users can neither read tokens nor reach sockets."""
     one, other = (victim.run_folder for victim in victims)
     tokens = [next(folder.glob("control/*/token")) for folder in (one, other)]
@@ -106,10 +106,10 @@ def _strangers_are_refused(victims: list[Victim]) -> None:
     folders = {Path(command[command.index("--temp-dir") + 1]).parent for command in (head.cmdline() for head in heads)}
     assert len(folders) == 2
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}  # Ray opens the one inside to all
-    if os.getuid() == 0:  # nobody else can become another user
+    if os.getuid() == 0:  # only root can become another user
         for token in tokens:
-            assert as_nobody(token.parent.parent, "ls", ".") == ""
-            assert "Permission denied" in as_nobody(token.parent, "cat", "token")
+            assert as_another_user(token.parent.parent, "ls", ".") == ""
+            assert "Permission denied" in as_another_user(token.parent, "cat", "token")
         for folder in folders:
-            assert "Permission denied" in as_nobody(folder, "ls", ".")
-            assert "Permission denied" in as_nobody(folder, "cat", "ray/ray_current_cluster")
+            assert "Permission denied" in as_another_user(folder, "ls", ".")
+            assert "Permission denied" in as_another_user(folder, "cat", "ray/ray_current_cluster")

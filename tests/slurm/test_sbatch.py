@@ -1,4 +1,4 @@
-"""What sbatch is given for the common shapes of clusters, judged by the test cluster's own sbatch where it can."""
+"""sbatch scripts for common shapes of clusters, checked with the test cluster's own sbatch where possible."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def recipe_with(*overrides: str) -> Recipe:
 
 
 def options_of(text: str) -> dict[str, str]:
-    """--name -> value, as the file says them."""
-    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE)
-    assert len({name for name, _ in found}) == len(found), "an option is there twice"
-    return dict(found)
+    """--name -> value of the #SBATCH lines."""
+    options = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE)
+    assert len({name for name, _ in options}) == len(options), "an option is there twice"
+    return dict(options)
 
 
 SHAPES = {
@@ -55,7 +55,7 @@ def test_sbatch_accepts_it(slurm: SlurmCluster, tmp_path: Path, shape: str) -> N
     "impossible", [["slurm.gpus_per_node=99"], ["slurm.constraint=quantum"], ["slurm.partition=none"]]
 )
 def test_sbatch_can_refuse(slurm: SlurmCluster, tmp_path: Path, impossible: list[str]) -> None:
-    """So that the acceptance above means something."""
+    """Otherwise the acceptance above would mean nothing."""
     file = tmp_path / "job.sh"
     file.write_text(sbatch_text(recipe_with(*impossible), tmp_path / "run", "pretrain"))
     done = subprocess.run(["sbatch", "--test-only", str(file)], capture_output=True, text=True, timeout=60)
@@ -83,7 +83,7 @@ def test_what_is_printed_is_what_is_submitted(
     monkeypatch: pytest.MonkeyPatch,
     keep_fractions: list[float],
 ) -> None:
-    """One job after pretrain's is a plain one, several are an array; and runs/ may lie elsewhere."""
+    """One job after pretrain is a plain job, several are an array; runs/ may be elsewhere."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
@@ -96,8 +96,8 @@ def test_what_is_printed_is_what_is_submitted(
     printed = launch(tmp_path, "run", "runs/mine/recipe.yaml", *arguments).out
     jobs = submit_run(Path("runs/mine"), before)
     ids = {"JOB_OF_pretrain": jobs[0].id, "JOBS_OF_sparsities": ":".join(job.id for job in jobs[1:-1])}
-    for placeholder, given in ids.items():
-        printed = printed.replace(placeholder, given)
+    for placeholder, job_id in ids.items():
+        printed = printed.replace(placeholder, job_id)
     files = [f"runs/mine/jobs/{number}_submission.sh" for number in dict.fromkeys(j.id.partition("_")[0] for j in jobs)]
     assert [text.strip() for text in printed.split("#!/bin/bash")[1:]] == [
         Path(file).read_text().removeprefix("#!/bin/bash").strip() for file in files
@@ -106,8 +106,8 @@ def test_what_is_printed_is_what_is_submitted(
     assert "ExcNodeList=n2\n" in slurm.client("scontrol", "show", "job", jobs[0].id)
 
 
-def test_each_task_of_an_array_is_queued_again_by_itself(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """The last has the array's own job id, and ends while another runs. What was not counted is not queued again."""
+def test_each_task_of_an_array_is_requeued_by_itself(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """The last has the array's own job id, and ends while another runs. An uncounted start is not requeued."""
     control = tmp_path / "control"
     control.mkdir()
     script = tmp_path / "job.sh"

@@ -1,4 +1,4 @@
-"""That the tests' SLURM does what the tests of launching rely on. No code of the pipeline runs here."""
+"""The tests' SLURM behaves as the tests of launching assume. No code of the pipeline runs here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.slurm_cluster import CPUS, FEATURE, GPUS, SlurmCluster
 
 STEP = """#!/bin/bash
 # Writes down how it starts and which signals it gets. When it is warned, its first task has the job requeued.
-# It ends when it is told to.
+# It ends when asked to.
 note() { echo "$1 $SLURM_PROCID ${SLURM_RESTART_COUNT:-0} $SLURMD_NODENAME $$" >>"$EVENTS"; }
 trap 'note USR2; [[ $SLURM_PROCID != 0 ]] || scontrol requeue "$SLURM_JOB_ID"' USR2
 trap 'note TERM; exit' TERM
@@ -51,15 +51,15 @@ def accounted(slurm: SlurmCluster, job: str, field: str) -> list[str]:
 
 
 def test_srun_runs_on_two_nodes(slurm: SlurmCluster) -> None:
-    said = slurm.client("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME")
-    assert len(set(said.split()) & set(slurm.nodes)) == 2
+    hosts = slurm.client("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME")
+    assert len(set(hosts.split()) & set(slurm.nodes)) == 2
 
 
 @pytest.mark.parametrize(("command", "state", "code"), [("true", "COMPLETED", "0:0"), ("exit 3", "FAILED", "3:0")])
 def test_a_job_is_accounted_for(slurm: SlurmCluster, command: str, state: str, code: str) -> None:
     job = slurm.submit("--output=/dev/null", f"--wrap={command}")
     assert slurm.wait_for_state(job, {"COMPLETED", "FAILED"}) == state
-    wait_until(lambda: accounted(slurm, job, "State") == [state], 20, "accounting has heard of the job's end")
+    wait_until(lambda: accounted(slurm, job, "State") == [state], 20, "the job's end in accounting")
     assert accounted(slurm, job, "ExitCode") == [code]
 
 

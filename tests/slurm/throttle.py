@@ -1,4 +1,4 @@
-"""An observer that lets a job train slowly, so that a fault has a step or a save to land in, until told to go on.
+"""An observer that slows a job down, so that a fault can hit a step or a save, until a file ends that.
 
 While a worker is inside one, a file says so: `inside-<place>-<pid>`, which holds the step.
 """
@@ -13,7 +13,7 @@ from typing import Any
 FOLDER = "HYDRA_TEST_THROTTLE"
 """Names the folder in which a file `full-speed` ends the throttling."""
 PLACES = {"forward": "step", "before_manifest": "save"}
-"""Where it lingers: amid a step, whose gradients are incomplete, and amid a checkpoint, which has no manifest yet."""
+"""Where it pauses: inside a step, with incomplete gradients, and inside a checkpoint without a manifest."""
 _PAUSE_S = 0.3
 _never = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What the nodes of a job tell each other, and which starts lead nowhere."""
+"""Communication among the nodes of a job, and starts without progress."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def test_addresses_belong_to_generations(start: ControlFiles) -> None:
 
 def test_lost_nodes_belong_to_generations(start: ControlFiles) -> None:
     for generation, node in ((0, 3), (0, 1), (10, 2)):
-        start.lose(generation, node)
-    assert (start.lost(0), start.lost(1), start.lost(10)) == ([1, 3], [], [2])
+        start.mark_lost(generation, node)
+    assert (start.lost_nodes(0), start.lost_nodes(1), start.lost_nodes(10)) == ([1, 3], [], [2])
 
 
 def test_a_node_is_silent_when_its_last_word_is_old(start: ControlFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not start.silent(1, 30), "a node that was never heard of has its own deadline"
+    assert not start.is_silent(1, 30), "a node without a heartbeat has another deadline"
     start.beat(1)
-    assert not start.silent(1, 30)
+    assert not start.is_silent(1, 30)
     later = time.time() + 31
     monkeypatch.setattr(control_files.time, "time", lambda: later)
-    assert start.silent(1, 30)
+    assert start.is_silent(1, 30)
 
 
-def test_the_end_is_said_once_and_for_all(start: ControlFiles) -> None:
+def test_the_end_is_recorded_once(start: ControlFiles) -> None:
     assert start.ended() is None
     start.end(1, "why")
     assert start.ended() == {"code": 1, "message": "why"}
@@ -68,7 +68,7 @@ def test_starts_without_progress_are_those_of_the_group_since_the_marks_changed(
     assert starts.without_progress("pretrain", "12", [9]) == 2
     assert starts.without_progress("pretrain", "12", [18]) == 0
     assert starts.without_progress("keep-0.1", "12", [0]) == 1
-    assert starts.without_progress("pretrain", "13", [9]) == 0, "a job that was submitted anew begins to count anew"
+    assert starts.without_progress("pretrain", "13", [9]) == 0, "a resubmitted job starts counting from zero"
     with starts.path.open("a") as stream:
         stream.write('{"torn')
     assert len(starts.read()) == 4

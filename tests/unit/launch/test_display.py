@@ -174,7 +174,7 @@ def test_rows_cut_on_resume(tmp_path: Path, regrown: bool) -> None:
 
     def resume() -> None:
         stage.cut(20)()
-        if regrown:  # as long as before by the time of the next look
+        if regrown:  # as long as before by the next update
             stage.rows(train_row(40))()
 
     text = shown(tmp_path, [PRUNE], stage.rows(train_row(20) + train_row(40)), resume, stage.rows(train_row(60)))

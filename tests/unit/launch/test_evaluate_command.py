@@ -1,4 +1,4 @@
-"""`launch evaluate`: which attacks it refuses, what it keeps beside the network, and how it goes on."""
+"""`launch evaluate`: refused attacks, the files beside the network, and resuming."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit code, the networks' counts, and what was said on standard error."""
+    """Exit code, the networks' counts, and the standard error output."""
     capsys.readouterr()
     code = main(["evaluate", *map(str, arguments)])
     out, err = capsys.readouterr()
@@ -97,10 +97,10 @@ def evaluated_chunks(monkeypatch: pytest.MonkeyPatch, measure: type, stop_at: in
 def test_every_network_of_a_run_is_attacked_and_its_verdicts_are_kept(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found, _ = evaluate(capsys, run, "--attack", "apgd", "--images", IMAGES)
+    code, results, _ = evaluate(capsys, run, "--attack", "apgd", "--images", IMAGES)
     assert code == 0
-    assert [one["file"] for one in found] == [str(run / stage / "model.safetensors") for stage in STAGES]
-    for stage, one in zip(STAGES, found, strict=True):
+    assert [one["file"] for one in results] == [str(run / stage / "model.safetensors") for stage in STAGES]
+    for stage, one in zip(STAGES, results, strict=True):
         (path,) = (run / stage / "evaluate").glob("apgd-*.json")
         assert {"file": one["file"], **json.loads(path.read_text())} == one
         verdicts = read_verdicts(path.with_suffix(".parquet"))
@@ -115,17 +115,17 @@ def test_every_network_of_a_run_is_attacked_and_its_verdicts_are_kept(
 def test_honesty_checks_go_with_attacks_that_follow_gradients(
     run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, found, _ = evaluate(capsys, run, "--attack", "apgd,pgd", "--images", IMAGES)
-    assert [(one["attack"], one["honesty"]["images"]) for one in found] == [
+    _, results, _ = evaluate(capsys, run, "--attack", "apgd,pgd", "--images", IMAGES)
+    assert [(one["attack"], one["honesty"]["images"]) for one in results] == [
         (attack, HONESTY_IMAGES) for attack in ("apgd", "pgd") for _ in STAGES
     ]
-    assert found[0]["honesty"] == found[2]["honesty"]
-    checks = {check["name"]: check for check in found[1]["honesty"]["checks"]}
+    assert results[0]["honesty"] == results[2]["honesty"]
+    checks = {check["name"]: check for check in results[1]["honesty"]["checks"]}
     assert len(checks) == 11
     assert (checks["mask"]["verdict"], checks["repeatable"]["verdict"]) == ("warn", "pass")
     assert "keep_fraction 0.1 allows" in checks["mask"]["figure"]
-    assert any(f"{STAGES[1]}: honesty check mask: {checks['mask']['figure']}" in said for said in caplog.messages)
-    for stage, one in zip(STAGES, found, strict=False):
+    assert any(f"{STAGES[1]}: honesty check mask: {checks['mask']['figure']}" in message for message in caplog.messages)
+    for stage, one in zip(STAGES, results, strict=False):
         (path,) = (run / stage / "evaluate").glob("apgd-*.json")
         assert json.loads(path.read_text())["honesty"] == one["honesty"]
         (path,) = (run / stage / "evaluate").glob("honesty-*.json")
@@ -133,8 +133,8 @@ def test_honesty_checks_go_with_attacks_that_follow_gradients(
         assert all(check["meaning"] for check in whole)
         verdicts = read_verdicts(path.with_suffix(".parquet"))
         assert np.array_equal(verdicts["sample_id"], np.arange(HONESTY_IMAGES) * TEST_IMAGES // HONESTY_IMAGES)
-    _, found, _ = evaluate(capsys, run, "--attack", "square,transfer,corruptions", "--images", 2)
-    assert [one["attack"] for one in found if "honesty" in one] == []
+    _, results, _ = evaluate(capsys, run, "--attack", "square,transfer,corruptions", "--images", 2)
+    assert [one["attack"] for one in results if "honesty" in one] == []
 
 
 def test_a_network_is_checked_once_for_each_pgd(
@@ -177,8 +177,8 @@ def test_the_file_is_compared_with_the_network_that_was_trained(run: Path, capsy
     model = stage / "model.safetensors"
 
     def verdict() -> str:
-        (found,) = evaluate(capsys, model, "--images", 2)[1]
-        return next(check["verdict"] for check in found["honesty"]["checks"] if check["name"] == "exported file")
+        (result,) = evaluate(capsys, model, "--images", 2)[1]
+        return next(check["verdict"] for check in result["honesty"]["checks"] if check["name"] == "exported file")
 
     assert verdict() == "warn"  # there is none
     for seed, expected in ((0, "pass"), (1, "warn")):
@@ -192,8 +192,8 @@ def test_the_file_is_compared_with_the_network_that_was_trained(run: Path, capsy
 def test_no_honesty_checks_where_the_recipe_has_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(f"honesty_images: {HONESTY_IMAGES}", "honesty_images: 0"))
-    _, (found,), _ = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--images", 2)
-    assert "honesty" not in found
+    _, (result,), _ = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--images", 2)
+    assert "honesty" not in result
 
 
 class Terminal(io.StringIO):
@@ -208,8 +208,8 @@ def test_the_bar_moves_with_every_corruption(run: Path, monkeypatch: pytest.Monk
     file = run / STAGES[0] / "model.safetensors"
     assert main(["evaluate", str(file), "--attack", "corruptions", "--images", "6"]) == 0
     drawn = [line for line in terminal.getvalue().split("\r") if "pass " in line]
-    found = [re.search(r"pretrain: corruptions: .* (\d)/6 .*, pass (\d+) of 91\]", line) for line in drawn]
-    seen = [(int(match[1]), int(match[2])) for match in found if match is not None]
+    results = [re.search(r"pretrain: corruptions: .* (\d)/6 .*, pass (\d+) of 91\]", line) for line in drawn]
+    seen = [(int(match[1]), int(match[2])) for match in results if match is not None]
     assert len(seen) == len(drawn)
     expected = [(before + size * i // 91, i) for before, size in ((0, 4), (4, 2)) for i in range(1, 92)]
     assert [at for at in seen if at in expected] == seen
@@ -262,7 +262,7 @@ def test_the_runs_own_evaluation_is_taken_and_left_alone(
 
 
 @pytest.mark.parametrize("attack", ["square", "transfer"])
-def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
+def test_an_interrupted_evaluation_resumes_with_the_next_chunk(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attack: str
 ) -> None:
     file = run / STAGES[1] / "model.safetensors"
@@ -274,31 +274,31 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_chunk(
     measure = {"square": Ensemble, "transfer": spec.Transfer}[attack]
     with monkeypatch.context() as patched:
         evaluated_chunks(patched, measure, stop_at=2)
-        code, found, err = evaluate(capsys, *arguments)
-    assert (code, found) == (1, [])
+        code, results, err = evaluate(capsys, *arguments)
+    assert (code, results) == (1, [])
     assert "finished chunks are kept; the same command continues with the next one" in err
     chunks = evaluated_chunks(monkeypatch, measure)
     assert evaluate(capsys, *arguments)[1] == undisturbed
     assert len(chunks) == IMAGES // CHUNK - 2
-    found = read_verdicts(whole)
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    results = read_verdicts(whole)
+    assert results.keys() == expected.keys()
+    assert all(np.array_equal(results[name], expected[name]) for name in results)
 
 
 def test_examples_are_transferred_to_every_other_network(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, (found,), _ = evaluate(capsys, run, "--attack", "transfer", "--images", IMAGES)
+    code, (result,), _ = evaluate(capsys, run, "--attack", "transfer", "--images", IMAGES)
     assert code == 0
-    assert found["file"] == str(run / STAGES[1] / "model.safetensors")
+    assert result["file"] == str(run / STAGES[1] / "model.safetensors")
     source = str(run / STAGES[1] / "model.safetensors")
-    code, (found,), _ = evaluate(capsys, run, "--attack", "transfer", "--images", IMAGES, "--source", source)
-    assert (code, found["file"]) == (0, str(run / STAGES[0] / "model.safetensors"))
+    code, (result,), _ = evaluate(capsys, run, "--attack", "transfer", "--images", IMAGES, "--source", source)
+    assert (code, result["file"]) == (0, str(run / STAGES[0] / "model.safetensors"))
 
 
 def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found, err = evaluate(capsys, run, "--attack", "square,transfer", "--images", IMAGES)
+    code, results, err = evaluate(capsys, run, "--attack", "square,transfer", "--images", IMAGES)
     assert (code, err) == (0, "")
     files = [str(run / stage / "model.safetensors") for stage in STAGES]
-    assert [(one["attack"], one["file"]) for one in found] == [
+    assert [(one["attack"], one["file"]) for one in results] == [
         ("square", files[0]),
         ("square", files[1]),
         ("transfer", files[1]),
@@ -306,7 +306,7 @@ def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(run), "--attack", "square,rumour"])
     assert ended.value.code == 2
-    assert "'rumour' is none of pgd, apgd, autoattack, square, transfer, corruptions" in capsys.readouterr().err
+    assert "'rumour' is not one of pgd, apgd, autoattack, square, transfer, corruptions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -316,22 +316,24 @@ def test_several_attacks_are_one_command(run: Path, capsys: pytest.CaptureFixtur
         (["--images", "0"], "--images 0: expected all or a number"),
         (["--images", "few"], "--images few: expected all or a number"),
         (["--steps", "0"], "--steps, --restarts and --step-size must be positive"),
-        (["--attack", "apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
-        (["--attack", "pgd,apgd", "--steps", "5"], "--attack apgd is run as its authors set it"),
+        (["--attack", "apgd", "--steps", "5"], "--attack apgd runs with its authors' settings"),
+        (["--attack", "pgd,apgd", "--steps", "5"], "--attack apgd runs with its authors' settings"),
         (["--attack", "square", "--source", "x"], "--source x is for --attack transfer"),
         (["--attack", "transfer", "--source", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )
-def test_nonsense_is_refused(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    code, found, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", *arguments)
-    assert (code, found) == (2, [])
+def test_invalid_options_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, results, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", *arguments)
+    assert (code, results) == (2, [])
     assert message in err
 
 
 def test_a_network_is_no_source_of_attacks_on_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--attack", "transfer")
     assert code == 2
-    assert "is the network that is attacked; give another one: --source FILE" in err
+    assert "is the network under attack itself; name another one: --source FILE" in err
 
 
 @pytest.fixture
@@ -350,15 +352,15 @@ def listed(fashion_data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     return folder, ["--folder", str(images), "--image-list", str(tmp_path / "list.txt")]
 
 
-def test_listed_images_are_judged_as_torchvision_prepares_them(
+def test_listed_images_are_preprocessed_like_torchvision(
     listed: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, options = listed
     monkeypatch.setattr(spec, "Ensemble", functools.partial(Ensemble, iterations=2, queries=3))
-    code, (found,), err = evaluate(capsys, run, "--attack", "square", *options)
-    assert (code, err, found["images"]) == (0, "", 3)
-    assert found["title"] == "Square attack, linf eps 1/10; torchvision, resize 256, centre crop 224"
-    assert len(found["image_list_sha256"]) == len(found["data_sha256"]) == 64
+    code, (result,), err = evaluate(capsys, run, "--attack", "square", *options)
+    assert (code, err, result["images"]) == (0, "", 3)
+    assert result["title"] == "Square attack, linf eps 1/10; torchvision, resize 256, centre crop 224"
+    assert len(result["image_list_sha256"]) == len(result["data_sha256"]) == 64
     (path,) = (run / "pretrain" / "evaluate").glob("*.parquet")
     verdicts = read_verdicts(path)
     assert verdicts["label"].tolist() == [5, 8, 8]  # of Fashion-MNIST's classes, in the list's order
@@ -367,7 +369,7 @@ def test_listed_images_are_judged_as_torchvision_prepares_them(
         logits = load_network(run / "pretrain" / "model.safetensors")(torch.stack([folder[i][0] for i in (2, 1, 0)]))
     assert verdicts["clean_prediction"].tolist() == logits.argmax(dim=1).tolist()
     chunks = evaluated_chunks(monkeypatch, Ensemble)
-    assert evaluate(capsys, run, "--attack", "square", *options) == (0, [found], "")
+    assert evaluate(capsys, run, "--attack", "square", *options) == (0, [result], "")
     assert chunks == []
 
 
@@ -377,26 +379,26 @@ def test_a_list_that_does_not_come_is_one_line_and_a_failure(
     run, options = listed
     path = Path(options[-1])
     path.unlink()
-    os.mkfifo(path)  # nobody writes to it: opening it waits
+    os.mkfifo(path)  # without a writer, opening it blocks
     monkeypatch.setattr(image_list, "FILE_DEADLINE_S", 0.05)
-    code, found, err = evaluate(capsys, run, "--attack", "square", *options)
-    os.close(os.open(path, os.O_RDWR))  # whoever waits for a writer gets on
-    assert (code, found) == (1, [])
+    code, results, err = evaluate(capsys, run, "--attack", "square", *options)
+    os.close(os.open(path, os.O_RDWR))  # unblocks a waiting reader
+    assert (code, results) == (1, [])
     assert err == (
         f"error: {path}: no result within 0.05 s; its reader is stuck; "
         "finished chunks are kept; the same command continues with the next one\n"
     )
 
 
-def test_listed_images_that_cannot_be_judged_are_refused(
+def test_listed_images_that_do_not_fit_the_network_are_refused(
     listed: tuple[Path, list[str]], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = evaluate(capsys, listed[0], *listed[1][:2])
     assert code == 2
-    assert "--folder and --image-list belong together" in err
+    assert "--folder and --image-list go together" in err
     code, _, err = evaluate(capsys, listed[0], *listed[1], "--images", 4)
     assert code == 2
     assert "--images 4: expected all or a number from 1 to 3" in err
     code, _, err = evaluate(capsys, run, *listed[1])
     assert code == 2
-    assert "--folder gives images of 224 pixels a side, and the network was trained on 28" in err
+    assert "--folder gives images of 224 x 224 pixels, and the network was trained on 28" in err

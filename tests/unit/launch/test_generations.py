@@ -1,6 +1,6 @@
 """How often a SLURM job starts another Ray cluster, and SLURM the job, with a head and drivers that only end.
 
-The processes, the guard and the files are real; a head does nothing, and a driver commits or not, and exits.
+The processes, the reaper and the files are real; a head does nothing, and a driver commits or not, and exits.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 def start_job(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *drivers: Driver, limit: int = 1, restart: int = 0
 ) -> ControlFiles:
-    """One start of the job, whose generations have these drivers. Errors: as `Share`; AssertionError if it has fewer
+    """One start of the job, whose generations have these drivers. Errors: as `JobPayload`; AssertionError for fewer
     generations."""
     slurm = {"nodes": 1, "cpus_per_task": 1, "time": 30, "signal_s": 30}
     recipe = small_recipe(folder, workers={"restarts_without_progress": limit}, slurm=slurm)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    left, start = list(drivers), node_task._Task._start
+    left, start = list(drivers), node_task._Task._start_child
     started: list[subprocess.Popen[bytes]] = []
 
-    def pretend(task: node_task._Task, guard: Reaper, *command: str) -> subprocess.Popen[bytes]:
-        started.append(start(task, guard, "-c", *code_of(command, guard)))
+    def pretend(task: node_task._Task, reaper: Reaper, *command: str) -> subprocess.Popen[bytes]:
+        started.append(start(task, reaper, "-c", *code_of(command, reaper)))
         return started[-1]
 
-    def code_of(command: tuple[str, ...], guard: Reaper) -> tuple[str, ...]:
+    def code_of(command: tuple[str, ...], reaper: Reaper) -> tuple[str, ...]:
         if "launch.slurm.driver_main" not in command:
-            return HEAD, str(guard.ray_folder)
+            return HEAD, str(reaper.ray_folder)
         if not left:
             pytest.fail("a generation too many")
         code, step = left.pop(0)
@@ -74,14 +74,14 @@ def start_job(
             manifest.touch()
         return (f"raise SystemExit({code})",)
 
-    monkeypatch.setattr(node_task._Task, "_start", pretend)
+    monkeypatch.setattr(node_task._Task, "_start_child", pretend)
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
     try:
         JobPayload(str(folder), "pretrain", ["pretrain"])()
     finally:
-        monkeypatch.setattr(node_task._Task, "_start", start)
+        monkeypatch.setattr(node_task._Task, "_start_child", start)
         for process in started:
-            process.wait(DEADLINE_S)  # heads are the guard's to end
+            process.wait(DEADLINE_S)  # heads are the reaper's to end
         assert not left, "it gave up too soon"
     return ControlFiles.of(folder, JOB, str(restart))
 

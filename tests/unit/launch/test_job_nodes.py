@@ -1,4 +1,4 @@
-"""What is said of the nodes of a job: those that do not come, by name, and the workers that have nothing to do."""
+"""Messages about the nodes of a job: those that do not start, by name, and unused workers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from launch.ray_cluster import connect as connect_module
 from launch.slurm import driver_main, joined_cluster, node_task
 from launch.slurm.control_files import ControlFiles, JobFailed
 from launch.slurm.node_task import JobPayload
-from launch.slurm.nodes import look_at, unused_workers
+from launch.slurm.nodes import node_advice, unused_workers
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.slurm import Slurm
 from pipeline.training.driver import Connect, RunRequest
 from tests.support.small_recipe import small_recipe
 
 SLURM = {"nodes": 3, "cpus_per_task": 1, "time": 30, "signal_s": 30, "node_start_s": 10, "exclude": "n9"}
-EXCLUDE_N2 = "look at n2, or give the `run` command again with slurm.exclude=n9,n2"
+EXCLUDE_N2 = "check n2, or repeat the `run` command with slurm.exclude=n9,n2"
 
 
 @pytest.fixture
@@ -37,15 +37,15 @@ def start(tmp_path: Path) -> ControlFiles:
     return control
 
 
-def test_workers_that_no_micro_batch_is_left_for_are_told(recipe: Recipe) -> None:
-    said = unused_workers(recipe, 3)
-    assert said == "3 nodes: using 2 of 3 workers; legal: 1, 2, 4 (they share the 4 micro-batches of a step)"
+def test_unused_workers_are_reported(recipe: Recipe) -> None:
+    note = unused_workers(recipe, 3)
+    assert note == "3 nodes: using 2 of 3 workers; legal: 1, 2, 4 (they share the 4 micro-batches of a step)"
     assert [nodes for nodes in range(1, 6) if unused_workers(recipe, nodes) is None] == [1, 2, 4]
 
 
-def test_nodes_to_look_at_are_excluded_beside_others() -> None:
-    assert look_at(["n1", "n2"], Slurm()).endswith("slurm.exclude=n1,n2")
-    assert look_at(["n2"], Slurm(exclude="n9")) == EXCLUDE_N2
+def test_nodes_named_in_the_advice_join_those_already_excluded() -> None:
+    assert node_advice(["n1", "n2"], Slurm()).endswith("slurm.exclude=n1,n2")
+    assert node_advice(["n2"], Slurm(exclude="n9")) == EXCLUDE_N2
 
 
 def test_nodes_that_do_not_join_ray_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,17 +97,15 @@ class Follower:
 def test_a_first_node_that_does_not_come_is_named_by_the_others(
     recipe: Recipe, start: ControlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
 ) -> None:
-    """If it was never heard of, nobody queues the job again, and `status` must know why."""
+    """If it never started, the job is not requeued, and `status` must show why."""
     follower = Follower(tmp_path, recipe, monkeypatch)
     if counted:
-        start.count()
-    with pytest.raises(JobFailed, match="n1, the first node, did not start Ray in 10 s; look at n1, or give") as caught:
+        start.mark_counted()
+    with pytest.raises(JobFailed, match="n1, the first node, did not start Ray in 10 s; check n1, or repeat") as caught:
         follower.task._follow()
     assert start.ended() == (None if counted else {"code": 1, "message": str(caught.value)})
 
 
-def test_a_node_that_was_heard_of_and_is_silent_is_named(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_node_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     follower = Follower(tmp_path, recipe, monkeypatch)
-    assert follower.task._not_heard_of([1]) == f"nothing was heard of n2 for 600 s; {EXCLUDE_N2}"
+    assert follower.task._silence_message([1]) == f"no heartbeat from n2 for 600 s; {EXCLUDE_N2}"

@@ -1,4 +1,4 @@
-"""Logs: the last lines of every file, and files that grow, appear, are cut and replaced while they are followed."""
+"""Logs: the last lines of every file, and files that grow, appear, are truncated and replaced while followed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from launch import run_folder
 from launch.commands import logs
-from launch.commands.logs import show_logs
+from launch.commands.logs import print_logs
 from launch.slurm.submit import SubmittedJob
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
@@ -51,8 +51,8 @@ class Run:
 
     def submit(self, *jobs: tuple[str, str]) -> None:
         """(id, group) of every job, oldest first."""
-        known = [SubmittedJob(number, group, [], 0.0).row() for number, group in jobs]
-        atomic_write_json(self.folder / "jobs.json", {"jobs": known})
+        rows = [SubmittedJob(number, group, [], 0.0).row() for number, group in jobs]
+        atomic_write_json(self.folder / "jobs.json", {"jobs": rows})
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def shown(run: Run, lines: int = 20) -> str:
     stream = io.StringIO()
-    show_logs(run.folder, False, lines, stream, threading.Event())
+    print_logs(run.folder, False, lines, stream, threading.Event())
     return stream.getvalue()
 
 
@@ -145,7 +145,7 @@ def test_nothing_to_show_names_the_fix(run: Run) -> None:
     run.finish()
     for follow in (False, True):
         with pytest.raises(ValueError, match="runs/mine has no logs; it is finished"):
-            show_logs(run.folder, follow, 20, io.StringIO(), threading.Event())
+            print_logs(run.folder, follow, 20, io.StringIO(), threading.Event())
 
 
 @pytest.mark.parametrize("lines", [0, -1])
@@ -161,9 +161,9 @@ def test_a_log_that_cannot_be_read_is_named(run: Run) -> None:
 
 
 def followed(run: Run, *actions: Callable[[], object], lines: int = 20) -> list[str]:
-    """What is shown while these things happen, one between two looks."""
+    """The output while these actions happen, one between two polls."""
     stream = io.StringIO()
-    show_logs(run.folder, True, lines, stream, Script(*actions))
+    print_logs(run.folder, True, lines, stream, Script(*actions))
     return stream.getvalue().splitlines()
 
 
@@ -214,31 +214,31 @@ def test_new_files_are_shown_from_their_beginning(run: Run) -> None:
     ]
 
 
-@pytest.mark.parametrize("how", ["cut", "cut and grown", "replaced", "replaced alike", "away for a while"])
-def test_files_that_begin_anew(run: Run, how: str) -> None:
+@pytest.mark.parametrize("how", ["truncated", "truncated and grown", "replaced", "replaced alike", "away for a while"])
+def test_files_that_are_truncated_or_replaced(run: Run, how: str) -> None:
     before = "the first start\nsaid more than this\n"
     run.log(WORKER, before)
     path = run.folder / WORKER
     actions = {
-        "cut": [lambda: path.write_text(""), lambda: path.write_text("anew\n")],
-        "cut and grown": [lambda: path.write_text("anew\n" + "x" * 100 + "\n")],
-        "replaced": [lambda: atomic_write_text(path, "anew\n")],
-        "replaced alike": [lambda: atomic_write_text(path, before + "anew\n")],
-        "away for a while": [path.unlink, lambda: None, lambda: path.write_text("anew\n")],
+        "truncated": [lambda: path.write_text(""), lambda: path.write_text("new\n")],
+        "truncated and grown": [lambda: path.write_text("new\n" + "x" * 100 + "\n")],
+        "replaced": [lambda: atomic_write_text(path, "new\n")],
+        "replaced alike": [lambda: atomic_write_text(path, before + "new\n")],
+        "away for a while": [path.unlink, lambda: None, lambda: path.write_text("new\n")],
     }
-    text = followed(run, *actions[how], lambda: run.log(WORKER, "goes on\n"))
+    text = followed(run, *actions[how], lambda: run.log(WORKER, "continues\n"))
     assert text[:2] == ["==> runs/mine/logs/worker-0.log <==", "the first start"]
-    again = text.index("==> runs/mine/logs/worker-0.log <== (began anew)")
-    expected = {"cut and grown": ["anew", "x" * 100], "replaced alike": [*before.splitlines(), "anew"]}
-    assert text[again + 1 :] == [*expected.get(how, ["anew"]), "goes on"]
+    again = text.index("==> runs/mine/logs/worker-0.log <== (replaced)")
+    expected = {"truncated and grown": ["new", "x" * 100], "replaced alike": [*before.splitlines(), "new"]}
+    assert text[again + 1 :] == [*expected.get(how, ["new"]), "continues"]
 
 
 def test_the_end_of_a_run_ends_it_once_nothing_new_came(run: Run) -> None:
     run.log(WORKER, "begins\n")
-    said: list[str] = []
+    messages: list[str] = []
 
     def say(text: str) -> None:
-        said.append(text)
+        messages.append(text)
         run.log(WORKER, f"{text}\n")
 
     text = followed(
@@ -250,23 +250,23 @@ def test_the_end_of_a_run_ends_it_once_nothing_new_came(run: Run) -> None:
         lambda: None,
         lambda: say("is never asked for"),
     )
-    assert said == ["trains", "is finished", "leaves"]
-    assert text[1:] == ["begins", *said]
+    assert messages == ["trains", "is finished", "leaves"]
+    assert text[1:] == ["begins", *messages]
 
 
 def test_a_finished_run_is_shown_and_left(run: Run) -> None:
     run.log(WORKER, "all done")
     run.finish()
-    looks: list[float] = []
-    stop = Script(*[lambda: looks.append(0.0)] * 5)
+    polls: list[float] = []
+    stop = Script(*[lambda: polls.append(0.0)] * 5)
     stream = io.StringIO()
-    show_logs(run.folder, True, 20, stream, stop)
+    print_logs(run.folder, True, 20, stream, stop)
     assert stream.getvalue().splitlines()[1:] == ["all done"]
-    assert len(looks) <= 1
+    assert len(polls) <= 1
 
 
 class Stream(io.StringIO):
-    """What is printed, told to those who wait for it."""
+    """A stream that wakes those who wait for its text."""
 
     def wait_for(self, text: str) -> None:
         wait_until(lambda: text in self.getvalue(), DEADLINE_S, f"{text!r} is shown")
@@ -275,7 +275,7 @@ class Stream(io.StringIO):
 def test_following_a_living_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "POLL_S", 0.01)
     stream, stop = Stream(), threading.Event()
-    thread = threading.Thread(target=show_logs, args=(run.folder, True, 5, stream, stop))
+    thread = threading.Thread(target=print_logs, args=(run.folder, True, 5, stream, stop))
     thread.start()
     try:
         stream.wait_for("waiting for the first log of runs/mine\n")
@@ -298,7 +298,7 @@ def test_following_a_living_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 def test_following_ends_when_it_is_asked_to(run: Run) -> None:
     run.log(WORKER, "begins\nwaits for its newline")
     stream, stop = Stream(), threading.Event()
-    thread = threading.Thread(target=show_logs, args=(run.folder, True, 5, stream, stop))
+    thread = threading.Thread(target=print_logs, args=(run.folder, True, 5, stream, stop))
     thread.start()
     stream.wait_for("begins\n")
     assert thread.is_alive()

@@ -1,4 +1,4 @@
-"""The guard ends what carries its mark, and only that, however its owner ended."""
+"""The reaper ends what carries its mark, and only that, however its owner ended."""
 
 from __future__ import annotations
 
@@ -38,44 +38,44 @@ def test_a_process_that_is_seen_before_it_becomes_ours_is_ours() -> None:
     with subprocess.Popen([sys.executable, "-c", become], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         try:
-            family = ProcessTree("young")
-            assert family.look() == []
+            processes = ProcessTree("young")
+            assert processes.scan() == []
             process.stdin.write(b"x")
             process.stdin.close()
-            wait_until(lambda: family.look() == [process.pid], 9, "the process to be noticed")
+            wait_until(lambda: processes.scan() == [process.pid], 9, "the process to be noticed")
         finally:
             process.kill()
 
 
 def test_closing_ends_the_marked_and_removes_the_folder(bystander: subprocess.Popen[bytes]) -> None:
-    guard = Reaper()
-    stubborn = subprocess.Popen(SLEEP, env={**os.environ, CLUSTER_MARK: guard.mark}, start_new_session=True)
-    stopped = subprocess.Popen(SLEEP, env={**os.environ, CLUSTER_MARK: guard.mark})
+    reaper = Reaper()
+    stubborn = subprocess.Popen(SLEEP, env={**os.environ, CLUSTER_MARK: reaper.mark}, start_new_session=True)
+    stopped = subprocess.Popen(SLEEP, env={**os.environ, CLUSTER_MARK: reaper.mark})
     stopped.send_signal(signal.SIGSTOP)
-    wait_until(lambda: set(ProcessTree(guard.mark).look()) == {stubborn.pid, stopped.pid}, 20, "both are marked")
-    guard.close()
+    wait_until(lambda: set(ProcessTree(reaper.mark).scan()) == {stubborn.pid, stopped.pid}, 20, "both are marked")
+    reaper.close()
     assert (stubborn.wait(5), stopped.wait(5)) == (-signal.SIGKILL, -signal.SIGKILL)
-    assert not guard.folder.exists()
+    assert not reaper.folder.exists()
     assert bystander.poll() is None
-    guard.close()
+    reaper.close()
 
 
 def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
-    told = tmp_path / "told"
+    pid_file = tmp_path / "pid"
     owner = textwrap.dedent(f"""
         import os, signal, subprocess
         from pathlib import Path
         from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
-        guard = Reaper()
-        child = subprocess.Popen({SLEEP!r}, env={{**os.environ, CLUSTER_MARK: guard.mark}}, start_new_session=True)
-        Path({str(told)!r}).with_suffix(".tmp").write_text(f"{{child.pid}} {{guard.folder}}")
-        os.rename({str(told)!r} + ".tmp", {str(told)!r})
+        reaper = Reaper()
+        child = subprocess.Popen({SLEEP!r}, env={{**os.environ, CLUSTER_MARK: reaper.mark}}, start_new_session=True)
+        Path({str(pid_file)!r}).with_suffix(".tmp").write_text(f"{{child.pid}} {{reaper.folder}}")
+        os.rename({str(pid_file)!r} + ".tmp", {str(pid_file)!r})
         signal.pause()
     """)
     process = subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT)
-    wait_until(told.exists, 20, "the owner has begun")
-    said, _, place = told.read_text().partition(" ")
-    child, folder = int(said), Path(place)
+    wait_until(pid_file.exists, 20, "the owner has started")
+    pid, _, place = pid_file.read_text().partition(" ")
+    child, folder = int(pid), Path(place)
     assert not gone(child)
     assert folder.exists()
     other = Reaper()  # a start beside it leaves the folder alone
@@ -83,32 +83,32 @@ def test_an_owner_that_is_killed_is_cleaned_up_after(tmp_path: Path, bystander: 
     other.close()
     process.kill()
     process.wait()
-    wait_until(lambda: gone(child) and not folder.exists(), 20, "the guard has cleaned up")
+    wait_until(lambda: gone(child) and not folder.exists(), 20, "the reaper has cleaned up")
     assert bystander.poll() is None
 
 
 def test_a_child_that_hides_its_environment_is_remembered(tmp_path: Path) -> None:
-    """As Ray's agents do, which write their title over it; its parent is gone when it has to be found."""
-    told = tmp_path / "told"
+    """As Ray's agents do, which overwrite it with their title; the parent has ended by then."""
+    pid_file = tmp_path / "pid"
     parent = textwrap.dedent(f"""
         import os, subprocess, sys
         child = subprocess.Popen({SLEEP!r}, env={{}}, start_new_session=True)
-        open({str(told)!r} + ".tmp", "w").write(str(child.pid))
-        os.rename({str(told)!r} + ".tmp", {str(told)!r})
+        open({str(pid_file)!r} + ".tmp", "w").write(str(child.pid))
+        os.rename({str(pid_file)!r} + ".tmp", {str(pid_file)!r})
         sys.stdin.read()
     """)
-    family = ProcessTree("hidden")
+    processes = ProcessTree("hidden")
     process = subprocess.Popen(
         [sys.executable, "-c", parent], env={**os.environ, CLUSTER_MARK: "hidden"}, stdin=subprocess.PIPE
     )
-    wait_until(told.exists, 20, "the child has begun")
-    child = int(told.read_text())
-    assert set(family.look()) == {process.pid, child}
+    wait_until(pid_file.exists, 20, "the child has started")
+    child = int(pid_file.read_text())
+    assert set(processes.scan()) == {process.pid, child}
     process.communicate()
-    assert family.look() == [child]
-    assert family.end() == []
+    assert processes.scan() == [child]
+    assert processes.end() == []
     wait_until(lambda: gone(child), 5, "the child has ended")
 
 
 def test_nothing_marked_is_nothing_to_do() -> None:
-    assert ProcessTree("nobody-has-this").end() == []
+    assert ProcessTree("unused").end() == []

@@ -1,4 +1,4 @@
-"""Run directories: begun once, gone on with by the same recipe only, found again by name."""
+"""Run directories: created once, resumed with the same recipe only, found by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_new_run_holds_its_recipe_and_provenance() -> None:
     assert provenance["commit"] is None or re.fullmatch("[0-9a-f]{40}", provenance["commit"])
 
 
-def test_provenance_says_what_machine_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_provenance_has_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpus = tmp_path / "cpuinfo"
     cpus.write_text("processor\t: 0\nmodel name\t: A Processor: 2.5 GHz\n\nmodel name\t: another\n")
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -77,7 +77,7 @@ def test_data_files_are_absolute_so_that_a_restart_may_come_from_elsewhere(tmp_p
     assert (data.train_file, data.test_file) == (str(tmp_path / "data" / "a.beton"), "/b.beton")
 
 
-def test_the_same_recipe_goes_on_and_may_change_how_it_runs() -> None:
+def test_the_same_recipe_resumes_and_may_change_how_it_runs() -> None:
     folder = run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
     provenance = (folder / "provenance.json").read_bytes()
     again = run_folder.open_or_create(recipe_with("workers.threads=3", "tracking.log_every_steps=1"), "mine", NO_DATA)
@@ -90,7 +90,7 @@ def test_another_recipe_is_refused_naming_what_differs() -> None:
     folder = run_folder.open_or_create(recipe_with("phases.prune.lr=0.25"), None, NO_DATA)
     before = (folder / "recipe.yaml").read_bytes()
     other = recipe_with("phases.prune.lr=0.5", "seed=1", "workers.threads=9", "objective.name=trades")
-    with pytest.raises(ValueError, match="was begun with another recipe") as caught:
+    with pytest.raises(ValueError, match="was started with another recipe") as caught:
         run_folder.open_or_create(other, None, NO_DATA)
     message = str(caught.value)
     for words in (
@@ -111,7 +111,7 @@ def test_a_folder_of_something_else_is_refused() -> None:
     run_folder.open_or_create(recipe_with(), "mine", NO_DATA)  # empty: nothing can be lost
     Path("runs/other").mkdir()
     Path("runs/other/thesis.tex").write_text("important")
-    with pytest.raises(ValueError, match=r"runs/other exists and is no run .*choose another --name"):
+    with pytest.raises(ValueError, match=r"runs/other exists and is not a run .*choose another --name"):
         run_folder.open_or_create(recipe_with(), "other", NO_DATA)
 
 
@@ -163,7 +163,7 @@ def test_a_data_file_replaced_under_a_run_is_refused(on_real_data: Recipe) -> No
     run_folder.check_same_data(folder)
     for suffix in (".beton", ".beton.manifest.json"):
         shutil.copy(f"data/test{suffix}", f"data/train{suffix}")
-    with pytest.raises(ValueError, match=r"data\.train_file was replaced since runs/mine was begun"):
+    with pytest.raises(ValueError, match=r"data\.train_file was replaced after runs/mine was started"):
         run_folder.check_same_data(folder)
 
 

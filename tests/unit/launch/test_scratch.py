@@ -1,4 +1,4 @@
-"""Temporary folders of clusters: private, short, and removed once nobody holds them."""
+"""Temporary folders of clusters: private, short, and removed once their lock is free."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_it_is_private_and_new_each_time(short: Path) -> None:
     os.close(other_lock)
 
 
-def test_what_nobody_holds_is_removed_at_the_next_start(short: Path) -> None:
+def test_abandoned_folders_are_removed_at_the_next_start(short: Path) -> None:
     (killed, killed_lock), (living, living_lock) = new_scratch(), new_scratch()
     (killed / "session").mkdir()
     being_made, abandoned, foreign = short / "hydra-young", short / "hydra-old", short / "other"

@@ -15,7 +15,7 @@ import pytest
 
 from launch import run_folder
 from launch.commands import status
-from launch.commands.status import show_status
+from launch.commands.status import status_text
 from launch.slurm import queue
 from launch.slurm.control_files import ControlFiles, StartLog
 from launch.slurm.submit import SubmittedJob
@@ -81,8 +81,8 @@ class Run:
 
     def submit(self, *jobs: tuple[str, str]) -> None:
         """(id, group) of every job, oldest first."""
-        known = [SubmittedJob(number, group, [], time.time()).row() for number, group in jobs]
-        atomic_write_json(self.folder / "jobs.json", {"jobs": known})
+        rows = [SubmittedJob(number, group, [], time.time()).row() for number, group in jobs]
+        atomic_write_json(self.folder / "jobs.json", {"jobs": rows})
 
     def start(self, group: str, job: str, restart: int = 0) -> ControlFiles:
         control = ControlFiles.of(self.folder, job, str(restart))
@@ -105,7 +105,7 @@ class Run:
 
 
 class Squeue:
-    """A program `squeue` on PATH that answers what it is told and writes down how it was called."""
+    """A program `squeue` on PATH that gives a set answer and records its arguments."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.place = place / "bin"
@@ -152,7 +152,7 @@ def row(text: str, stage: str) -> list[str]:
 
 def test_a_finished_run(run: Run) -> None:
     run.finish(DENSE, PRUNE, FINETUNE, MAGNITUDE)
-    assert show_status([run.folder]).splitlines() == [
+    assert status_text([run.folder]).splitlines() == [
         "runs/mine: finished, 4 of 4 stages finished",
         "stage               state     progress    %  images/s           robust %  time left",
         "pretrain            finished   740/740  100         -  70.0 [69.1, 70.9]          -",
@@ -167,7 +167,7 @@ def test_a_run_of_this_machine_trains_one_stage_and_the_others_wait(run: Run) ->
     run.begin(PRUNE, step=148, held_out=0.625)
     (run.folder / "logs" / "restarts.log").write_text("attempt 0a1b2c3d failed: worker died\nattempt of a line\n")
     with run.held(PRUNE, FINETUNE, MAGNITUDE):
-        text = show_status([run.folder])
+        text = status_text([run.folder])
     # 148 + 444 + 740 steps of 128 images are left, at 1,480 images/s.
     assert text.splitlines() == [
         "runs/mine: running, 1 of 4 stages finished, about 0:01:55 of training left, "
@@ -182,55 +182,55 @@ def test_a_run_of_this_machine_trains_one_stage_and_the_others_wait(run: Run) ->
 
 def test_a_run_that_has_just_begun_knows_no_times(run: Run) -> None:
     with run.held(*run.stages):
-        text = show_status([run.folder])
+        text = status_text([run.folder])
         assert text.splitlines()[0] == "runs/mine: running, 0 of 4 stages finished"
         assert row(text, DENSE) == [DENSE, "training", *["-"] * 5]
         run.begin(DENSE)
-        assert row(show_status([run.folder]), DENSE) == [DENSE, "training", "0/740", "0", "-", "-", "-"]
+        assert row(status_text([run.folder]), DENSE) == [DENSE, "training", "0/740", "0", "-", "-", "-"]
 
 
 def test_under_attack(run: Run) -> None:
     run.train(DENSE)
     with run.held(*run.stages):
-        assert row(show_status([run.folder]), DENSE)[:4] == [DENSE, "evaluating", "-", "-"]
+        assert row(status_text([run.folder]), DENSE)[:4] == [DENSE, "evaluating", "-", "-"]
         run.evaluate(DENSE, "progress", {"attack": "pgd", "done": 2500, "total": 10000})
-        text = show_status([run.folder])
+        text = status_text([run.folder])
     assert row(text, DENSE) == [DENSE, "evaluating", "2500/10000", "25", "-", "71.0", "held-out", "-"]
     assert "about 0:02:08 of training left" in text  # of the other three stages, at the speed of this one
-    assert states(show_status([run.folder]))[DENSE] == "stopped"
+    assert states(status_text([run.folder]))[DENSE] == "stopped"
 
 
 @pytest.mark.parametrize(("silent_s", "state"), [(HEARTBEAT_S, "training"), (STALE_AFTER_S + 10, "stopped")])
 def test_the_heartbeat_of_another_host(run: Run, silent_s: float, state: str) -> None:
     run.begin(DENSE, step=37)
     run.held_elsewhere(DENSE, silent_s)
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert states(text)[DENSE] == state
-    assert ("go on with: python -m launch resume runs/mine" in text) == (state == "stopped")
+    assert ("continue with: python -m launch resume runs/mine" in text) == (state == "stopped")
     assert row(text, DENSE)[2:4] == ["37/740", "5"]
 
 
-def test_what_was_never_begun_waits_for_somebody(run: Run) -> None:
-    text = show_status([run.folder])
+def test_a_run_that_never_started_waits(run: Run) -> None:
+    text = status_text([run.folder])
     assert text.splitlines()[0] == "runs/mine: not running, 0 of 4 stages finished"
     assert set(states(text).values()) == {"waiting"}
-    assert text.endswith("\n  go on with: python -m launch resume runs/mine")
+    assert text.endswith("\n  continue with: python -m launch resume runs/mine")
 
 
 def test_the_error_of_a_failed_stage_until_it_is_begun_again(run: Run) -> None:
     run.begin(DENSE, step=25)
     record_failure(run.folder, Failure("a1", 0, DENSE, 30, "RuntimeError: out of memory\nand more"))
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert text.splitlines()[0].startswith("runs/mine: failed, ")
     assert states(text) == {DENSE: "failed", PRUNE: "waiting", FINETUNE: "waiting", MAGNITUDE: "waiting"}
     assert "\n  pretrain: failed at step 30: RuntimeError: out of memory and more\n" in text
     with run.held(*run.stages):
-        text = show_status([run.folder])
+        text = status_text([run.folder])
     assert states(text)[DENSE] == "training"
     assert "out of memory" not in text
     later = time.time() + 1
     os.utime(run.folder / DENSE / "stage.json", (later, later))
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert states(text)[DENSE] == "stopped"
     assert "out of memory" not in text
 
@@ -238,7 +238,7 @@ def test_the_error_of_a_failed_stage_until_it_is_begun_again(run: Run) -> None:
 def test_a_failure_before_the_first_stage_is_that_of_the_next_one(run: Run) -> None:
     run.finish(DENSE)
     record_failure(run.folder, Failure("a1", 0, None, None, "Unhealthy: no device"))
-    assert states(show_status([run.folder])) == {
+    assert states(status_text([run.folder])) == {
         DENSE: "finished",
         PRUNE: "failed",
         FINETUNE: "waiting",
@@ -256,7 +256,7 @@ def test_jobs_of_a_cluster(run: Run, squeue: Squeue) -> None:
         run.start("pretrain", "120", restart)
     run.begin(DENSE, step=370)
     run.held_elsewhere(DENSE, HEARTBEAT_S)
-    assert show_status([run.folder]).splitlines() == [
+    assert status_text([run.folder]).splitlines() == [
         "runs/mine: running, 0 of 4 stages finished, about 0:02:40 of training left, one stage after the other",
         "stage               state     progress   %  images/s  robust %  time left    job  SLURM    restarts",
         "pretrain            training   370/740  50     1,480         -    0:00:32    120  RUNNING         2",
@@ -276,10 +276,10 @@ def test_squeue_is_asked_once_for_all_runs_and_only_for_what_is_unfinished(run: 
     done.submit(*((str(900 + int(number[:3])), group) for number, group in JOBS))
     done.finish(*done.stages)
     done.start("report", "1025").end(0, "")
-    text = show_status([run.folder, other.folder, local.folder, done.folder])
+    text = status_text([run.folder, other.folder, local.folder, done.folder])
     assert [call.split()[-1] for call in squeue.calls] == ["123_0,123_1,125,7"]
     assert text.count("stages finished") == 4
-    show_status([local.folder, done.folder])
+    status_text([local.folder, done.folder])
     assert len(squeue.calls) == 1
 
 
@@ -287,18 +287,18 @@ def test_parallel_jobs_train_at_the_same_time(run: Run, squeue: Squeue) -> None:
     run.submit(*JOBS)
     run.finish(DENSE)
     with run.held(PRUNE, FINETUNE), run.held(MAGNITUDE):
-        assert states(show_status([run.folder])) == {
+        assert states(status_text([run.folder])) == {
             DENSE: "finished",
             PRUNE: "training",
             FINETUNE: "waiting",
             MAGNITUDE: "training",
         }
     with run.held(PRUNE, FINETUNE, MAGNITUDE):  # one process for all, as a resume on this machine is
-        assert list(states(show_status([run.folder])).values()) == ["finished", "training", "waiting", "waiting"]
+        assert list(states(status_text([run.folder])).values()) == ["finished", "training", "waiting", "waiting"]
 
 
 @pytest.mark.parametrize(
-    ("said", "state", "headline"),
+    ("answer", "state", "headline"),
     [
         ("120 PENDING BeginTime", "waiting", "waiting for SLURM"),
         ("120 RUNNING None", "waiting", "waiting for SLURM"),
@@ -308,16 +308,16 @@ def test_parallel_jobs_train_at_the_same_time(run: Run, squeue: Squeue) -> None:
         ("", "stopped", "not running"),
     ],
 )
-def test_a_stage_that_nobody_holds(run: Run, squeue: Squeue, said: str, state: str, headline: str) -> None:
+def test_a_stage_without_a_lease(run: Run, squeue: Squeue, answer: str, state: str, headline: str) -> None:
     run.submit(("120", "pretrain"))
     run.begin(DENSE, step=25)
-    squeue.answers(said)
-    text = show_status([run.folder])
+    squeue.answers(answer)
+    text = status_text([run.folder])
     assert text.splitlines()[0].startswith(f"runs/mine: {headline}, ")
     assert row(text, DENSE)[1] == state
-    assert row(text, DENSE)[-2] == (said.split()[1] if said else "-")
+    assert row(text, DENSE)[-2] == (answer.split()[1] if answer else "-")
     assert ("python -m launch resume" in text) == (state != "waiting")
-    reason = said.partition(" ")[2].partition(" ")[2]
+    reason = answer.partition(" ")[2].partition(" ")[2]
     assert (f"{reason}: 120 (pretrain)" in text) == (reason not in ("", "None"))
 
 
@@ -328,21 +328,21 @@ def test_why_a_job_has_ended(run: Run, squeue: Squeue) -> None:
     run.start("keep-0.1", "124", 10).end(1, "Ray ended on node 3, 3 times in a row")
     ControlFiles.of(run.folder, "125", "0").create()
     ControlFiles.of(run.folder, "125", "0").end(2, "the report could not be written")
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert states(text)[PRUNE] == "failed"
     assert "\n  keep-0.1: Ray ended on node 3, 3 times in a row\n" in text
     assert "\n  report: the report could not be written\n" in text
     assert "not this one" not in text
     assert row(text, FINETUNE)[-1] == "1"
-    # Submitted again: what the old job said is no longer the news, until the new one ends as well.
+    # Resubmitted: the old job's message is not shown, until the new job ends as well.
     run.submit(*JOBS, ("130_0", "keep-0.1"))
     squeue.answers("130_0 PENDING Resources")
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert states(text)[PRUNE] == "waiting"
     assert "Ray ended" not in text
     run.start("keep-0.1", "131").end(2, "wrong data")
     squeue.answers()
-    assert "\n  keep-0.1: wrong data\n" in show_status([run.folder])
+    assert "\n  keep-0.1: wrong data\n" in status_text([run.folder])
 
 
 def test_a_start_that_gave_up_before_it_was_counted(run: Run, squeue: Squeue) -> None:
@@ -351,7 +351,7 @@ def test_a_start_that_gave_up_before_it_was_counted(run: Run, squeue: Squeue) ->
     last = ControlFiles.of(run.folder, "120", "1")
     last.create()
     last.end(1, "was started 8 times without a new checkpoint")
-    assert "\n  pretrain: was started 8 times" in show_status([run.folder])
+    assert "\n  pretrain: was started 8 times" in status_text([run.folder])
 
 
 @pytest.mark.parametrize("trouble", ["refuses", "hangs", "is missing", "cannot be started"])
@@ -376,10 +376,10 @@ def test_squeue_that_does_not_answer_is_a_note(
     else:
         (squeue.place / "squeue").write_text("#!/no/such/shell\n")
         monkeypatch.setenv("PATH", str(squeue.place))
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert row(text, DENSE)[-3:] == ["120", "-", "-"]
     note = " ".join(text.partition("\n\n")[2].split())
-    assert note.startswith("what waits in SLURM is not known: ")
+    assert note.startswith("job states are unknown: ")
     assert expected[trouble] in note
     assert "python -m launch resume" not in text  # it may well be in the queue
 
@@ -387,7 +387,7 @@ def test_squeue_that_does_not_answer_is_a_note(
 def test_a_job_that_slurm_has_forgotten(run: Run, squeue: Squeue) -> None:
     run.submit(("120", "pretrain"))
     squeue.answers("slurm_load_jobs error: Invalid job id specified", code=1)
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert row(text, DENSE)[-2] == "-"
     assert "not known" not in text
     assert "python -m launch resume" in text
@@ -404,7 +404,7 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(run: Run, squeue: Squeue
         each.finish(DENSE)
         each.begin(PRUNE, step=74)
     (run.folder / name).write_text(content)
-    text = show_status([run.folder, other.folder])
+    text = status_text([run.folder, other.folder])
     assert f"\n  runs/mine/{name} is damaged: " in text
     assert text.count(" is damaged: ") == 1
     assert states(text)[DENSE] == "finished"
@@ -420,7 +420,7 @@ def test_damage_in_what_jobs_left(run: Run, squeue: Squeue) -> None:
     with StartLog.of(run.folder).path.open("a") as stream:
         stream.write('{"group": "pretrain"}\n\0\0\n{"group": "pretr')
     (run.folder / "logs" / "failures.jsonl").write_text('[1]\n{"time": null, "stage": "pretrain"}\n')
-    text = show_status([run.folder])
+    text = status_text([run.folder])
     assert "runs/mine/control/120-1/ended.json is damaged: " in text
     assert row(text, DENSE)[-1] == "1"
 
@@ -429,13 +429,13 @@ def test_damaged_rows_are_passed_over(run: Run) -> None:
     run.begin(DENSE, step=25)
     with (run.folder / DENSE / "metrics.jsonl").open("a") as stream:
         stream.write('[]\n{"kind": "train", "step": 50, "timing": null}\n\0\n{"kind": "train", "step": 7')
-    assert row(show_status([run.folder]), DENSE)[2] == "25/740"
+    assert row(status_text([run.folder]), DENSE)[2] == "25/740"
 
 
 def test_a_run_without_a_readable_recipe_does_not_hide_the_others(run: Run) -> None:
     broken = Run(Path(), "broken")
     (broken.folder / "recipe.yaml").write_text("name: [")
-    first, second = show_status([broken.folder, run.folder]).split("\n\n")
+    first, second = status_text([broken.folder, run.folder]).split("\n\n")
     assert first.startswith("runs/broken cannot be shown: runs/broken/recipe.yaml: not YAML")
     assert second.startswith("runs/mine: not running")
 
@@ -454,21 +454,21 @@ def test_everything_at_its_widest_fits(tmp_path: Path, squeue: Squeue, monkeypat
         run.start("keep-0.001", "1234569", restart)
     squeue.answers("1234567_0 OUT_OF_MEMORY OutOfMemory", f"1234567_12 COMPLETING {'words and ' * 30}")
     record_failure(run.folder, Failure("a1", 0, "keep-0.001/prune", 30, "no memory " * 200))
-    lines = show_status([run.folder]).splitlines()
+    lines = status_text([run.folder]).splitlines()
     assert max(map(len, lines)) <= 120
     assert row("\n".join(lines), "keep-0.001/prune")[-3:] == ["1234567_0", "OUT_OF_MEMORY", "12"]
-    assert len(lines) < 25  # a long error is cut
+    assert len(lines) < 25  # a long error is shortened
 
 
 def test_long_times_are_days(run: Run) -> None:
     run.begin(DENSE, step=1, speed=0.25)
     with run.held(DENSE):
-        assert "  4 d 9 h" in show_status([run.folder])
+        assert "  4 d 9 h" in status_text([run.folder])
 
 
 def test_nothing_to_show_names_the_way_to_a_run(run: Run) -> None:
     with pytest.raises(ValueError, match=r"there is no run in runs/; start one: python -m launch run RECIPE"):
-        show_status([])
+        status_text([])
 
 
 def test_the_command_shows_all_runs_or_those_it_is_given(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -476,11 +476,11 @@ def test_the_command_shows_all_runs_or_those_it_is_given(run: Run, capsys: pytes
     (Path("runs") / "no_run").mkdir()
     parser = argparse.ArgumentParser()
     status.add_parser(parser.add_subparsers())
-    for given, shown in (([], ["mine", "second"]), (["second"], ["second"]), (["runs/mine"], ["mine"])):
-        arguments = parser.parse_args(["status", *given])
+    for names, expected in (([], ["mine", "second"]), (["second"], ["second"]), (["runs/mine"], ["mine"])):
+        arguments = parser.parse_args(["status", *names])
         assert arguments.handler(arguments) == 0
         headlines = [line for line in capsys.readouterr().out.splitlines() if "stages finished" in line]
-        assert [line.partition(":")[0] for line in headlines] == [f"runs/{name}" for name in shown]
+        assert [line.partition(":")[0] for line in headlines] == [f"runs/{name}" for name in expected]
     unknown = parser.parse_args(["status", "third"])
     with pytest.raises(ValueError, match="third: no such run; runs here: mine, second"):
         unknown.handler(unknown)

@@ -29,7 +29,7 @@ print([name for name in ("torch", "ray", "deepspeed") if name in sys.modules])
 
 
 class Programs:
-    """Programs on PATH that do what they are told."""
+    """Programs on PATH with a set behaviour."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.place = place / "bin"
@@ -98,7 +98,7 @@ def test_a_submission_that_never_ends_does_not_hold_the_next(
 
 
 @pytest.mark.parametrize(
-    ("program", "does", "queued_again", "told"),
+    ("program", "does", "requeued", "advised"),
     [
         ("squeue", "echo RUNNING", True, False),
         ("squeue", "echo COMPLETING", False, False),
@@ -107,29 +107,29 @@ def test_a_submission_that_never_ends_does_not_hold_the_next(
         ("scontrol", "exit 1", False, True),
     ],
 )
-def test_a_job_that_cannot_be_queued_again_says_so(
+def test_a_job_that_cannot_be_requeued_says_so(
     programs: Programs,
     run: Path,
     monkeypatch: pytest.MonkeyPatch,
     program: str,
     does: str,
-    queued_again: bool,
-    told: bool,
+    requeued: bool,
+    advised: bool,
 ) -> None:
     monkeypatch.setattr(sbatch, "CLIENT_S", 1)
     programs.put("squeue", "echo RUNNING")
-    programs.put("scontrol", f'echo "$@" > {programs.place}/said')
+    programs.put("scontrol", f'echo "$@" > {programs.place}/arguments')
     programs.put(program, does)
     control = ControlFiles.of(run, "12", "0")
     control.create()
-    control.count()
+    control.mark_counted()
     teardown = sbatch.sbatch_parameters(small_recipe(run, slurm=SECTION), run, "x", None)["teardown"]
     script = "\n".join(["(exit 3)", *teardown])
     environment = {**os.environ, "SLURM_JOB_ID": "12"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3
-    assert (programs.place / "said").exists() == queued_again
-    assert (f"python -m launch resume {run}" in done.stderr) == told
+    assert (programs.place / "arguments").exists() == requeued
+    assert (f"python -m launch resume {run}" in done.stderr) == advised
 
 
 def test_a_warning_before_submitit_is_ready_does_not_end_the_task(run: Path) -> None:
@@ -144,12 +144,10 @@ def test_a_warning_before_submitit_is_ready_does_not_end_the_task(run: Path) -> 
 
 
 class Killed(BaseException):
-    """What a task does not survive."""
+    """Simulates the kill of a task."""
 
 
-def test_a_report_that_is_killed_every_time_is_not_queued_again_for_ever(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_that_is_always_killed_is_not_requeued_forever(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*arguments: object) -> None:
         raise Killed
 
@@ -166,10 +164,10 @@ def test_a_report_that_is_killed_every_time_is_not_queued_again_for_ever(
         with pytest.raises(Killed):
             Report(str(run), [])()
         assert (control.was_counted(), control.ended()) == (True, None), "it may be queued again"
-    ControlFiles.of(run, "12", str(allowed - 1)).fail(0, "an old reason")
-    ControlFiles.of(run, "12", str(allowed - 1)).fail(10, "nothing was heard of n2")
+    ControlFiles.of(run, "12", str(allowed - 1)).record_failure(0, "an old reason")
+    ControlFiles.of(run, "12", str(allowed - 1)).record_failure(10, "no heartbeat from n2")
     last = start(allowed)
-    told = rf"report was started {allowed} times without anything new committed \(last: nothing was heard of n2\); mend"
-    with pytest.raises(JobFailed, match=told) as caught:
+    message = rf"report was started {allowed} times without anything new committed \(last: no heartbeat from n2\); fix"
+    with pytest.raises(JobFailed, match=message) as caught:
         Report(str(run), [])()
     assert last.ended() == {"code": 1, "message": str(caught.value)}

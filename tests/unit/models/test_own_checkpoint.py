@@ -48,7 +48,7 @@ def test_without_a_complete_checkpoint_the_run_stops_and_nothing_is_lost(tmp_pat
         (checkpoint.folder_of(folder, step) / "model.safetensors").write_bytes(b"")
     leases = Leases([folder])
     before = everything(folder)
-    with pytest.raises(ValueError, match=r"none of its checkpoints is whole \(steps 5, 10;.* delete its step-"):
+    with pytest.raises(ValueError, match=r"none of its checkpoints is intact \(steps 5, 10;.* delete its step-"):
         _own_checkpoint(folder, leases.token)
     assert everything(folder) == before
     for step in (5, 10):  # without a manifest they were never complete, so nothing is lost

@@ -51,9 +51,7 @@ def same(some: list[Batch], others: list[Batch]) -> bool:
 
 
 @pytest.mark.parametrize("stage_number", [0, 1])
-def test_a_stage_that_goes_on_amid_its_ramp_is_fed_as_if_it_had_not_stopped(
-    fashion_data: Path, stage_number: int
-) -> None:
+def test_a_stage_resumed_within_its_ramp_gets_the_same_batches(fashion_data: Path, stage_number: int) -> None:
     recipe = growing(fashion_data)
     straight = fed(recipe, stage_number, 0, 8)
     assert [batch.images.shape[2:] for batch in straight[::4]] == [(size, size) for size in SIZES]
@@ -65,8 +63,8 @@ def test_a_stage_that_goes_on_amid_its_ramp_is_fed_as_if_it_had_not_stopped(
 def test_two_workers_are_fed_what_one_is(fashion_data: Path) -> None:
     recipe = growing(fashion_data)
     first, second = (fed(recipe, 0, 3, 8, rank, 2) for rank in (0, 1))
-    dealt = [batch for step in range(5) for half in (first, second) for batch in half[2 * step : 2 * step + 2]]
-    assert same(dealt, fed(recipe, 0, 3, 8))
+    merged = [batch for step in range(5) for half in (first, second) for batch in half[2 * step : 2 * step + 2]]
+    assert same(merged, fed(recipe, 0, 3, 8))
 
 
 def test_images_that_are_too_small_for_the_network_are_refused_by_their_key(fashion_data: Path, tmp_path: Path) -> None:

@@ -27,12 +27,12 @@ from pipeline.training.driver import Cluster, RunFailed, RunRequest
 from tests.support.small_recipe import small_recipe
 
 Attempt = Callable[[Path, str], None]
-"""What the workers of one attempt do, told the run directory and the attempt's name: nothing, or raise as Ray does."""
+"""The workers of one attempt, called with the run directory and the attempt's name: return, or raise as Ray does."""
 STEP = 7
 
 
 def says(error: Exception, *others: Exception) -> Attempt:
-    """The first worker raises an exception of its own, and writes it down; Ray tells what became of others."""
+    """The first worker raises an exception of its own, and writes it down; Ray reports the fate of the others."""
 
     def attempt(folder: Path, name: str) -> None:
         record_failure(folder, Failure(name, 0, "pretrain", STEP, f"{type(error).__name__}: {error}"))
@@ -111,7 +111,7 @@ def test_a_new_checkpoint_resets_the_count(tmp_path: Path, monkeypatch: pytest.M
 def test_the_same_exception_at_the_same_step_twice_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = f"pretrain failed twice in the same way at step {STEP}, .* cannot mend it: RuntimeError: out of memory"
+    words = f"pretrain failed twice in the same way at step {STEP}, .* cannot fix it: RuntimeError: out of memory"
     with pytest.raises(RunFailed, match=words):
         run_script(tmp_path, monkeypatch, 9, says(oom()), says(oom()))
 
@@ -121,7 +121,7 @@ def test_another_exception_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_killed_attempt_between_them_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether or not its survivors said something."""
+    """Whether or not its survivors recorded a failure."""
     survivor = says(RuntimeError("connection closed by peer"), RayActorError())
     with pytest.raises(RunFailed, match="failed twice in the same way"):
         run_script(tmp_path, monkeypatch, 9, says(oom()), killed, survivor, says(oom()))
@@ -143,7 +143,7 @@ def test_what_workers_say_when_another_was_killed_is_no_exception_of_the_run(
 def test_what_an_earlier_start_ended_with_is_not_said_of_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cause was mended and the run resumed; then its workers find no place at first. If it was not mended, one
+    """The cause was fixed and the run resumed; then its workers find no place at first. If it was not fixed, one
     more time is enough."""
     with pytest.raises(RunFailed, match="failed twice"):
         run_script(tmp_path, monkeypatch, 9, says(oom()), says(oom()))

@@ -37,7 +37,7 @@ def usage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One with 60 of 80 GB in use, of which nothing else is known."""
+    """One with 60 of 80 GB in use, and no other metric."""
 
     def utilization(device: torch.device) -> int:
         raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed or it can't be imported.")
@@ -48,18 +48,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("usage")
 def test_each_node_is_the_mean_of_its_workers() -> None:
-    found = NodeUsage(Cluster(0, 4, CPU)).sample()
+    usage = NodeUsage(Cluster(0, 4, CPU)).sample()
     first = {"processor_percent": 15, "memory_percent": 40, "gpu_percent": 60, "gpu_memory_percent": 0}
     other = {"processor_percent": 80, "memory_percent": 20, "gpu_percent": 50, "gpu_memory_percent": 50}
-    assert found == {"node-0": first, "node-1": other}
+    assert usage == {"node-0": first, "node-1": other}
 
 
 @pytest.mark.usefixtures("usage")
 def test_what_a_node_has_not_is_left_out() -> None:
     """Rows are JSON, which has no NaN; and hosts are not named."""
-    found = NodeUsage(Group(0, 1, CPU)).sample()
-    assert found == {"node-0": {"processor_percent": 10, "memory_percent": 40}}
-    assert platform.node() not in str(found)
+    usage = NodeUsage(Group(0, 1, CPU)).sample()
+    assert usage == {"node-0": {"processor_percent": 10, "memory_percent": 40}}
+    assert platform.node() not in str(usage)
 
 
 @pytest.mark.usefixtures("usage", "gpu")
@@ -71,6 +71,6 @@ def test_a_gpu_whose_driver_cannot_be_asked_has_memory(monkeypatch: pytest.Monke
 
 
 def test_a_real_host_has_percentages() -> None:
-    (found,) = NodeUsage(Group(0, 1, CPU)).sample().values()
-    assert all(0 <= value <= 100 for value in found.values())
-    assert found["memory_percent"] > 0
+    (usage,) = NodeUsage(Group(0, 1, CPU)).sample().values()
+    assert all(0 <= value <= 100 for value in usage.values())
+    assert usage["memory_percent"] > 0

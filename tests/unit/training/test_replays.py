@@ -66,10 +66,10 @@ def test_noise_is_dealt_in_the_order_of_the_steps_micro_batches() -> None:
         parts = []
         for rank in range(world):
             noise, local = noise_of(Group(rank, world, CPU)), range(6 // world)
-            begun = torch.stack([noise.of(number) for number in local])
+            initial = torch.stack([noise.of(number) for number in local])
             noise.load({NOISE: whole})
             parts.append(torch.stack([noise.of(number) for number in local]))
-            assert (begun.shape, begun.dtype, bool(begun.any())) == (parts[-1].shape, torch.float32, False)
+            assert (initial.shape, initial.dtype, bool(initial.any())) == (parts[-1].shape, torch.float32, False)
             for number in local:
                 noise.of(number).zero_()
         assert torch.equal(torch.cat(parts), whole)

@@ -1,4 +1,4 @@
-"""Connection sensitivity: its definition by finite differences, whoever computes which micro-batch, and no traces."""
+"""Connection sensitivity: its definition by finite differences, independence of ranks, and no side effects."""
 
 from __future__ import annotations
 
@@ -53,15 +53,17 @@ def noisy(batch: ObjectiveInput) -> ObjectiveOutput:
 
 
 def test_it_is_how_fast_the_loss_changes_as_a_connection_fades_out() -> None:
-    network, given = small_network().double(), batches(2)
-    sensitivity = connection_sensitivity(network, given, noisy, nullcontext, ALONE, seed=5, stage="keep-0.1/snip")
+    network, micro_batches = small_network().double(), batches(2)
+    sensitivity = connection_sensitivity(
+        network, micro_batches, noisy, nullcontext, ALONE, seed=5, stage="keep-0.1/snip"
+    )
     weights = {name: layer.weight for name, layer in maskable(network).items()}
     assert sensitivity.keys() == weights.keys()
 
     def loss() -> float:
         network.train()
         total = 0.0
-        for batch in given:
+        for batch in micro_batches:
             drawn = sample_keys(batch.ids.numpy(), 5, "snip", "keep-0.1/snip").view(np.int64)
             noise = uniform_noise(torch.from_numpy(drawn), (3, 12, 12)).double()
             logits = network(batch.images.double() / 255 + 0.1 * noise)
@@ -79,8 +81,8 @@ def test_it_is_how_fast_the_loss_changes_as_a_connection_fades_out() -> None:
             flat[index] = kept * (1 - step)
             behind = loss()
             flat[index] = kept
-            found = float(sensitivity[name].view(-1)[index])
-            assert found == pytest.approx(abs(ahead - behind) / (2 * step), rel=1e-4, abs=1e-9), name
+            actual = float(sensitivity[name].view(-1)[index])
+            assert actual == pytest.approx(abs(ahead - behind) / (2 * step), rel=1e-4, abs=1e-9), name
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,18 @@ ATTACK = adversarial_training(LinfBall(0.1), 2, 0.05)
 
 
 def test_it_does_not_depend_on_who_computes_which_micro_batch() -> None:
-    given = batches(4)
-    alone = connection_sensitivity(small_network(), given, ATTACK, nullcontext, ALONE, seed=0, stage="s")
+    micro_batches = batches(4)
+    alone = connection_sensitivity(small_network(), micro_batches, ATTACK, nullcontext, ALONE, seed=0, stage="s")
     meeting, sent = Barrier(2), dict[int, Tensor]()
     networks = small_network(), small_network()  # not in the threads: weights are drawn from the process's generator
 
     def rank(number: int) -> dict[str, Tensor]:
-        group, own = InThreads(number, 2, CPU, meeting, sent), given[2 * number : 2 * number + 2]
+        group, own = InThreads(number, 2, CPU, meeting, sent), micro_batches[2 * number : 2 * number + 2]
         return connection_sensitivity(networks[number], own, ATTACK, nullcontext, group, seed=0, stage="s")
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(rank, range(2), timeout=120)
-    other = connection_sensitivity(small_network(), given, ATTACK, nullcontext, ALONE, seed=1, stage="s")
+    other = connection_sensitivity(small_network(), micro_batches, ATTACK, nullcontext, ALONE, seed=1, stage="s")
     for name, tensor in alone.items():
         torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-7)
         assert torch.equal(first[name], second[name]), "ranks must hold the same masks"

@@ -70,7 +70,7 @@ class Finished:
     stage: Stage
     leases: Leases
     chunks: list[dict[str, Any]] = field(default_factory=list)
-    """What it said of each chunk that it finished."""
+    """Its message for each finished chunk."""
 
     @property
     def folder(self) -> Path:
@@ -156,7 +156,7 @@ def test_it_is_made_once_for_a_network(finished: Finished) -> None:
     assert finished.check() == again
 
 
-def test_an_interrupted_one_goes_on_with_the_next_chunk(finished: Finished) -> None:
+def test_an_interrupted_evaluation_resumes_with_the_next_chunk(finished: Finished) -> None:
     with pytest.raises(StopRequested):
         finished.check(stop=lambda: len(finished.chunks) == 2)
     assert not finished.target.exists()
@@ -166,7 +166,7 @@ def test_an_interrupted_one_goes_on_with_the_next_chunk(finished: Finished) -> N
     assert finished.check() == resumed
 
 
-def test_what_is_not_judged_by_pgd_is_left_alone(finished: Finished) -> None:
+def test_recipes_not_evaluated_with_pgd_have_no_honesty_checks(finished: Finished) -> None:
     data = Path(finished.recipe.data.test_file).parent
     smoothed = {"objective": {"name": "noise", "sigma": "1/4"}, "threat_model": {"norm": "l2", "eps": "1/4"}}
     for changed in (smoothed, {"evaluation": {"honesty_images": 0}}):

@@ -1,4 +1,4 @@
-"""What wandb is told of a stage: config, how it ended, and nothing that is nobody's business."""
+"""What wandb gets of a stage: config, how it ended, and nothing private."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pipeline.training.context import RunContext
 from pipeline.training.hardware import hardware_of
 from pipeline.training.loop import NonFinite
 from pipeline.training.stage import run_stages
-from pipeline.training.stage_tracking import stage_tracker, summary_of, tell_kept
+from pipeline.training.stage_tracking import log_finished_parts, stage_tracker, summary_of
 from tests.support.small_recipe import small_recipe
 from tests.support.wandb_files import recorded
 from tests.unit.report.test_report import evaluation
 
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
 SECRET = "hunter2-hunter2-hunter2"
-HOST = "node-of-nobody"
+HOST = "private-node"
 
 
 def make_run(folder: Path, **sections: Any) -> RunContext:
-    """A run directory as the command line makes it, on data that nobody reads here."""
+    """A run directory as the command line makes it, on data that is not read here."""
     slurm = {"setup": [f"export WANDB_API_KEY={SECRET}"], "nodes": 2}
     recipe = small_recipe(folder / "data", tracking={"wandb": "offline"}, slurm=slurm, **sections)
     run = folder / "demo"
@@ -61,8 +61,8 @@ def test_the_config_is_the_recipe_its_origin_and_the_hardware(tmp_path: Path, mo
     context = make_run(tmp_path)
     with stage_tracker(context, stage_of(context, "keep-0.1/finetune")):
         pass
-    (found,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
-    config = found.config
+    (run,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
+    config = run.config
     recipe: dict[str, Any] = context.recipe.model_dump(mode="json", exclude={"slurm"})
     assert {key: config[key] for key in recipe} == recipe
     assert config["stage"] == {
@@ -84,7 +84,7 @@ def test_the_config_is_the_recipe_its_origin_and_the_hardware(tmp_path: Path, mo
     assert hardware["processor"]
     assert hardware["processors_per_node"] >= 1
     assert set(config) - set(recipe) <= {"stage", "origin", "hardware", "_wandb"}
-    assert found.host == ""
+    assert run.host == ""
     data = b"".join(path.read_bytes() for path in (tmp_path / "demo").rglob("*.wandb"))
     for text in (SECRET, HOST, "HYDRA_TEST_SECRET"):
         assert text.encode() not in data
@@ -102,8 +102,8 @@ def test_summaries_are_named_so_that_a_panel_finds_them(tmp_path: Path) -> None:
         assert tracker is not None
         tracker.summary(summary_of(stage, "pgd", EvaluationResult.parse(facts)))
         tracker.summary(summary_of(stage, "autoattack", EvaluationResult.parse(facts | {"attack": "autoattack"})))
-    (found,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
-    summary = found.summary
+    (run,) = recorded(tmp_path / "demo" / "keep-0.1" / "finetune")
+    summary = run.summary
     assert (summary["method"], summary["phase"]) == ("HYDRA", "finetune")
     assert (summary["sparsity"], summary["keep_fraction"]) == (0.9, 0.1)
     for kind in ("clean", "robust"):
@@ -134,15 +134,15 @@ def test_each_start_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     run_stages(context, [stage])
     assert sent == ["demo-pretrain"]
-    (found,) = recorded(folder)
-    assert found.summary["robust_accuracy"] == facts["robust_accuracy"]["value"]
-    assert found.summary[f"test_{stage.evaluations[1]}/robust_accuracy/value"] == facts["robust_accuracy"]["value"]
+    (run,) = recorded(folder)
+    assert run.summary["robust_accuracy"] == facts["robust_accuracy"]["value"]
+    assert run.summary[f"test_{stage.evaluations[1]}/robust_accuracy/value"] == facts["robust_accuracy"]["value"]
 
 
 @pytest.mark.parametrize(
     ("error", "title", "level"),
     [
-        (StopRequested("pretrain was asked to stop, and has a checkpoint of step 7"), "Run stopped", "WARN"),
+        (StopRequested("pretrain stopped on request, with a checkpoint of step 7"), "Run stopped", "WARN"),
         (NonFinite("pretrain: the loss of step 7 is not finite"), "Loss, gradient or weight is not finite", "ERROR"),
         (OSError("disk full"), "Stage failed", "ERROR"),
     ],
@@ -151,13 +151,13 @@ def test_people_are_told_how_a_stage_ended(tmp_path: Path, error: Exception, tit
     context = make_run(tmp_path)
     with pytest.raises(type(error)), stage_tracker(context, stage_of(context, "pretrain")):
         raise error
-    (found,) = recorded(tmp_path / "demo" / "pretrain")
-    ((said_title, text, said_level),) = found.alerts
-    assert (said_title, said_level) == (title, level)
+    (run,) = recorded(tmp_path / "demo" / "pretrain")
+    ((alert_title, text, alert_level),) = run.alerts
+    assert (alert_title, alert_level) == (title, level)
     assert text.startswith("demo: ")
     assert str(error) in text
-    assert found.exit_code == 1
-    assert "method" not in found.summary
+    assert run.exit_code == 1
+    assert "method" not in run.summary
 
 
 def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
             facts = {"steps": 40, "model_sha256": "m", "mask_sha256": None}
             (folder / "evaluate").mkdir()
             atomic_write_json(folder / "result.json", facts)
-            tell_kept(context, stage, tracker)
+            log_finished_parts(context, stage, tracker)
             for name in stage.evaluations:
                 atomic_write_json(folder / "evaluate" / f"{name}.json", {})
         alerts.append(recorded(folder)[0].alerts)

@@ -1,4 +1,4 @@
-"""Time is told apart exactly, and a GPU is waited for only when somebody reads."""
+"""Time is attributed exactly, and a GPU is synchronized only when the stopwatch is read."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_restart_forgets(clock: Clock) -> None:
     assert watch.read() == {"data": 0, "attack": 0, "update": 1, "checkpoint": 0}
 
 
-def test_a_gpu_is_waited_for_once_when_somebody_reads(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_synchronized_once_per_reading(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Events as CUDA has them: they happen when the GPU comes to them, and asking earlier is an error."""
     waited: list[Event] = []
 
