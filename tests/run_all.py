@@ -1,9 +1,9 @@
 """Runs all tests, in two parallel lanes: `python -m tests.run_all`, which `make test` calls.
 
-SLURM's tests mostly wait: for its deadlines, for Ray to start, for a fault to end. So two of them run at a time, each
-on its own cluster. The other tests use the remaining CPU time, in Linux's idle scheduling class, so that they do not
-slow SLURM and Ray down. Every line of output has its time and lane. Exit code: 0 if every test passed, and 1 otherwise;
-a call of pytest that runs no test counts as failed.
+SLURM's tests often wait: for its deadlines, for Ray to start, for a fault to end. The other tests use the remaining CPU
+time, in Linux's idle scheduling class, so that they do not slow SLURM and Ray down. Two clusters at a time on two cores
+led to timeouts, and saved nothing. Every line of output has its time and lane. Exit code: 0 if every test passed, and 1
+otherwise; a call of pytest that runs no test counts as failed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from tests.support.shared import FOLDER
 
 SLURM = "tests/slurm"
-COMMON = ["--no-loadscope-reorder", "--durations=10"]
 LANES: dict[str, list[str]] = {
-    "slurm": [SLURM, "-v", "-n", "2", "--dist=loadgroup", *COMMON],  # distributed by test, as each has its own run
+    "slurm": [SLURM, "-v", "--durations=10"],
     # Distributed by file, as tests of a file share runs and data.
-    "rest": ["tests", f"--ignore={SLURM}", "-n", "logical", "--maxprocesses=8", "--dist=loadfile", *COMMON],
+    "rest": [
+        *("tests", f"--ignore={SLURM}", "--durations=10"),
+        *("-n", "logical", "--maxprocesses=8", "--dist=loadfile", "--no-loadscope-reorder"),
+    ],
 }
 """Lane -> pytest's arguments."""
 LONGEST = (
