@@ -17,16 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.support.shared import FOLDER
 
-SLURM = "tests/slurm"
-LANES: dict[str, list[str]] = {
-    "slurm": [SLURM, "-v", "--durations=10"],
-    # Distributed by file, as tests of a file share runs and data.
+DURATIONS = "--durations=10"
+LANES: dict[str, list[list[str]]] = {
+    "slurm": [["tests/slurm", "-v", DURATIONS]],
     "rest": [
-        *("tests", f"--ignore={SLURM}", "--durations=10"),
-        *("-n", "logical", "--maxprocesses=8", "--dist=loadfile", "--no-loadscope-reorder"),
+        # One at a time: most of them start several processes.
+        ["tests/distributed", "tests/end_to_end", "tests/fault", "tests/golden", DURATIONS],
+        ["tests/unit", "-n", "logical", "--maxprocesses=8", "--dist=loadfile", DURATIONS],
     ],
 }
-"""Lane -> pytest's arguments."""
+"""Lane -> the arguments of each call of pytest, one call after the other."""
 LONGEST = (
     *("test_faults.py", "test_elastic.py", "test_races.py", "test_missing_node.py"),
     *("test_every_objective.py", "test_imagenet_shape.py", "test_compiled.py", "test_command_line.py"),
@@ -35,37 +35,49 @@ LONGEST = (
 )
 """Files whose tests take longest, the longest first: conftest runs them first, in this order."""
 IDLE_LANE = "rest"
+INTERRUPTED = 2
+"""pytest's exit code."""
 
 
 def _use_idle_scheduling() -> None:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _run_lane(name: str, start: float) -> int:
-    """Run a lane and print its output; returns pytest's exit code. Ctrl-C reaches every pytest, which cleans up."""
-    lane = subprocess.Popen(
-        [sys.executable, "-u", "-m", "pytest", *LANES[name]],
+def _run_pytest(lane: str, arguments: list[str], start: float) -> int:
+    """Call pytest and print its output; returns its exit code. Ctrl-C reaches every pytest, which cleans up."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pytest", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=_use_idle_scheduling if name == IDLE_LANE else None,
+        preexec_fn=_use_idle_scheduling if lane == IDLE_LANE else None,
     )
-    assert lane.stdout is not None
-    for line in lane.stdout:
+    assert process.stdout is not None
+    for line in process.stdout:
         minutes, seconds = divmod(int(time.monotonic() - start), 60)
-        print(f"{minutes:2d}:{seconds:02d} {name:5s} {line}", end="", flush=True)
-    return lane.wait()
+        print(f"{minutes:2d}:{seconds:02d} {lane:5s} {line}", end="", flush=True)
+    return process.wait()
+
+
+def _run_lane(lane: str, start: float) -> list[int]:
+    codes: list[int] = []
+    for arguments in LANES[lane]:
+        codes.append(_run_pytest(lane, arguments, start))
+        if codes[-1] == INTERRUPTED:
+            break
+    return codes
 
 
 def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="robust-tests-") as folder, ThreadPoolExecutor(len(LANES)) as pool:
         os.environ[FOLDER] = folder
-        codes = dict(zip(LANES, pool.map(lambda name: _run_lane(name, start), LANES), strict=True))
-    for name, code in codes.items():
-        print(f"lane {name}: {'passed' if not code else f'FAILED, with the exit code {code} of pytest'}")
-    return int(any(codes.values()))
+        codes = dict(zip(LANES, pool.map(lambda lane: _run_lane(lane, start), LANES), strict=True))
+    for lane, ended in codes.items():
+        failures = [f"{LANES[lane][call][0]} ({code})" for call, code in enumerate(ended) if code]
+        print(f"lane {lane}: {'passed' if not failures else f'FAILED, with exit codes of pytest: {failures}'}")
+    return int(any(code for ended in codes.values() for code in ended))
 
 
 if __name__ == "__main__":
