@@ -7,8 +7,8 @@ help:
 	@echo 'Small neural networks that are robust to adversarial examples.'
 	@echo
 	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the chart'
-	@echo '  make check   after every change: lint, and types and quick unit tests of what changed; about a minute'
-	@echo '  make test    every test: about 20 minutes on two cores'
+	@echo '  make check   after every change: lint, and types and quick unit tests of what changed'
+	@echo '  make test    every test'
 	@echo '  make lint    ruff (lint and format), import contracts, spelling, white space; basedpyright (types)'
 	@echo '  make bench   measurements as ratios, into docs/benchmarks/: about 30 minutes, on a quiet machine'
 	@echo '  make soak    50 random faults on one run, on a real SLURM on this machine: about an hour'

@@ -1,4 +1,4 @@
-"""Checks to run after every change, in about a minute: `python -m tests.check`, which `make check` calls.
+"""Checks to run after every change: `python -m tests.check`, which `make check` calls.
 
 Runs lint, import contracts, types, and the quick unit tests of changed files in parallel. Changed files are those that
 differ from the last commit or, if none does, those that the last commit changed. Types are checked in changed files and

@@ -22,7 +22,7 @@ from tests.support.undisturbed_run import new_run
 SEED = 20261122
 WORKERS_AND_STEPS = ("unwarned_preemption", "kill_worker", "stop_worker", "kill_step", "kill_driver")
 NODES_AND_JOBS = ("warning", "preemption", "time_limit", "node_down", "kill_raylet", "kill_head")
-"""Kinds of faults in two halves that take the same time, so that two processes with a cluster each can share them."""
+"""Kinds of faults, in two halves that take the same time: a run each."""
 pytestmark = pytest.mark.timeout(1800)
 
 
