@@ -5,13 +5,14 @@ Processes of pytest-xdist share a folder by default; `run_all` passes one to its
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from pipeline.run.locks import exclusive
 
 FOLDER = "HYDRA_TEST_SHARED"
 """Environment variable with the folder that several calls of pytest share."""
@@ -30,8 +31,7 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 def made_once(place: Path, make: Callable[[Path], object]) -> Path:
     """`place`, a folder that `make` creates at the first call, and again after a failure; concurrent calls wait."""
     done = place.with_name(f"{place.name}.done")
-    with place.with_name(f"{place.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(place.with_name(f"{place.name}.lock")):
         if not done.exists():
             shutil.rmtree(place, ignore_errors=True)
             make(place)
