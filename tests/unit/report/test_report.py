@@ -421,4 +421,4 @@ def test_runs_that_cannot_be_written(
     assert main(["report", str(theirs), str(mine)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(rf"error: the report cannot be written: .*{theirs}/report.*; .* a run of yours first\n", err)
+    assert re.fullmatch(rf"error: the report cannot be written: .*{theirs}/report.*; .* one of your own first\n", err)
