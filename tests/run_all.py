@@ -23,7 +23,8 @@ LANES: dict[str, list[list[str]]] = {
     "rest": [
         # One at a time: most of them start several processes.
         ["tests/distributed", "tests/end_to_end", "tests/fault", "tests/golden", DURATIONS],
-        ["tests/unit", "-n", "logical", "--maxprocesses=8", "--dist=loadfile", DURATIONS],
+        # A process that dies is not replaced: with --dist=loadfile, its replacement may wait for ever.
+        ["tests/unit", "-n", "logical", "--maxprocesses=8", "--dist=loadfile", "--max-worker-restart=0", DURATIONS],
     ],
 }
 """Lane -> the arguments of each call of pytest, one call after the other."""

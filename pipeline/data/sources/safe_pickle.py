@@ -2,12 +2,14 @@
 
 A pickle is a program that may call anything it names. CIFAR and pseudo-labelled images are published as pickles, so
 they are read by an unpickler whose `find_class` allows the few names that arrays need, and refuses all others before
-anything is called. `numpy.dtype` itself is not allowed: a forged state makes it interpret bytes as pointers.
+anything is called. `numpy.dtype` itself is not allowed: a forged state makes it interpret bytes as pointers. The
+program's instructions are checked before it runs, as five bytes can make Python's unpickler allocate 64 GiB.
 """
 
 from __future__ import annotations
 
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,11 +58,21 @@ class _FilledArray(_Array):
         self._fill(data, dtype, shape, order)
 
 
+class _Bytes:
+    """bytes("text", "latin1"), as which protocols 0 to 2 hold bytes; bytes(n) would allocate n of them."""
+
+    def __new__(cls, text: str, codec: str) -> bytes:  # type: ignore[misc]
+        return bytes(text, codec)
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("bytes have no state")
+
+
 # Only classes, as a pickle could set the attributes of a function.
 ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): None,  # only passed as an argument
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): bytes,  # bytes("text", "latin1") is how protocols 0 to 2 hold bytes
+    ("_codecs", "encode"): _Bytes,
     **{(f"{core}.multiarray", "_reconstruct"): _Array for core in ("numpy.core", "numpy._core")},
     **{(f"{core}.numeric", "_frombuffer"): _FilledArray for core in ("numpy.core", "numpy._core")},
 }
@@ -73,6 +85,16 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
 
+def _check_sizes(stream: BinaryIO) -> None:
+    """ValueError if the pickle announces more than it contains: bytes, or places in the unpickler's table of objects.
+
+    The table is an array that grows to twice the greatest place; a pickler numbers places consecutively.
+    """
+    for number, (instruction, place, _) in enumerate(pickletools.genops(stream)):
+        if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(place, int) and place > number:
+            raise ValueError(f"instruction {number} stores object {place}, though there are not so many")
+
+
 def read_pickle(stream: BinaryIO, path: str | Path) -> dict[str, Any]:
     """The dict in a pickle of any protocol, with numpy arrays among its values; `path` is used in messages.
 
@@ -80,6 +102,8 @@ def read_pickle(stream: BinaryIO, path: str | Path) -> dict[str, Any]:
     damaged, or does not hold a dict.
     """
     try:
+        _check_sizes(stream)
+        stream.seek(0)
         contents = _Unpickler(stream, encoding="latin-1").load()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def test_other_pickles_are_refused_in_every_protocol(contents: object) -> None:
         b"cnumpy.core.multiarray\n_reconstruct.__globals__\n.",
         b"cnumpy\nndarray\n)\x81.",
         b"c_codecs\nencode\n}(U\x01aK\x01ub.",
+        b"c_codecs\nencode\nN}(U\x01aK\x01u\x86b.",
         b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR.",
         b"cnumpy\ndtype\n(U\x02u1tR}b.",
         b"\x82\x01.",
@@ -150,6 +152,25 @@ def test_a_forged_dtype_is_refused(code: bytes, state: bytes) -> None:
     np.testing.assert_array_equal(read_bytes(whole % (DTYPE % b"i8"))["data"], np.frombuffer(b"ABCDEFGH", "i8"))
     with pytest.raises(DataError, match="does not hold plain numbers"):
         read_bytes(whole % (DTYPE % code + state))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"}r\xff\xff\xff\x7f.",
+        b"}p2147483647\n.",
+        b"\x96" + (1 << 35).to_bytes(8, "little") + b".",
+        b"\x8e" + (1 << 35).to_bytes(8, "little") + b".",
+        b"c_codecs\nencode\n(\x8a\x05" + (1 << 35).to_bytes(5, "little") + b"tR.",
+    ],
+    ids=["place", "place in text", "bytearray", "bytes", "empty bytes"],
+)
+def test_sizes_are_checked_before_memory_is_allocated(program: bytes) -> None:
+    """Each asks for 32 GiB or more, which Linux would grant and then end some process for."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"some\.pickle is refused as a pickle"):
+        read_bytes(program)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1 << 10, "in KiB"
 
 
 @settings(deadline=None, max_examples=200)
