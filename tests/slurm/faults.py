@@ -161,12 +161,13 @@ class Victim:
         def limit(minutes: int) -> None:
             self.cluster.client("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
 
-        elapsed = self.cluster.client("squeue", "-h", "-j", self.job, "-o", "%M").strip()
-        minutes = sum(
-            int(part) * unit for part, unit in zip(reversed(elapsed.split(":")), (1 / 60, 1, 60), strict=False)
-        )
-        soon = int(minutes + 0.5) + 1  # half a minute to a minute and a half from now
-        return partial(limit, soon), partial(limit, 60)
+        def blow() -> None:
+            elapsed = self.cluster.client("squeue", "-h", "-j", self.job, "-o", "%M").strip()
+            parts = zip(reversed(elapsed.split(":")), (1 / 60, 1, 60), strict=False)
+            # One to two minutes from now: the next check for a warning is within 30 s, and the job then needs some.
+            limit(int(sum(int(part) * unit for part, unit in parts)) + 2)
+
+        return blow, partial(limit, 60)
 
     def _node_down(self, index: int) -> tuple[Act, Act | None]:
         nodes = self.cluster.job_nodes(self.job)
