@@ -6,12 +6,11 @@ goes through the same normalisation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pipeline.models.architectures.from_torchvision import cifar_resnet, torchvision_classifier
 from pipeline.models.architectures.ra_resnet import RaResNet50
@@ -24,14 +23,14 @@ from pipeline.recipe.sections import Model
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {
     "small_cnn": small_cnn,
-    **{f"vgg{depth}_cifar": partial(CifarVGG, depth, False) for depth in WIDTHS},
-    **{f"vgg{depth}_bn_cifar": partial(CifarVGG, depth, True) for depth in WIDTHS},
-    "wrn_28_4": partial(WideResNet, 28, 4),
-    "wrn_28_10": partial(WideResNet, 28, 10),
-    "wrn_34_10": partial(WideResNet, 34, 10),
-    **{f"{name}_cifar": partial(cifar_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
+    **{f"vgg{depth}_cifar": functools.partial(CifarVGG, depth, False) for depth in WIDTHS},
+    **{f"vgg{depth}_bn_cifar": functools.partial(CifarVGG, depth, True) for depth in WIDTHS},
+    "wrn_28_4": functools.partial(WideResNet, 28, 4),
+    "wrn_28_10": functools.partial(WideResNet, 28, 10),
+    "wrn_34_10": functools.partial(WideResNet, 34, 10),
+    **{f"{name}_cifar": functools.partial(cifar_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
     "ra_resnet50": RaResNet50,
-    **{name: partial(torchvision_classifier, name) for name in TORCHVISION},
+    **{name: functools.partial(torchvision_classifier, name) for name in TORCHVISION},
 }
 """model.arch -> constructor that takes num_classes."""
 
@@ -66,33 +65,42 @@ def build_network(model: Model, seed: int, image_size: int | None = None) -> Net
     is checked to take images of that size.
     Errors: ValueError for an image size that the network cannot take, or if the architecture needs one and it is None.
     """
+    if image_size is None and model.arch in BACKBONES_OF_ONE_SIZE:
+        raise ValueError(f"{model.arch} is built for images of one size; give image_size")
+    if image_size is not None:
+        check_size(model, image_size, image_size, "data.image_size")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if (sized := BACKBONES_OF_ONE_SIZE.get(model.arch)) is None:
-            backbone = BACKBONES[model.arch](model.num_classes)
-        elif image_size is None:
-            raise ValueError(f"{model.arch} is built for images of one size; give image_size")
-        else:
-            backbone = sized(model.num_classes, image_size)
-    if image_size is not None:
-        check_size(backbone, model.arch, image_size, "data.image_size")
+        backbone = _build_backbone(model.arch, model.num_classes, image_size)
     return Network(backbone, model.mean, model.std)
 
 
-def check_size(backbone: nn.Module, arch: str, image_size: int, key: str) -> None:
-    """Propagate the shape of one image through `backbone`; `key` is the recipe key that sets the size.
+def _build_backbone(arch: str, num_classes: int, image_size: int | None) -> nn.Module:
+    if arch in BACKBONES_OF_ONE_SIZE:
+        assert image_size is not None
+        return BACKBONES_OF_ONE_SIZE[arch](num_classes, image_size)
+    return BACKBONES[arch](num_classes)
 
+
+def check_size(model: Model, built_for: int, image_size: int, key: str) -> None:
+    """Check that the network of `model`, built for images of `built_for` pixels, takes images of `image_size` pixels.
+
+    `key` is the recipe key that sets the size.
     Errors: ValueError if a layer rejects it, which otherwise surfaces at the first training step.
     """
-    shapes = {name: tensor.to("meta") for name, tensor in backbone.state_dict().items()}
-    image = torch.empty(1, 3, image_size, image_size, device="meta")
-    backbone.eval()
-    try:
-        functional_call(backbone, shapes, image)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+    if (reason := _size_problem(model.arch, model.num_classes, built_for, image_size)) is not None:
         raise ValueError(
-            f"model.arch {arch} cannot take images of {key} {image_size} ({reason}); change one of them"
-        ) from None
-    finally:
-        backbone.train()
+            f"model.arch {model.arch} cannot take images of {key} {image_size} ({reason}); change one of them"
+        )
+
+
+@functools.cache
+def _size_problem(arch: str, num_classes: int, built_for: int, image_size: int) -> str | None:
+    """Why the network rejects such images, by the shapes alone; every stage asks, and it takes as long as a step."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        backbone = _build_backbone(arch, num_classes, built_for).eval().to("meta")
+        try:
+            backbone(torch.empty(1, 3, image_size, image_size, device="meta"))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            return " ".join(str(error).split())
+    return None

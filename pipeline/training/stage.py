@@ -133,7 +133,7 @@ class StageTrainer:
         context, stage, recipe, group = self._context, self._stage, self._context.recipe, self._context.group
         network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
         for key, growth in recipe.growing.items():
-            check_size(network.backbone, recipe.model.arch, growth.smallest, f"{key}.smallest")
+            check_size(recipe.model, recipe.data.image_size, growth.smallest, f"{key}.smallest")
         if step := group.broadcast(own.progress.step if own else 0):
             own = own or checkpoint.read_checkpoint(checkpoint.folder_of(self._folder, step))
             keep, allocation = stage.keep_fraction, recipe.sparsity.allocation
