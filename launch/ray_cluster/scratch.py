@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +49,26 @@ def new_scratch() -> tuple[Path, int]:
     lock(descriptor)
     os.rename(unlocked, folder / MARKER)  # so that no other start ever sees the marker without its lock
     return folder, descriptor
+
+
+def python_for_ray(scratch: Path) -> str:
+    """Path of this Python by which Ray can start workers: it puts the path into a shell's command line as it is.
+
+    If that would split the path, as spaces do, it leads through a link in `scratch` to the virtual environment. Errors:
+    ValueError if there is none.
+    """
+    if shlex.quote(sys.executable) == sys.executable:
+        return sys.executable
+    environment = Path(sys.prefix)
+    if sys.prefix == sys.base_prefix or not Path(sys.executable).is_relative_to(environment):
+        raise ValueError(
+            f"{sys.executable!r}: Ray cannot start a Python whose path has spaces or other special characters; use a "
+            "virtual environment, or move it"
+        )
+    link = scratch / "python"
+    if not link.exists():
+        link.symlink_to(environment)
+    return str(link / Path(sys.executable).relative_to(environment))
 
 
 def _is_abandoned(folder: Path) -> bool:

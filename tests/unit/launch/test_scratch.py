@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launch.ray_cluster.scratch import LONGEST, MARKER, PREFIX, RAY, new_scratch
+from launch.ray_cluster.scratch import LONGEST, MARKER, PREFIX, RAY, new_scratch, python_for_ray
+from tests.support.commands import ROOT
 
 RAY_SOCKET = f"/{RAY}/session_2026-11-22_22-45-25_123456_1234567/sockets/plasma_store.1"
 
@@ -66,6 +69,35 @@ def test_only_what_carries_the_marker_is_removed(short: Path) -> None:
     kept = [results / "lock", results / "model.pt", empty, piped, linking, link, file]
     kept += [foreign / MARKER, target / MARKER]
     assert [path for path in kept if not path.exists()] == []
+
+
+def test_ray_gets_a_python_without_spaces(short: Path) -> None:
+    environment, scratch = short / "my $environment", short / "scratch"
+    environment.symlink_to(sys.prefix)
+    scratch.mkdir()
+    code = (
+        "from pathlib import Path; from launch.ray_cluster.scratch import python_for_ray; "
+        f"print(python_for_ray(Path({str(scratch)!r})))"
+    )
+    python = environment / Path(sys.executable).relative_to(sys.prefix)
+    first = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert Path(first).is_relative_to(scratch)
+    code = (
+        "import sys; from importlib.util import find_spec; print(sys.executable); "
+        "print(find_spec('ray').origin, find_spec('launch').origin)"
+    )
+    done = subprocess.run([first, "-c", code], capture_output=True, text=True, check=True)
+    executable, packages = done.stdout.splitlines()
+    assert executable == first
+    assert packages.startswith(f"{scratch}/python/"), packages
+    assert packages.endswith(f" {ROOT}/launch/__init__.py")
+
+
+def test_a_python_that_ray_cannot_start_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/my python/bin/python3")
+    monkeypatch.setattr(sys, "base_prefix", sys.prefix)
+    with pytest.raises(ValueError, match=r"my python/bin/python3': Ray cannot start .* use a virtual environment"):
+        python_for_ray(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a-folder-per-job-" * 4, "a b"])
