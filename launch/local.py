@@ -1,38 +1,97 @@
-"""Runs on this machine, with a progress display."""
+"""Runs on this machine, with a progress display.
+
+The driver is a process of its own, `python -m launch.local`: it ends with its Ray cluster, and the command that waits
+for it starts the next one. The command imports neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import os
+import signal
+import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from launch.display import follow
+from launch.ray_cluster.environment import LOOPBACK, RAY_ENDED
+from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
+from launch.ray_cluster.scratch import python_for_ray
 from launch.run_folder import check_same_data
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.layout import RunFolder
+from pipeline.run.failures import append_to_log
+from pipeline.run.layout import RunFolder, is_done, progress_marks
 
 if TYPE_CHECKING:
     from pipeline.training.driver import Connect, RunRequest
 
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+"""Exit code of a driver that SIGINT or SIGTERM has ended."""
+
 
 def run_here(folder: Path, observer: str | None = None) -> int:
-    """Do the rest of the run on a Ray cluster of its own; returns the exit code."""
+    """Do the rest of the run on Ray clusters of its own, one after another if Ray dies; returns the exit code."""
     check_same_data(folder)
-    from launch.ray_cluster.connect import local_cluster  # imports torch and ray, which takes seconds
-    from pipeline.training.driver import RunFailed, RunRequest, stages_left
-
-    request = RunRequest(folder, observer=observer)
-    if not stages_left(request, load_recipe(RunFolder(folder).recipe)):
+    recipe = load_recipe(RunFolder(folder).recipe)
+    stages, limit = stages_of(recipe), recipe.workers.restarts_without_progress
+    if all(is_done(folder, stage) for stage in stages):
         print(f"{folder}: already finished; see: python -m launch report {folder}")
         return 0
-    try:
-        run_and_show(request, local_cluster)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+    names = [stage.name for stage in stages]
+    failures, marks = 0, progress_marks(folder, names)
+    while (code := _run_driver(folder, observer)) == RAY_ENDED:
+        append_to_log(folder, "restarts.log", "Ray's processes ended\n")
+        previous, marks = marks, progress_marks(folder, names)
+        failures = 0 if marks != previous else failures + 1
+        if failures > limit:
+            print(
+                f"error: {folder}: Ray's processes ended {failures} times in a row without a new checkpoint (is the "
+                f"machine out of memory?). See {folder}/logs/, then: python -m launch resume {folder}",
+                file=sys.stderr,
+            )
+            return 1
+        log.warning("%s: starting Ray again; restarting from the newest checkpoint", folder.name)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(
+            f"error: {folder}: its driver was ended by {name}; checkpoints are kept; continue with: "
+            f"python -m launch resume {folder}",
+            file=sys.stderr,
+        )
         return 1
-    return 0
+    return code
+
+
+def _run_driver(folder: Path, observer: str | None) -> int:
+    """One driver with its Ray cluster, from start to end; returns its exit code."""
+    reaper = Reaper()
+    try:
+        driver = subprocess.Popen(
+            [
+                *(python_for_ray(reaper.folder), "-m", "launch.local", str(folder), "--scratch", str(reaper.folder)),
+                *(("--observer", observer) if observer else ()),
+            ],
+            env={**os.environ, **LOOPBACK, CLUSTER_MARK: reaper.mark},
+            process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
+        )
+        try:
+            return driver.wait()
+        except KeyboardInterrupt:
+            driver.send_signal(signal.SIGINT)
+            driver.wait()
+            raise
+    finally:
+        reaper.close()
 
 
 def run_and_show(request: RunRequest, connect: Connect) -> None:
@@ -51,3 +110,39 @@ def run_and_show(request: RunRequest, connect: Connect) -> None:
     finally:
         stop.set()
         display.join(timeout=10)
+
+
+def _raise_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The driver; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.local")
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--scratch", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--observer", metavar="MODULE:FUNCTION")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_interrupt)
+    try:
+        from launch.ray_cluster.connect import local_cluster  # imports torch and ray, which takes seconds
+        from pipeline.training.driver import RunFailed, RunRequest
+
+        try:
+            request = RunRequest(options.run_folder, observer=options.observer)
+            run_and_show(request, partial(local_cluster, scratch=options.scratch))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,12 +10,19 @@ from pipeline.data.manifest import read_manifest
 from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, recipe_hash
 from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, sha256_of
+from pipeline.run.files import PRIVATE, atomic_write_json, atomic_write_text, read_json, sha256_of
 from pipeline.run.layout import RunFolder
 from pipeline.run.lease import refuse_if_held
 from pipeline.run.provenance import collect_provenance
 
 RUNS = Path("runs")
+
+
+def check_name(name: str | None) -> None:
+    """Errors: ValueError for a --name that is not a run's: it becomes part of paths and of sbatch files."""
+    if name is not None and not re.fullmatch(NAME, name):
+        shown = name if name.isprintable() else repr(name)
+        raise ValueError(f"--name {shown}: a run's name is 1 to 64 letters, digits, dots, dashes and underscores")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -52,8 +59,7 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
     Errors: ValueError naming what else differs; LeaseHeld while a process runs it, as its workers read recipe.yaml
     whenever they restart.
     """
-    if name is not None and not re.match(NAME, name):
-        raise ValueError(f"--name {name}: a run's name is 1 to 64 letters, digits, dots, dashes and underscores")
+    check_name(name)
     recipe = _with_absolute_paths(recipe)
     folder = RUNS / (name or recipe.name)
     path = RunFolder(folder).recipe
@@ -71,11 +77,15 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
 
 
 def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
-    """Create a run directory, or update the recipe of an existing one."""
+    """Create a run directory, or update the recipe of an existing one.
+
+    Recipe and provenance can be read by this user only: `slurm.setup` and the command may hold keys.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not RunFolder(folder).provenance.exists():
-        atomic_write_json(RunFolder(folder).provenance, collect_provenance(recipe, data_sha256))
-    atomic_write_text(RunFolder(folder).recipe, dump_recipe(recipe))
+        provenance = collect_provenance(recipe, data_sha256)
+        atomic_write_json(RunFolder(folder).provenance, provenance, PRIVATE)
+    atomic_write_text(RunFolder(folder).recipe, dump_recipe(recipe), PRIVATE)
 
 
 def check_data(recipe: Recipe) -> dict[str, str]:

@@ -11,12 +11,33 @@ which is `pipeline.models.load.load_network`; it is imported on first access, si
 
 from __future__ import annotations
 
+import os
+import pwd
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.models.load import load_network as load
 
 __all__ = ["load"]
+
+
+def _name_user() -> None:
+    """Set USER and HOME where neither the environment nor passwd has them, as for `docker run --user` and OpenShift.
+
+    torch, among others, asks for the user's name to name folders, and fails without one. Every process of ours comes
+    by here before it imports such a library.
+    """
+    if os.environ.get("HOME") and any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        return  # what getpass.getuser asks first; a look into passwd may need a network
+    uid = os.getuid()
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        os.environ["USER"] = os.environ.get("USER") or f"uid-{uid}"
+        os.environ["HOME"] = os.environ.get("HOME") or "/"  # as docker does
+
+
+_name_user()
 
 
 def __getattr__(name: str) -> Any:

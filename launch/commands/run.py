@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.layout import RunFolder
 
+JOB = re.compile(r"\d+([_+]\d+)?")
+"""A SLURM job's id; _ and + number the tasks of arrays and the parts of heterogeneous jobs."""
 RESUMABLE = "checkpoints are kept; continue with: python -m launch resume RUN"
 
 
@@ -67,13 +70,19 @@ def add_parser(subparsers: Any) -> None:
     cancel.set_defaults(handler=_cancel)
 
 
-def _refuse_after_without_slurm(arguments: argparse.Namespace, on: str) -> None:
-    if arguments.after is not None and on != "slurm":
-        raise ValueError(f"--after {arguments.after} is a SLURM job, and this run is not on SLURM: add --on slurm")
+def _check_after(after: str | None, on: str) -> None:
+    """Errors: ValueError if --after is no job's id, or if the run is not on SLURM."""
+    if after is None:
+        return
+    if not JOB.fullmatch(after):
+        raise ValueError(f"--after {after!r}: expected the id of a SLURM job, for example 4242 or 4242_1")
+    if on != "slurm":
+        raise ValueError(f"--after {after} is a SLURM job, and this run is not on SLURM: add --on slurm")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    _refuse_after_without_slurm(arguments, arguments.on)
+    _check_after(arguments.after, arguments.on)
+    run_folder.check_name(arguments.name)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.cluster)
     if arguments.dry_run:
         _print_plan(recipe, arguments)
@@ -110,10 +119,10 @@ def _submit(folder: Path, after: str | None) -> int:
 def _resume(arguments: argparse.Namespace) -> int:
     folder = run_folder.find_run(arguments.run)
     on = arguments.on or ("slurm" if submit.read_jobs(folder) else "local")
+    _check_after(arguments.after, on)
     if on == "slurm":
         run_folder.check_same_data(folder)
         return _submit(folder, arguments.after)
-    _refuse_after_without_slurm(arguments, on)
     return run_here(folder)
 
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
-from launch.ray_cluster.environment import OBJECT_STORE_BYTES, ray_environment, write_token
-from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
+from launch.ray_cluster.environment import OBJECT_STORE_BYTES, RAY_ENDED, ray_environment, write_token
+from launch.ray_cluster.scratch import RAY
 from pipeline.recipe.schema import Recipe
 from pipeline.training.driver import Cluster, RunFailed, uses_gpu
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.5
+"""How often a local driver looks whether Ray is alive."""
+VITAL = ("gcs_server", "raylet")
+"""Ray's names of the processes without which a cluster of one machine is dead."""
 
 
 @contextmanager
@@ -62,25 +72,35 @@ def _check_devices(recipe: Recipe) -> None:
 
 
 @contextmanager
-def local_cluster(recipe: Recipe) -> Iterator[Cluster]:
-    """A private Ray cluster on this machine, protected by a random token."""
+def local_cluster(recipe: Recipe, scratch: Path) -> Iterator[Cluster]:
+    """A private Ray cluster on this machine, protected by a random token in `scratch`, a reaper's folder.
+
+    The process ends with `RAY_ENDED` when Ray's raylet or GCS dies: what it does may then wait for ever, and Ray's own
+    code may end it at any time.
+    """
     _check_devices(recipe)
-    reaper = Reaper()
-    folder = reaper.folder
-    try:
-        write_token(folder / "token")
-        environment = ray_environment(folder / "token", folder, uses_gpu(recipe)) | {CLUSTER_MARK: reaper.mark}
-        with environment_set(environment):
-            connect_to_ray(
-                address="local",
-                num_cpus=recipe.workers.count * recipe.workers.threads,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(reaper.ray_folder),
-            )
-            try:
-                yield Cluster(recipe.workers.count, folder)
-            finally:
-                ray.shutdown()
-    finally:
-        reaper.close()
+    write_token(scratch / "token")
+    with environment_set(ray_environment(scratch / "token", scratch, uses_gpu(recipe))):
+        connect_to_ray(
+            address="local",
+            num_cpus=recipe.workers.count * recipe.workers.threads,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(scratch / RAY),
+        )
+        shut_down = threading.Event()
+        threading.Thread(target=_end_with_ray, args=(shut_down,), name="ray-watch", daemon=True).start()
+        try:
+            yield Cluster(recipe.workers.count, scratch)
+        finally:
+            shut_down.set()
+            ray.shutdown()
+
+
+def _end_with_ray(shut_down: threading.Event) -> None:
+    node: Any = ray_worker._global_node
+    while not shut_down.wait(WATCH_S):
+        dead = [kind for kind, _ in node.dead_processes() if kind in VITAL]
+        if dead and not shut_down.is_set():
+            log.warning("Ray's %s ended", " and ".join(dead))
+            os._exit(RAY_ENDED)

@@ -9,6 +9,12 @@ from pathlib import Path
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """Small: images come from FFCV and weights go through the run directory, not through Ray."""
 
+RAY_ENDED = 69
+"""Exit code of a local driver whose Ray cluster has died (EX_UNAVAILABLE)."""
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""For a cluster of one machine: Ray listens on 127.0.0.1 only, as it does by default on macOS. Set it before Ray is
+imported."""
+
 
 def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
     """Environment variables for the head, nodes and driver, inherited by the workers.

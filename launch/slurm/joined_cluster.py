@@ -37,7 +37,7 @@ def joined_cluster(recipe: Recipe, control: ControlFiles, generation: int, hosts
             raise NodesMissing(str(error)) from error
         try:
             _wait_for_nodes(hosts, recipe.slurm)
-            yield Cluster(workers, scratch)
+            yield Cluster(workers, scratch, len(hosts))
         finally:
             ray.shutdown()
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from launch.ray_cluster.environment import OBJECT_STORE_BYTES, ray_environment, write_token
 from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper, ignore_job_signals
+from launch.ray_cluster.scratch import python_for_ray
 from launch.slurm.control_files import ALIVE_EVERY_S, ControlFiles, JobFailed, count_start, start_of_job
 from launch.slurm.nodes import node_advice
 from pipeline.recipe.file import load_recipe
@@ -133,7 +134,8 @@ class _Task:
             **ray_environment(self.control.token, reaper.folder, gpu),
             CLUSTER_MARK: reaper.mark,
         }
-        return subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=ignore_job_signals)
+        python = python_for_ray(reaper.folder)
+        return subprocess.Popen([python, *command], env=environment, preexec_fn=ignore_job_signals)
 
     def _start_ray(self, reaper: Reaper, *where: str) -> subprocess.Popen[bytes]:
         workers = self.slurm.workers_of_a_node(self.recipe.workers.threads)

@@ -18,8 +18,13 @@ FAN = "sparsities"
 
 
 def sbatch_parameters(recipe: Recipe, run_folder: Path, job_name: str, dependency: str | None) -> dict[str, Any]:
-    """Parameters for submitit's SlurmExecutor, which have sbatch's names."""
+    """Parameters for submitit's SlurmExecutor, which have sbatch's names.
+
+    Errors: ValueError for a run directory whose path cannot stand in an sbatch file.
+    """
     slurm = section_of(recipe)
+    if not str(run_folder.resolve()).isprintable():
+        raise ValueError(f"{str(run_folder.resolve())!r} has a line break or another control character; rename it")
     low, high = slurm.nodes
     extra: dict[str, Any] = {
         "nodes": str(low) if low == high else f"{low}-{high}",
@@ -63,6 +68,8 @@ def _srun_arguments(slurm: Slurm) -> list[str]:
     # never allocates more nodes than tasks. srun does not inherit --cpus-per-task since SLURM 22.05. One dead task
     # ends the others.
     arguments = ["--ntasks-per-node=1", f"--cpus-per-task={slurm.cpus_per_task}", "--kill-on-bad-exit=1"]
+    # Sites set SBATCH_EXPORT=NONE, which SLURM passes on to srun: the task would have none of what setup exports.
+    arguments.append("--export=ALL")
     if slurm.container_image is not None:
         arguments.append(f"--container-image={slurm.container_image}")
         arguments += [f"--container-mounts={slurm.container_mounts}"] if slurm.container_mounts is not None else []

@@ -8,10 +8,12 @@ there maps jobs to stages.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from launch.slurm.sbatch import CLIENT_S, FAN, python_of, sbatch_parameters, sba
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
-from pipeline.run.files import atomic_write_json, read_json
+from pipeline.run.files import PRIVATE, atomic_write_json, read_json
 from pipeline.run.layout import RunFolder, is_done
 from pipeline.run.locks import exclusive
 
@@ -30,6 +32,8 @@ SUBMIT_S = 6 * CLIENT_S
 """How long to wait for another submission of the same run: squeue, and sbatch for three jobs."""
 TIMED_OUT = (124, 137)
 """Exit codes of timeout(1)."""
+SLURM_SETTINGS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_KEY")
+"""Variables that SLURM's commands need to find their cluster, and that no allocation sets by itself."""
 NO_LIMIT = 10**6
 """submitit bounds timeouts by number; here restarts are bounded by lack of progress."""
 
@@ -115,12 +119,12 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
     _require("srun")  # submitit requires it
     # On the class: submitit creates another executor to submit an array.
     submitit.SlurmExecutor._make_submission_command = _sbatch
-    executor = submitit.SlurmExecutor(
-        (run_folder / "jobs").resolve(), max_num_timeout=NO_LIMIT, python=python_of(recipe)
-    )
+    jobs_folder = (run_folder / "jobs").resolve()
+    executor = submitit.SlurmExecutor(jobs_folder, max_num_timeout=NO_LIMIT, python=python_of(recipe))
     executor.update_parameters(**sbatch_parameters(recipe, run_folder, name, dependency))
+    _make_private(jobs_folder)
     try:
-        with executor.batch():
+        with _own_environment(), executor.batch():
             jobs = [executor.submit(one) for one in work]
     except FailedJobError as error:
         if isinstance(cause := error.__cause__, subprocess.CalledProcessError) and cause.returncode in TIMED_OUT:
@@ -131,7 +135,31 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
         raise ValueError(
             f"SLURM refused the job: {str(error).strip().splitlines()[-1]}; fix the recipe's slurm.* keys"
         ) from None
+    finally:
+        _make_private(jobs_folder)
     return [job.job_id for job in jobs]
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Without what an allocation says about itself, which sbatch passes on, and which srun refuses beside ours.
+
+    What users and sites tell SLURM's commands stays.
+    """
+    import submitit
+
+    told = {name: os.environ[name] for name in os.environ if name in SLURM_SETTINGS or name.startswith("SBATCH_")}
+    with submitit.helpers.clean_env():
+        os.environ.update(told)
+        yield
+
+
+def _make_private(jobs_folder: Path) -> None:
+    """Keep other users out: sbatch files hold `slurm.setup`, which may export keys, and logs what it prints."""
+    jobs_folder.mkdir(mode=0o700, exist_ok=True)
+    jobs_folder.chmod(0o700)
+    for file in jobs_folder.iterdir():
+        file.chmod(PRIVATE)
 
 
 def _sbatch(self: Any, submission_file_path: Path) -> list[str]:

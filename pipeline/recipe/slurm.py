@@ -16,7 +16,7 @@ from pipeline.recipe.fields import Section
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:;|&()\[\]*@%+=/-][A-Za-z0-9_.,:;|&()\[\]*@%+=/#-]*$")]
 """A value of an sbatch option. A # begins a comment only at its start: Pyxis uses registry#image."""
 
-_TIME = re.compile(r"^(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>\d{2})(?::(?P<s>\d{2}))?$")
+_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>\d{2})(?::(?P<s>\d{2}))?")
 
 
 def _minutes(value: Any) -> int:
@@ -24,7 +24,7 @@ def _minutes(value: Any) -> int:
     text = str(value).strip()
     if text.isdigit():
         return int(text)
-    match = _TIME.match(text)
+    match = _TIME.fullmatch(text)
     if match is None or (match["d"] is None and match["s"] is None):
         raise ValueError("expected minutes, hours:minutes:seconds or days-hours:minutes, such as 12:00:00")
     days, hours, minutes, seconds = (int(match[key] or 0) for key in "dhms")
@@ -114,7 +114,7 @@ class Slurm(Section):
                 raise ValueError(f"options.{name} = {value!r}: it has its own key; use slurm.{key}={value}")
             if name in _RESERVED:
                 raise ValueError(f"options.{name} = {value!r}: the launcher sets this option; leave it out")
-            if not re.match(r"^[a-z][a-z-]*$", name):
+            if not re.fullmatch(r"[a-z][a-z-]*", name):
                 raise ValueError(f"options.{name} = {value!r}: write the long name of an sbatch option, without --")
         return self
 

@@ -38,7 +38,7 @@ from pipeline.run.progress import Progress
 log = logging.getLogger(__name__)
 
 CONTENT = ("model.safetensors", "train_state.safetensors", "progress.json")
-FOLDER = re.compile(r"step-(\d{10})$")
+FOLDER = re.compile(r"step-(\d{10})")
 MARGIN_BYTES = 1 << 20
 """Allowance for tensor names and shapes, progress, manifest and file system blocks."""
 WARNING_LEVEL = 3
@@ -69,7 +69,7 @@ def steps_on_disk(stage: Path) -> list[int]:
     """Steps of all checkpoint folders, complete or not, oldest first."""
     if not stage.is_dir():
         return []
-    return sorted(int(m.group(1)) for m in (FOLDER.match(p.name) for p in stage.iterdir()) if m)
+    return sorted(int(m.group(1)) for m in (FOLDER.fullmatch(p.name) for p in stage.iterdir()) if m)
 
 
 def _manifest(step: int, files: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any
 
 from pipeline.run.disk import TRANSIENT
 
+PRIVATE = 0o600
+"""Permissions of a file that may hold a key."""
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -57,8 +60,8 @@ def atomic_write_text(path: Path, text: str, mode: int = 0o644) -> None:
     fsync_folder(path.parent)
 
 
-def atomic_write_json(path: Path, value: Any) -> None:
-    atomic_write_text(path, json.dumps(value, indent=1) + "\n")
+def atomic_write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    atomic_write_text(path, json.dumps(value, indent=1) + "\n", mode)
 
 
 def read_json_if_there(path: Path) -> Any | None:

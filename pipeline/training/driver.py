@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
 from pipeline.recipe.file import load_recipe
@@ -29,6 +29,7 @@ from pipeline.run.failures import append_to_log, repeated_failure
 from pipeline.run.layout import RunFolder, is_done, progress_marks
 from pipeline.run.lease import Leases
 from pipeline.run.stop import StopRequested
+from pipeline.training.process_group import GroupConfig
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ class Cluster:
     workers: int
     """Number of workers to start on it."""
     scratch: Path
-    """A private folder for Ray Train's files."""
+    """A private folder on this machine for Ray Train's files."""
+    machines: int = 1
+    """On how many machines it is."""
 
 
 Connect = Callable[[Recipe], AbstractContextManager[Cluster]]
@@ -122,7 +125,11 @@ def _trainer(request: RunRequest, recipe: Recipe, token: str, cluster: Cluster, 
             "stop_file": str(request.stop_file) if request.stop_file else None,
             "observer": request.observer,
         },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(recipe.workers.hang_timeout_s)),
+        torch_config=GroupConfig(
+            backend="nccl" if gpu else "gloo",
+            timeout_s=int(recipe.workers.hang_timeout_s),
+            store=str(cluster.scratch / f"store-{attempt}") if cluster.machines == 1 else None,
+        ),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=gpu,

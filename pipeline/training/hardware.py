@@ -37,6 +37,14 @@ def _models(names: list[str]) -> str | None:
     return ", ".join(sorted(set(names))) or None
 
 
+def interface_of(address: str) -> str:
+    """Name of this machine's network interface with an IP address. Errors: ValueError if there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return name
+    raise ValueError(f"no network interface of {platform.node()} has the address {address}, by which Ray knows it")
+
+
 METRICS = ("processor_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")
 """Of a node: processor use since the previous row, memory use now. Of its workers' GPUs: share of the last second or
 less in which a kernel ran, and memory in use now by any process; both from the driver."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from pipeline.recipe.file import dump_yaml
 from pipeline.run.files import read_json
 from pipeline.run.layout import progress_marks
 from pipeline.run.lease import read_holder
-from tests.support.commands import Command, Finished, launch, wait_until
+from tests.support.commands import Command, Finished, launch, listening_addresses, wait_until
 from tests.support.small_recipe import small_values
 
 RUN_S = 400
@@ -46,12 +48,15 @@ def write_recipe(place: Path, data: Path) -> str:
 class Story:
     """One run's life: started, started again meanwhile, interrupted, resumed, terminated, resumed, run once more.
 
-    All in a folder that is not the project's, so that Ray's workers find it only because it is installed; the first
-    start is by the installed command.
+    All in a folder that is not the project's, so that Ray's workers find it only because it is installed. Its path has
+    a space. The first start is by the installed command, the second by a Python whose path has a space too.
     """
 
     place: Path
-    pid: int
+    family: list[int]
+    """Process ids of the first start."""
+    listens_at: set[str]
+    """Addresses at which any of them listens."""
     holder_pid: int
     started_again: Finished
     interrupted: Finished
@@ -74,7 +79,10 @@ def _modified(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def story(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    place = tmp_path_factory.mktemp("life")
+    place = tmp_path_factory.mktemp("life") / "a life"
+    place.mkdir()
+    (place / "an environment").symlink_to(sys.prefix)
+    python = place / "an environment" / Path(sys.executable).relative_to(sys.prefix)
     start = ("run", write_recipe(place, fashion_data), "--name", "life")
     run = place / "runs" / "life"
     first = Command(place, *start, module=None)
@@ -83,12 +91,14 @@ def story(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story
         holder = read_holder(run / "pretrain")
         started_again = launch(place, *start, deadline_s=RUN_S)
         wait_until(lambda: progress_marks(run, ["pretrain"])[0] > 0, RUN_S, "the first checkpoint")
+        family = first.process_tree()
+        listens_at = {address for process in family for address in listening_addresses(process)}
         first.signal(signal.SIGINT)
         interrupted = first.finish(RUN_S)
         step = progress_marks(run, ["pretrain"])[0]
     finally:
         first.kill()
-    second = Command(place, "resume", "life")
+    second = Command(place, "resume", "life", python=str(python))
     try:
         wait_until(
             lambda: progress_marks(run, ["keep-0.1/prune"])[0] > 0, RUN_S, "the first checkpoint of the next phase"
@@ -103,7 +113,8 @@ def story(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story
     assert holder is not None
     return Story(
         place=place,
-        pid=first.pid,
+        family=[process.pid for process in family],
+        listens_at=listens_at,
         holder_pid=holder.pid,
         started_again=started_again,
         interrupted=interrupted,
@@ -121,10 +132,17 @@ in_story = pytest.mark.timeout(4 * RUN_S)
 
 @in_story
 def test_a_second_start_is_refused_and_names_the_running_process(story: Story) -> None:
-    assert story.holder_pid == story.pid
+    assert story.holder_pid in story.family
     assert story.started_again.code == 2
-    assert f"is being written by pid {story.pid}" in story.started_again.err
+    assert f"is being written by pid {story.holder_pid}" in story.started_again.err
     assert "Traceback" not in story.started_again.err
+
+
+@in_story
+def test_no_process_of_a_run_can_be_reached_from_another_machine(story: Story) -> None:
+    """Nor by who finds an address of this one; what listens on loopback are Ray, which wants the token, and gloo."""
+    assert {address for address in story.listens_at if not ip_address(address).is_loopback} == set()
+    assert story.listens_at, "Ray listens"
 
 
 @in_story

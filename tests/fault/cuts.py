@@ -1,8 +1,8 @@
 """Interrupts a run at an exact place: an observer inside the workers, configured by a file in the run directory.
 
-`cut.json`: [[event, stage, step or null, "worker" | "run" | "exception"], ...]. Each fires once, after the one before
-it; "run" means the driver, with which its cluster dies, or the process that started the workers where there is no Ray.
-A worker and a run are killed; an exception is raised in a worker.
+`cut.json`: [[event, stage, step or null, victim], ...]. Each fires once, after the one before it. Victims that are
+killed: "worker"; "run", the driver, or the process that started the workers where there is no Ray; "command", which
+waits for the driver; "raylet" and "gcs_server". For "exception", one is raised in a worker.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pipeline.run.lease import read_holder
@@ -49,13 +50,20 @@ def cut(event: str, facts: dict[str, Any]) -> None:
     if (event, facts["stage"]) != (when, stage) or (step is not None and facts.get("step") != step):
         return
     # Checkpoints are written by rank 0, in a thread of its own.
-    if torch.distributed.get_rank() != (0 if victim == "run" else torch.distributed.get_world_size() - 1):
+    if torch.distributed.get_rank() != (0 if victim in ("run", "command") else torch.distributed.get_world_size() - 1):
         return
     (folder / f"cut-done-{done_cuts(folder)}").touch()
     if victim == "exception":
         raise Mishap("as the test asked for")
-    if victim == "run":
+    if victim != "worker":
         holder = read_holder(folder / facts["stage"])
         assert holder is not None
-        os.kill(holder.pid, signal.SIGKILL)
+        driver = psutil.Process(holder.pid)
+        if victim == "run":
+            driver.kill()
+        elif victim == "command":
+            os.kill(driver.ppid(), signal.SIGKILL)
+        else:
+            next(process for process in driver.children() if process.name() == victim).kill()
+            return
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from launch import run_folder
+from launch.slurm.control_files import ControlFiles
 from launch.slurm.report_job import REPORT
 from launch.slurm.sbatch import sbatch_parameters, sbatch_text
 from launch.slurm.submit import submit_run
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
-from tests.support.commands import launch
+from tests.support.commands import launch, wait_until
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.small_recipe import small_recipe
 
@@ -104,6 +105,25 @@ def test_what_is_printed_is_what_is_submitted(
     ]
     assert slurm.client("squeue", "-h", "-j", jobs[0].id, "-o", "%a|%q|%P").strip() == "tests|normal|low"
     assert "ExcNodeList=n2\n" in slurm.client("scontrol", "show", "job", jobs[0].id)
+
+
+def test_a_job_that_is_submitted_inside_an_allocation_starts(
+    slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun would refuse what that says of itself. Where a site sets SBATCH_EXPORT=NONE, a job has SLURM_EXPORT_ENV."""
+    section = {"mem": "1G", "setup": ["export SLURM_EXPORT_ENV=NONE", "export OF_SETUP=1"]}
+    folder = tmp_path / "runs" / "mine"
+    run_folder.write_run_folder(folder, small_recipe(tmp_path, slurm=section), {})
+    with monkeypatch.context() as allocation:
+        for name, value in {"JOB_ID": "1", "MEM_PER_CPU": "100", "GPUS_PER_NODE": "1", "NTASKS_PER_NODE": "3"}.items():
+            allocation.setenv(f"SLURM_{name}", value)
+        job = submit_run(folder)[0].id
+    started = ControlFiles.of(folder, job, "0").was_counted
+    waiting = ("PENDING", "RUNNING")
+    wait_until(lambda: started() or slurm.job_state(job) not in waiting, 60, "the start of the task")
+    assert started(), "\n".join(path.read_text() for path in (folder / "jobs").glob(f"{job}_*log.*"))
+    tasks = [process for process in slurm.processes() if "submitit.core._submit" in process.cmdline()]
+    assert "1" in [process.environ().get("OF_SETUP") for process in tasks if process.name().startswith("python")]
 
 
 def test_each_task_of_an_array_is_requeued_by_itself(slurm: SlurmCluster, tmp_path: Path) -> None:

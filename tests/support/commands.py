@@ -44,6 +44,14 @@ def processes_with(variables: Mapping[str, str | None]) -> list[psutil.Process]:
     return processes
 
 
+def listening_addresses(process: psutil.Process) -> set[str]:
+    """IP addresses at which a process accepts connections; none if it has ended."""
+    try:
+        return {one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    except psutil.NoSuchProcess:
+        return set()
+
+
 def wait_for_end(living: Callable[[], list[psutil.Process]], deadline_s: float) -> list[str]:
     """Wait until `living()` is empty; kills processes that remain at the deadline and returns their command lines."""
     try:
@@ -118,14 +126,16 @@ class Command:
     """`python -m MODULE ARGUMENTS` in the folder `place`, from its start to the end of its last descendant. If `module`
     is None, the installed command `hydra-pipeline ARGUMENTS`."""
 
-    def __init__(self, place: Path, *arguments: str, module: str | None = "launch") -> None:
+    def __init__(
+        self, place: Path, *arguments: str, module: str | None = "launch", python: str = sys.executable
+    ) -> None:
         self._value = secrets.token_hex(8)
         self._start = time.time()
         self._streams = [place / f".{self._value}.{name}" for name in ("out", "err")]
         require_installed()
         environment = {**os.environ, MARK: self._value}
         environment.pop("PYTHONPATH", None)  # the command must find the project because it is installed
-        program = [str(INSTALLED)] if module is None else [sys.executable, "-m", module]
+        program = [str(INSTALLED)] if module is None else [python, "-m", module]
         with self._streams[0].open("w") as out, self._streams[1].open("w") as err:
             self.process = subprocess.Popen(
                 [*program, *arguments],

@@ -8,6 +8,7 @@ its final name is always complete, whenever the machine stops.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -146,12 +147,14 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     another process is writing `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    remove_temporary(temporary)
+    ours = re.compile(re.escape(path.name) + r"\.\d+\.tmp")
+    if temporary.exists():  # of a process that has died, or of one in another container, where it has the same pid
+        _remove_unless_locked(temporary, path)
     with temporary.open("xb") as stream:
         try:
             lock(stream)
-            for other in sorted(path.parent.glob(f"{path.name}.*.tmp")):
-                if other != temporary:
+            for other in sorted(path.parent.iterdir()):
+                if other != temporary and ours.fullmatch(other.name):
                     _remove_unless_locked(other, path)
             yield temporary
         finally:

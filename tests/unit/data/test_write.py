@@ -346,7 +346,13 @@ def test_a_crash_while_renaming_leaves_all_or_nothing(
 def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_refuse(tmp_path: Path) -> None:
     path = tmp_path / "a.beton"
     dead = build_file(tmp_path / "a.beton.1.tmp")
+    notes = tmp_path / "a.beton.notes.tmp"
+    notes.touch()
     with temporary_beside(path) as temporary:
+        assert notes.exists(), "it is not named by a process, so it is not ours"
+        with pytest.raises(DataError, match="being written by another process"), temporary_beside(path):
+            pass  # as in another container, where a process has the same pid
+        assert temporary.exists()
         assert not dead.exists()
         assert not manifest_path(dead).exists()
         other = temporary.rename(tmp_path / "a.beton.2.tmp")
@@ -354,7 +360,7 @@ def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_refuse
             pass
         assert other.exists()
         other.unlink()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [notes]
 
 
 def test_a_file_without_manifest_is_not_replaced(small_tree: Path, tmp_path: Path) -> None:

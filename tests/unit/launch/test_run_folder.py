@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def test_a_new_run_holds_its_recipe_and_provenance() -> None:
     assert folder == Path("runs/fashion_mnist")
     written = load_recipe(folder / "recipe.yaml")
     assert written.seed == 3
+    modes = [stat.S_IMODE((folder / file).stat().st_mode) for file in ("recipe.yaml", "provenance.json")]
+    assert modes == [0o600, 0o600], "slurm.setup and the command may hold keys"
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["recipe_sha256"] == recipe_hash(written)
     assert set(provenance_module.VERSIONS_OF) == set(provenance["versions"])
@@ -115,9 +118,9 @@ def test_a_folder_of_something_else_is_refused() -> None:
         run_folder.open_or_create(recipe_with(), "other", NO_DATA)
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "/tmp/x"])
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "/tmp/x", "a\n", "a\nb"])
 def test_names_that_are_no_folder_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--name {re.escape(name)}: "):
+    with pytest.raises(ValueError, match=re.escape(f"--name {name if name.isprintable() else repr(name)}: ")):
         run_folder.open_or_create(recipe_with(), name, NO_DATA)
     assert not Path("runs").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from launch import run_folder
+from launch.__main__ import main
 from launch.slurm import report_job, sbatch, submit
 from launch.slurm.control_files import ControlFiles, JobFailed
 from launch.slurm.report_job import REPORT, Report
 from pipeline.run.locks import exclusive
-from tests.support.commands import require_installed
+from tests.support.commands import ROOT, require_installed
 from tests.support.small_recipe import small_recipe
 
 SECTION = {"cpus_per_task": 1, "time": 30, "signal_s": 30}
@@ -65,6 +67,50 @@ def test_what_is_submitted_is_tiny_and_needs_no_torch(programs: Programs, run: P
     place = programs.place  # a job begins where it was submitted, which is not the project's folder
     done = subprocess.run([sys.executable, "-c", LOAD, *pickles], cwd=place, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:-1] == [*["JobPayload"] * (len(jobs) - 1), "Report", "[]"]
+
+
+def test_what_an_allocation_says_of_itself_does_not_reach_the_job(
+    programs: Programs, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun refuses SLURM_MEM_PER_CPU beside --mem, for one; what sites and users tell SLURM's commands stays."""
+    place = programs.place
+    programs.put("sbatch", f"env > {place}/environment; echo x >> {place}/count; echo Submitted batch job 1")
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURM_GPUS_PER_NODE": "8"}
+    allocation |= {"SLURM_EXPORT_ENV": "NONE"}
+    settings = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "us", "SBATCH_EXPORT": "NONE", "MINE": "1"}
+    for name, value in (allocation | settings).items():
+        monkeypatch.setenv(name, value)
+    submit.submit_run(run)
+    there = dict(line.split("=", 1) for line in (place / "environment").read_text().splitlines() if "=" in line)
+    assert there.keys() & allocation.keys() == set()
+    assert settings.items() <= there.items()
+    assert [os.environ[name] for name in allocation] == [*allocation.values()]
+    arguments = sbatch.sbatch_parameters(small_recipe(run, slurm=SECTION), run, "x", None)["srun_args"]
+    assert "--export=ALL" in arguments
+
+
+def test_other_users_cannot_read_what_is_submitted(programs: Programs, run: Path) -> None:
+    jobs = run / "jobs"
+    jobs.mkdir(mode=0o755)
+    submit.submit_run(run)
+    assert stat.S_IMODE(jobs.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in jobs.iterdir()} == {0o600}
+    assert any("slurm" in file.read_text() for file in jobs.glob("*.sh"))
+
+
+def test_a_folder_with_a_line_break_cannot_be_submitted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\\nb' has a line break"):
+        sbatch.sbatch_text(small_recipe(tmp_path, slurm=SECTION), tmp_path / "a\nb", "pretrain")
+
+
+@pytest.mark.parametrize("command", [["run", "recipes/fashion_mnist.yaml"], ["resume", "mine"]])
+@pytest.mark.parametrize("after", ["1\n2", "1\n", "", "x", "1 --wrap=id", "1:2"])
+def test_what_is_no_job_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], after: str
+) -> None:
+    monkeypatch.chdir(run.parents[1] if command[0] == "resume" else ROOT)
+    assert main([*command, "--on", "slurm", "--after", after]) == 2
+    assert f"--after {after!r}: expected the id of a SLURM job" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("silent", ["pretrain", submit.FAN])
