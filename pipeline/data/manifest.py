@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.run.disk import TRANSIENT
 from pipeline.run.files import read_json
 
 FORMAT_VERSION = 2
@@ -49,6 +51,8 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = [(2, b"image"), (1, b"label")]
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 MODE_JPEG, MODE_RAW = 0, 1
+LARGEST_RESOLUTION = 1600
+"""Longest side of a stored image: it must fit into one 8 MiB page of the file, even uncompressed."""
 
 REWRITE = "write it again with `python -m launch data write ... --force`"
 
@@ -154,8 +158,20 @@ def manifest_path(path: str | Path) -> Path:
     return path.with_name(path.name + MANIFEST_SUFFIX)
 
 
+@contextmanager
+def _naming_faults(path: Path) -> Iterator[None]:
+    """DataError for a file that may not be read; errors that may pass stay an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def _read_array(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[np.void]:
-    array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    with _naming_faults(path):
+        array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
     if len(array) != count:
         raise DataError(f"{path} is truncated: expected {count} rows at byte {offset}, got {len(array)}; {REWRITE}")
     return array
@@ -167,9 +183,7 @@ def check_structure(path: str | Path) -> Structure:
     Errors: DataError naming the file and the fix. Altered bytes inside pages or metadata are not detected.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; create it with `python -m launch data write`")
-    file_size = path.stat().st_size
+    file_size = _file_size(path)
     if file_size < METADATA_START:
         raise DataError(f"{path} has {file_size} bytes, too few for an FFCV file; {REWRITE}")
     header = _read_array(path, HEADER, 1, 0)[0]
@@ -196,10 +210,23 @@ def check_structure(path: str | Path) -> Structure:
     return Structure(num_samples, int(header["page_size"]), alloc_table_ptr, file_size)
 
 
+def _file_size(path: Path) -> int:
+    """Bytes of a regular file. Errors: DataError."""
+    with _naming_faults(path):
+        if not path.exists():
+            raise DataError(f"{path} does not exist; create it with `python -m launch data write`")
+        if path.is_dir():
+            files = ", ".join(sorted(file.name for file in path.glob("*.beton"))) or "which `data write` makes"
+            raise DataError(f"{path} is a folder; name a data file in it: {files}")
+        if not path.is_file():
+            raise DataError(f"{path} is not a regular file")
+        return path.stat().st_size
+
+
 def index_sha256(path: str | Path, structure: Structure) -> str:
     """Hash of header, field descriptors, metadata and allocation table (72 MB for ImageNet)."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
+    with _naming_faults(Path(path)), Path(path).open("rb") as stream:
         digest.update(stream.read(METADATA_START + SAMPLE.itemsize * structure.num_samples))
         stream.seek(structure.alloc_table_ptr)
         digest.update(stream.read(ALLOCATION.itemsize * structure.num_samples))
@@ -233,7 +260,8 @@ def read_manifest(path: str | Path) -> Manifest:
 def open_checked(path: str | Path) -> Manifest:
     """The manifest of a file that is complete and matches it; cheap enough for every start.
 
-    Errors: DataError for a file that is missing, unfinished, truncated, foreign, or whose index was altered.
+    Errors: DataError for a file that is missing, unreadable, unfinished, truncated, foreign, or whose index was altered
+    or does not fit the manifest.
     """
     structure = check_structure(path)
     manifest = read_manifest(path)
@@ -243,11 +271,26 @@ def open_checked(path: str | Path) -> Manifest:
             raise DataError(f"{path} has {name} {actual}, but its manifest says {expected}; {REWRITE}")
     if index_sha256(path, structure) != manifest.index_sha256:
         raise DataError(f"{path} is damaged: labels or allocation table differ from its manifest; {REWRITE}")
+    _check_samples_fit(Path(path), read_index(path, structure).samples, manifest)
     return manifest
 
 
-def page_hashes(path: str | Path) -> Iterator[tuple[bytes, str]]:
-    """Yield (bytes, BLAKE2b-128) of every 8 MiB of a file, in order."""
-    with Path(path).open("rb") as stream:
-        while page := stream.read(HASH_PAGE_BYTES):
-            yield page, hashlib.blake2b(page, digest_size=16).hexdigest()
+def _check_samples_fit(path: Path, samples: NDArray[np.void], manifest: Manifest) -> None:
+    """Refuse labels that are no class and sizes that no writer stores: a hash that fits does not make them right."""
+    labels = samples["label"]
+    outside = np.flatnonzero((labels < 0) | (labels >= manifest.num_classes))
+    if len(outside):
+        first = int(outside[0])
+        classes = f"the {manifest.num_classes} classes"
+        raise DataError(f"{path}: label {labels[first]} of image {first} is not one of {classes}; {REWRITE}")
+    if np.bincount(labels, minlength=manifest.num_classes).tolist() != manifest.label_histogram:
+        raise DataError(f"{path}: its labels are not those that its manifest counts; {REWRITE}")
+    sides = np.stack([samples["height"], samples["width"]])
+    largest = min(manifest.max_resolution, LARGEST_RESOLUTION)
+    wrong = np.flatnonzero((sides < 1).any(axis=0) | (sides > largest).any(axis=0))
+    if len(wrong):
+        first = int(wrong[0])
+        raise DataError(
+            f"{path}: image {first} is {sides[0, first]} x {sides[1, first]} pixels, and its sides must be 1 to "
+            f"{largest}; {REWRITE}"
+        )

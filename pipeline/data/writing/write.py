@@ -13,16 +13,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.manifest import DataError, Manifest, manifest_path, open_checked
+from pipeline.data.manifest import LARGEST_RESOLUTION, DataError, Manifest, manifest_path, open_checked
 from pipeline.data.sources.registry import open_source
 from pipeline.data.sources.source import SPLITS, Source
 from pipeline.data.writing.process import SplitJob, WriteJob, remove_temporary, run_writer
 from pipeline.data.writing.verify import available_cores
 from pipeline.run.files import fsync_folder
 from pipeline.run.locks import lock, try_lock
-
-LARGEST_RESOLUTION = 1600
-"""An image must fit into one 8 MiB page of the file, even uncompressed."""
 
 
 @dataclass(frozen=True)
