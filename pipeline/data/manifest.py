@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.run.disk import TRANSIENT
 from pipeline.run.files import read_json
@@ -30,13 +31,10 @@ HASH_PAGE_BYTES = 8 << 20
 MANIFEST_SUFFIX = ".manifest.json"
 
 HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ]
+    {
+        "names": ["version", "num_fields", "page_size", "num_samples", "alloc_table_ptr"],
+        "formats": ["<u2", "<u2", "<u4", "<u8", "<u8"],
+    }
 )
 FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
 SAMPLE = np.dtype(
@@ -89,6 +87,11 @@ class Skipped(BaseModel):
     reason: str
 
 
+def _encodable(names: list[str]) -> list[str]:
+    """Names of folders as text: bytes that are not UTF-8, which earlier versions wrote as surrogates, become \\xe9."""
+    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in names]
+
+
 class Manifest(BaseModel):
     """An FFCV file's content and source, and hashes that detect any change."""
 
@@ -105,7 +108,7 @@ class Manifest(BaseModel):
     """How many of the samples, the last ones, are extra training images with pseudo-labels."""
     extra_source: str | None = None
     num_classes: int
-    class_names: list[str]
+    class_names: Annotated[list[str], AfterValidator(_encodable)]
     """By label."""
     chosen_from: list[str] | None = None
     """All classes of the data set, by their original labels, if `class_names` is a subset of them."""
@@ -117,6 +120,13 @@ class Manifest(BaseModel):
     skipped: list[Skipped]
     converted: dict[str, int]
     """Number of source images that were not plain RGB, by kind, for example {'grey': 7, 'cmyk': 2}."""
+    passed_over: dict[str, int] = {}
+    """Number of files and folders of a tree that were not read, by extension or name."""
+    background: str | None = None
+    """#rrggbb behind transparent pixels; None: each has the colour that was stored for it."""
+    exif_rotate: bool = False
+    val_fraction: str | None = None
+    """Share of every class's images in the test set, if the source was not split."""
     file_size: int
     sha256: str
     """Of the whole file; differs between rebuilds, as workers write pages in any order."""
@@ -211,13 +221,11 @@ def check_structure(path: str | Path) -> Structure:
 
 
 def _file_size(path: Path) -> int:
-    """Bytes of a regular file. Errors: DataError."""
     with _naming_faults(path):
         if not path.exists():
             raise DataError(f"{path} does not exist; create it with `python -m launch data write`")
         if path.is_dir():
-            files = ", ".join(sorted(file.name for file in path.glob("*.beton"))) or "which `data write` makes"
-            raise DataError(f"{path} is a folder; name a data file in it: {files}")
+            raise DataError(f"{path} is a folder; name a data file, such as {path / 'train.beton'}")
         if not path.is_file():
             raise DataError(f"{path} is not a regular file")
         return path.stat().st_size
@@ -280,17 +288,13 @@ def _check_samples_fit(path: Path, samples: NDArray[np.void], manifest: Manifest
     labels = samples["label"]
     outside = np.flatnonzero((labels < 0) | (labels >= manifest.num_classes))
     if len(outside):
-        first = int(outside[0])
-        classes = f"the {manifest.num_classes} classes"
-        raise DataError(f"{path}: label {labels[first]} of image {first} is not one of {classes}; {REWRITE}")
+        first, of = outside[0], f"the {manifest.num_classes} classes"
+        raise DataError(f"{path}: label {labels[first]} of image {first} is not one of {of}; {REWRITE}")
     if np.bincount(labels, minlength=manifest.num_classes).tolist() != manifest.label_histogram:
         raise DataError(f"{path}: its labels are not those that its manifest counts; {REWRITE}")
     sides = np.stack([samples["height"], samples["width"]])
     largest = min(manifest.max_resolution, LARGEST_RESOLUTION)
     wrong = np.flatnonzero((sides < 1).any(axis=0) | (sides > largest).any(axis=0))
     if len(wrong):
-        first = int(wrong[0])
-        raise DataError(
-            f"{path}: image {first} is {sides[0, first]} x {sides[1, first]} pixels, and its sides must be 1 to "
-            f"{largest}; {REWRITE}"
-        )
+        height, width = sides[:, wrong[0]]
+        raise DataError(f"{path}: image {wrong[0]} is {height} x {width}, its sides must be 1 to {largest}; {REWRITE}")

@@ -134,7 +134,7 @@ def list_sha256(names: Iterable[str]) -> str:
 
 
 def _read_list(path: Path) -> list[str]:
-    read = functools.partial(Path.read_text, encoding="utf-8")
+    read = functools.partial(Path.read_text, encoding="utf-8-sig")
     try:
         (text,) = map_in_threads(read, [path], threads=1, deadline_s=FILE_DEADLINE_S)
     except (OSError, UnicodeDecodeError) as error:

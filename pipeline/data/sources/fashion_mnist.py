@@ -105,5 +105,5 @@ def fashion_mnist(folder: Path, split: str) -> Source:
         labels=labels.astype(np.int64),
         names=[f"{image_file}[{i}]" for i in range(len(images))],
         sha256=digest.hexdigest(),
-        read=lambda i: (np.repeat(images[i][:, :, None], 3, axis=2), "grey"),
+        read=lambda i: (np.repeat(images[i][:, :, None], 3, axis=2), ("grey",)),
     )

@@ -35,8 +35,8 @@ class Source:
     """Image i's name in messages: its path below `location`, or its index in a file of many images."""
     sha256: str
     """Over the names and sizes of the source files, or their content, and over chosen classes and extra images."""
-    read: Callable[[int], tuple[NDArray[np.uint8], str]]
-    """Image i as (pixels uint8 [height, width, 3], kind). Errors: those of `decode.read_image`."""
+    read: Callable[[int], tuple[NDArray[np.uint8], tuple[str, ...]]]
+    """Image i as (pixels uint8 [height, width, 3], kinds), see `decode.decode_rgb`. Errors: those of `read_image`."""
     authors_md5: dict[str, bool] = field(default_factory=dict)
     """Source file -> whether its MD5 is the one its authors published; omits files without a published MD5."""
     chosen_from: tuple[str, ...] | None = None
@@ -44,6 +44,8 @@ class Source:
     num_extra: int = 0
     """How many of the images, the last ones, are extra ones and not the data set's own."""
     extra_location: str | None = None
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Number of files and folders of a tree that are not read, by kind: '.heic', '@eaDir/', 'hidden files'."""
 
 
 def listing_sha256(entries: Iterable[tuple[str, int]]) -> str:

@@ -16,6 +16,9 @@ from pipeline.data.writing.verify import CHUNK, ProgressCallback, available_core
 RAW_LIMIT = 64
 """Images of up to 64 x 64 pixels are stored raw, bit-exact; JPEG would cost accuracy there and save little."""
 
+_Outcome = tuple[str, tuple[str, ...], tuple[int, int]]
+"""What became of an image ('kept', 'broken', 'unreadable'), its kinds or the reason, its stored height and width."""
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -48,30 +51,30 @@ def scan_source(source: Source, max_resolution: int, progress: ProgressCallback)
     """Decode all images of `source` in parallel."""
     count = len(source.names)
 
-    def scan_chunk(start: int) -> list[tuple[str, str, tuple[int, int]]]:
-        outcomes = []
+    def scan_chunk(start: int) -> list[_Outcome]:
+        outcomes: list[_Outcome] = []
         for i in range(start, min(start + CHUNK, count)):
             try:
-                pixels, kind = source.read(i)
+                pixels, kinds = source.read(i)
             except BrokenImage as error:
-                outcomes.append(("broken", str(error), (0, 0)))
+                outcomes.append(("broken", (str(error),), (0, 0)))
             except OSError as error:
-                outcomes.append(("unreadable", error.strerror or str(error), (0, 0)))
+                outcomes.append(("unreadable", (error.strerror or str(error),), (0, 0)))
             else:
-                outcomes.append(("kept", kind, fitted_size(pixels.shape[0], pixels.shape[1], max_resolution)))
+                outcomes.append(("kept", kinds, fitted_size(pixels.shape[0], pixels.shape[1], max_resolution)))
         return outcomes
 
-    outcomes: list[tuple[str, str, tuple[int, int]]] = []
+    outcomes: list[_Outcome] = []
     progress("scan", 0, count)
     with thread_pool(available_cores()) as pool:
         for chunk in pool.map(scan_chunk, range(0, count, CHUNK)):
             outcomes.extend(chunk)
             progress("scan", len(outcomes), count)
     kept = [i for i, outcome in enumerate(outcomes) if outcome[0] == "kept"]
-    kinds = Counter(outcomes[i][1] for i in kept if outcomes[i][1] != "rgb")
+    kinds = Counter(kind for i in kept for kind in outcomes[i][1])
 
     def names_and_reasons(category: str) -> list[tuple[str, str]]:
-        return [(source.names[i], outcome[1]) for i, outcome in enumerate(outcomes) if outcome[0] == category]
+        return [(source.names[i], outcome[1][0]) for i, outcome in enumerate(outcomes) if outcome[0] == category]
 
     return Scan(
         kept=np.array(kept, np.int64),

@@ -93,6 +93,13 @@ def test_identity_is_of_names_contents_and_preprocessing(folder: Path, tmp_path:
     assert changed["image_list_sha256"] == usual["image_list_sha256"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_name(folder: Path, tmp_path: Path) -> None:
+    names = names_of(folder)
+    marked = write_list(tmp_path / "marked.txt", names)
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    assert ListedImages(folder, marked, CLASSES, threads=1).names == names
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
