@@ -15,6 +15,10 @@ from pipeline.data.writing.verify import CHUNK, ProgressCallback, available_core
 
 RAW_LIMIT = 64
 """Images of up to 64 x 64 pixels are stored raw, bit-exact; JPEG would cost accuracy there and save little."""
+SMALL_PAGE, LARGE_PAGE = 2 << 20, 8 << 20
+"""The smallest page that FFCV writes, and its usual one, in bytes."""
+SMALL_FILE = 64 << 20
+"""Images of fewer bytes are stored in small pages."""
 
 _Outcome = tuple[str, tuple[str, ...], tuple[int, int]]
 """What became of an image ('kept', 'broken', 'unreadable'), its kinds or the reason, its stored height and width."""
@@ -39,12 +43,23 @@ class Scan:
         """'raw' if every image is small, else 'jpg'."""
         return "raw" if self.sizes.max() <= RAW_LIMIT else "jpg"
 
-    def estimated_bytes(self, jpeg_quality: int) -> int:
-        """A generous estimate of the file's size; ImageNet takes 0.27 bytes per pixel at quality 90, and 0.73 at 100
-        (FFCV's table of file sizes)."""
+    def image_bytes(self, jpeg_quality: int) -> int:
+        """A generous estimate of what the images take; ImageNet takes 0.27 bytes per pixel at quality 90, and 0.73 at
+        100 (FFCV's table of file sizes)."""
         pixels = int(self.sizes.prod(axis=1).sum())
-        per_pixel = 3.0 if self.image_mode == "raw" else 0.35 if jpeg_quality <= 90 else 0.9
-        return int(pixels * per_pixel) + 48 * len(self.kept) + (8 << 20)
+        return int(pixels * (3.0 if self.image_mode == "raw" else 0.35 if jpeg_quality <= 90 else 0.9))
+
+    def estimated_bytes(self, jpeg_quality: int) -> int:
+        """A generous estimate of the file's size."""
+        return self.image_bytes(jpeg_quality) + 48 * len(self.kept) + LARGE_PAGE
+
+    def page_size(self, jpeg_quality: int) -> int:
+        """Bytes of a page of the FFCV file: the index and every worker take at least one, so few images get small ones.
+
+        A page must hold any image, a JPEG also if it is larger than its pixels.
+        """
+        largest = 4 * int(self.sizes.prod(axis=1).max())
+        return SMALL_PAGE if largest <= SMALL_PAGE and self.image_bytes(jpeg_quality) < SMALL_FILE else LARGE_PAGE
 
 
 def scan_source(source: Source, max_resolution: int, progress: ProgressCallback) -> Scan:

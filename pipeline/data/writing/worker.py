@@ -150,14 +150,15 @@ def write_ffcv(path: Path, source: Source, scan: Scan, job: WriteJob, reporter: 
         "image": RGBImageField(write_mode=scan.image_mode, jpeg_quality=job.jpeg_quality),
         "label": IntField(),
     }
-    workers = min(job.workers, count)
+    page_size = scan.page_size(job.jpeg_quality)
+    workers = max(1, min(job.workers, count, scan.image_bytes(job.jpeg_quality) // page_size))  # each fills pages
 
     def check_workers() -> None:
         raise_if_worker_died()
         reporter.progress("write", dataset.done, count)
 
     reporter.set_check(check_workers)
-    DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(
+    DatasetWriter(str(path), fields, page_size, workers).from_indexed_dataset(
         dataset, chunksize=max(1, min(FFCV_CHUNK, count // (4 * workers)))
     )
     reporter.set_check(None)

@@ -87,7 +87,7 @@ def write_manifest(path: Path) -> None:
         class_names=["cat", "dog"],
         label_histogram=[3, 3],
         image_mode="jpg",
-        max_resolution=500,
+        max_resolution=1600,
         jpeg_quality=90,
         skipped=[],
         converted={},
@@ -257,7 +257,7 @@ def restamp(path: Path) -> None:
         ("label", 7, "label 7 of image 2 is not one of the 2 classes"),
         ("label", -1, "label -1 of image 2 is not one of the 2 classes"),
         ("label", 1, "its labels are not those that its manifest counts"),
-        ("height", 65535, "image 2 is 65535 x 12, its sides must be 1 to 500"),
+        ("height", 65535, "image 2 is 65535 x 12, its sides must be 1 to 1600"),
         ("width", 0, "image 2 is 10 x 0, "),
     ],
 )

@@ -17,6 +17,7 @@ import torchvision.datasets as tv
 
 from pipeline.data.manifest import DataError
 from pipeline.data.sources import decode, fashion_mnist
+from pipeline.data.sources import source as source_module
 from pipeline.data.sources.decode import Rendering
 from pipeline.data.sources.fashion_mnist import read_idx
 from pipeline.data.sources.image_folder import FolderOptions
@@ -255,6 +256,20 @@ def test_missing_and_damaged_idx_files(tmp_path: Path) -> None:
     gz_file.write_bytes(gz_file.read_bytes()[:-100])
     with pytest.raises(DataError, match="cannot be read"):
         read_idx(tmp_path / "idx", "t10k-images-idx3-ubyte", 3)
+
+
+def test_a_gz_file_that_would_fill_the_memory_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_idx_files(tmp_path / "idx")
+    images = tmp_path / "idx" / "t10k-images-idx3-ubyte.gz"
+    monkeypatch.setattr(source_module, "MOST_UNCOMPRESSED_BYTES", 5 << 20)
+    images.write_bytes(gzip.compress(bytes(5 << 20)))
+    with pytest.raises(DataError, match="is not an idx file"):
+        read_idx(tmp_path / "idx", "t10k-images-idx3-ubyte", 3)
+    images.write_bytes(gzip.compress(bytes((5 << 20) + 1)))
+    with pytest.raises(DataError, match=r"idx3-ubyte\.gz holds more than 5 MiB; is it the authors' file"):
+        read_idx(tmp_path / "idx", "t10k-images-idx3-ubyte", 3)
+    with pytest.raises(DataError, match="holds more than 5 MiB"):
+        source_module.open_tar_gz(images)
 
 
 def test_failed_download_names_both_alternatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

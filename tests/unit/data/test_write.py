@@ -34,6 +34,7 @@ from pipeline.data.sources.fashion_mnist import DEBIAN_FASHION_MNIST, read_idx
 from pipeline.data.sources.registry import open_source
 from pipeline.data.writing import write as write_module
 from pipeline.data.writing.process import WriteError
+from pipeline.data.writing.scan import Scan
 from pipeline.data.writing.worker import check_free_space
 from pipeline.data.writing.write import WriteOptions, commit_file, temporary_beside, write_dataset
 from tests.support.commands import ROOT
@@ -270,13 +271,13 @@ def test_a_stuck_and_stopped_writer_is_terminated(small_tree: Path, tmp_path: Pa
 FULL_DISK = """
 import resource, sys
 from tests.unit.data.test_write import launch_data
-resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 sys.exit(launch_data("write", "image_folder", "--source", sys.argv[1], "--out", sys.argv[2], "--workers", "2"))
 """
 
 
 def test_full_disk(small_tree: Path, tmp_path: Path) -> None:
-    """A file may not grow beyond 9 MB; the first page ends at 16 MiB."""
+    """A file may not grow beyond 3 MB; the first page ends at 4 MiB."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", FULL_DISK, str(small_tree), str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -284,6 +285,29 @@ def test_full_disk(small_tree: Path, tmp_path: Path) -> None:
     assert "File too large" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(out.iterdir()) == []
+
+
+def test_few_images_make_a_small_file(small_tree: Path, tmp_path: Path) -> None:
+    """FFCV's page is 8 MiB, and every worker fills one."""
+    train, test = write_dataset("image_folder", small_tree, tmp_path / "out", WriteOptions(8), False, check_progress)
+    assert [check_structure(file.path).page_size for file in (train, test)] == [2 << 20, 2 << 20]
+    assert max(file.manifest.file_size for file in (train, test)) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "quality", "page"),
+    [
+        (10, 32, 90, 2 << 20),
+        (20_000, 32, 90, 2 << 20),
+        (50_000, 32, 90, 8 << 20),
+        (100, 500, 100, 2 << 20),
+        (100, 800, 90, 8 << 20),
+        (1000, 500, 90, 8 << 20),
+    ],
+)
+def test_pages_hold_any_image_and_are_large_for_large_files(count: int, side: int, quality: int, page: int) -> None:
+    scan = Scan(np.arange(count), np.full((count, 2), side), {}, [], [])
+    assert scan.page_size(quality) == page
 
 
 def test_writer_ends_when_its_parent_is_killed(small_tree: Path, tmp_path: Path) -> None:
