@@ -130,6 +130,17 @@ def test_a_broken_image_is_named_where_it_is_read(tmp_path: Path) -> None:
         ListedImages(tmp_path, tmp_path / "nowhere.txt", CLASSES, threads=1)
 
 
+def test_an_image_is_not_enlarged_beyond_all_memory(tmp_path: Path) -> None:
+    (tmp_path / CLASSES[0]).mkdir()
+    Image.new("RGB", (1, 60_000)).save(tmp_path / CLASSES[0] / "narrow.png")
+    Image.new("RGB", (100, 1000)).save(tmp_path / CLASSES[0] / "long.png")
+    file = write_list(tmp_path / "list.txt", [f"{CLASSES[0]}/long.png", f"{CLASSES[0]}/narrow.png"])
+    with ListedImages(tmp_path, file, CLASSES, threads=1) as images:
+        assert images.read(np.array([0])).images.shape == (1, 3, 224, 224)
+        with pytest.raises(DataError, match=r"narrow\.png cannot be read: 60000 x 1 pixels are too narrow"):
+            images.read(np.array([1]))
+
+
 @pytest.mark.parametrize("use", [lambda images: images.identity, lambda images: list(images.batches([(ONE, None)]))])
 def test_a_read_that_hangs_is_an_error_and_blocks_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[ListedImages], object]
