@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.machinery
+import io
 import logging
 import os
 import signal
@@ -88,6 +89,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A class or file may have a name that the terminal's encoding lacks. Standard error does this by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _raise_interrupt)

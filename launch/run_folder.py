@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import read_manifest
+from pipeline.data.agreement import check_agreement, check_data_files, open_data_files
+from pipeline.data.manifest import Manifest
 from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, recipe_hash
 from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
@@ -89,48 +90,38 @@ def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) 
 
 
 def check_data(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 in the data files' manifests, and that of imported weights, by recipe key.
+    """The SHA-256 of the data files, once they agree with each other and the recipe, and of weights, by recipe key.
 
     Errors: ValueError naming the command that fixes it.
     """
-    data, hashes = recipe.data, {}
-    for key, name in (("data.train_file", data.train_file), ("data.test_file", data.test_file)):
-        path = Path(name)
-        if not path.is_file():
-            source = " --source DIR" if data.dataset in ("image_folder", "imagenet") else ""
-            raise ValueError(
-                f"{key} = {path} does not exist; write it with: "
-                f"python -m launch data write {data.dataset}{source} --out {path.parent}"
-            )
-        manifest = read_manifest(path)
-        if manifest.dataset != data.dataset:
-            raise ValueError(
-                f"{key} = {path} holds {manifest.dataset}, but data.dataset is {data.dataset}; "
-                f"set data.dataset={manifest.dataset}, or name another file"
-            )
-        hashes[key] = manifest.sha256
-        if key == "data.train_file" and data.extra_fraction is not None and manifest.num_extra == 0:
-            raise ValueError(
-                f"data.extra_fraction = {data.extra_fraction}: {path} has no extra images; write it again with "
-                "--extra FILE, or leave the key out"
-            )
+    return _hashes(recipe, check_data_files(recipe))
+
+
+def _hashes(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, str]:
+    hashes = {key: manifest.sha256 for key, manifest in manifests.items()}
     if recipe.model.weights is not None:
         weights = Path(recipe.model.weights)
         if not weights.is_file():
             raise ValueError(f"model.weights = {weights} does not exist; name a file, or leave the key out")
-        hashes["model.weights"] = sha256_of(weights)
+        try:
+            hashes["model.weights"] = sha256_of(weights)
+        except OSError as error:
+            raise ValueError(f"model.weights = {weights} cannot be read: {error.strerror or error}") from None
     return hashes
 
 
 def check_same_data(folder: Path) -> None:
-    """Raise ValueError unless the data files are those that the run was started with."""
+    """Raise ValueError unless the data files are those that the run was started with, and agree with its recipe."""
     original = read_json(RunFolder(folder).provenance)["data_sha256"]
-    for key, sha256 in check_data(load_recipe(RunFolder(folder).recipe)).items():
+    recipe = load_recipe(RunFolder(folder).recipe)
+    manifests = open_data_files(recipe)
+    for key, sha256 in _hashes(recipe, manifests).items():
         if sha256 != original[key]:
             raise ValueError(
                 f"{key} was replaced after {folder} was started (sha256 {original[key][:12]}... -> {sha256[:12]}...); "
                 "restore the file, or start again under another --name"
             )
+    check_agreement(recipe, manifests)
 
 
 def find_run(reference: str) -> Path:

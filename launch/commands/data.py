@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.commands.data_description import print_info, print_written
 from pipeline.recipe.sections import DATASETS
 
 if TYPE_CHECKING:
-    from pipeline.data.manifest import Manifest
+    from pipeline.data.sources.image_folder import FolderOptions
 
 WRITE = """\
 Write train.beton and test.beton (FFCV), each with a manifest of hashes, counts and classes beside it.
@@ -28,12 +30,16 @@ cifar10, cifar100  --source: the authors' python archive, or the folder it unpac
 svhn               --source: a folder with train_32x32.mat and test_32x32.mat. Without it: a download.
 imagenet           --source: a folder with the three official archives (ILSVRC2012_img_train.tar, _img_val.tar and
                    _devkit_t12.tar.gz), which are read without being unpacked, or with train/ and val/.
-image_folder       --source: any tree DIR/train/<class>/<image> and DIR/val/<class>/<image>; val becomes test.
+image_folder       --source: any tree DIR/train/<class>/<image> and DIR/val/<class>/<image>; val becomes test. Or, with
+                   --val-fraction, DIR/<class>/<image>.
 
 --classes keeps only these classes, numbered from 0 in the order given; @FILE reads one name per line.
 --extra appends pseudo-labelled images to the training images: a .pickle with data and extrapolated_targets (Carmon et
 al.), a .npz with image and label, or SVHN's extra_32x32.mat. The recipe's data.extra_fraction sets their share of every
 micro-batch.
+
+Of a folder tree, hidden files and folders, those that programs leave behind (@eaDir, __MACOSX), and files that are no
+images by their extension are passed over and counted. Of a GIF the first frame is read; HEIC needs pillow-heif.
 
 Every image is decoded before anything is written. Grey, CMYK and misnamed images are converted to RGB. If any cannot be
 decoded, all of them are listed and nothing is written, unless --skip-broken is given. Images of up to 64 x 64 pixels
@@ -85,6 +91,20 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="leave out images that cannot be decoded, and record them in the manifest",
     )
+    own = write.add_argument_group("for image_folder")
+    own.add_argument(
+        "--background",
+        metavar="COLOUR",
+        help="behind transparent pixels: a name or #rrggbb (default: white)",
+    )
+    own.add_argument(
+        "--exif-rotate", action="store_true", help="turn photographs as their EXIF says (default: only count them)"
+    )
+    own.add_argument(
+        "--val-fraction",
+        metavar="SHARE",
+        help="without val/: hold out this share of every class's images as the test set, for example 0.2",
+    )
     write.add_argument("--force", action="store_true", help="replace existing files")
     write.set_defaults(after_interrupt="no unfinished file is left; run the same command again")
 
@@ -111,13 +131,32 @@ def class_list(value: str | None) -> tuple[str, ...]:
     if value is None:
         return ()
     try:
-        entries = Path(value[1:]).read_text(encoding="utf-8").splitlines() if value[:1] == "@" else value.split(",")
+        entries = Path(value[1:]).read_text(encoding="utf-8-sig").splitlines() if value[:1] == "@" else value.split(",")
     except (OSError, ValueError) as error:
         raise DataError(f"--classes {value}: {error}") from None
     names = tuple(name.strip() for name in entries if name.strip())
     if not names:
         raise DataError(f"--classes {value!r} names no class; write --classes a,b or @FILE with one name per line")
     return names
+
+
+def _folder_options(arguments: argparse.Namespace) -> FolderOptions:
+    """Errors: DataError for a colour or share that is none."""
+    from pipeline.data.manifest import DataError
+    from pipeline.data.sources.decode import Rendering, parse_colour
+    from pipeline.data.sources.image_folder import FolderOptions
+    from pipeline.recipe.fields import parse_fraction
+
+    own = arguments.dataset == "image_folder"  # other data sets keep their authors' pixels
+    colour = arguments.background or ("white" if own else None)
+    option = f"--background {colour}"
+    try:
+        background = None if colour is None else parse_colour(colour)
+        option = f"--val-fraction {arguments.val_fraction}"
+        share = None if arguments.val_fraction is None else parse_fraction(arguments.val_fraction)
+    except ValueError as error:
+        raise DataError(f"{option}: {error}") from None
+    return FolderOptions(Rendering(background, arguments.exif_rotate), share)
 
 
 @contextmanager
@@ -170,41 +209,20 @@ def _write(arguments: argparse.Namespace) -> int:
                 progress,
                 classes=class_list(arguments.classes),
                 extra=arguments.extra,
+                folder=_folder_options(arguments),
             )
     except (DataError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1
     for file in files:
-        manifest = file.manifest
-        print(
-            f"{file.path}: {'already written' if file.was_there else 'written'}, {manifest.num_samples} images, "
-            f"{manifest.num_classes} classes, {manifest.file_size / 1e6:.1f} MB, stored as {manifest.image_mode}"
-        )
-        if manifest.num_extra:
-            print(f"  the last {manifest.num_extra} images are extra, from {manifest.extra_source}")
-        for name in _files_not_as_published(manifest):
-            print(
-                f"  warning: {name} is not its authors' file: its MD5 differs from the published one", file=sys.stderr
-            )
-        if manifest.converted:
-            print(f"  converted to RGB: {_counts(manifest.converted)}")
-        for image in manifest.skipped:
-            print(f"  skipped {image.path}: {image.reason}")
+        print_written(file)
     return 0
-
-
-def _files_not_as_published(manifest: Manifest) -> list[str]:
-    return [name for name, published in manifest.authors_md5.items() if not published]
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 def _report_error(file: Path, error: ValueError) -> int:
     """Print why a file does not open. Returns the exit code: 2 if it does not exist, 1 if it is damaged."""
     print(f"error: {error}", file=sys.stderr)
-    return 1 if file.is_file() else 2
+    return 1 if os.path.isfile(file) else 2  # Path.is_file would raise for a folder that may not be entered
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -236,8 +254,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    import numpy as np
-
     from pipeline.data.manifest import DataError, check_structure, open_checked, read_index
 
     try:
@@ -245,32 +261,5 @@ def _info(arguments: argparse.Namespace) -> int:
         samples = read_index(arguments.file, check_structure(arguments.file)).samples
     except DataError as error:
         return _report_error(arguments.file, error)
-    stored = "raw, bit-exact"
-    if manifest.image_mode == "jpg":
-        stored = f"JPEG, quality {manifest.jpeg_quality}, longer side at most {manifest.max_resolution}"
-    print(f"{arguments.file}")
-    print(f"  data set   {manifest.dataset}, split {manifest.split}, from {manifest.source}")
-    if manifest.authors_md5:
-        changed = ", ".join(_files_not_as_published(manifest))
-        print(f"  MD5        {f'not as published: {changed}' if changed else 'as its authors published'}")
-    if manifest.extra_source:
-        print(f"  extra      the last {manifest.num_extra} images, from {manifest.extra_source}")
-    if manifest.chosen_from:
-        print(f"  classes    {manifest.num_classes} chosen from {len(manifest.chosen_from)}")
-    print(f"  written    {manifest.written_at} with {', '.join(f'{n} {v}' for n, v in manifest.versions.items())}")
-    print(f"  images     {manifest.num_samples} in {manifest.num_classes} classes, {manifest.file_size / 1e6:.1f} MB")
-    print(f"  stored as  {stored}")
-    for side in ("height", "width"):
-        values = samples[side]
-        print(f"  {side:<10} {values.min()} to {values.max()}, median {int(np.median(values))} pixels")
-    if manifest.converted:
-        print(f"  converted  {_counts(manifest.converted)}")
-    print(f"  skipped    {len(manifest.skipped)}")
-    for image in manifest.skipped:
-        print(f"    {image.path}: {image.reason}")
-    print(f"  sha256     {manifest.sha256}")
-    print(f"  content    {manifest.content_sha256} (equal for every rebuild from the same images)")
-    print("  images per class:")
-    for name, count in zip(manifest.class_names, manifest.label_histogram, strict=True):
-        print(f"    {count:>8} {name}")
+    print_info(arguments.file, manifest, samples)
     return 0

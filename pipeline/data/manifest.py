@@ -14,13 +14,16 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.run.disk import TRANSIENT
 from pipeline.run.files import read_json
 
 FORMAT_VERSION = 2
@@ -28,13 +31,10 @@ HASH_PAGE_BYTES = 8 << 20
 MANIFEST_SUFFIX = ".manifest.json"
 
 HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ]
+    {
+        "names": ["version", "num_fields", "page_size", "num_samples", "alloc_table_ptr"],
+        "formats": ["<u2", "<u2", "<u4", "<u8", "<u8"],
+    }
 )
 FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
 SAMPLE = np.dtype(
@@ -49,6 +49,8 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = [(2, b"image"), (1, b"label")]
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 MODE_JPEG, MODE_RAW = 0, 1
+LARGEST_RESOLUTION = 1600
+"""Longest side of a stored image: it must fit into one 8 MiB page of the file, even uncompressed."""
 
 REWRITE = "write it again with `python -m launch data write ... --force`"
 
@@ -85,6 +87,11 @@ class Skipped(BaseModel):
     reason: str
 
 
+def _encodable(names: list[str]) -> list[str]:
+    """Names of folders as text: bytes that are not UTF-8, which earlier versions wrote as surrogates, become \\xe9."""
+    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in names]
+
+
 class Manifest(BaseModel):
     """An FFCV file's content and source, and hashes that detect any change."""
 
@@ -101,7 +108,7 @@ class Manifest(BaseModel):
     """How many of the samples, the last ones, are extra training images with pseudo-labels."""
     extra_source: str | None = None
     num_classes: int
-    class_names: list[str]
+    class_names: Annotated[list[str], AfterValidator(_encodable)]
     """By label."""
     chosen_from: list[str] | None = None
     """All classes of the data set, by their original labels, if `class_names` is a subset of them."""
@@ -113,6 +120,13 @@ class Manifest(BaseModel):
     skipped: list[Skipped]
     converted: dict[str, int]
     """Number of source images that were not plain RGB, by kind, for example {'grey': 7, 'cmyk': 2}."""
+    passed_over: dict[str, int] = {}
+    """Number of files and folders of a tree that were not read, by extension or name."""
+    background: str | None = None
+    """#rrggbb behind transparent pixels; None: each has the colour that was stored for it."""
+    exif_rotate: bool = False
+    val_fraction: str | None = None
+    """Share of every class's images in the test set, if the source was not split."""
     file_size: int
     sha256: str
     """Of the whole file; differs between rebuilds, as workers write pages in any order."""
@@ -154,8 +168,20 @@ def manifest_path(path: str | Path) -> Path:
     return path.with_name(path.name + MANIFEST_SUFFIX)
 
 
+@contextmanager
+def _naming_faults(path: Path) -> Iterator[None]:
+    """DataError for a file that may not be read; errors that may pass stay an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def _read_array(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[np.void]:
-    array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    with _naming_faults(path):
+        array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
     if len(array) != count:
         raise DataError(f"{path} is truncated: expected {count} rows at byte {offset}, got {len(array)}; {REWRITE}")
     return array
@@ -167,9 +193,7 @@ def check_structure(path: str | Path) -> Structure:
     Errors: DataError naming the file and the fix. Altered bytes inside pages or metadata are not detected.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; create it with `python -m launch data write`")
-    file_size = path.stat().st_size
+    file_size = _file_size(path)
     if file_size < METADATA_START:
         raise DataError(f"{path} has {file_size} bytes, too few for an FFCV file; {REWRITE}")
     header = _read_array(path, HEADER, 1, 0)[0]
@@ -196,10 +220,21 @@ def check_structure(path: str | Path) -> Structure:
     return Structure(num_samples, int(header["page_size"]), alloc_table_ptr, file_size)
 
 
+def _file_size(path: Path) -> int:
+    with _naming_faults(path):
+        if not path.exists():
+            raise DataError(f"{path} does not exist; create it with `python -m launch data write`")
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; name a data file, such as {path / 'train.beton'}")
+        if not path.is_file():
+            raise DataError(f"{path} is not a regular file")
+        return path.stat().st_size
+
+
 def index_sha256(path: str | Path, structure: Structure) -> str:
     """Hash of header, field descriptors, metadata and allocation table (72 MB for ImageNet)."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
+    with _naming_faults(Path(path)), Path(path).open("rb") as stream:
         digest.update(stream.read(METADATA_START + SAMPLE.itemsize * structure.num_samples))
         stream.seek(structure.alloc_table_ptr)
         digest.update(stream.read(ALLOCATION.itemsize * structure.num_samples))
@@ -233,7 +268,8 @@ def read_manifest(path: str | Path) -> Manifest:
 def open_checked(path: str | Path) -> Manifest:
     """The manifest of a file that is complete and matches it; cheap enough for every start.
 
-    Errors: DataError for a file that is missing, unfinished, truncated, foreign, or whose index was altered.
+    Errors: DataError for a file that is missing, unreadable, unfinished, truncated, foreign, or whose index was altered
+    or does not fit the manifest.
     """
     structure = check_structure(path)
     manifest = read_manifest(path)
@@ -243,11 +279,22 @@ def open_checked(path: str | Path) -> Manifest:
             raise DataError(f"{path} has {name} {actual}, but its manifest says {expected}; {REWRITE}")
     if index_sha256(path, structure) != manifest.index_sha256:
         raise DataError(f"{path} is damaged: labels or allocation table differ from its manifest; {REWRITE}")
+    _check_samples_fit(Path(path), read_index(path, structure).samples, manifest)
     return manifest
 
 
-def page_hashes(path: str | Path) -> Iterator[tuple[bytes, str]]:
-    """Yield (bytes, BLAKE2b-128) of every 8 MiB of a file, in order."""
-    with Path(path).open("rb") as stream:
-        while page := stream.read(HASH_PAGE_BYTES):
-            yield page, hashlib.blake2b(page, digest_size=16).hexdigest()
+def _check_samples_fit(path: Path, samples: NDArray[np.void], manifest: Manifest) -> None:
+    """Refuse labels that are no class and sizes that no writer stores: a hash that fits does not make them right."""
+    labels = samples["label"]
+    outside = np.flatnonzero((labels < 0) | (labels >= manifest.num_classes))
+    if len(outside):
+        first, of = outside[0], f"the {manifest.num_classes} classes"
+        raise DataError(f"{path}: label {labels[first]} of image {first} is not one of {of}; {REWRITE}")
+    if np.bincount(labels, minlength=manifest.num_classes).tolist() != manifest.label_histogram:
+        raise DataError(f"{path}: its labels are not those that its manifest counts; {REWRITE}")
+    sides = np.stack([samples["height"], samples["width"]])
+    largest = min(manifest.max_resolution, LARGEST_RESOLUTION)
+    wrong = np.flatnonzero((sides < 1).any(axis=0) | (sides > largest).any(axis=0))
+    if len(wrong):
+        height, width = sides[:, wrong[0]]
+        raise DataError(f"{path}: image {wrong[0]} is {height} x {width}, its sides must be 1 to {largest}; {REWRITE}")

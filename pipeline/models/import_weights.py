@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.models import Network
 from pipeline.models.export import METADATA_KEY
 from pipeline.models.pruning.topk import topk_mask
+from pipeline.models.torch_file import RefusedFile, check_tensor, check_torch_file
 from pipeline.recipe.sections import Model
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
@@ -98,7 +99,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
+        check_torch_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except RefusedFile:
+        raise
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged archive or pickle may raise anything
         if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(
@@ -126,6 +132,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            for name, tensor in content.items():
+                check_tensor(path, name, tensor)
             return dict(content)
         for container in CONTAINERS:
             if isinstance(content.get(container), Mapping):
@@ -154,6 +162,9 @@ def _check_normalisation(path: Path, normalisation: dict[str, Tensor], model: Mo
         values = tensor.detach().to(torch.float32).flatten()
         values = values.expand(3) if values.numel() == 1 else values
         if values.shape != expected.shape or not torch.allclose(values, expected, rtol=0, atol=1e-6):
+            if values.numel() != expected.numel():
+                problems.append(f"{name} has the shape {list(tensor.shape)}, and model.{key} has 3 values")
+                continue
             rounded = [round(float(value), 6) for value in values]
             problems.append(
                 f"{name} is {rounded}, but model.{key} is {list(getattr(model, key))}; set model.{key}={rounded}"

@@ -71,11 +71,6 @@ class RunContext:
                 copy = self._copy_to_node(Path(path), Path(data.stage_to))
                 loader = NodeCopyLoader(Path(path), copy, image_size=data.image_size, threads=threads)
             self._loaders[path] = self._resources.enter_context(loader)
-            if len(loader.class_names) != self.recipe.model.num_classes:
-                raise ValueError(
-                    f"model.num_classes {self.recipe.model.num_classes}: {path} has {len(loader.class_names)} classes; "
-                    f"set model.num_classes={len(loader.class_names)}"
-                )
         return self._loaders[path]
 
     def _copy_to_node(self, path: Path, folder: Path) -> Path:

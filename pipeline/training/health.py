@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from pipeline.data.manifest import DataError, open_checked
+from pipeline.data.agreement import check_data_files
+from pipeline.data.manifest import DataError
 from pipeline.models import build_network
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
@@ -60,11 +61,9 @@ def check_bounds(recipe: Recipe) -> None:
 
 def _identity(context: RunContext) -> dict[str, Any]:
     """Facts that must be equal on all workers."""
-    data = context.recipe.data
     return {
         "recipe": recipe_hash(context.recipe),
-        "data.train_file": open_checked(data.train_file).sha256,
-        "data.test_file": open_checked(data.test_file).sha256,
+        **{key: manifest.sha256 for key, manifest in check_data_files(context.recipe).items()},
         **{name: metadata.version(name) for name in VERSIONS},
         "python": platform.python_version(),
         "device": context.group.device.type,
@@ -76,7 +75,7 @@ def check_worker(context: RunContext) -> None:
     """Raise Unhealthy on every rank if any worker's device fails or any worker differs from the others. Collective.
 
     Errors, on every rank: ValueError for a network that must be bounded and cannot be; DataError naming the host and
-    file for data that is missing or damaged.
+    file for data that is missing, damaged or does not fit the recipe.
     """
     check_bounds(context.recipe)
     device_error = data_error = None

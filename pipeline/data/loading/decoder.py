@@ -79,6 +79,20 @@ def compiled_decoder() -> Callable[..., None]:
                 pixels[a + two], pixels[b + two] = pixels[b + two], pixels[a + two]
                 a, b = a + three, b - three
 
+    @numba.njit(nogil=True)
+    def jpeg_is(stored, height, width):
+        """Whether the frame header of a JPEG claims this size: libjpeg allocates for what it claims."""
+        at = 2
+        while at + 9 <= len(stored) and stored[at] == 0xFF:
+            marker = stored[at + 1]
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                return (
+                    np.int64(stored[at + 5]) * 256 + stored[at + 6] == height
+                    and np.int64(stored[at + 7]) * 256 + stored[at + 8] == width
+                )
+            at += 2 + np.int64(stored[at + 2]) * 256 + stored[at + 3]
+        return False
+
     @numba.njit(
         numba.void(
             numba.uint8[::1],
@@ -99,6 +113,9 @@ def compiled_decoder() -> Callable[..., None]:
                 continue
             pixels = stored
             if mode == MODE_JPEG:
+                if not jpeg_is(stored, height, width):
+                    status[n] = UNDECODABLE
+                    continue
                 pixels = scratch[: height * width * 3]
                 start, into = np.int64(stored.ctypes.data), np.int64(pixels.ctypes.data)
                 if imdecode(start, size, height, width, into, height, width, 0, 0, 1, 1, False, False) != 0:

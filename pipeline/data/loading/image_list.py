@@ -123,8 +123,14 @@ class ListedImages:
 
 
 def _preprocess(path: Path) -> NDArray[np.uint8]:
-    """uint8 [224, 224, 3]. torchvision's ToTensor would divide by 255; here `Batch.to` does."""
+    """uint8 [224, 224, 3]. torchvision's ToTensor would divide by 255; here `Batch.to` does.
+
+    Errors: OSError; BrokenImage, also for an image so narrow that it would be enlarged beyond Pillow's limit of pixels.
+    """
     pixels, _ = read_image(path)
+    shorter, longer = sorted(pixels.shape[:2])
+    if Image.MAX_IMAGE_PIXELS is not None and RESIZED**2 * longer > Image.MAX_IMAGE_PIXELS * shorter:
+        raise BrokenImage(f"{pixels.shape[0]} x {pixels.shape[1]} pixels are too narrow to be resized")
     return np.asarray(_PREPARE(Image.fromarray(pixels)))
 
 
@@ -134,7 +140,7 @@ def list_sha256(names: Iterable[str]) -> str:
 
 
 def _read_list(path: Path) -> list[str]:
-    read = functools.partial(Path.read_text, encoding="utf-8")
+    read = functools.partial(Path.read_text, encoding="utf-8-sig")
     try:
         (text,) = map_in_threads(read, [path], threads=1, deadline_s=FILE_DEADLINE_S)
     except (OSError, UnicodeDecodeError) as error:

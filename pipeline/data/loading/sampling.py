@@ -29,16 +29,33 @@ TRIES = 10
 EVALUATION_RATIO = 224 / 256
 
 
-def held_out(num_samples: int, validation_images: int) -> tuple[Ids, Ids]:
-    """Split 0..num_samples-1 into (train_ids, validation_ids), both sorted int64; the split is the same for every seed.
+def num_train_images(num_samples: int, validation_images: int, train_images: int | None) -> int:
+    """How many images `held_out` and then `train_subset` leave to train on.
 
-    Errors: ValueError unless 0 <= validation_images < num_samples.
+    Errors: ValueError unless 0 <= validation_images < num_samples and 1 <= train_images <= what is left.
     """
     if not 0 <= validation_images < num_samples:
         raise ValueError(
             f"data.validation_images {validation_images} leaves nothing to train on: the training file has "
             f"{num_samples} images; hold out fewer"
         )
+    left = num_samples - validation_images
+    if train_images is None:
+        return left
+    if not 1 <= train_images <= left:
+        raise ValueError(
+            f"data.train_images {train_images}: {left} images are left after holding out the validation "
+            "images; ask for 1 up to that many, or null for all"
+        )
+    return train_images
+
+
+def held_out(num_samples: int, validation_images: int) -> tuple[Ids, Ids]:
+    """Split 0..num_samples-1 into (train_ids, validation_ids), both sorted int64; the split is the same for every seed.
+
+    Errors: ValueError unless 0 <= validation_images < num_samples.
+    """
+    num_train_images(num_samples, validation_images, None)
     ids = _shuffled(np.arange(num_samples, dtype=np.int64), "held_out")
     return np.sort(ids[validation_images:]), np.sort(ids[:validation_images])
 
@@ -48,13 +65,9 @@ def train_subset(train_ids: Ids, train_images: int | None) -> Ids:
 
     Errors: ValueError unless 1 <= train_images <= len(train_ids).
     """
+    num_train_images(len(train_ids), 0, train_images)
     if train_images is None:
         return np.sort(train_ids)
-    if not 1 <= train_images <= len(train_ids):
-        raise ValueError(
-            f"data.train_images {train_images}: {len(train_ids)} images are left after holding out the validation "
-            "images; ask for 1 up to that many, or null for all"
-        )
     return np.sort(_shuffled(np.sort(train_ids), "train_subset")[:train_images])
 
 

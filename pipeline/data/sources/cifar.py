@@ -110,7 +110,7 @@ def cifar(dataset: str, split: str, source: Path | None) -> Source:
         labels=labels,
         names=[f"{name}[{i}]" for name, data in zip(batches, pixels, strict=True) for i in range(len(data))],
         sha256=arrays_sha256(*pixels, labels),
-        read=lambda i: (np.ascontiguousarray(images[i]), "rgb"),
+        read=lambda i: (np.ascontiguousarray(images[i]), ()),
         authors_md5={
             name: hashlib.md5(data, usedforsecurity=False).hexdigest() == layout.md5[name]
             for name, data in files.items()

@@ -1,30 +1,39 @@
 """Decodes image files of any format to RGB pixels, and strictly checks stored JPEGs.
 
-The pixels are those of `PIL.Image.open(file).convert("RGB")`, as in torchvision's ImageFolder, so a network trained
-elsewhere sees the same images here. It follows that:
+By default the pixels are those of `PIL.Image.open(file).convert("RGB")`, as in torchvision's ImageFolder, so a network
+trained elsewhere sees the same images here. It follows that:
 
-- A file's content determines its format, never its name (ImageNet has a PNG that is called .JPEG).
+- A file's content determines its format, never its name (ImageNet has a PNG that is called .JPEG). The first of several
+  frames is read.
 - EXIF orientation is ignored, as in the ImageNet literature; rotating images would change known accuracies.
 - Alpha is dropped, not composited: transparent pixels get the colour that is stored for them.
 - Grey is replicated into three channels, bit-exact. CMYK goes through Pillow's conversion without a colour profile.
 - One exception: 16-bit grey keeps its upper 8 bits, where Pillow would clip everything above 255 to white.
 - A truncated JPEG is broken, although most viewers show its upper part.
+
+`Rendering` says otherwise of alpha and orientation, for photographs that have no known accuracies.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF", "HEIF")
+"""Formats that are read, where Pillow has them. Of the others, some hold images whose size Pillow does not check before
+it allocates for them (ICO), and some start another program (EPS)."""
 
 KINDS = {
-    "RGB": "rgb",
+    "RGB": None,
     "1": "grey",
     "L": "grey",
     "CMYK": "cmyk",
@@ -41,6 +50,9 @@ KINDS = {
 }
 """Pillow's modes that `convert("RGB")` maps without loss of range -> their kind in the manifest."""
 
+ORIENTATION, UPRIGHT = 0x0112, 1
+"""The EXIF tag, and its value for an image that is stored as it is to be seen."""
+
 TURBOJPEG_RGB = 0
 
 
@@ -48,18 +60,64 @@ class BrokenImage(ValueError):
     """An image cannot be decoded; the message is the reason."""
 
 
-def decode_rgb(data: bytes) -> tuple[NDArray[np.uint8], str]:
-    """Decode a whole image file: bytes -> (pixels uint8 [height, width, 3], kind).
+@dataclass(frozen=True)
+class Rendering:
+    """How transparent and turned images become RGB."""
 
-    kind is 'rgb' if nothing had to be converted, else 'grey', 'cmyk', 'palette', 'alpha', '16-bit' or 'other'.
-    Errors: BrokenImage.
+    background: tuple[int, int, int] | None = None
+    """The colour behind transparent pixels; None gives each the colour that is stored for it."""
+    exif_rotate: bool = False
+    """Turn images as their EXIF orientation says."""
+
+
+AS_STORED = Rendering()
+
+
+def colour_text(colour: tuple[int, int, int] | None) -> str | None:
+    """#rrggbb."""
+    return None if colour is None else "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """A colour by CSS's name or #rrggbb. Errors: ValueError."""
+    red, green, blue, *alpha = ImageColor.getrgb(text)
+    if alpha:
+        raise ValueError(f"{text!r} is itself transparent")
+    return red, green, blue
+
+
+@functools.cache
+def reads_heif() -> bool:
+    """Whether HEIC files can be read: with the package pillow-heif."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    reads_heif()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def decode_rgb(data: bytes, rendering: Rendering = AS_STORED) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Decode a whole image file: bytes -> (pixels uint8 [height, width, 3], kinds).
+
+    kinds is what was not plain RGB: 'grey', 'cmyk', 'palette', 'alpha', '16-bit' or 'other'; 'first of several frames';
+    'EXIF rotation ignored' or 'EXIF rotation applied'. Errors: BrokenImage, also for an image that claims more than
+    Pillow's limit of pixels, for which nothing is allocated.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             image.load()
-            return _to_rgb(image)
+            return _render(image, rendering)
     except (BrokenImage, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(f"it claims to be too large, so it was not decoded: {error}") from None
     except UnidentifiedImageError:
         raise BrokenImage("not an image of any known format") from None
     except Exception as error:
@@ -68,7 +126,33 @@ def decode_rgb(data: bytes) -> tuple[NDArray[np.uint8], str]:
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
 
 
-def _to_rgb(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
+def _render(image: Image.Image, rendering: Rendering) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    kinds: list[str | None] = []
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its preview
+        kinds.append("first of several frames")
+    if _orientation(image) != UPRIGHT:
+        kinds.append("EXIF rotation applied" if rendering.exif_rotate else "EXIF rotation ignored")
+        image = ImageOps.exif_transpose(image) if rendering.exif_rotate else image
+    if rendering.background is not None and image.mode in KINDS and image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, (*rendering.background, 255))
+        opaque.alpha_composite(image.convert("RGBA"))
+        image, kind = opaque, "alpha"
+        pixels = np.asarray(image.convert("RGB"))
+    else:
+        pixels, kind = _to_rgb(image)
+    return pixels, tuple(name for name in (kind, *kinds) if name is not None)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF numbers them; 1 for an image that does not say, or whose EXIF is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION, UPRIGHT)
+    except Exception:  # EXIF is a format of its own, whose reader raises many types for damaged data
+        return UPRIGHT
+    return value if value in range(1, 9) else UPRIGHT
+
+
+def _to_rgb(image: Image.Image) -> tuple[NDArray[np.uint8], str | None]:
     if image.mode in KINDS:
         return np.asarray(image.convert("RGB")), KINDS[image.mode]
     if image.mode.startswith("I"):
@@ -99,9 +183,9 @@ def fit_longer_side(pixels: NDArray[np.uint8], limit: int) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def read_image(path: Path) -> tuple[NDArray[np.uint8], str]:
+def read_image(path: Path, rendering: Rendering = AS_STORED) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """`decode_rgb` of a file. Errors: OSError if it cannot be read, BrokenImage if it cannot be decoded."""
-    return decode_rgb(path.read_bytes())
+    return decode_rgb(path.read_bytes(), rendering)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def add_extra(source: Source, path: Path) -> Source:
         labels=np.concatenate([source.labels, labels]),
         names=[*source.names, *(f"{path.name}[{i}]" for i in range(len(labels)))],
         sha256=listing_sha256([(source.sha256, own), (content, len(labels))]),
-        read=lambda i: source.read(i) if i < own else (np.ascontiguousarray(images[i - own]), "rgb"),
+        read=lambda i: source.read(i) if i < own else (np.ascontiguousarray(images[i - own]), ()),
         num_extra=len(labels),
         extra_location=str(path.resolve()),
     )

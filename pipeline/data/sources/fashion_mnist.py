@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import math
 import zlib
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import DataError
-from pipeline.data.sources.source import Source, cache_folder
+from pipeline.data.sources.source import Source, cache_folder, gunzip
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -77,9 +76,7 @@ def read_idx(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
     if path is None:
         raise DataError(f"{folder} lacks {name} (it may end in .gz)")
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
+        data = gunzip(path) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     start = 4 + 4 * dimensions
@@ -105,5 +102,5 @@ def fashion_mnist(folder: Path, split: str) -> Source:
         labels=labels.astype(np.int64),
         names=[f"{image_file}[{i}]" for i in range(len(images))],
         sha256=digest.hexdigest(),
-        read=lambda i: (np.repeat(images[i][:, :, None], 3, axis=2), "grey"),
+        read=lambda i: (np.repeat(images[i][:, :, None], 3, axis=2), ("grey",)),
     )

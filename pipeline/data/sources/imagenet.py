@@ -88,7 +88,7 @@ def _source(
     starts = np.array([member.start for member in members], np.int64)
     sizes = np.array([member.size for member in members], np.int64)
 
-    def read(i: int) -> tuple[NDArray[np.uint8], str]:
+    def read(i: int) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
         with path.open("rb") as stream:  # for each image, as threads and forked processes would share its position
             stream.seek(int(starts[i]))
             return decode_rgb(stream.read(int(sizes[i])))

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.data.manifest import DataError
 
+MOST_UNCOMPRESSED_BYTES = 1 << 30
+"""CIFAR's archives hold less than 200 MB; a file of 1 MB can hold 1 GB of zeros."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -35,8 +38,8 @@ class Source:
     """Image i's name in messages: its path below `location`, or its index in a file of many images."""
     sha256: str
     """Over the names and sizes of the source files, or their content, and over chosen classes and extra images."""
-    read: Callable[[int], tuple[NDArray[np.uint8], str]]
-    """Image i as (pixels uint8 [height, width, 3], kind). Errors: those of `decode.read_image`."""
+    read: Callable[[int], tuple[NDArray[np.uint8], tuple[str, ...]]]
+    """Image i as (pixels uint8 [height, width, 3], kinds), see `decode.decode_rgb`. Errors: those of `read_image`."""
     authors_md5: dict[str, bool] = field(default_factory=dict)
     """Source file -> whether its MD5 is the one its authors published; omits files without a published MD5."""
     chosen_from: tuple[str, ...] | None = None
@@ -44,6 +47,8 @@ class Source:
     num_extra: int = 0
     """How many of the images, the last ones, are extra ones and not the data set's own."""
     extra_location: str | None = None
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Number of files and folders of a tree that are not read, by kind: '.heic', '@eaDir/', 'hidden files'."""
 
 
 def listing_sha256(entries: Iterable[tuple[str, int]]) -> str:
@@ -134,12 +139,24 @@ def choose_classes(source: Source, classes: Sequence[str]) -> Source:
     )
 
 
-def open_tar_gz(path: Path) -> tarfile.TarFile:
-    """Open a tar.gz, decompressed in memory. Errors: OSError, EOFError, zlib.error or tarfile.TarError.
+def gunzip(path: Path) -> bytes:
+    """The content of a .gz file. Errors: DataError if it is more than any data set's; OSError, EOFError, zlib.error.
 
-    It is decompressed to its end, so that its checksum is compared: tarfile stops after the last file that is read.
+    It is decompressed to its end, so that its checksum is compared.
     """
-    return tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes())), mode="r:")
+    with gzip.open(path) as stream:
+        content = stream.read(MOST_UNCOMPRESSED_BYTES + 1)
+    if len(content) > MOST_UNCOMPRESSED_BYTES:
+        raise DataError(f"{path} holds more than {MOST_UNCOMPRESSED_BYTES >> 20} MiB; is it the authors' file?")
+    return content
+
+
+def open_tar_gz(path: Path) -> tarfile.TarFile:
+    """Open a tar.gz, decompressed in memory. Errors: those of `gunzip`, or tarfile.TarError.
+
+    tarfile itself would stop after the last file that is read, before the checksum.
+    """
+    return tarfile.open(fileobj=io.BytesIO(gunzip(path)), mode="r:")
 
 
 def md5_of(path: Path) -> str:

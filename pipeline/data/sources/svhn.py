@@ -39,7 +39,7 @@ def svhn(split: str, source: Path | None) -> Source:
         labels=labels,
         names=[f"{name}[{i}]" for i in range(len(labels))],
         sha256=arrays_sha256(images, labels),
-        read=lambda i: (np.ascontiguousarray(images[i]), "rgb"),
+        read=lambda i: (np.ascontiguousarray(images[i]), ()),
         authors_md5={name: md5_of(path) == MD5[name]},
     )
 

@@ -56,6 +56,9 @@ class WriteJob:
     source: str | None
     classes: list[str]
     extra: str | None
+    background: str | None
+    exif_rotate: bool
+    val_fraction: str | None
     splits: list[SplitJob]
     workers: int
     max_resolution: int

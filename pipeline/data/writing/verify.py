@@ -26,7 +26,6 @@ from pipeline.data.manifest import (
     SampleIndex,
     check_structure,
     open_checked,
-    page_hashes,
     read_index,
 )
 from pipeline.data.sources.decode import jpeg_fault
@@ -131,6 +130,13 @@ def _stored_fault(data: bytes, mode: int, height: int, width: int) -> str | None
     if len(data) != height * width * 3:
         return f"it has {len(data)} bytes where {height} x {width} raw pixels are recorded"
     return None
+
+
+def page_hashes(path: str | Path) -> Iterator[tuple[bytes, str]]:
+    """Yield (bytes, BLAKE2b-128) of every 8 MiB of a file, in order."""
+    with Path(path).open("rb") as stream:
+        while page := stream.read(HASH_PAGE_BYTES):
+            yield page, hashlib.blake2b(page, digest_size=16).hexdigest()
 
 
 def hash_file(path: str | Path, progress: ProgressCallback) -> tuple[str, list[str]]:

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -34,7 +35,8 @@ from pipeline.data.manifest import (
     manifest_path,
     read_index,
 )
-from pipeline.data.sources.decode import fit_longer_side
+from pipeline.data.sources.decode import Rendering, fit_longer_side, parse_colour
+from pipeline.data.sources.image_folder import FolderOptions
 from pipeline.data.sources.registry import open_source
 from pipeline.data.sources.source import Source
 from pipeline.data.writing.process import SplitJob, WriteError, WriteJob, remove_temporary
@@ -148,14 +150,15 @@ def write_ffcv(path: Path, source: Source, scan: Scan, job: WriteJob, reporter: 
         "image": RGBImageField(write_mode=scan.image_mode, jpeg_quality=job.jpeg_quality),
         "label": IntField(),
     }
-    workers = min(job.workers, count)
+    page_size = scan.page_size(job.jpeg_quality)
+    workers = max(1, min(job.workers, count, scan.image_bytes(job.jpeg_quality) // page_size))  # each fills pages
 
     def check_workers() -> None:
         raise_if_worker_died()
         reporter.progress("write", dataset.done, count)
 
     reporter.set_check(check_workers)
-    DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(
+    DatasetWriter(str(path), fields, page_size, workers).from_indexed_dataset(
         dataset, chunksize=max(1, min(FFCV_CHUNK, count // (4 * workers)))
     )
     reporter.set_check(None)
@@ -197,6 +200,10 @@ def check_and_describe(path: Path, source: Source, scan: Scan, job: WriteJob, re
         jpeg_quality=job.jpeg_quality,
         skipped=[Skipped(path=name, reason=reason) for name, reason in scan.skipped],
         converted=scan.converted,
+        passed_over=source.passed_over,
+        background=job.background,
+        exif_rotate=job.exif_rotate,
+        val_fraction=job.val_fraction,
         file_size=structure.file_size,
         sha256=sha256,
         index_sha256=index_sha256(path, structure),
@@ -218,9 +225,15 @@ def check_free_space(folder: Path, needed: int) -> None:
         raise WriteError(f"{folder} has {free / 1e9:.1f} GB free, the files need about {needed / 1e9:.1f} GB")
 
 
+def folder_options(job: WriteJob) -> FolderOptions:
+    background = None if job.background is None else parse_colour(job.background)
+    fraction = None if job.val_fraction is None else Fraction(job.val_fraction)
+    return FolderOptions(Rendering(background, job.exif_rotate), fraction)
+
+
 def open_unchanged(job: WriteJob, part: SplitJob) -> Source:
     path, extra = (Path(name) if name else None for name in (job.source, job.extra))
-    source = open_source(job.dataset, part.split, path, job.classes, extra)
+    source = open_source(job.dataset, part.split, path, job.classes, extra, folder_options(job))
     if source.sha256 != part.source_sha256:
         raise DataError(f"{source.location} changed while it was being listed; wait until it is complete")
     return source

@@ -14,16 +14,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.manifest import DataError, Manifest, manifest_path, open_checked
+from pipeline.data.manifest import LARGEST_RESOLUTION, DataError, Manifest, manifest_path, open_checked
+from pipeline.data.sources.decode import colour_text
+from pipeline.data.sources.image_folder import AS_PUBLISHED, FolderOptions
 from pipeline.data.sources.registry import open_source
 from pipeline.data.sources.source import SPLITS, Source
 from pipeline.data.writing.process import SplitJob, WriteJob, remove_temporary, run_writer
 from pipeline.data.writing.verify import available_cores
 from pipeline.run.files import fsync_folder
 from pipeline.run.locks import lock, try_lock
-
-LARGEST_RESOLUTION = 1600
-"""An image must fit into one 8 MiB page of the file, even uncompressed."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,24 @@ def write_dataset(
     *,
     classes: Sequence[str] = (),
     extra: Path | None = None,
+    folder: FolderOptions = AS_PUBLISHED,
 ) -> list[Written]:
     """Write out/train.beton and out/test.beton; an intact file of the same source and options is kept.
 
-    `classes` and `extra` as in `registry.open_source`: a subset of the classes, and a file of extra training images.
+    `classes`, `extra` and `folder` as in `registry.open_source`: a subset of the classes, a file of extra training
+    images, and how a tree of one's own images is read.
     progress is called with (stage, done, total), where stage is for example 'train scan'. Errors: DataError for a bad
     source, with all broken images in one message, or an existing file that must not be replaced; process.WriteError if
     writing fails. After an error there is neither a temporary file nor a new final one, except for a split that was
     complete by then.
     """
-    sources = {split: open_source(dataset, split, source, classes, extra) for split in SPLITS}
-    out.mkdir(parents=True, exist_ok=True)
+    sources = {split: open_source(dataset, split, source, classes, extra, folder) for split in SPLITS}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {out} cannot be made: {error.strerror or error}; name another folder") from None
     paths = {split: out / f"{split}.beton" for split in SPLITS}
-    done = (
-        {} if force else {s: m for s in SPLITS if (m := reusable_manifest(paths[s], sources[s], options)) is not None}
-    )
+    done = {s for s in SPLITS if not force and reusable_manifest(paths[s], sources[s], options, folder) is not None}
     to_do = [split for split in SPLITS if split not in done]
     if to_do:
         with ExitStack() as stack:
@@ -93,6 +95,9 @@ def write_dataset(
                 source=str(source) if source else None,
                 classes=list(classes),
                 extra=str(extra) if extra else None,
+                background=colour_text(folder.rendering.background),
+                exif_rotate=folder.rendering.exif_rotate,
+                val_fraction=str(folder.val_fraction) if folder.val_fraction else None,
                 splits=[SplitJob(split, str(temporaries[split]), sources[split].sha256) for split in to_do],
                 workers=options.workers or available_cores(),
                 max_resolution=options.max_resolution,
@@ -106,7 +111,9 @@ def write_dataset(
     return [Written(paths[split], open_checked(paths[split]), split in done) for split in SPLITS]
 
 
-def reusable_manifest(path: Path, source: Source, options: WriteOptions) -> Manifest | None:
+def reusable_manifest(
+    path: Path, source: Source, options: WriteOptions, folder: FolderOptions = AS_PUBLISHED
+) -> Manifest | None:
     """The manifest of an existing file that need not be written again; None if `path` may be written.
 
     A file with a manifest that does not pass `open_checked` was written by this project and is damaged: it may be
@@ -129,7 +136,11 @@ def reusable_manifest(path: Path, source: Source, options: WriteOptions) -> Mani
         "source_sha256": source.sha256,
         "max_resolution": options.max_resolution,
         "jpeg_quality": options.jpeg_quality,
+        "exif_rotate": folder.rendering.exif_rotate,
+        "val_fraction": str(folder.val_fraction) if folder.val_fraction else None,
     }
+    if {"alpha", "palette"} & set(manifest.converted):  # else there is nothing that a background would show through
+        expected["background"] = colour_text(folder.rendering.background)
     differences = [name for name, value in expected.items() if getattr(manifest, name) != value]
     if differences:
         raise DataError(
@@ -150,7 +161,11 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     ours = re.compile(re.escape(path.name) + r"\.\d+\.tmp")
     if temporary.exists():  # of a process that has died, or of one in another container, where it has the same pid
         _remove_unless_locked(temporary, path)
-    with temporary.open("xb") as stream:
+    try:
+        stream = temporary.open("xb")
+    except OSError as error:
+        raise DataError(f"--out {path.parent} cannot be written: {error.strerror or error}") from None
+    with stream:
         try:
             lock(stream)
             for other in sorted(path.parent.iterdir()):

@@ -208,6 +208,8 @@ def test_every_data_set_of_recipes_has_a_reader(tmp_path: Path, dataset: str) ->
 def test_a_list_of_classes_that_cannot_be_read_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert commands.class_list("T-shirt/top,Bag") == ("T-shirt/top", "Bag")
     assert commands.class_list(None) == ()
+    (tmp_path / "marked.txt").write_bytes("\ufeffcafé\r\ntea\r\n".encode())  # as Windows writes UTF-8
+    assert commands.class_list(f"@{tmp_path}/marked.txt") == ("café", "tea")
     (tmp_path / "empty.txt").write_text("\n \n")
     for value in ("", ",", f"@{tmp_path}/empty.txt"):
         with pytest.raises(DataError, match=r"--classes .* names no class"):

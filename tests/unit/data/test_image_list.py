@@ -93,6 +93,13 @@ def test_identity_is_of_names_contents_and_preprocessing(folder: Path, tmp_path:
     assert changed["image_list_sha256"] == usual["image_list_sha256"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_name(folder: Path, tmp_path: Path) -> None:
+    names = names_of(folder)
+    marked = write_list(tmp_path / "marked.txt", names)
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    assert ListedImages(folder, marked, CLASSES, threads=1).names == names
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -121,6 +128,17 @@ def test_a_broken_image_is_named_where_it_is_read(tmp_path: Path) -> None:
         list(images.batches([(np.array([0]), None)]))
     with pytest.raises(DataError, match=r"nowhere\.txt cannot be read"):
         ListedImages(tmp_path, tmp_path / "nowhere.txt", CLASSES, threads=1)
+
+
+def test_an_image_is_not_enlarged_beyond_all_memory(tmp_path: Path) -> None:
+    (tmp_path / CLASSES[0]).mkdir()
+    Image.new("RGB", (1, 60_000)).save(tmp_path / CLASSES[0] / "narrow.png")
+    Image.new("RGB", (100, 1000)).save(tmp_path / CLASSES[0] / "long.png")
+    file = write_list(tmp_path / "list.txt", [f"{CLASSES[0]}/long.png", f"{CLASSES[0]}/narrow.png"])
+    with ListedImages(tmp_path, file, CLASSES, threads=1) as images:
+        assert images.read(np.array([0])).images.shape == (1, 3, 224, 224)
+        with pytest.raises(DataError, match=r"narrow\.png cannot be read: 60000 x 1 pixels are too narrow"):
+            images.read(np.array([1]))
 
 
 @pytest.mark.parametrize("use", [lambda images: images.identity, lambda images: list(images.batches([(ONE, None)]))])

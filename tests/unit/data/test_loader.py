@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -364,6 +365,19 @@ def test_an_image_that_turbojpeg_cannot_decode_is_named(files, tmp_path):
     damaged = path.read_bytes()[begin : begin + size]
     with Loader(path, image_size=SIDE, threads=2) as loader:
         loader._table[5, 5] = zlib.crc32(damaged)
+        with pytest.raises(CorruptSample, match="sample 5: cannot be decoded"):
+            loader.read(np.arange(40), sampling.whole_image_crops(loader.heights, loader.widths))
+
+
+@pytest.mark.parametrize("claim", [(65535, 65535), (16, 16)])
+def test_a_jpeg_that_claims_another_size_is_not_decoded(files, tmp_path, claim):
+    """libjpeg would allocate for what the JPEG claims, or scale it down without a word."""
+    path = copy_of(files["jpg"], tmp_path)
+    begin, size = stored(path, 5)
+    frame = path.read_bytes()[begin : begin + size].index(b"\xff\xc0") + 5
+    overwrite(path, begin + frame, struct.pack(">HH", *claim))
+    with Loader(path, image_size=SIDE, threads=1) as loader:
+        loader._table[5, 5] = zlib.crc32(path.read_bytes()[begin : begin + size])
         with pytest.raises(CorruptSample, match="sample 5: cannot be decoded"):
             loader.read(np.arange(40), sampling.whole_image_crops(loader.heights, loader.widths))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,7 @@ def write_manifest(path: Path) -> None:
         class_names=["cat", "dog"],
         label_histogram=[3, 3],
         image_mode="jpg",
-        max_resolution=500,
+        max_resolution=1600,
         jpeg_quality=90,
         skipped=[],
         converted={},
@@ -230,4 +232,75 @@ def test_the_manifest_of_another_file_is_refused(tmp_path: Path) -> None:
     path, other = build_file(tmp_path / "a.beton"), build_file(tmp_path / "b.beton", seed=1)
     manifest_path(path).write_bytes(manifest_path(other).read_bytes())
     with pytest.raises(DataError):
+        open_checked(path)
+
+
+def test_class_names_of_earlier_versions_that_are_not_utf8_can_be_shown(tmp_path: Path) -> None:
+    path = build_file(tmp_path / "a.beton")
+    values = json.loads(manifest_path(path).read_text()) | {"class_names": [os.fsdecode(b"caf\xe9"), "hÿ"]}
+    manifest_path(path).write_text(json.dumps(values))
+    names = open_checked(path).class_names
+    assert names == ["caf\\xe9", "hÿ"]
+    assert "".join(names).encode()
+
+
+def restamp(path: Path) -> None:
+    """Give the manifest the hash of the index as it is now, as somebody who made the file on purpose would."""
+    values = json.loads(manifest_path(path).read_text())
+    values["index_sha256"] = index_sha256(path, check_structure(path))
+    manifest_path(path).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("label", 7, "label 7 of image 2 is not one of the 2 classes"),
+        ("label", -1, "label -1 of image 2 is not one of the 2 classes"),
+        ("label", 1, "its labels are not those that its manifest counts"),
+        ("height", 65535, "image 2 is 65535 x 12, its sides must be 1 to 1600"),
+        ("width", 0, "image 2 is 10 x 0, "),
+    ],
+)
+def test_an_index_whose_hash_fits_is_refused_for_what_it_says(
+    tmp_path: Path, column: str, value: int, words: str
+) -> None:
+    path = build_file(tmp_path / "a.beton")
+    field = SAMPLE.fields[column]  # type: ignore[index]
+    overwrite(path, METADATA_START + 2 * SAMPLE.itemsize + field[1], np.array([value], field[0]).tobytes())
+    restamp(path)
+    with pytest.raises(DataError, match=words):
+        open_checked(path)
+
+
+def test_a_folder_and_a_pipe_are_called_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"is a folder; name a data file, such as {tmp_path}/train\.beton$"):
+        open_checked(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is not a regular file"):
+        open_checked(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("place", ["numpy.fromfile", *(f"pathlib.Path.{way}" for way in ("open", "stat", "read_text"))])
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Root may read every file, so the system's answer is played."""
+    path = build_file(tmp_path / "a.beton")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(place, refuse)
+    with pytest.raises(DataError, match=r"a\.beton.* cannot be read: .*Permission denied"):
+        open_checked(path)
+
+
+def test_a_passing_fault_of_the_file_system_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build_file(tmp_path / "a.beton")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("numpy.fromfile", fail)
+    with pytest.raises(OSError, match="Stale file handle"):
         open_checked(path)

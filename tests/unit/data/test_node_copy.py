@@ -508,16 +508,6 @@ def test_a_worker_reads_the_copy_if_the_recipe_says_so(original: Path, scratch: 
     assert same_file(next(private(scratch).glob("*.beton")), original)
 
 
-def test_a_workers_messages_name_the_original(original: Path, scratch: Path) -> None:
-    context = context_of(original.parent, scratch, single_group())
-    context.recipe = context.recipe.model_copy(
-        update={"model": context.recipe.model.model_copy(update={"num_classes": 3})}
-    )
-    with pytest.raises(ValueError, match=f"model.num_classes 3: {original} has 2 classes"):
-        context.loader(str(original))
-    context.close()
-
-
 def two_contexts(original: Path, scratches: list[Path], **more: Any) -> list[RunContext]:
     exchange = Exchange()
     device = torch.device("cpu")

@@ -57,8 +57,8 @@ def assert_equal_images(source: Source, expected: tv.CIFAR10 | tv.SVHN, labels: 
     assert len(source.names) == len(expected) > 0
     np.testing.assert_array_equal(source.labels, labels)
     for i in range(len(expected)):
-        pixels, kind = source.read(i)
-        assert kind == "rgb"
+        pixels, kinds = source.read(i)
+        assert kinds == ()
         assert pixels.flags.c_contiguous
         np.testing.assert_array_equal(pixels, np.asarray(expected[i][0]))
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,10 +29,12 @@ from pipeline.data.manifest import (
     open_checked,
     read_index,
 )
+from pipeline.data.sources.decode import reads_heif
 from pipeline.data.sources.fashion_mnist import DEBIAN_FASHION_MNIST, read_idx
 from pipeline.data.sources.registry import open_source
 from pipeline.data.writing import write as write_module
 from pipeline.data.writing.process import WriteError
+from pipeline.data.writing.scan import Scan
 from pipeline.data.writing.worker import check_free_space
 from pipeline.data.writing.write import WriteOptions, commit_file, temporary_beside, write_dataset
 from tests.support.commands import ROOT
@@ -265,13 +271,13 @@ def test_a_stuck_and_stopped_writer_is_terminated(small_tree: Path, tmp_path: Pa
 FULL_DISK = """
 import resource, sys
 from tests.unit.data.test_write import launch_data
-resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 sys.exit(launch_data("write", "image_folder", "--source", sys.argv[1], "--out", sys.argv[2], "--workers", "2"))
 """
 
 
 def test_full_disk(small_tree: Path, tmp_path: Path) -> None:
-    """A file may not grow beyond 9 MB; the first page ends at 16 MiB."""
+    """A file may not grow beyond 3 MB; the first page ends at 4 MiB."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", FULL_DISK, str(small_tree), str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -279,6 +285,29 @@ def test_full_disk(small_tree: Path, tmp_path: Path) -> None:
     assert "File too large" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(out.iterdir()) == []
+
+
+def test_few_images_make_a_small_file(small_tree: Path, tmp_path: Path) -> None:
+    """FFCV's page is 8 MiB, and every worker fills one."""
+    train, test = write_dataset("image_folder", small_tree, tmp_path / "out", WriteOptions(8), False, check_progress)
+    assert [check_structure(file.path).page_size for file in (train, test)] == [2 << 20, 2 << 20]
+    assert max(file.manifest.file_size for file in (train, test)) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "quality", "page"),
+    [
+        (10, 32, 90, 2 << 20),
+        (20_000, 32, 90, 2 << 20),
+        (50_000, 32, 90, 8 << 20),
+        (100, 500, 100, 2 << 20),
+        (100, 800, 90, 8 << 20),
+        (1000, 500, 90, 8 << 20),
+    ],
+)
+def test_pages_hold_any_image_and_are_large_for_large_files(count: int, side: int, quality: int, page: int) -> None:
+    scan = Scan(np.arange(count), np.full((count, 2), side), {}, [], [])
+    assert scan.page_size(quality) == page
 
 
 def test_writer_ends_when_its_parent_is_killed(small_tree: Path, tmp_path: Path) -> None:
@@ -380,3 +409,101 @@ def test_options_out_of_range() -> None:
     ):
         with pytest.raises(DataError, match="must"):
             make()
+
+
+def own_photographs(folder: Path) -> None:
+    """Two classes without val/: transparent, turned, animated and other files."""
+    rng = np.random.default_rng(0)
+    for name in ("café", "tea"):
+        (folder / name / ".thumbnails").mkdir(parents=True)
+        (folder / name / "film.heic").write_bytes(b"?")
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / name / f"{i}.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        clear = Image.new("RGBA", (20, 30), (1, 2, 3, 0))
+        clear.save(folder / name / "clear.png", exif=exif)
+        frames = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
+        frames[0].save(folder / name / "moving.gif", save_all=True, append_images=frames[1:])
+
+
+def test_own_photographs_are_split_and_what_was_done_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    reads_heif.cache_clear()
+    own_photographs(tmp_path / "mine")
+    command = ["write", "image_folder", "--source", str(tmp_path / "mine"), "--out", str(tmp_path / "out")]
+    options = ["--background", "#0a141e", "--exif-rotate", "--val-fraction", "1/3", "--workers", "1"]
+    assert launch_data(*command, *options) == 0
+    out = capsys.readouterr().out
+    assert out.count("passed over 2 .heic, 2 .thumbnails/; pip install pillow-heif reads HEIC") == 2
+    manifests = [open_checked(tmp_path / "out" / f"{split}.beton") for split in ("train", "test")]
+    assert [manifest.label_histogram for manifest in manifests] == [[4, 4], [2, 2]]
+    done = manifests[0].converted.keys() | manifests[1].converted.keys()
+    assert done == {"alpha", "palette", "EXIF rotation applied", "first of several frames"}
+    for manifest in manifests:
+        assert (manifest.background, manifest.exif_rotate, manifest.val_fraction) == ("#0a141e", True, "1/3")
+    images = [image for split in ("train", "test") for image in stored(tmp_path / "out" / f"{split}.beton")[1]]
+    assert sum(image == bytes((10, 20, 30)) * 600 for image in images) == 2
+    assert "transparent pixels are #0a141e" in out
+    assert launch_data(*command, *options) == 0
+    assert capsys.readouterr().out.count("already written") == 2
+    for other in (["--background", "white", *options[2:]], [*options[:2], *options[3:]]):
+        assert launch_data(*command, *other) == 2
+        assert "with other background" in (err := capsys.readouterr().err) or "with other exif_rotate" in err
+    reads_heif.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--background", "whitish"], "--background whitish: unknown color specifier"),
+        (["--background", "#11223344"], "--background #11223344: .* is itself transparent"),
+        (["--val-fraction", "many"], "--val-fraction many: expected a number"),
+        (["--val-fraction", "1.5"], "--val-fraction 3/2 must lie between 0 and 1"),
+    ],
+)
+def test_options_that_are_none(
+    tmp_path: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch_data("write", "image_folder", "--source", str(tmp_path), "--out", str(tmp_path / "o"), *options) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    small_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["write", "image_folder", "--source", str(small_tree), "--out", str(tmp_path / "out")]
+    (tmp_path / "out").write_text("a file")
+    assert launch_data(*command) == 2
+    assert "out cannot be made: File exists" in capsys.readouterr().err
+    (tmp_path / "out").unlink()
+    original = Path.open
+
+    def refuse(self: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if mode == "xb":  # root may write everywhere
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(self, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert launch_data(*command) == 2
+    assert "out cannot be written: Permission denied" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_not_utf8_shows_all(tmp_path: Path) -> None:
+    path = build_file(tmp_path / "a.beton")
+    values = json.loads(manifest_path(path).read_text()) | {"class_names": ["café", "猫"], "source": "/a\udcff"}
+    manifest_path(path).write_text(json.dumps(values))
+    for encoding in ("ascii", "utf-8", "latin-1"):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "data", "info", str(path)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"},
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.decode(encoding).splitlines()
+        assert lines[-2].split()[1] == "café".encode(encoding, "backslashreplace").decode(encoding)
+        assert lines[-1].split()[1] == "猫".encode(encoding, "backslashreplace").decode(encoding)

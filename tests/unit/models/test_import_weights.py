@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -471,3 +474,90 @@ def test_harmless_objects_are_refused_as_well(tmp_path: Path) -> None:
 def test_files_without_a_state_dict_are_refused_with_their_content(tmp_path: Path, content: Any, words: str) -> None:
     torch.save(content, tmp_path / "w.pth")
     assert words in refusal(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("damage", range(8))
+def test_a_changed_bit_of_a_torch_file_is_noticed(tmp_path: Path, damage: int) -> None:
+    """torch itself does not compare the checksums of a zip archive."""
+    path = tmp_path / "w.pth"
+    torch.save(their_small_cnn().state_dict(), path)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size)
+    whole = bytearray(path.read_bytes())
+    whole[largest.header_offset + 200 + damage * largest.file_size // 10] ^= 1 << damage
+    path.write_bytes(whole)
+    torch.load(path, weights_only=True)
+    message = refusal(path)
+    assert "w.pth is damaged (Bad CRC-32 for file" in message
+    assert message.endswith("download it again")
+
+
+def zip_with(path: Path, name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> None:
+    """A file of torch.save with one of its parts exchanged."""
+    torch.save({"a": torch.zeros(3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, data in parts.items():
+            exchanged = part.endswith(name)
+            archive.writestr(part, content if exchanged else data, compression if exchanged else zipfile.ZIP_STORED)
+
+
+GIB_64 = b"\x8a\x05" + (64 << 30).to_bytes(5, "little")
+BOMBS = {
+    "bytearray": b"\x80\x02cbuiltins\nbytearray\n" + GIB_64 + b"\x85R.",
+    "Python 2's bytearray": b"\x80\x02c__builtin__\nbytearray\n" + GIB_64 + b"\x85R.",
+    "codec": b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x09\x00\x00\x00hex_codec\x86R.",
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_that_would_fill_the_memory_is_refused(tmp_path: Path, bomb: str, legacy: bool) -> None:
+    path = tmp_path / "w.pth"
+    if legacy:
+        path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + BOMBS[bomb])
+    else:
+        zip_with(path, "data.pkl", BOMBS[bomb])
+    assert re.search(r"was not read: it calls \w+\.(bytearray|encode), which no tensor needs", refusal(path))
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    zip_with(tmp_path / "w.pth", "data/0", bytes(1 << 20), zipfile.ZIP_DEFLATED)
+    assert "data/0' in it is compressed, which torch.save never does" in refusal(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["a.weight", "mean", "fc.popup_scores"])
+def test_a_tensor_that_repeats_one_value_is_not_copied(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({name: torch.zeros(1).expand(1 << 40)}, path)
+    assert path.stat().st_size < 10_000
+    assert f"{name} [1099511627776] is not stored value by value" in refusal(path)
+
+
+def test_a_small_tensor_that_repeats_one_value_is_read(tmp_path: Path) -> None:
+    path = save_changed(tmp_path / "w.pth", lambda state: {**state, "mean": torch.zeros(1).expand(3)})
+    load_foreign(build_network(SMALL, 0, 32), path, SMALL)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_values_are_refused(tmp_path: Path, tensor: Tensor) -> None:
+    torch.save({"a.weight": tensor}, tmp_path / "w.pth")
+    assert "a.weight [" in (message := refusal(tmp_path / "w.pth"))
+    assert "is not stored value by value" in message
+
+
+def test_a_normalisation_of_another_length_is_not_printed(tmp_path: Path) -> None:
+    path = save_changed(tmp_path / "w.pth", lambda state: {**state, "mean": torch.zeros(100_000)})
+    assert "mean has the shape [100000], and model.mean has 3 values" in refusal(path)
+
+
+def test_weights_that_may_not_be_read_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_changed(tmp_path / "w.pth", lambda state: state)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")  # root may read every file
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "w.pth cannot be read: Permission denied" in refusal(path)
