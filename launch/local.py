@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.display import follow
-from launch.run_folder import check_same_data
+from launch.run_folder import check_same_data, has_trained_nothing, network_size
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.layout import RunFolder
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def run_here(folder: Path, observer: str | None = None) -> int:
     """Do the rest of the run on a Ray cluster of its own; returns the exit code."""
     check_same_data(folder)
+    if has_trained_nothing(folder):  # or else weights that do not fit are found once Ray has started
+        network_size(load_recipe(RunFolder(folder).recipe))
     from launch.ray_cluster.connect import local_cluster  # imports torch and ray, which takes seconds
     from pipeline.training.driver import RunFailed, RunRequest, stages_left
 

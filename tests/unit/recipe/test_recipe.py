@@ -719,7 +719,7 @@ def test_dry_run_prints_the_resolved_recipe_and_its_stages(
     monkeypatch.chdir(tmp_path)
     overrides, options = ["phases.prune.epochs=9", "seed=4"], ["--dry-run", "--name", "other"]
     rest = [*overrides, *options] if order == "overrides first" else [*options, *overrides]
-    assert main(["run", str(DEMO), *rest]) == 0
+    assert main(["run", str(DEMO), *rest]) == 2  # there is no data
     printed = capsys.readouterr().out
     expected = load_recipe(DEMO, overrides)
     (tmp_path / "printed.yaml").write_text(printed, encoding="utf-8")  # the stages are comments
