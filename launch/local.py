@@ -22,7 +22,7 @@ from launch.display import follow
 from launch.ray_cluster.environment import LOOPBACK, RAY_ENDED
 from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
 from launch.ray_cluster.scratch import python_for_ray
-from launch.run_folder import check_same_data
+from launch.run_folder import check_same_data, has_trained_nothing, network_size
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import append_to_log
@@ -41,6 +41,8 @@ def run_here(folder: Path, observer: str | None = None) -> int:
     """Do the rest of the run on Ray clusters of its own, one after another if Ray dies; returns the exit code."""
     check_same_data(folder)
     recipe = load_recipe(RunFolder(folder).recipe)
+    if has_trained_nothing(folder):  # or else weights that do not fit are found once Ray has started
+        network_size(recipe)
     stages, limit = stages_of(recipe), recipe.workers.restarts_without_progress
     if all(is_done(folder, stage) for stage in stages):
         print(f"{folder}: already finished; see: python -m launch report {folder}")

@@ -11,10 +11,19 @@ from pipeline.data.manifest import Manifest
 from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, recipe_hash
 from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.files import PRIVATE, atomic_write_json, atomic_write_text, read_json, sha256_of
-from pipeline.run.layout import RunFolder
+from pipeline.run.failures import FAILURES
+from pipeline.run.files import (
+    PRIVATE,
+    atomic_write_json,
+    atomic_write_text,
+    read_json,
+    read_json_if_there,
+    sha256_of,
+)
+from pipeline.run.layout import RunFolder, StageFolder
 from pipeline.run.lease import refuse_if_held
 from pipeline.run.provenance import collect_provenance
+from pipeline.run.tracking.wandb_ids import forget_run
 
 RUNS = Path("runs")
 
@@ -53,28 +62,68 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]) -> Path:
-    """The run directory of a recipe: a new one, or the existing one of the same recipe, which then resumes.
+def check_start(recipe: Recipe, name: str | None) -> Path:
+    """The run directory in which a recipe would start or resume. Changes nothing.
 
-    `data_sha256` is from `check_data`. Workers, ZeRO stage, checkpoint interval and tracking may differ from before.
-    Errors: ValueError naming what else differs; LeaseHeld while a process runs it, as its workers read recipe.yaml
-    whenever they restart.
+    Errors: ValueError for a name that is none, or taken by a run of another recipe that has trained something, naming
+    what differs; LeaseHeld while a process runs it, as its workers read recipe.yaml whenever they restart.
     """
     check_name(name)
     recipe = _with_absolute_paths(recipe)
     folder = RUNS / (name or recipe.name)
     path = RunFolder(folder).recipe
+    stages = stages_of(recipe)
     if path.exists():
         old = load_recipe(path)
-        if recipe_hash(old) != recipe_hash(recipe):
+        stages += stages_of(old)
+        if recipe_hash(old) != recipe_hash(recipe) and not has_trained_nothing(folder):
             changes = "; ".join(_differences(old, recipe))
             raise ValueError(f"{folder} was started with another recipe ({changes}); choose a new --name")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml); choose another --name")
-    for stage in stages_of(recipe):
+    for stage in stages:
         refuse_if_held(folder / stage.name)
-    write_run_folder(folder, recipe, data_sha256)
     return folder
+
+
+def has_trained_nothing(folder: Path) -> bool:
+    """Whether a run directory has no checkpoint and no result, so that nothing is lost if it is begun anew."""
+    kept = ("step-*", StageFolder(folder).result.name, StageFolder(folder).network.name)
+    return not any(True for pattern in kept for _ in folder.rglob(pattern))
+
+
+def begins_anew(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> bool:
+    """Whether a start in this run directory replaces a try with another recipe or data, which has trained nothing."""
+    path = RunFolder(folder).recipe
+    if not path.exists() or not has_trained_nothing(folder):
+        return False
+    old = read_json_if_there(RunFolder(folder).provenance) or {}
+    other_recipe = recipe_hash(load_recipe(path)) != recipe_hash(_with_absolute_paths(recipe))
+    return other_recipe or old.get("data_sha256") != data_sha256
+
+
+def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]) -> Path:
+    """The run directory of a recipe: a new one, or the existing one of the same recipe, which then resumes.
+
+    One that has trained nothing is begun anew: its recipe and data may be other ones than before.
+    `data_sha256` is from `check_data`. Workers, ZeRO stage, checkpoint interval and tracking may differ from before.
+    Errors: those of `check_start`.
+    """
+    folder = check_start(recipe, name)
+    if begins_anew(folder, recipe, data_sha256):
+        _forget_first_try(folder, load_recipe(RunFolder(folder).recipe))
+    write_run_folder(folder, _with_absolute_paths(recipe), data_sha256)
+    return folder
+
+
+def _forget_first_try(folder: Path, recipe: Recipe) -> None:
+    """Remove what a start that trained nothing has recorded; its logs stay, but for the list of failures."""
+    for stage in (StageFolder(folder / stage.name) for stage in stages_of(recipe)):
+        forget_run(stage.path)
+        stage.plan.unlink(missing_ok=True)
+        stage.metrics.unlink(missing_ok=True)
+    for path in (folder / "jobs.json", RunFolder(folder).logs / FAILURES, RunFolder(folder).provenance):
+        path.unlink(missing_ok=True)
 
 
 def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
@@ -108,6 +157,17 @@ def _hashes(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, str]:
         except OSError as error:
             raise ValueError(f"model.weights = {weights} cannot be read: {error.strerror or error}") from None
     return hashes
+
+
+def network_size(recipe: Recipe) -> int:
+    """Number of weights. Errors: ValueError if the network does not take the images, or model.weights do not fit it."""
+    from pipeline.models import build_network  # imports torch, which takes seconds
+    from pipeline.models.import_weights import load_foreign
+
+    network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
+    if recipe.model.weights is not None:
+        load_foreign(network, Path(recipe.model.weights), recipe.model)
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def check_same_data(folder: Path) -> None:

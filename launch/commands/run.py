@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from launch import run_folder
+from launch.commands.dry_run import plan_lines
 from launch.local import run_here
 from launch.slurm import submit
 from launch.slurm.nodes import unused_workers
 from launch.slurm.sbatch import section_of
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.stages import stages_of
 from pipeline.run.layout import RunFolder
 
 JOB = re.compile(r"\d+([_+]\d+)?")
@@ -39,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved recipe, its stages and (with --on slurm) its sbatch files; start nothing",
+        help="check recipe, data and weights; print stages, steps, disk, time if it was measured, the resolved "
+        "recipe and (with --on slurm) sbatch files; start nothing",
     )
     run.add_argument(
         "--on", choices=("local", "slurm"), default="local", help="this machine or SLURM (default: %(default)s)"
@@ -85,25 +86,39 @@ def _run(arguments: argparse.Namespace) -> int:
     run_folder.check_name(arguments.name)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.cluster)
     if arguments.dry_run:
-        _print_plan(recipe, arguments)
-        return 0
-    folder = run_folder.open_or_create(recipe, arguments.name, run_folder.check_data(recipe))
+        return _print_plan(recipe, arguments)
+    data_sha256 = run_folder.check_data(recipe)
+    _refuse_jobs_of_another_recipe(run_folder.check_start(recipe, arguments.name), recipe, data_sha256)
+    folder = run_folder.open_or_create(recipe, arguments.name, data_sha256)
     return _submit(folder, arguments.after) if arguments.on == "slurm" else run_here(folder)
 
 
-def _print_plan(recipe: Recipe, arguments: argparse.Namespace) -> None:
+def _refuse_jobs_of_another_recipe(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
+    if run_folder.begins_anew(folder, recipe, data_sha256) and (jobs := submit.active_jobs(submit.read_jobs(folder))):
+        ids = ", ".join(job.id for job in jobs)
+        raise ValueError(
+            f"{folder} has jobs in SLURM that were submitted with another recipe or other data ({ids}); cancel them: "
+            f"python -m launch cancel {folder}"
+        )
+
+
+def _print_plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    """The plan as comments before the resolved recipe, so that what is printed is a recipe.
+
+    Errors: ValueError, after printing, for what would stop the run.
+    """
+    lines, problems = plan_lines(recipe, arguments.name, with_torch=arguments.on == "local")
+    if arguments.on == "slurm" and (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
+        lines.append(note)
+    print("\n".join(f"# {line}" for line in lines))
     print(dump_recipe(recipe), end="")
-    print("# stages, in order:")
-    for stage in stages_of(recipe):
-        o = stage.optimisation
-        start = f"from {stage.starts_from}" if stage.starts_from else "from scratch"
-        print(f"#   {stage.name:<22} {o.epochs:>3} epochs  lr {o.lr:<7g} trains {stage.trains}, {start}")
     if arguments.on == "slurm":
-        if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
-            print(f"# {note}")
         folder = run_folder.RUNS / (arguments.name or recipe.name)
         for text in submit.describe_jobs(recipe, folder, arguments.after):
             print(text)
+    if problems:
+        raise ValueError("\n".join(["this would not start:", *problems]) if len(problems) > 1 else problems[0])
+    return 0
 
 
 def _submit(folder: Path, after: str | None) -> int:

@@ -182,10 +182,16 @@ class _Run:
         if states & {"training", "evaluating"} or states == {"finished"}:
             word = "finished" if states == {"finished"} else "running"
         elif not queued and queue is not None:
-            notes.append(f"continue with: python -m launch resume {self.folder}")
+            notes.append(self._how_to_continue())
         facts = [f"{self.folder}: {word}", *self._facts(word == "running")]
         table = _table([row if self.jobs else row[:-3] for row in rows])
         return "\n".join([", ".join(facts), table, *(_wrap(note, "  ") for note in [*notes, *self.notes])])
+
+    def _how_to_continue(self) -> str:
+        if not self.failures or not run_folder.has_trained_nothing(self.folder):
+            return f"continue with: python -m launch resume {self.folder}"
+        name = f" --name {self.folder.name}" if self.folder.parent == run_folder.RUNS else ""
+        return f"nothing is trained yet: mend what failed, then start again: python -m launch run RECIPE{name}"
 
     def _set_states(self, slurm: dict[str, str]) -> list[str]:
         """Set the state of every stage; returns the failure messages of those that failed."""

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from pipeline.recipe.fields import Pixels, Section
+from pipeline.recipe.fields import Count, Pixels, Section
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.technique import Smoothing
 from pipeline.recipe.threat_model import ThreatModel
@@ -26,13 +26,13 @@ class Attack(Section):
     """One additional evaluation of each finished network on test images."""
 
     name: AttackName
-    images: int | None = Field(default=None, ge=1)
+    images: Count | None = Field(default=None, ge=1)
     """Number of test images, evenly spaced over the file; null means all of them."""
-    chunk: int | None = Field(default=None, ge=1)
+    chunk: Count | None = Field(default=None, ge=1)
     """Images per call; null: evaluation.chunk. It affects the result: AutoAttack draws its random numbers per call."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: Count | None = Field(default=None, ge=1)
     """pgd, transfer; null: evaluation.steps."""
-    restarts: int | None = Field(default=None, ge=1)
+    restarts: Count | None = Field(default=None, ge=1)
     """pgd, transfer; null: evaluation.restarts."""
     step_size: Pixels | None = None
     """pgd, transfer; null: evaluation.step_size."""

@@ -10,6 +10,15 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+LONGEST_VALUE = 100
+"""Characters of a value that a message repeats."""
+
+
+def shown(value: Any) -> str:
+    """A value as messages have it: shortened, and without line breaks and control characters."""
+    text = str(value) if isinstance(value, (int, float, Fraction)) else repr(value)  # numbers as in the file
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """Section classes that a key may hold: one for `Section | None` or a tuple of sections, all members of a union."""
@@ -72,26 +81,25 @@ def _problem(item: ErrorDetails, root: type[BaseModel]) -> str:
     match item["type"]:
         case "extra_forbidden":
             why = _unknown_key(_place(root, item["loc"][:-1]), str(item["loc"][-1]))
-            return f"{place.key} = {value!r}: {why}"
+            return f"{place.key} = {shown(value)}: {why}"
         case "missing":
             return f"{place.key}: missing; add it{f', for example {place.examples[0]}' if place.examples else ''}"
         case "model_type":
             keys = ", ".join(place.sections[0].model_fields)
-            return f"{place.key} = {value!r}: expected a section with the keys {keys}"
+            return f"{place.key} = {shown(value)}: expected a section with the keys {keys}"
         case "union_tag_invalid" | "union_tag_not_found":
             names = ", ".join(_name_of(section) for section in place.sections)
             if not isinstance(value, dict):
-                return f"{place.key} = {value!r}: expected a section whose name is one of {names}"
+                return f"{place.key} = {shown(value)}: expected a section whose name is one of {names}"
             if "name" not in value:
                 return f"{place.key}.name: missing; add it, one of {names}"
-            return f"{place.key}.name = {value['name']!r}: expected one of {names}"
+            return f"{place.key}.name = {shown(value['name'])}: expected one of {names}"
         case "tuple_type":
             return f"{place.key} = {value!r}: expected a list; write [{value}]"
     message = item["msg"].removeprefix("Value error, ")
     if isinstance(value, dict):
         return f"{place.key}: {message}"
-    text = str(value) if isinstance(value, Fraction) else repr(value)  # 1/255, as in the file
-    return f"{place.key} = {text}: {message}"
+    return f"{place.key} = {shown(value)}: {message}"
 
 
 def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:

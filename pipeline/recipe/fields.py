@@ -1,21 +1,17 @@
-"""Building blocks of recipe sections: a strict base model and exact numbers."""
+"""Building blocks of recipe sections: a strict base model, and numbers that are exact as written and bounded.
+
+Every number of a recipe is read here, so that arithmetic on it is cheap and it keeps its value: one that would fill
+memory (1e999999999), become zero as a float (1e-999999999) or lose digits is an error.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    PlainSerializer,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 
 
 class Section(BaseModel):
@@ -37,21 +33,51 @@ class Section(BaseModel):
         return value
 
 
+DIGITS = 28
+"""Significant digits that decimal arithmetic keeps."""
+EXPONENT = 30
+"""Numbers are 0, or of an order of magnitude from -30 to 30, as float32 can hold them."""
+LONGEST = 100
+"""Characters of a number."""
+LARGEST_COUNT = 10**9
+LARGEST_SEED = 2**64 - 1
+
+
+def exact_decimal(value: Any) -> Decimal | None:
+    """The exact number as written; None if it is no finite number. Errors: ValueError if it is out of bounds."""
+    text = str(value).strip()
+    if len(text) > LONGEST:
+        raise ValueError(f"it has {len(text):,} characters; a number has at most {DIGITS} digits")
+    try:
+        number = Decimal(int(value) if isinstance(value, int) else text)  # of 0x1F, text is kept as written
+    except InvalidOperation:
+        return None
+    if not number.is_finite():
+        return None
+    digits = "".join(map(str, number.as_tuple().digits)).strip("0")
+    if len(digits) > DIGITS:
+        raise ValueError(f"it has {len(digits)} significant digits, and {DIGITS} are kept; round it")
+    if digits and abs(number.adjusted()) > EXPONENT:
+        raise ValueError(f"a number is 0 or between 1e-{EXPONENT} and 1e{EXPONENT}")
+    return number
+
+
 def parse_fraction(value: Any) -> Fraction:
     """'4/255', '0.1' or 0.1 -> the exact number as written. Errors: ValueError."""
-    try:
-        return Fraction(str(value).replace(" ", ""))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError("expected a number or a fraction such as 4/255") from None
+    match [exact_decimal(part) for part in str(value).replace(" ", "").split("/")]:
+        case [Decimal() as number]:
+            return Fraction(number)
+        case [Decimal() as numerator, Decimal() as denominator] if denominator:
+            return Fraction(numerator) / Fraction(denominator)
+    raise ValueError("expected a number or a fraction such as 4/255")
 
 
 def _parse_share(value: Any, example: str, fits: Callable[[Decimal], bool], rule: str) -> Decimal:
-    """The exact number as written. Errors: ValueError, with `rule` if `fits` rejects it or it is not finite."""
-    try:
-        number = Decimal(str(value))
-    except InvalidOperation:
-        raise ValueError(f"expected a decimal such as {example}") from None
-    if not number.is_finite() or not fits(number):
+    """The exact number as written. Errors: ValueError, with `rule` if `fits` rejects it."""
+    number = exact_decimal(value)
+    if number is None:
+        raise ValueError(f"expected a decimal such as {example}")
+    if not fits(number):
         raise ValueError(rule)
     return number
 
@@ -66,10 +92,39 @@ def _parse_extra_fraction(value: Any) -> Decimal:
     return _parse_share(value, "0.5", lambda number: 0 < number < 1, rule)
 
 
+def _check_real(value: Any) -> Any:
+    """`value`, for pydantic to convert. Errors: ValueError for a number that is out of bounds."""
+    if isinstance(value, (int, float, str)):
+        exact_decimal(value)
+    return value
+
+
+def _read_whole(value: Any) -> Any:
+    """The exact integer for a number without fractional part, otherwise `value`, for pydantic to refuse."""
+    number = exact_decimal(value) if isinstance(value, (int, float, str)) else None
+    return value if number is None or number % 1 else int(number)
+
+
+def _check_seed(seed: int) -> int:
+    if seed > LARGEST_SEED:
+        raise ValueError(f"PyTorch takes no seed above {LARGEST_SEED}")
+    return seed
+
+
 def canonical_decimal(number: Decimal) -> str:
     """The one spelling of a decimal: 0.10 and 1E-1 are both '0.1'. Used in folder names."""
     return format(number.normalize(), "f")
 
+
+Real = Annotated[float, BeforeValidator(_check_real)]
+"""A number whose value as a float is, but for rounding, the one that is written."""
+
+_Whole = Annotated[int, BeforeValidator(_read_whole)]
+
+Count = Annotated[_Whole, Field(le=LARGEST_COUNT)]
+"""A number of things, in bounds that no experiment reaches."""
+
+Seed = Annotated[_Whole, Field(ge=0), AfterValidator(_check_seed)]
 
 Pixels = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(str)]
 """A distance in [0, 1] pixel units, exact: written '4/255' or 0.1."""
@@ -79,35 +134,3 @@ KeepFraction = Annotated[Decimal, BeforeValidator(_parse_keep_fraction), PlainSe
 
 ExtraFraction = Annotated[Decimal, BeforeValidator(_parse_extra_fraction), PlainSerializer(canonical_decimal)]
 """Extra / all images of a micro-batch, exact as written."""
-
-
-DECIDED_ELSEWHERE = {
-    "train_batch_size": "batch.batch_per_step decides it",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch decides it",
-    "gradient_accumulation_steps": "batch and workers.count decide it",
-    "elasticity": "batch and workers.count decide it",
-    "optimizer": "phases.* decide it",
-    "scheduler": "phases.*.schedule decides it",
-    "fp16": "engine.precision decides it",
-    "bf16": "engine.precision decides it",
-    "torch_autocast": "engine.precision decides it",
-    "amp": "engine.precision decides it",
-    "data_types": "engine.precision decides it",
-    "zero_allow_untested_optimizer": "the engine sets it",
-    "gradient_clipping": "gradients are not clipped here",
-}
-"""Keys that are refused in a `deepspeed:` section -> why."""
-
-
-def _check_deepspeed(options: dict[str, Any]) -> dict[str, Any]:
-    for key, why in DECIDED_ELSEWHERE.items():
-        if key in options:
-            raise ValueError(f"{key} = {options[key]!r}: {why}; remove this key")
-    zero = options.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError(f"zero_optimization = {zero!r}: expected a section; engine.zero_stage turns ZeRO on")
-    return json.loads(json.dumps(options))  # drops the number types of recipe.file
-
-
-DeepSpeedOptions = Annotated[dict[str, Any], AfterValidator(_check_deepspeed)]
-"""Options passed to DeepSpeed unchanged."""

@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, ScalarNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import Resolver, VersionedResolver
 
+from pipeline.recipe.errors import shown
+from pipeline.recipe.fields import LONGEST
 from pipeline.recipe.flat_objective import from_flat, to_flat
 from pipeline.recipe.schema import Recipe, RecipeError, parse_recipe
 
@@ -39,6 +41,13 @@ class _WrittenFloat(float):
     def __str__(self) -> str:
         return self.written
 
+
+LONGEST_TEXT = 50_000
+"""Characters of a recipe file, or of an override; shipped recipes have 2,000."""
+MAX_VALUES = 20_000
+"""Keys and values of a recipe once its aliases are copies."""
+MAX_DEPTH = 50
+"""Sections within sections."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 _TYPES = ("null", "bool", "str", "seq", "map")
@@ -70,12 +79,20 @@ class _Constructor(SafeConstructor):
         if tag is None or tag.rpartition(":")[2] in _TYPES
     }
 
+    def construct_document(self, node: Node) -> Any:
+        """Refuses, before anything is built, a document that aliases make large."""
+        if _Sizes().of(node) > MAX_VALUES:
+            raise ConstructorError(None, None, f"with its aliases it has more than {MAX_VALUES:,} values", None)
+        return super().construct_document(node)
+
     def construct_written_int(self, node: Any) -> _WrittenInt:
+        _refuse_long_number(node)
         number = _WrittenInt(self.construct_yaml_int(node))
         number.written = node.value
         return number
 
     def construct_written_float(self, node: Any) -> _WrittenFloat:
+        _refuse_long_number(node)
         number = _WrittenFloat(self.construct_yaml_float(node))
         number.written = node.value
         return number
@@ -92,6 +109,30 @@ class _Constructor(SafeConstructor):
             if key.tag != _MERGE:
                 key.tag = self.resolver.DEFAULT_SCALAR_TAG
         super().flatten_mapping(node)
+
+
+def _refuse_long_number(node: ScalarNode) -> None:
+    if len(node.value) > LONGEST:
+        raise ConstructorError(None, None, f"a number of {len(node.value):,} characters", node.start_mark)
+
+
+class _Sizes:
+    """Number of nodes below a node if every alias were a copy; merged mappings count too."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+
+    def of(self, node: Node, depth: int = 0) -> int:
+        """Errors: ConstructorError for a node that contains itself, or is nested too deep."""
+        if depth > MAX_DEPTH:
+            reason = "an alias inside its own anchor, or nested too deep"
+            raise ConstructorError(None, None, reason, node.start_mark)
+        if id(node) not in self._known:
+            inner = node.value if isinstance(node, SequenceNode) else []
+            if isinstance(node, MappingNode):
+                inner = [one for pair in node.value for one in pair]
+            self._known[id(node)] = 1 + sum(self.of(one, depth + 1) for one in inner)
+        return self._known[id(node)]
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_written_int)
@@ -115,6 +156,8 @@ def parse_yaml(text: str, origin: str) -> Any:
 
     Numbers keep their text as `str`. Errors: RecipeError, beginning with `origin`.
     """
+    if len(text) > LONGEST_TEXT:
+        raise RecipeError(f"{origin}: more than {LONGEST_TEXT:,} characters; is it a recipe?")
     reader = YAML(typ="safe", pure=True)
     reader.Resolver, reader.Constructor = _Resolver, _Constructor
     try:
@@ -154,8 +197,8 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise RecipeError(f"override {override!r}: expected key=value, for example phases.prune.epochs=3")
-        value = parse_yaml(text, f"override {override!r}")
+            raise RecipeError(f"override {shown(override)}: expected key=value, for example phases.prune.epochs=3")
+        value = parse_yaml(text, f"override {shown(override)}")
         node = result
         *parents, leaf = key.split(".")
         for part in parents:
@@ -163,7 +206,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             if child is None:
                 child = node[part] = {}
             if not isinstance(child, dict):
-                raise RecipeError(f"override {override!r}: {part} = {child!r} is a value, not a section")
+                raise RecipeError(f"override {shown(override)}: {part} = {shown(child)} is a value, not a section")
             node = child
         node[leaf] = value
     return result
@@ -177,14 +220,19 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, cluster: s
         profile = _read_mapping(Path(cluster), "a cluster profile is a mapping of slurm keys", "see docs/slurm.md")
         section = values.get("slurm") or {}
         if not isinstance(section, dict):
-            raise RecipeError(f"{path}: slurm = {section!r}: expected keys and values, for example slurm: {{nodes: 2}}")
+            raise RecipeError(
+                f"{path}: slurm = {shown(section)}: expected keys and values, for example slurm: {{nodes: 2}}"
+            )
         values["slurm"] = {**profile, **section}
     return parse_recipe(apply_overrides(values, overrides or []), str(path))
 
 
 def _read_mapping(path: Path, expected: str, hint: str) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe would wait for a writer
+            raise RecipeError(f"{path}: not a file; {hint}")
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(LONGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); {hint}") from None
     values = parse_yaml(text, str(path))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
+from pipeline.recipe.fields import Count, Real
 from pipeline.recipe.technique import Attacking, Bounding, MultiStep, OneStep, Smoothing, Technique
 from pipeline.recipe.threat_model import ThreatModel
 
@@ -41,7 +42,7 @@ class Nfgsm(OneStep):
     """One step from larger noise, without projection (de Jorge et al. 2022)."""
 
     name: Literal["nfgsm"] = "nfgsm"
-    noise_magnitude: float = Field(default=2.0, gt=0)
+    noise_magnitude: Real = Field(default=2.0, gt=0)
     """Largest noise per pixel, in multiples of eps (k in the paper)."""
 
     def check_threat_model(self, key: str, threat_model: ThreatModel | None) -> None:
@@ -58,7 +59,7 @@ class Free(OneStep):
 
     name: Literal["free"] = "free"
     carries_noise: ClassVar[bool] = True
-    replays: int = Field(default=4, ge=1)
+    replays: Count = Field(default=4, ge=1)
     """Consecutive steps on each batch (m in the paper); an epoch has m times as many steps."""
 
     @property
@@ -76,7 +77,7 @@ class Trades(Attacking, MultiStep):
 
     name: Literal["trades"] = "trades"
     counts_clean: ClassVar[bool] = True
-    beta: float = Field(default=6.0, gt=0)
+    beta: Real = Field(default=6.0, gt=0)
     """Weight of the KL term (equation 5: beta is their 1/lambda)."""
 
     @property
@@ -95,7 +96,7 @@ class Stability(Smoothing):
 
     name: Literal["stability"] = "stability"
     counts_clean: ClassVar[bool] = True
-    beta: float = Field(default=6.0, gt=0)
+    beta: Real = Field(default=6.0, gt=0)
     """Weight of the KL term."""
 
     @property
@@ -107,7 +108,7 @@ class SmoothAdv(Smoothing, Attacking, MultiStep):
     """Adversarial training of the smoothed network (Salman et al. 2019)."""
 
     name: Literal["smoothadv"] = "smoothadv"
-    noise_samples: int = Field(default=1, ge=1)
+    noise_samples: Count = Field(default=1, ge=1)
     """Noise draws per image (m in the paper), which multiply the images of a forward pass."""
 
     @property
@@ -118,9 +119,9 @@ class SmoothAdv(Smoothing, Attacking, MultiStep):
 class _Mixed(Bounding):
     """Mixes clean and worst-case cross-entropy, with weights that change over the ramp."""
 
-    kappa_start: float = Field(default=1.0, ge=0, le=1)
+    kappa_start: Real = Field(default=1.0, ge=0, le=1)
     """Weight of clean cross-entropy at the start of the ramp; the worst case has the rest."""
-    kappa_end: float = Field(default=0.5, ge=0, le=1)
+    kappa_end: Real = Field(default=0.5, ge=0, le=1)
     """The same from the end of the ramp on (Gowal et al. 2018, section 4)."""
 
 
@@ -134,9 +135,9 @@ class CrownIbp(_Mixed):
     """CROWN-IBP (Zhang et al. 2020)."""
 
     name: Literal["crown_ibp"] = "crown_ibp"
-    crown_start: float = Field(default=1.0, ge=0, le=1)
+    crown_start: Real = Field(default=1.0, ge=0, le=1)
     """Weight of the CROWN bound in the margins at the start of the ramp; interval bounds have the rest."""
-    crown_end: float = Field(default=0.0, ge=0, le=1)
+    crown_end: Real = Field(default=0.0, ge=0, le=1)
     """The same from the end of the ramp on (section 4: beta)."""
 
 
@@ -145,13 +146,13 @@ class MixTrain(Bounding):
 
     name: Literal["mixtrain"] = "mixtrain"
     counts_robust: ClassVar[bool] = False
-    robust_samples: int = Field(default=1, ge=1)
+    robust_samples: Count = Field(default=1, ge=1)
     """Images per micro-batch for which bounds are computed (k; HYDRA: 1 for large networks, 5 for small ones)."""
-    robust_probability: float = Field(default=0.8, gt=0, le=1)
+    robust_probability: Real = Field(default=0.8, gt=0, le=1)
     """Probability that a micro-batch has a robust term."""
-    robust_weight_start: float = Field(default=0.1, gt=0)
+    robust_weight_start: Real = Field(default=0.1, gt=0)
     """Weight of the robust term during the ramp, relative to 1 for the clean term."""
-    robust_weight_end: float = Field(default=50.0, gt=0)
+    robust_weight_end: Real = Field(default=50.0, gt=0)
     """Weight at the end of the phase, reached geometrically."""
 
 

@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.recipe.architectures import WITHOUT_BATCHNORM
 from pipeline.recipe.attacks import check_attack
+from pipeline.recipe.deepspeed_options import DeepSpeedOptions
 from pipeline.recipe.errors import explain
-from pipeline.recipe.fields import DeepSpeedOptions, Section
+from pipeline.recipe.fields import Section, Seed
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.sections import (
     Batch,
@@ -46,7 +48,7 @@ class Recipe(Section):
     """One experiment: pretrain, then prune and finetune per keep_fraction, baselines, evaluation."""
 
     name: str = Field(pattern=NAME)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     data: Data
     model: Model
     threat_model: ThreatModel | None = None
@@ -164,6 +166,15 @@ class Recipe(Section):
                     f"images, and evaluation.validation_steps {steps} is no more than one; set "
                     f"evaluation.validation_steps=5 or {key}.overfitting_guard=null"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _batchnorm_has_a_batch(self) -> Recipe:
+        if self.batch.micro_batch == 1 and self.model.arch not in WITHOUT_BATCHNORM:
+            raise ValueError(
+                f"batch.micro_batch 1: {self.model.arch} has BatchNorm, which needs the statistics of several images; "
+                "set batch.micro_batch=2 or more, or use a model.arch without BatchNorm"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,19 +5,21 @@ Constraints between sections are checked in `pipeline.recipe.schema`. Imports no
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.recipe.architectures import known_architecture
 from pipeline.recipe.attacks import Attack
-from pipeline.recipe.fields import ExtraFraction, KeepFraction, Pixels, Section, canonical_decimal
+from pipeline.recipe.fields import Count, ExtraFraction, KeepFraction, Pixels, Real, Section, canonical_decimal
 from pipeline.recipe.objective import Objective
 
 
 def divisors(number: int) -> list[int]:
     """The positive divisors of `number`, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 Dataset = Literal["fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder"]
@@ -33,12 +35,12 @@ class Data(Section):
     """FFCV file of the training set, written by `python -m launch data write`."""
     test_file: str
     """FFCV file of the test set; used only to evaluate finished stages."""
-    image_size: int = Field(gt=0, le=1024)
+    image_size: Count = Field(gt=0, le=1024)
     """Height and width of the network's input, in pixels."""
     augmentation: Literal["none", "pad_crop", "pad_crop_flip", "random_resized_crop"]
-    validation_images: int = Field(gt=0)
+    validation_images: Count = Field(gt=0)
     """Training images held out for checkpoint selection; the same ones for every seed."""
-    train_images: int | None = Field(default=None, gt=0)
+    train_images: Count | None = Field(default=None, gt=0)
     """Train on this many of the remaining images; null means all of them."""
     extra_fraction: ExtraFraction | None = None
     """Fraction of every micro-batch drawn from the training file's extra images; null means none."""
@@ -64,9 +66,9 @@ class Model(Section):
     """The network. Normalisation is its first layer, so that images are in [0, 1] everywhere else."""
 
     arch: Annotated[str, AfterValidator(known_architecture)]
-    num_classes: int = Field(gt=1)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    num_classes: Count = Field(gt=1)
+    mean: tuple[Real, Real, Real] = (0.485, 0.456, 0.406)
+    std: tuple[Real, Real, Real] = (0.229, 0.224, 0.225)
     weights: str | None = None
     """File of weights that pretrain starts from; null: random initialisation from the seed."""
     weights_keep_fraction: KeepFraction | None = None
@@ -92,11 +94,11 @@ GRAIN = 32
 class Resolution(Section):
     """Progressive resizing: training images grow to data.image_size. Epochs count from 0, the phase's first."""
 
-    smallest: int = Field(gt=0, multiple_of=GRAIN)
+    smallest: Count = Field(gt=0, multiple_of=GRAIN)
     """Height and width of the images, in pixels, up to the epoch `grows_from`; a multiple of 32."""
-    grows_from: int = Field(default=0, ge=0)
+    grows_from: Count = Field(default=0, ge=0)
     """Last epoch of the smallest images, which then grow in steps of 32 pixels, linearly in epochs."""
-    full_from: int = Field(ge=1)
+    full_from: Count = Field(ge=1)
     """First epoch at data.image_size."""
 
     @model_validator(mode="after")
@@ -109,19 +111,19 @@ class Resolution(Section):
 class Phase(Section):
     """Optimisation of one phase. Under the cosine schedule the learning rate reaches zero at the end of its epochs."""
 
-    epochs: int = Field(ge=1)
-    lr: float = Field(gt=0)
+    epochs: Count = Field(ge=1)
+    lr: Real = Field(gt=0)
     optimizer: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum, or Adam with betas 0.9 and 0.999, which HYDRA uses for MixTrain and CROWN-IBP. Both add weight
     decay to the gradient."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    momentum: Real = Field(default=0.9, ge=0, lt=1)
     """For sgd only."""
-    weight_decay: float = Field(default=1e-4, ge=0)
-    warmup_epochs: float = Field(default=0.0, ge=0)
+    weight_decay: Real = Field(default=1e-4, ge=0)
+    warmup_epochs: Real = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     objective: Objective | None = None
     """Training technique of this phase; null means the recipe's."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    ema_decay: Real | None = Field(default=None, gt=0, lt=1)
     """Per-step decay of an exponential moving average of the trained tensors, which becomes the phase's result."""
     resolution: Resolution | None = None
     """Progressive resizing, which trains faster; null: every image has data.image_size."""
@@ -166,7 +168,7 @@ class Sparsity(Section):
     (after Zhao and Wressnegger 2023)."""
     score_init: ScoreInit = "scaled"
     """Initial scores of the prune phase: scaled weights (the paper), or random."""
-    score_weight_decay: float | None = Field(default=None, ge=0)
+    score_weight_decay: Real | None = Field(default=None, ge=0)
     """Weight decay of the scores; null: that of the prune phase, as in the reference code."""
     batchnorm: BatchNormMode = "trained"
     """BatchNorm in the prune phase: trained, with running statistics updated, or frozen as in the dense network."""
@@ -190,8 +192,8 @@ class Sparsity(Section):
 class Batch(Section):
     """A step is a fixed number of micro-batches of fixed size, split among the workers."""
 
-    batch_per_step: int = Field(ge=1)
-    micro_batch: int = Field(ge=1)
+    batch_per_step: Count = Field(ge=1, le=10**6)
+    micro_batch: Count = Field(ge=1)
     """Images per forward pass, over which BatchNorm computes its batch statistics."""
 
     @property
@@ -212,13 +214,13 @@ class Batch(Section):
 class Workers(Section):
     """Training processes: one per GPU where there are GPUs."""
 
-    count: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1)
+    count: Count = Field(default=1, ge=1)
+    threads: Count = Field(default=1, ge=1)
     """CPU threads per worker; bitwise reproducibility depends on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    restarts_without_progress: int = Field(default=2, ge=0)
+    restarts_without_progress: Count = Field(default=2, ge=0)
     """Consecutive restarts without a new checkpoint after which the run gives up."""
-    hang_timeout_s: float = Field(default=600.0, ge=5)
+    hang_timeout_s: Real = Field(default=600.0, ge=5)
     """Seconds without a step or an evaluated chunk after which a worker counts as hung and is replaced."""
 
 
@@ -242,9 +244,9 @@ class Engine(Section):
 
 
 class Checkpoint(Section):
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: Count | None = Field(default=None, ge=1)
     """Steps between checkpoints; null means one per epoch. The end of a stage always has one."""
-    keep: int = Field(default=2, ge=1)
+    keep: Count = Field(default=2, ge=1)
     """Number of checkpoints of a stage kept on disk."""
 
 
@@ -252,27 +254,27 @@ class Evaluation(Section):
     """How finished networks are evaluated on the test set, in fp32: by PGD (worst case per image over restarts), by
     randomized smoothing or by verified bounds, depending on the objective."""
 
-    images: int | None = Field(default=None, ge=1)
+    images: Count | None = Field(default=None, ge=1)
     """Number of test images, evenly spaced over the file; null means all of them."""
-    steps: int = Field(default=20, ge=1)
+    steps: Count = Field(default=20, ge=1)
     step_size: Pixels | None = None
-    restarts: int = Field(default=1, ge=1)
-    n0: int = Field(default=100, ge=1)
+    restarts: Count = Field(default=1, ge=1)
+    n0: Count = Field(default=100, ge=1)
     """Noise draws that select the class to certify (Cohen et al. 2019)."""
-    n: int = Field(default=100_000, ge=1)
+    n: Count = Field(default=100_000, ge=1)
     """Further, independent noise draws that bound its probability."""
-    alpha: float = Field(default=0.001, gt=0, lt=1)
+    alpha: Real = Field(default=0.001, gt=0, lt=1)
     """Upper bound on the probability of a wrong certificate, per image."""
-    noise_batch: int = Field(default=500, ge=1)
+    noise_batch: Count = Field(default=500, ge=1)
     """Noise draws per forward pass; affects the result, since floating-point arithmetic depends on shapes."""
-    chunk: int = Field(default=250, ge=1)
+    chunk: Count = Field(default=250, ge=1)
     """Images per forward pass, in file order; affects the result, since floating-point arithmetic depends on shapes."""
     bounds: Literal["crown_ibp", "symbolic"] = "crown_ibp"
     """Bounds used for verification: IBP and CROWN-IBP, or symbolic intervals too, which take seconds per image
     that the others leave unverified."""
-    honesty_images: int = Field(default=100, ge=0)
+    honesty_images: Count = Field(default=100, ge=0)
     """Test images for the honesty checks of networks that PGD evaluates; 0: no checks."""
-    validation_steps: int = Field(default=5, ge=0)
+    validation_steps: Count = Field(default=5, ge=0)
     """PGD steps, or noise draws, on the held-out images after every epoch; 0: no validation."""
     attacks: tuple[Attack, ...] = ()
     """Additional attacks on finished networks."""
@@ -285,7 +287,7 @@ class Evaluation(Section):
 
 
 class Tracking(Section):
-    log_every_steps: int = Field(default=20, ge=1)
+    log_every_steps: Count = Field(default=20, ge=1)
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where wandb finds an API key, else offline."""
     wandb_project: str = "hydra"

@@ -11,19 +11,19 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from pipeline.recipe.fields import Section
+from pipeline.recipe.fields import Count, Section, exact_decimal
 
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:;|&()\[\]*@%+=/-][A-Za-z0-9_.,:;|&()\[\]*@%+=/#-]*$")]
 """A value of an sbatch option. A # begins a comment only at its start: Pyxis uses registry#image."""
 
-_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>\d{2})(?::(?P<s>\d{2}))?")
+_TIME = re.compile(r"(?:(?P<d>\d{1,6})-)?(?P<h>\d{1,6}):(?P<m>\d{2})(?::(?P<s>\d{2}))?")
 
 
 def _minutes(value: Any) -> int:
     """90, '90', '1:30:00' (h:m:s), '1-12:00' (days-h:m) -> minutes, rounded up."""
     text = str(value).strip()
-    if text.isdigit():
-        return int(text)
+    if text.isdecimal() and (number := exact_decimal(text)) is not None:
+        return int(number)
     match = _TIME.fullmatch(text)
     if match is None or (match["d"] is None and match["s"] is None):
         raise ValueError("expected minutes, hours:minutes:seconds or days-hours:minutes, such as 12:00:00")
@@ -39,7 +39,7 @@ def _node_range(value: Any) -> tuple[int, int]:
         low, dash, high = str(value).replace(" ", "").partition("-")
         high = high if dash else low
     try:
-        low, high = int(low), int(high)
+        low, high = int(str(low)), int(str(high))
     except ValueError:
         raise ValueError("expected a number of nodes, or a range such as 1-4") from None
     if not 1 <= low <= high:
@@ -64,24 +64,24 @@ class Slurm(Section):
     constraint: Word | None = None
     exclude: Word | None = None
     """Nodes that the job must not run on."""
-    nodes: Annotated[tuple[int, int], BeforeValidator(_node_range)] = (1, 1)
+    nodes: Annotated[tuple[Count, Count], BeforeValidator(_node_range)] = (1, 1)
     """2, or a range such as 1-4, within which a restart may change the number of nodes."""
-    gpus_per_node: int | None = Field(default=None, ge=1)
+    gpus_per_node: Count | None = Field(default=None, ge=1)
     gres: Word | None = None
     """For clusters that offer GPUs only as gres, for example gpu:a100:8; set workers_per_node as well."""
-    cpus_per_task: int = Field(default=1, ge=1)
+    cpus_per_task: Count = Field(default=1, ge=1)
     """CPUs per node, since one task runs per node."""
-    workers_per_node: int | None = Field(default=None, ge=1)
+    workers_per_node: Count | None = Field(default=None, ge=1)
     """Default: one per GPU; without GPUs, cpus_per_task // workers.threads."""
     mem: Word | None = None
     """Memory per node, for example 64G."""
-    time: Annotated[int, BeforeValidator(_minutes)] = Field(default=60, ge=1)
+    time: Annotated[Count, BeforeValidator(_minutes)] = Field(default=60, ge=1)
     """Time limit in minutes, or 12:00:00."""
-    signal_s: int = Field(default=120, ge=10)
+    signal_s: Count = Field(default=120, ge=10)
     """Seconds before its time limit at which a job is signalled, to write a checkpoint and requeue."""
-    node_start_s: int = Field(default=300, ge=10)
+    node_start_s: Count = Field(default=300, ge=10)
     """Seconds within which all nodes of a job must have joined."""
-    parallel_jobs: int = Field(default=16, ge=1)
+    parallel_jobs: Count = Field(default=16, ge=1)
     """Maximum number of a run's jobs that run concurrently."""
     setup: tuple[str, ...] = ()
     """Shell lines to run first on each node, for example `module load cuda`."""

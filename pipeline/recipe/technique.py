@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.recipe.fields import Pixels, Section
+from pipeline.recipe.fields import Count, Pixels, Real, Section
 from pipeline.recipe.threat_model import ThreatModel
 
 MeasureName = Literal["pgd", "certified", "verified"]
@@ -65,14 +65,14 @@ class Attacking(Technique):
 
     step_size: Pixels = Field(gt=0, examples=["1/255"])
     """Length of one attack step."""
-    eps_warmup: float = Field(default=0.0, ge=0, lt=1)
+    eps_warmup: Real = Field(default=0.0, ge=0, lt=1)
     """Fraction of the pretrain phase over which eps and step_size grow linearly from zero; 0: full eps at once."""
 
 
 class MultiStep(Technique):
     """Trains with an attack whose number of steps the recipe sets."""
 
-    steps: int = Field(default=1, ge=1)
+    steps: Count = Field(default=1, ge=1)
 
     @property
     def passes_per_step(self) -> int:
@@ -83,7 +83,7 @@ class OneStep(Attacking):
     """Trains with a one-step attack, which is prone to catastrophic overfitting."""
 
     steps: ClassVar[int] = 1
-    overfitting_guard: float | None = Field(default=0.5, gt=0, le=1)
+    overfitting_guard: Real | None = Field(default=0.5, gt=0, le=1)
     """Minimum ratio of accuracy under PGD to accuracy under one step; null: no guard."""
 
     @property
@@ -117,7 +117,7 @@ class Bounding(Technique):
 
     measure: ClassVar[MeasureName] = "verified"
     counts_clean: ClassVar[bool] = True
-    eps_ramp: float = Field(default=0.6, ge=0, le=1)
+    eps_ramp: Real = Field(default=0.6, ge=0, le=1)
     """Fraction of the pretrain phase over which eps grows from 0; the other phases use the full eps."""
 
     @property

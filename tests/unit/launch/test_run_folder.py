@@ -9,12 +9,14 @@ import re
 import shutil
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from launch import run_folder
+from launch.commands.status import status_text
 from pipeline.distributed import Group
 from pipeline.recipe.file import load_recipe, recipe_hash
 from pipeline.recipe.schema import Recipe
@@ -91,6 +93,7 @@ def test_the_same_recipe_resumes_and_may_change_how_it_runs() -> None:
 
 def test_another_recipe_is_refused_naming_what_differs() -> None:
     folder = run_folder.open_or_create(recipe_with("phases.prune.lr=0.25"), None, NO_DATA)
+    (folder / "pretrain" / "step-00000001").mkdir(parents=True)
     before = (folder / "recipe.yaml").read_bytes()
     other = recipe_with("phases.prune.lr=0.5", "seed=1", "workers.threads=9", "objective.name=trades")
     with pytest.raises(ValueError, match="was started with another recipe") as caught:
@@ -107,6 +110,53 @@ def test_another_recipe_is_refused_naming_what_differs() -> None:
     assert "workers" not in message  # which may differ
     assert (folder / "recipe.yaml").read_bytes() == before
     assert run_folder.open_or_create(other, "another", NO_DATA) == Path("runs/another")
+
+
+def failed_first_try(*overrides: str) -> Path:
+    """What a run leaves that fails before its first checkpoint."""
+    folder = run_folder.open_or_create(recipe_with(*overrides), "mine", {"data.train_file": "a" * 64})
+    (folder / "pretrain" / "wandb").mkdir(parents=True)
+    (folder / "logs").mkdir()
+    for name in ("pretrain/stage.json", "pretrain/metrics.jsonl", "pretrain/wandb/run_id", "logs/worker-0.log"):
+        (folder / name).write_text("{}\n")
+    failure = {"time": time.time(), "attempt": "a", "rank": 0, "stage": None, "step": None, "error": "ValueError: no"}
+    (folder / "logs" / "failures.jsonl").write_text(json.dumps(failure) + "\n")
+    (folder / "mine.txt").write_text("a note")
+    return folder
+
+
+def test_what_has_trained_nothing_is_begun_anew() -> None:
+    folder = failed_first_try("model.num_classes=7", "sparsity.keep_fractions=[0.5]")
+    assert "start again: python -m launch run RECIPE --name mine" in " ".join(status_text([folder]).split())
+    mended = recipe_with("model.num_classes=10")
+    assert run_folder.begins_anew(folder, mended, NO_DATA)
+    assert run_folder.open_or_create(mended, "mine", {"data.train_file": "b" * 64}) == folder
+    assert load_recipe(folder / "recipe.yaml").model.num_classes == 10
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["recipe_sha256"] == recipe_hash(load_recipe(folder / "recipe.yaml"))
+    assert provenance["data_sha256"] == {"data.train_file": "b" * 64}
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left == {"recipe.yaml", "provenance.json", "logs/worker-0.log", "mine.txt"}
+
+
+def test_the_same_try_is_not_begun_anew() -> None:
+    folder = failed_first_try()
+    (folder / "jobs.json").write_text('{"jobs": []}')
+    run_folder.open_or_create(recipe_with(), "mine", {"data.train_file": "a" * 64})
+    assert (folder / "jobs.json").exists()
+    assert (folder / "pretrain" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "kept", ["pretrain/step-00000009/x", "pretrain/result.json", "keep-0.1/prune/model.safetensors"]
+)
+def test_what_has_trained_something_keeps_its_recipe(kept: str) -> None:
+    folder = failed_first_try()
+    (folder / kept).parent.mkdir(parents=True, exist_ok=True)
+    (folder / kept).touch()
+    with pytest.raises(ValueError, match="was started with another recipe"):
+        run_folder.check_start(recipe_with("seed=9"), "mine")
+    assert "continue with: python -m launch resume runs/mine" in status_text([folder])
 
 
 def test_a_folder_of_something_else_is_refused() -> None:

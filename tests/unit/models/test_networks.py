@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.v2.functional import normalize
 
 from pipeline.models import Network, build_network
@@ -26,7 +27,7 @@ from pipeline.models.architectures.wide_resnet import WideResNet
 from pipeline.models.network import BACKBONES, BACKBONES_OF_ONE_SIZE
 from pipeline.models.pruning.scores import Scores, maskable
 from pipeline.models.state import layer_counts
-from pipeline.recipe.architectures import OWN, REFUSED, TORCHVISION, known_architecture
+from pipeline.recipe.architectures import OWN, REFUSED, TORCHVISION, WITHOUT_BATCHNORM, known_architecture
 from pipeline.recipe.sections import Model
 
 SMALL = Model(arch="small_cnn", num_classes=10)
@@ -46,6 +47,19 @@ def num_parameters(network: nn.Module) -> int:
 def test_every_name_has_exactly_one_constructor() -> None:
     assert sorted(OWN + TORCHVISION) == sorted([*BACKBONES, *BACKBONES_OF_ONE_SIZE])
     assert sorted(TORCHVISION + REFUSED) == torchvision.models.list_models(module=torchvision.models)
+
+
+@pytest.mark.parametrize("arch", [name for name in OWN + TORCHVISION if not name.startswith("regnet")])
+def test_recipes_know_which_networks_have_batchnorm(arch: str) -> None:
+    layers = on_meta(arch, image_size=32 if arch in BACKBONES_OF_ONE_SIZE else None).modules()
+    assert any(isinstance(layer, _BatchNorm) for layer in layers) == (arch not in WITHOUT_BATCHNORM)
+
+
+def test_regnets_have_batchnorm() -> None:
+    """torchvision computes their widths from tensors, so they are not built on the meta device; they differ in size."""
+    network = build_network(Model(arch="regnet_y_400mf", num_classes=10), 0)
+    assert any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    assert not any(name.startswith("regnet") for name in WITHOUT_BATCHNORM)
 
 
 # Sizes
