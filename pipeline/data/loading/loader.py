@@ -64,7 +64,9 @@ class Loader:
     Errors: DataError for a file that `open_checked` refuses.
     """
 
-    def __init__(self, path: str | Path, *, image_size: int, threads: int, ahead: int = 4, compiled: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, *, image_size: int, threads: int, ahead: int = 4, compiled: bool = True
+    ) -> None:
         self.path = Path(path)
         manifest = open_checked(self.path)
         self.num_samples = manifest.num_samples - manifest.num_extra
