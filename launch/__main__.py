@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from launch.commands import data, evaluate, leaderboard, logs, report, run, status
+from launch.commands import data, evaluate, leaderboard, logs, predict, report, run, status
 
 DESCRIPTION = """\
 Small neural networks that are robust to adversarial examples: pretrain with a robust objective, prune by scores that
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_parser(commands)
     report.add_parser(commands)
     evaluate.add_parser(commands)
+    predict.add_parser(commands)
     leaderboard.add_parser(commands)
     data.add_parser(commands)
     status.add_parser(commands)

@@ -6,7 +6,7 @@ This package knows nothing of SLURM or of the command line. Its public API is on
 
     network = pipeline.load("runs/first", keep_fraction=0.1)
 
-which is `pipeline.models.load.load_network`; it is imported on first access, since it needs torch.
+which is `pipeline.evaluation.load.load_network`; it is imported on first access, since it needs torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pwd
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.models.load import load_network as load
+    from pipeline.evaluation.load import load_network as load
 
 __all__ = ["load"]
 
@@ -42,7 +42,7 @@ _name_user()
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from pipeline.models.load import load_network
+        from pipeline.evaluation.load import load_network
 
         return load_network
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

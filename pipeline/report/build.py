@@ -16,6 +16,13 @@ from pipeline.report.charts import draw_accuracy, draw_certified
 from pipeline.report.comparison import NOISE, within_noise
 from pipeline.report.extra_evaluations import corruption_table, extra_rows, extra_table
 from pipeline.report.page import write_page
+from pipeline.report.per_class import (
+    ClassResults,
+    confusion_rows,
+    per_class_rows,
+    read_class_results,
+    useless_networks,
+)
 from pipeline.report.results import (
     CertifiedCurves,
     Comparisons,
@@ -37,8 +44,9 @@ LAYER_COLUMNS = ("run", "seed", "network", "keep_fraction", "layer", "kept", "to
 
 
 def build_report(run_folders: list[Path]) -> str:
-    """Write report.html, robust_accuracy.{png,csv} and kept_fraction.{png,csv} into the first run's report/; return
-    the table. Runs evaluated by certificates also have certified_accuracy.{png,csv}.
+    """Write report.html, robust_accuracy.{png,csv}, kept_fraction.{png,csv}, per_class_accuracy.csv and confusion.csv
+    into the first run's report/; return the table. Runs evaluated by certificates also have
+    certified_accuracy.{png,csv}.
 
     Evaluations by further attacks have a separate table and further_attacks.csv; corruptions add another table.
 
@@ -52,24 +60,27 @@ def build_report(run_folders: list[Path]) -> str:
     accuracies = _accuracy_rows(runs, comparisons)
     _write_csv(folder / "robust_accuracy.csv", tuple(accuracies[0]), accuracies)
     _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
-    draw_accuracy(runs, comparisons, folder / "robust_accuracy.png")
+    classes = read_class_results(runs)
+    for name, rows in (("per_class_accuracy.csv", per_class_rows(classes)), ("confusion.csv", confusion_rows(classes))):
+        if rows:
+            _write_csv(folder / name, tuple(rows[0]), rows)
+    draw_accuracy(runs, comparisons, folder / "robust_accuracy.png", classes.majority)
     draw_layers(runs[0], folder / "kept_fraction.png")
     curves = certified_curves(runs)
     if curves:
         rows = _curve_rows(runs, curves)
         _write_csv(folder / "certified_accuracy.csv", tuple(rows[0]), rows)
-        draw_certified(runs, curves, folder / "certified_accuracy.png")
+        draw_certified(runs, curves, folder / "certified_accuracy.png", classes.majority)
     further = extra_rows(runs)
     if further:
         _write_csv(folder / "further_attacks.csv", tuple(further[0]), further)
-    write_page(runs, comparisons, curves, folder / PAGE)
-    return "\n\n".join(
-        filter(None, [results_table(runs, comparisons), extra_table(further), corruption_table(further)])
-    )
+    write_page(runs, comparisons, curves, classes, folder / PAGE)
+    tables = [results_table(runs, comparisons, classes), extra_table(further), corruption_table(further)]
+    return "\n\n".join(filter(None, tables))
 
 
-def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
-    """Format the results as text: accuracies in percent, differences in percentage points."""
+def results_table(runs: list[RunResult], comparisons: Comparisons, classes: ClassResults) -> str:
+    """Format the results as text: accuracies in percent, differences in percentage points; then notes and warnings."""
     single = len(runs) == 1
     seeds = [run.recipe.seed for run in runs]
     bounds = "95 % interval" if single else "[lowest, highest]"
@@ -92,8 +103,12 @@ def results_table(runs: list[RunResult], comparisons: Comparisons) -> str:
     if comparisons:
         gain = f"percentage points of {claim(runs)} accuracy over the network in that row"
         notes.append(f"HYDRA's lead: {gain}; p: McNemar's exact two-sided test")
+    if classes.majority is not None:
+        name, share = classes.majority.name, classes.majority.share
+        notes.append(f"majority class: always answering {name!r} is right for {100 * share:.2f} % of the images")
     if honesty := honesty_text(runs):
         notes.append(honesty)
+    notes += [f"warning: {warning}" for warning in useless_networks(runs, classes.majority)]
     return "\n".join([text_table(rows, left=["network"]), *notes])
 
 

@@ -199,6 +199,14 @@ def plot_level(axes: Axes, name: str, value: float, low: float, high: float) -> 
     tag(axes.axhline(value, **_line(name)), f"line {name.lower()}")
 
 
+def plot_majority(axes: Axes, percent: float) -> None:
+    """Plot the accuracy of always answering the most frequent class, with its name on the line."""
+    tag(axes.axhline(percent, color=SOFT, linewidth=1.3, linestyle=(0, (1, 1.5)), zorder=1), "line majority")
+    placement: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    text = axes.annotate(f"majority class {percent:.1f}", (0, percent), (2, 2), ha="left", va="bottom", **placement)
+    tag(text, "number")
+
+
 def plot_rule(axes: Axes, x: float, text: str = "") -> None:
     """Plot a thin vertical line with `text` to its left."""
     axes.axvline(x, color=SOFT, linewidth=1, linestyle=(0, (1, 3)), zorder=1)

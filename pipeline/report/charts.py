@@ -14,6 +14,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.evaluation.result import KINDS, Kind
 from pipeline.report.chart_style import (
     SOFT,
     Chart,
@@ -21,16 +22,17 @@ from pipeline.report.chart_style import (
     figure_of,
     plot_level,
     plot_line,
+    plot_majority,
     plot_marks,
     plot_rule,
     write_number,
     write_png,
 )
 from pipeline.report.comparison import NOISE, SIGNIFICANT, Difference, near_hydra, signed
+from pipeline.report.per_class import MajorityClass
 from pipeline.report.results import (
     CertifiedCurves,
     Comparisons,
-    Kind,
     RunResult,
     accuracies,
     attack_text,
@@ -41,12 +43,14 @@ from pipeline.report.results import (
 NEAR = f", {NOISE} of HYDRA"
 
 
-def draw_accuracy(runs: list[RunResult], comparisons: Comparisons, path: Path) -> None:
+def draw_accuracy(
+    runs: list[RunResult], comparisons: Comparisons, path: Path, majority: MajorityClass | None = None
+) -> None:
     """Write robust and clean accuracy against sparsity as a PNG; see `accuracy_chart`."""
-    write_png(accuracy_figure(runs, comparisons), path)
+    write_png(accuracy_figure(runs, comparisons, majority), path)
 
 
-def accuracy_figure(runs: list[RunResult], comparisons: Comparisons) -> Figure:
+def accuracy_figure(runs: list[RunResult], comparisons: Comparisons, majority: MajorityClass | None = None) -> Figure:
     seeds = "" if len(runs) == 1 else f"; means of {len(runs)} seeds"
     heading = f"{attack_text(runs)}{seeds}; bars and bands: 95 % Wilson intervals"
     keeps = runs[0].recipe.sparsity.keep_fractions
@@ -55,20 +59,24 @@ def accuracy_figure(runs: list[RunResult], comparisons: Comparisons) -> Figure:
     missing = [f"{n.name} at {n.pruned} pruned" for run in runs for n in run.networks if n.evaluation is None]
     if missing:
         heading += f"\nnot evaluated yet: {', '.join(dict.fromkeys(missing))}"
-    charts = [accuracy_chart(runs, comparisons, "robust"), accuracy_chart(runs, comparisons, "clean")]
+    charts = [accuracy_chart(runs, comparisons, kind, majority) for kind in reversed(KINDS)]
     return figure_of(charts, ["dense", "HYDRA", *runs[0].baselines], heading, 4.8)
 
 
-def draw_certified(runs: list[RunResult], curves: CertifiedCurves, path: Path) -> None:
+def draw_certified(
+    runs: list[RunResult], curves: CertifiedCurves, path: Path, majority: MajorityClass | None = None
+) -> None:
     """Write certified accuracy against radius as a PNG; see `certified_charts`."""
     names = ["dense", "HYDRA", *runs[0].baselines]
-    write_png(figure_of(certified_charts(runs, curves), names, attack_text(runs), 4.8), path)
+    write_png(figure_of(certified_charts(runs, curves, majority), names, attack_text(runs), 4.8), path)
 
 
-def accuracy_chart(runs: list[RunResult], comparisons: Comparisons, kind: Kind) -> Chart:
+def accuracy_chart(
+    runs: list[RunResult], comparisons: Comparisons, kind: Kind, majority: MajorityClass | None = None
+) -> Chart:
     """Accuracy against sparsity with 95 % Wilson intervals. Seeds are side by side; lines and numbers are their means.
 
-    A hollow marker is a robust accuracy whose difference from HYDRA's is within noise.
+    A hollow marker is a robust accuracy whose difference from HYDRA's is within noise. `majority` is a dotted line.
     """
     keeps = sorted(runs[0].recipe.sparsity.keep_fractions, reverse=True)
     position = {keep: -math.log10(keep) for keep in keeps}
@@ -109,11 +117,16 @@ def accuracy_chart(runs: list[RunResult], comparisons: Comparisons, kind: Kind) 
             level, (low, high) = 100 * fmean(a["value"] for a in dense), _bounds(dense)
             plot_level(axes, "dense", level, low, high)
             write_number(axes, "dense", axes.get_xlim()[1], level, level, ha="right", va="bottom")
+        if majority is not None:
+            plot_majority(axes, 100 * majority.share)
         axes.margins(y=0.16)
         axes.autoscale_view(scalex=False)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 0.0))
         for keep in keeps:
             _write_means(axes, {name: means[name][keep] for name in names if keep in means[name]})
 
+    if majority is not None:
+        words.append(f"always answering {majority.name} {100 * majority.share:.1f} %")
     word = claim(runs) if kind == "robust" else kind
     return Chart(f"{word.capitalize()} accuracy, %", f"{'; '.join(words) or 'nothing is evaluated yet'}.", paint)
 
@@ -154,16 +167,20 @@ def difference_chart(differences: Sequence[Difference], runs: list[RunResult]) -
     )
 
 
-def certified_charts(runs: list[RunResult], curves: CertifiedCurves) -> list[Chart]:
+def certified_charts(
+    runs: list[RunResult], curves: CertifiedCurves, majority: MajorityClass | None = None
+) -> list[Chart]:
     """Certified accuracy against radius, one chart per sparsity, each with the dense network; means over seeds.
 
     A single run has 95 % interval bands. The vertical line is the threat model's eps.
     """
     keeps = runs[0].recipe.sparsity.keep_fractions if curves else ()
-    return [chart for keep in keeps if (chart := _certified_chart(runs, curves, keep))]
+    return [chart for keep in keeps if (chart := _certified_chart(runs, curves, keep, majority))]
 
 
-def _certified_chart(runs: list[RunResult], curves: CertifiedCurves, keep: Decimal) -> Chart | None:
+def _certified_chart(
+    runs: list[RunResult], curves: CertifiedCurves, keep: Decimal, majority: MajorityClass | None
+) -> Chart | None:
     per_network: dict[str, list[list[dict[str, float]]]] = {}
     for (_, name, fraction), points in curves.items():
         if fraction == keep or name == "dense":
@@ -181,6 +198,8 @@ def _certified_chart(runs: list[RunResult], curves: CertifiedCurves, keep: Decim
             plot_line(axes, name, radii, means, band=(low, high) if len(seeds) == 1 else None)
         if threat_model:
             plot_rule(axes, eps, f"eps {threat_model.eps}")
+        if majority is not None:
+            plot_majority(axes, 100 * majority.share)
         axes.set_xlim(0, 1.05 * max(radii[-1], eps) or 1.0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("l2 radius")

@@ -18,9 +18,11 @@ from pipeline.recipe.file import dump_yaml
 from pipeline.recipe.technique import Attacking
 from pipeline.report.chart_style import legend_key, method_colours
 from pipeline.report.charts import accuracy_chart, certified_charts, difference_chart
+from pipeline.report.class_tables import class_tables
 from pipeline.report.comparison import SIGNIFICANT, differences, headline, signed
 from pipeline.report.examples import RunExamples, examples_of
 from pipeline.report.history import History, StageCost, read_history, stage_cost
+from pipeline.report.per_class import ClassResults, MajorityClass, useless_networks
 from pipeline.report.pictures import example_cards
 from pipeline.report.results import (
     CertifiedCurves,
@@ -49,14 +51,16 @@ TEMPLATES = Environment(
 )
 
 
-def write_page(runs: list[RunResult], comparisons: Comparisons, curves: CertifiedCurves, path: Path) -> None:
+def write_page(
+    runs: list[RunResult], comparisons: Comparisons, curves: CertifiedCurves, classes: ClassResults, path: Path
+) -> None:
     """Write the page of comparable runs (`results.read_runs`) atomically.
 
     Takes seconds, most of them for the adversarial examples of the first run, if its data and networks are available.
     Errors: ValueError naming a damaged file of a run.
     """
     comparison_rows = differences(runs, comparisons)
-    run_examples = examples_of(runs[0])
+    run_examples, majority = examples_of(runs[0]), classes.majority
     values = {
         "style": method_colours() + (TEMPLATE_FOLDER / "style.css").read_text(encoding="utf-8"),
         "runs": [run.folder.name for run in runs],
@@ -66,9 +70,12 @@ def write_page(runs: list[RunResult], comparisons: Comparisons, curves: Certifie
         "attack": attack_text(runs),
         "methods": ["dense", "HYDRA", *runs[0].baselines],
         "legend_key": legend_key,
-        "accuracy": [accuracy_chart(runs, comparisons, kind) for kind in reversed(KINDS)],
+        "accuracy": [accuracy_chart(runs, comparisons, kind, majority) for kind in reversed(KINDS)],
         "lead": difference_chart(comparison_rows, runs),
-        "certified": certified_charts(runs, curves),
+        "certified": certified_charts(runs, curves, majority),
+        "majority": majority,
+        "useless": useless_networks(runs, majority),
+        "classes": class_tables(runs, classes, claim(runs)),
         "accuracies": [_accuracy_cells(run, network) for run in runs for network in run.networks],
         "means": [_mean_cells(runs, network) for network in runs[0].networks] if len(runs) > 1 else [],
         "differences": [
@@ -85,13 +92,8 @@ def write_page(runs: list[RunResult], comparisons: Comparisons, curves: Certifie
             for d in comparison_rows
         ],
         "significant": SIGNIFICANT,
-        "honesty": [
-            {"run": run.folder.name, "network": _network_label(network), "checks": checks}
-            for run in runs
-            for network in run.networks
-            if (checks := honesty_checks(network))
-        ],
-        "runs_in_detail": [_run_details(run) for run in runs],
+        "honesty": _honesty_groups(runs),
+        "runs_in_detail": [_run_details(run, majority) for run in runs],
         "examples": _example_values(run_examples) if isinstance(run_examples, RunExamples) else None,
         "why_no_examples": "" if isinstance(run_examples, RunExamples) else run_examples,
     }
@@ -99,12 +101,19 @@ def write_page(runs: list[RunResult], comparisons: Comparisons, curves: Certifie
 
 
 def _example_values(run_examples: RunExamples) -> dict[str, Any]:
-    network = _network_label(run_examples.network)
-    return {"cards": example_cards(run_examples), "network": network, "attack": run_examples.attack}
+    return {"cards": example_cards(run_examples), "network": run_examples.network.label, "attack": run_examples.attack}
 
 
-def _network_label(network: NetworkResult) -> str:
-    return network.name if network.name == "dense" else f"{network.name}, {network.pruned} pruned"
+def _honesty_groups(runs: list[RunResult]) -> dict[str, list[dict[str, Any]]]:
+    """Status -> groups of the checks with that status, by network; empty without checks."""
+    groups: dict[str, list[dict[str, Any]]] = {"warn": [], "pass": []}
+    for run in runs:
+        for network in run.networks:
+            for status, checks in ((s, [c for c in honesty_checks(network) if c["verdict"] == s]) for s in groups):
+                if checks:
+                    label = network.label if len(runs) == 1 else f"{network.label}, {run.folder.name}"
+                    groups[status].append({"network": label, "checks": checks})
+    return groups if any(groups.values()) else {}
 
 
 def _facts(runs: list[RunResult]) -> list[tuple[str, str]]:
@@ -145,7 +154,7 @@ def _mean_cells(runs: list[RunResult], network: NetworkResult) -> dict[str, Any]
     return cells
 
 
-def _run_details(run: RunResult) -> dict[str, Any]:
+def _run_details(run: RunResult, majority: MajorityClass | None) -> dict[str, Any]:
     """Training curves, layers, compute and provenance of one run."""
     histories = read_history(run)
     keeps = run.recipe.sparsity.keep_fractions
@@ -154,7 +163,7 @@ def _run_details(run: RunResult) -> dict[str, Any]:
     return {
         "run": run.folder.name,
         "training": [
-            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep))
+            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep, majority))
         ],
         "layers": [chart for keep in keeps if (chart := layer_chart(run, keep))],
         "layer_table": _layer_table(run),

@@ -39,13 +39,11 @@ def captions(run_examples: RunExamples, i: int) -> dict[str, str]:
     e = run_examples.examples
     classes = (e.labels[i], e.clean_prediction[i], e.adversarial_prediction[i])
     true, before, after = (run_examples.class_names[int(label)] for label in classes)
-    clean_correct = e.clean_prediction[i] == e.labels[i]
-    adversarial_correct = e.adversarial_prediction[i] == e.labels[i]
     return {
         "true": true,
         "before": f"{before}, {100 * e.clean_confidence[i]:.0f} %",
         "after": f"{after}, {100 * e.adversarial_confidence[i]:.0f} %",
-        "verdict": "misclassified" if not clean_correct else "robust" if adversarial_correct else "not robust",
+        "verdict": "robust" if e.adversarial_prediction[i] == e.labels[i] else "not robust",
     }
 
 

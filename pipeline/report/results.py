@@ -43,6 +43,10 @@ class NetworkResult:
     def pruned(self) -> str:
         return pruned_text(self.keep_fraction)
 
+    @property
+    def label(self) -> str:
+        return self.name if self.name == "dense" else f"{self.name}, {self.pruned} pruned"
+
 
 @dataclass(frozen=True)
 class RunResult:

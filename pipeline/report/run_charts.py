@@ -18,11 +18,13 @@ from pipeline.report.chart_style import (
     Mark,
     figure_of,
     plot_line,
+    plot_majority,
     plot_marks,
     plot_rule,
     write_png,
 )
 from pipeline.report.history import History
+from pipeline.report.per_class import MajorityClass
 from pipeline.report.results import RunResult, pruned_text
 
 MOST_POINTS = 240
@@ -41,19 +43,30 @@ def draw_layers(run: RunResult, path: Path) -> None:
     write_png(figure_of(charts, names, heading, 1.6 + 0.24 * max(rows, 6), shared=True), path)
 
 
-def training_charts(run: RunResult, histories: list[History], keep: Decimal) -> list[Chart]:
-    """Loss, accuracies and learning rate against epochs: pretraining and the stages of one sparsity."""
+def training_charts(
+    run: RunResult, histories: list[History], keep: Decimal, majority: MajorityClass | None = None
+) -> list[Chart]:
+    """Loss, accuracies and learning rate against epochs: pretraining and the stages of one sparsity.
+
+    `majority`, of the test images, is a dotted line among the accuracies.
+    """
     started = [h for h in histories if h.rows and h.stage.keep_fraction in (None, keep)]
     charts = [_training_chart(run, started, keep, "Loss", {"train": lambda row: row["loss"]}, 3)]
     for name in ("robust", "clean"):
         both = {kind: _percent(f"{name}_accuracy") for kind in ("train", "validation")}
-        charts.append(_training_chart(run, started, keep, f"{name.capitalize()} accuracy, %", both, 3))
+        charts.append(_training_chart(run, started, keep, f"{name.capitalize()} accuracy, %", both, 3, majority))
     charts.append(_training_chart(run, started, keep, "Learning rate", {"train": lambda row: row["lr"]}, 2))
     return [chart for chart in charts if chart is not None]
 
 
 def _training_chart(
-    run: RunResult, started: list[History], keep: Decimal, title: str, kinds: dict[str, ValueOf], digits: int
+    run: RunResult,
+    started: list[History],
+    keep: Decimal,
+    title: str,
+    kinds: dict[str, ValueOf],
+    digits: int,
+    majority: MajorityClass | None = None,
 ) -> Chart | None:
     curves, words = [], []
     for history in started:
@@ -74,6 +87,8 @@ def _training_chart(
             plot_line(axes, name, *zip(*points, strict=True), held_out=held_out)
         for start in starts:
             plot_rule(axes, start)
+        if majority is not None:
+            plot_majority(axes, 100 * majority.share)
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
 

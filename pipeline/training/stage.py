@@ -9,8 +9,11 @@ import logging
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.loading import sampling
+from pipeline.data.loading.preprocessing import Preprocessing
+from pipeline.data.manifest import read_manifest
 from pipeline.models import build_network, check_size
 from pipeline.models.ema import Ema, overlaid
 from pipeline.models.export import write_model
@@ -104,6 +107,19 @@ def _train_stage(context: RunContext, stage: Stage, own: Snapshot | None, tracke
             return _attempt(StageTrainer(context, stage, tracker, level), own)
         except CatastrophicOverfitting as overfitting:
             own, level = roll_back(context, stage, overfitting, tracker)
+
+
+def usage_metadata(context: RunContext) -> dict[str, Any]:
+    """What one needs beside the weights to use an exported network, for its metadata; a function of recipe and data.
+
+    Accuracies are not known yet, and the file must not change after its hash is in result.json.
+    """
+    recipe, manifest = context.recipe, read_manifest(context.recipe.data.test_file)
+    return {
+        "class_names": context.loader(recipe.data.train_file).class_names,
+        "threat_model": recipe.threat_model.model_dump(mode="json") if recipe.threat_model else None,
+        "preprocessing": Preprocessing.of(manifest, recipe.data.image_size, recipe.data.augmentation).to_json(),
+    }
 
 
 def _attempt(trainer: StageTrainer, own: Snapshot | None) -> None:
@@ -237,6 +253,7 @@ class StageTrainer:
                 "mask_sha256": scores.mask_sha256() if scores is not None else None,
                 "recipe_sha256": recipe_hash(recipe),
                 "image_size": recipe.data.image_size,
+                **usage_metadata(context),
             }
             write_model(StageFolder(folder).network, effective_state(network), recipe.model, facts)
             check_token(folder, context.token)

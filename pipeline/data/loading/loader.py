@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.loading.decoder import REASONS, compiled_decoder, decode_part
+from pipeline.data.loading.decoder import REASONS, compiled_decoder, decode_part, decode_uncompiled
 from pipeline.data.loading.prefetch import LoaderError, Prefetch
 from pipeline.data.manifest import REWRITE, DataError, Manifest, check_structure, open_checked, read_index
 from pipeline.distributed import to_device
@@ -58,12 +58,15 @@ class Loader:
 
     Attributes: `num_samples`, the data set's own images; `num_extra`, the extra ones, whose ids follow; `class_names`;
     `identity`, a digest of the data; and `labels`, `heights`, `widths` int64 [num_samples + num_extra]. A context
-    manager; the first loader in a process takes seconds longer, as it compiles the decoder.
+    manager; the first loader in a process takes seconds longer, as it compiles the decoder. With `compiled=False` it
+    does not, and reads the same pixels, a few images at a time.
 
     Errors: DataError for a file that `open_checked` refuses.
     """
 
-    def __init__(self, path: str | Path, *, image_size: int, threads: int, ahead: int = 4) -> None:
+    def __init__(
+        self, path: str | Path, *, image_size: int, threads: int, ahead: int = 4, compiled: bool = True
+    ) -> None:
         self.path = Path(path)
         manifest = open_checked(self.path)
         self.num_samples = manifest.num_samples - manifest.num_extra
@@ -75,7 +78,7 @@ class Loader:
         self._ahead = ahead
         self._table, self.labels = _read_columns(self.path, manifest)
         self.heights, self.widths = self._table[:, 1], self._table[:, 2]
-        self._decoder = compiled_decoder()
+        self._decoder = compiled_decoder() if compiled else decode_uncompiled
         self._file = self.path.open("rb")
         self._closed = False
         # Threads live as long as the loader: FFCV keeps a turbojpeg handle per thread and never frees it.

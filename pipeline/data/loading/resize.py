@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 
 @numba.njit(nogil=True)
@@ -75,3 +76,30 @@ def resize_by_area(pixels, width, top, left, high, wide, image):
                 at += three
             target[place], target[place + one], target[place + two] = np.uint8(red), np.uint8(green), np.uint8(blue)
             place += three
+
+
+def resize_by_area_numpy(region: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """`resize_by_area` of a region [height, width, 3] that it takes whole, bit for bit and without compiling.
+
+    numpy rounds every product and every sum, and the sums are in the same order.
+    """
+    high, wide = region.shape[:2]
+    rows, row_shares = _covered(high, side)
+    columns, column_shares = _covered(wide, side)
+    sums = np.zeros((side, wide, 3), np.float32)
+    for k in range(row_shares.shape[1]):
+        # A pixel of share 0 adds 0, so that which pixel it is does not matter.
+        sums += row_shares[:, k, None, None] * region[np.minimum(rows + k, high - 1)].astype(np.float32)
+    means = np.full((side, side, 3), 0.5, np.float32)
+    for k in range(column_shares.shape[1]):
+        means += column_shares[:, k, None] * sums[:, np.minimum(columns + k, wide - 1)]
+    return means.astype(np.uint8)
+
+
+def _covered(length: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """`covered` as arrays: first int64 [count] and shares float32 [count, length // count + 2]."""
+    begin = np.arange(count)[:, None] * length
+    first = begin[:, 0] // count
+    pixel = (first[:, None] + np.arange(length // count + 2)) * count
+    overlap = np.minimum(begin + length, pixel + count) - np.maximum(begin, pixel)
+    return first, (np.maximum(overlap, 0) / length).astype(np.float32)

@@ -190,6 +190,28 @@ def test_jpegs_decode_as_pillow_does_and_are_cropped_resized_and_mirrored(files)
 
 
 @pytest.mark.parametrize("mode", ["raw", "jpg"])
+@pytest.mark.parametrize("side", [20, SIDE, 73, 100])
+def test_without_compiling_the_pixels_are_the_same(files, mode, side):
+    """Shrunk by area, copied beyond the edges, enlarged, mirrored."""
+    rng = np.random.default_rng(side)
+    ids = rng.permutation(40)
+    with (
+        Loader(files[mode], image_size=side, threads=2) as compiled,
+        Loader(files[mode], image_size=side, threads=2, compiled=False) as plain,
+    ):
+        heights, widths = compiled.heights[ids], compiled.widths[ids]
+        padded = sampling.pad_crops(ids, side, 1, 0, flip=True)
+        padded[:, :2] += rng.integers(-side - 2, side + 2, (40, 2), dtype=np.int32)
+        for crops in (
+            sampling.random_resized_crops(ids, heights, widths, 0, 0),
+            sampling.center_crops(heights, widths, side),
+            sampling.whole_image_crops(heights, widths),
+            padded,
+        ):
+            assert torch.equal(plain.read(ids, crops).images, compiled.read(ids, crops).images)
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
 def test_pixels_do_not_depend_on_threads_or_on_the_rest_of_the_batch(files, mode):
     with (
         Loader(files[mode], image_size=20, threads=1) as one,

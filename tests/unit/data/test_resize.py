@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.data.loading.resize import covered, resize_by_area
+from pipeline.data.loading.resize import covered, resize_by_area, resize_by_area_numpy
 
 
 def exact(region: NDArray[np.uint8], side: int) -> list[Fraction]:
@@ -91,6 +91,15 @@ def test_pixels_equal_opencvs_unless_rounding_differs(seed, high, wide):
     assert difference.max() <= 1
     means = in_float64(image, 224)[difference > 0]
     assert np.abs(means % 1 - 0.5).max(initial=0) < 1e-3
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 99), st.integers(1, 40), st.integers(0, 150), st.integers(0, 150))
+@example(0, 224, 276, 151)
+def test_numpy_gives_the_same_bits(seed, side, more_high, more_wide):
+    high, wide = side + more_high, side + more_wide
+    image = np.random.default_rng(seed).integers(0, 256, (high, wide, 3), np.uint8)
+    assert np.array_equal(resize_by_area_numpy(image, side), shrink(image, 0, 0, high, wide, side))
 
 
 def test_results_are_bit_identical_on_all_processors():

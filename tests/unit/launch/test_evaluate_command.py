@@ -27,11 +27,11 @@ from pipeline.data.loading import image_list
 from pipeline.evaluation import spec
 from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.honesty.probes import Probes
+from pipeline.evaluation.load import load_network
 from pipeline.evaluation.measures.autoattack import Ensemble
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.models import build_network
 from pipeline.models.export import write_model
-from pipeline.models.load import load_network
 from pipeline.models.state import effective_state, named_state
 from pipeline.recipe.file import load_recipe
 from pipeline.run import checkpoint

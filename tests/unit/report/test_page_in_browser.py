@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from pipeline.report.page import write_page
+from pipeline.report.per_class import read_class_results
 from pipeline.report.results import compare_all, read_runs
 from tests.support.commands import ROOT
 from tests.unit.report.test_page import STRANGE, write_history
@@ -129,7 +130,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"model_sha256": "keep-0.01/finetune-0", "checks": [check, check | {"verdict": "warn"}]})
     )
     results = read_runs(runs)
-    write_page(results, compare_all(results), {}, folder / "report.html")
+    write_page(results, compare_all(results), {}, read_class_results(results), folder / "report.html")
     return folder / "report.html"
 
 
@@ -140,7 +141,7 @@ def test_no_errors_no_requests_and_no_overflow(open_page: Open, page: Path, widt
     assert (opened.requests, opened.complaints) == ([], [])
     assert opened.value_of("document.scripts.length") == 0
     assert opened.value_of("document.title").startswith("seed-")
-    assert opened.value_of("document.querySelectorAll('section').length") == 7
+    assert opened.value_of("document.querySelectorAll('section').length") == 8
     assert opened.value_of("innerWidth") == width
     assert opened.value_of("document.documentElement.scrollWidth") <= width
     outside = "[...document.querySelectorAll('figure, svg, h1, p, dl, .scroll, pre')].filter("
@@ -163,6 +164,31 @@ def test_contrast_is_sufficient(open_page: Open, page: Path, dark: bool) -> None
     assert least["text"] >= 4.5
     assert least["ticks"] >= 4.5
     assert least["drawn"] >= 3
+
+
+def test_on_a_phone_results_and_outcomes_are_on_the_screen(open_page: Open, page: Path) -> None:
+    """Without scrolling a table sideways: the robust column, outcomes, statuses."""
+    opened = open_page(page, width=390)
+    right_edges = """(selector, column) => [...document.querySelectorAll(selector)].flatMap((table) =>
+        [...table.rows].map((row) => row.cells[column]).filter(Boolean)).map((e) => e.getBoundingClientRect().right)"""
+    for table, column in (("accuracies", 3), ("means", 3), ("differences", 2)):
+        edges = opened.page.evaluate(f"([s, c]) => ({right_edges})(s, c)", [f"table[aria-labelledby={table}]", column])
+        assert len(edges) > 5
+        assert max(edges) <= 390 - 16, table
+    opened.page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    for table in ("Checks that warn", "Checks that pass", "Classes, HYDRA, 99 % pruned"):
+        element = f"document.querySelector('[aria-label=\"{table}\"].scroll')"
+        assert opened.value_of(f"{element}.scrollWidth <= {element}.clientWidth"), table
+    tags = "[...document.querySelectorAll('.tag')].map((e) => e.getBoundingClientRect().right)"
+    assert max(opened.value_of(tags)) <= 390 - 16
+
+
+def test_passed_checks_are_folded_and_warnings_are_not(open_page: Open, page: Path) -> None:
+    opened = open_page(page)
+    seen = "[...document.querySelectorAll('#honesty .tag')].map((e) => [e.textContent, e.checkVisibility()])"
+    assert opened.value_of(seen) == [["warn", True], ["pass", False]]
+    opened.page.get_by_text("1 checks pass").click()
+    assert opened.value_of(seen) == [["warn", True], ["pass", True]]
 
 
 def test_numbers_in_charts_are_legible_on_a_phone(open_page: Open, page: Path) -> None:

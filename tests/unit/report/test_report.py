@@ -60,7 +60,7 @@ def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, A
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip drawing, which takes a second or two, where only numbers are checked."""
-    monkeypatch.setattr("pipeline.report.build.draw_accuracy", lambda runs, comparisons, path: None)
+    monkeypatch.setattr("pipeline.report.build.draw_accuracy", lambda *_: None)
     monkeypatch.setattr("pipeline.report.build.draw_layers", lambda run, path: None)
 
 
@@ -83,7 +83,9 @@ def write_run(
         model = f"{stage}-{seed}"
         facts = evaluation(clean, robust, model) | {"attack": measure}
         (path / "evaluate" / f"{measure}.json").write_text(json.dumps(facts))
-        columns = {"sample_id": np.arange(IMAGES), "clean_correct": clean, "robust_correct": robust}
+        labels = np.arange(IMAGES) % 10
+        columns = {"sample_id": np.arange(IMAGES), "label": labels, "clean_correct": clean, "robust_correct": robust}
+        columns["clean_prediction"] = np.where(clean, labels, (labels + 1) % 10)
         if measure == "certified":
             columns["radius"] = np.where(clean, 0.5 * np.clip(1 - hardness, 0, 1), 0.0)
         pq.write_table(pa.table(columns), path / "evaluate" / f"{measure}.parquet")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,21 +12,30 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
+from pipeline.data.loading.loader import Loader
+from pipeline.data.manifest import read_manifest
+from pipeline.distributed import Group
+from pipeline.evaluation.images import EvaluationImages
+from pipeline.evaluation.load import load_network
 from pipeline.models import build_network
 from pipeline.models.export import write_model
-from pipeline.models.load import load_network
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import effective_state
 from pipeline.recipe.file import dump_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.files import atomic_write_json, sha256_of
+from pipeline.training.context import RunContext
+from pipeline.training.stage import usage_metadata
 from tests.support.small_recipe import small_recipe
+from tests.unit.report.test_report import evaluation
 
 ROOT = Path(__file__).parents[3]
 SPARSITIES: dict[str, Any] = {"keep_fractions": [0.1, "0.05"], "baselines": ["magnitude", "random", "snip"]}
@@ -192,7 +203,7 @@ def test_the_guides_snippet_loads_and_attacks(tmp_path: Path, monkeypatch: pytes
     (snippet,) = [
         code
         for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
-        if "pipeline.load" in code
+        if "pipeline.load(" in code
     ]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -204,3 +215,104 @@ def test_the_guides_snippet_loads_and_attacks(tmp_path: Path, monkeypatch: pytes
     assert is_of(names["dense"], run, "pretrain")
     assert is_of(names["baseline"], run, "keep-0.01/magnitude")
     assert names["logits"].shape == (2, 10)
+
+
+def with_test_data(run: Path, data: Path, **facts: Any) -> Path:
+    """A finished run on real data; `facts` join the metadata of its dense network, whose file is returned."""
+    recipe = small_recipe(data)
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    (stage, *_) = stages_of(recipe)
+    finish(run, stage, recipe, seed=3)
+    file = run / stage.name / "model.safetensors"
+    network = build_network(recipe.model, 3, recipe.data.image_size)
+    write_model(file, effective_state(network), recipe.model, {"image_size": 28, **facts})
+    atomic_write_json(file.with_name("result.json"), {"model_sha256": sha256_of(file)})
+    return file
+
+
+@pytest.fixture
+def image_file(fashion_data: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """The file of an image of the test set, and the tensor of it that evaluations see."""
+    with Loader(fashion_data / "test.beton", image_size=28, threads=1, compiled=False) as loader:
+        images = EvaluationImages.all_of(loader, "none")
+        x, _ = loader.read(np.array([5]), images.crops(np.array([5]))).to(torch.device("cpu"))
+    Image.fromarray((255 * x[0, 0]).round().byte().numpy()).save(tmp_path / "shirt.png")
+    return tmp_path / "shirt.png", x[0]
+
+
+def test_an_exported_file_is_enough_to_use_it(
+    fashion_data: Path, tmp_path: Path, image_file: tuple[Path, torch.Tensor]
+) -> None:
+    """What a stage exports, moved away from its run."""
+    recipe = small_recipe(fashion_data)
+    context = RunContext(recipe, tmp_path, "", Group(0, 1, torch.device("cpu")))
+    facts = usage_metadata(context)
+    context.close()
+    file = with_test_data(tmp_path / "run", fashion_data, **facts).rename(tmp_path / "alone.safetensors")
+    network = load_network(file)
+    manifest = read_manifest(fashion_data / "test.beton")
+    assert network.class_names == manifest.class_names
+    assert network.threat_model == {"norm": "linf", "eps": "1/10"}
+    assert network.metadata["preprocessing"] == {
+        "image_size": 28,
+        "augmentation": "none",
+        **{key: getattr(manifest, key) for key in ("image_mode", "max_resolution", "jpeg_quality")},
+    }
+    assert torch.equal(network.preprocess(image_file[0]), image_file[1])
+    assert network.evaluation is None
+    assert facts == json.loads(json.dumps(facts))
+
+
+def test_an_older_file_is_completed_from_its_run(
+    fashion_data: Path, tmp_path: Path, image_file: tuple[Path, torch.Tensor]
+) -> None:
+    file = with_test_data(tmp_path / "run", fashion_data)
+    manifest = read_manifest(fashion_data / "test.beton")
+    network = load_network(file)
+    assert network.class_names == manifest.class_names
+    assert network.threat_model == {"norm": "linf", "eps": "1/10"}
+    assert torch.equal(network.preprocess(image_file[0]), image_file[1])
+    atomic_write_json(tmp_path / "run" / "provenance.json", {"data_sha256": {"data.test_file": "of another file"}})
+    network = load_network(file)
+    assert network.class_names == [f"class {label}" for label in range(10)]
+    with pytest.raises(ValueError, match=r"model.safetensors does not say how images are prepared.*put it back"):
+        network.preprocess  # noqa: B018
+    network = load_network(file.rename(tmp_path / "alone.safetensors"))
+    assert network.threat_model is None
+    with pytest.raises(ValueError, match=r"alone.safetensors does not say how images are prepared"):
+        network.preprocess  # noqa: B018
+
+
+def test_accuracies_are_those_of_the_runs_evaluation(fashion_data: Path, tmp_path: Path) -> None:
+    file = with_test_data(tmp_path / "run", fashion_data)
+    ones = np.arange(200) < 150
+    evaluated = evaluation(ones, ones & (np.arange(200) < 100), sha256_of(file))
+    file.with_name("evaluate").mkdir()
+    path = file.with_name("evaluate") / "pgd.json"
+    atomic_write_json(path, evaluated)
+    found = load_network(tmp_path / "run", keep_fraction=1).evaluation
+    assert found is not None
+    assert (found.clean_correct, found.robust_correct) == (150, 100)
+    atomic_write_json(path, evaluated | {"model_sha256": "of an earlier training"})
+    assert load_network(file).evaluation is None
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"pgd\.json is damaged"):
+        load_network(file).evaluation  # noqa: B018
+
+
+def test_the_guides_snippets_give_images_as_the_network_sees_them(
+    fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_file: tuple[Path, torch.Tensor]
+) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+    (stacking,) = [code for code in snippets if "network.preprocess" in code]
+    (batches,) = [code for code in snippets if "EvaluationImages" in code]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(image_file[0], tmp_path / "boot.jpg")
+    names: dict[str, Any] = {"torch": torch, "network": load_network(with_test_data(tmp_path / "run", fashion_data))}
+    exec(stacking, names)
+    assert torch.equal(names["images"], torch.stack([image_file[1]] * 2))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "fashion_mnist").symlink_to(fashion_data)
+    exec(batches, names)
+    assert (names["images"].shape[1:], names["labels"].dtype) == ((3, 28, 28), torch.int64)
