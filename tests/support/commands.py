@@ -45,9 +45,10 @@ def processes_with(variables: Mapping[str, str | None]) -> list[psutil.Process]:
 
 
 def listening_addresses(process: psutil.Process) -> set[str]:
-    """IP addresses at which a process accepts connections; none if it has ended."""
+    """IP addresses at which a process accepts connections; none if it has ended. IPv4 in IPv6 is IPv4."""
     try:
-        return {one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+        listening = [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        return {one.laddr.ip.removeprefix("::ffff:") for one in listening}
     except psutil.NoSuchProcess:
         return set()
 
