@@ -95,7 +95,7 @@ def add_parser(subparsers: Any) -> None:
     own.add_argument(
         "--background",
         metavar="COLOUR",
-        help="behind transparent pixels: a name or #rrggbb (default: white)",
+        help="behind transparent pixels: a name, #rrggbb, or none for the colours that they hide (default: white)",
     )
     own.add_argument(
         "--exif-rotate", action="store_true", help="turn photographs as their EXIF says (default: only count them)"
@@ -148,10 +148,10 @@ def _folder_options(arguments: argparse.Namespace) -> FolderOptions:
     from pipeline.recipe.fields import parse_fraction
 
     own = arguments.dataset == "image_folder"  # other data sets keep their authors' pixels
-    colour = arguments.background or ("white" if own else None)
+    colour = arguments.background or ("white" if own else "none")
     option = f"--background {colour}"
     try:
-        background = None if colour is None else parse_colour(colour)
+        background = None if colour == "none" else parse_colour(colour)
         option = f"--val-fraction {arguments.val_fraction}"
         share = None if arguments.val_fraction is None else parse_fraction(arguments.val_fraction)
     except ValueError as error:

@@ -123,10 +123,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as stream:
             metadata = json.loads((stream.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError) as error:
+        # Networks exported by this project store their normalisation in the metadata.
+        normalisation = {f"metadata.{key}": torch.tensor(metadata[key]) for key in ("mean", "std") if key in metadata}
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # a RecursionError is a RuntimeError
         raise ValueError(f"{path} is damaged or not safetensors: {' '.join(str(error).split())}") from None
-    # Networks exported by this project store their normalisation in the metadata.
-    return tensors | {f"metadata.{key}": torch.tensor(metadata[key]) for key in ("mean", "std") if key in metadata}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    return tensors | normalisation
 
 
 def _state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:

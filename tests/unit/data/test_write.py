@@ -449,7 +449,7 @@ def test_own_photographs_are_split_and_what_was_done_is_said(
     assert "transparent pixels are #0a141e" in out
     assert launch_data(*command, *options) == 0
     assert capsys.readouterr().out.count("already written") == 2
-    for other in (["--background", "white", *options[2:]], [*options[:2], *options[3:]]):
+    for other in (["--background", "none", *options[2:]], options[2:], [*options[:2], *options[3:]]):
         assert launch_data(*command, *other) == 2
         assert "with other background" in (err := capsys.readouterr().err) or "with other exif_rotate" in err
     reads_heif.cache_clear()

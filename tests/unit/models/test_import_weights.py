@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models import Network, build_network
-from pipeline.models.export import write_model
+from pipeline.models.export import METADATA_KEY, write_model
 from pipeline.models.import_weights import load_foreign
 from pipeline.models.state import effective_state
 from pipeline.recipe.sections import Model
@@ -561,3 +561,18 @@ def test_weights_that_may_not_be_read_are_called_so(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "open", refuse)
     assert "w.pth cannot be read: Permission denied" in refusal(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"mean": {}}', '{"mean": [null]}', '{"std": [1e999, "a"]}', "7", "{"])
+def test_metadata_that_is_no_normalisation_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(dict(their_small_cnn().state_dict()), path, {METADATA_KEY: text})
+    assert "w.safetensors is damaged or not safetensors" in refusal(path)
+
+
+@pytest.mark.parametrize("header", [2**63, 2**40, 99_000_000])
+def test_a_safetensors_header_that_claims_to_be_huge_is_refused(tmp_path: Path, header: int) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(dict(their_small_cnn().state_dict()), path)
+    path.write_bytes(header.to_bytes(8, "little") + path.read_bytes()[8:])
+    assert "w.safetensors is damaged or not safetensors" in refusal(path)
