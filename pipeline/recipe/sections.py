@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.recipe.architectures import known_architecture
 from pipeline.recipe.attacks import Attack
 from pipeline.recipe.fields import Count, ExtraFraction, KeepFraction, Pixels, Real, Section, canonical_decimal
+from pipeline.recipe.learning_rate import Cosine, Schedule
 from pipeline.recipe.objective import Objective
 
 
@@ -113,14 +114,14 @@ class Phase(Section):
 
     epochs: Count = Field(ge=1)
     lr: Real = Field(gt=0)
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """SGD with momentum, or Adam with betas 0.9 and 0.999, which HYDRA uses for MixTrain and CROWN-IBP. Both add weight
-    decay to the gradient."""
+    decay to the gradient; AdamW's is decoupled."""
     momentum: Real = Field(default=0.9, ge=0, lt=1)
     """For sgd only."""
     weight_decay: Real = Field(default=1e-4, ge=0)
     warmup_epochs: Real = Field(default=0.0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = Cosine()
     objective: Objective | None = None
     """Training technique of this phase; null means the recipe's."""
     ema_decay: Real | None = Field(default=None, gt=0, lt=1)
