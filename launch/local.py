@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +16,13 @@ from pipeline.recipe.stages import stages_of
 from pipeline.run.layout import RunFolder
 
 if TYPE_CHECKING:
-    from pipeline.training.driver import Connect, RunRequest
+    from pipeline.recipe.schema import Recipe
+    from pipeline.training.driver import Cluster, Connect, RunRequest
 
 
 def run_here(folder: Path, observer: str | None = None) -> int:
     """Do the rest of the run on a Ray cluster of its own; returns the exit code."""
+    print(f"{folder}: data is checked, PyTorch and Ray are loaded", file=sys.stderr, flush=True)
     check_same_data(folder)
     if has_trained_nothing(folder):  # or else weights that do not fit are found once Ray has started
         network_size(load_recipe(RunFolder(folder).recipe))
@@ -37,19 +41,32 @@ def run_here(folder: Path, observer: str | None = None) -> int:
     return 0
 
 
+def _announced(connect: Connect) -> Connect:
+    """`connect`, with a line before each part of a start that takes seconds without any other."""
+
+    @contextmanager
+    def announced(recipe: Recipe) -> Iterator[Cluster]:
+        print("Ray starts", file=sys.stderr, flush=True)
+        with connect(recipe) as cluster:
+            print(f"workers start: {cluster.workers}", file=sys.stderr, flush=True)
+            yield cluster
+
+    return announced
+
+
 def run_and_show(request: RunRequest, connect: Connect) -> None:
     """Run the driver, with progress on standard error. Errors: as `pipeline.training.driver.run_driver`."""
     from pipeline.training.driver import run_driver
 
     recipe = load_recipe(RunFolder(request.run_folder).recipe)
     stop = threading.Event()
-    names = [stage.name for stage in stages_of(recipe) if request.stages is None or stage.name in request.stages]
-    evaluations = [recipe.objective.measure, *(attack.label for attack in recipe.evaluation.attacks)]
-    arguments = (request.run_folder, names, evaluations, stop, sys.stderr)
+    stages = [stage for stage in stages_of(recipe) if request.stages is None or stage.name in request.stages]
+    evaluations = {stage.name: stage.evaluations for stage in stages}
+    arguments = (request.run_folder, evaluations, stop, sys.stderr)
     display = threading.Thread(target=follow, args=arguments, name="display", daemon=True)
     display.start()
     try:
-        run_driver(request, connect)
+        run_driver(request, _announced(connect))
     finally:
         stop.set()
         display.join(timeout=10)

@@ -16,7 +16,7 @@ from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.run.layout import RunFolder
 
-RESUMABLE = "checkpoints are kept; continue with: python -m launch resume RUN"
+RESUMABLE = "checkpoints are kept; continue with: python -m launch resume {}"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
         help="YAML file with a cluster's slurm settings, such as partition and account; the recipe's keys win",
     )
     run.add_argument("--after", metavar="JOB", help="id of a SLURM job that must end first")
-    run.set_defaults(handler=_run, after_interrupt=RESUMABLE)
+    run.set_defaults(handler=_run)
 
     resume = subparsers.add_parser(
         "resume",
@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
         "--on", choices=("local", "slurm"), help="this machine or SLURM (default: where it was started)"
     )
     resume.add_argument("--after", metavar="JOB", help="id of a SLURM job that must end first")
-    resume.set_defaults(handler=_resume, after_interrupt=RESUMABLE)
+    resume.set_defaults(handler=_resume)
 
     cancel = subparsers.add_parser("cancel", help="cancel a run's SLURM jobs; its checkpoints are kept")
     cancel.add_argument("run", metavar="RUN", help="name of a run under runs/, or its folder")
@@ -81,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     data_sha256 = run_folder.check_data(recipe)
     _refuse_jobs_of_another_recipe(run_folder.check_start(recipe, arguments.name), recipe, data_sha256)
     folder = run_folder.open_or_create(recipe, arguments.name, data_sha256)
+    arguments.after_interrupt = RESUMABLE.format(folder)
     return _submit(folder, arguments.after) if arguments.on == "slurm" else run_here(folder)
 
 
@@ -124,6 +125,7 @@ def _submit(folder: Path, after: str | None) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     folder = run_folder.find_run(arguments.run)
+    arguments.after_interrupt = RESUMABLE.format(folder)
     on = arguments.on or ("slurm" if submit.read_jobs(folder) else "local")
     if on == "slurm":
         run_folder.check_same_data(folder)
@@ -135,5 +137,6 @@ def _resume(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     folder = run_folder.find_run(arguments.run)
     jobs = submit.cancel_jobs(folder)
-    print(f"{folder}: {', '.join(f'job {job.id} ({job.job_name})' for job in jobs) or 'no job'} cancelled; {RESUMABLE}")
+    cancelled = ", ".join(f"job {job.id} ({job.job_name})" for job in jobs) or "no job"
+    print(f"{folder}: {cancelled} cancelled; {RESUMABLE.format(folder)}")
     return 0

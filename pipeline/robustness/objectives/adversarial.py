@@ -29,8 +29,8 @@ def clean_training(batch: ObjectiveInput, label_smoothing: float = 0.0) -> Objec
 def adversarial_training(ball: Ball, steps: int, step_size: float, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy on PGD examples (Madry et al., ICLR 2018, equation 2.1).
 
-    The attack maximises the same loss, without label smoothing, from a uniform start in the ball. With one step, this is fast adversarial
-    training (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
+    The attack maximises the same loss, without label smoothing, from a uniform start in the ball. With one step, this
+    is fast adversarial training (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
     """
 
     def objective(batch: ObjectiveInput) -> ObjectiveOutput:

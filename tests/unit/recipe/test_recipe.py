@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from launch import run_folder
 from launch.__main__ import main
 from pipeline.recipe.errors import sections_in, shown
 from pipeline.recipe.fields import canonical_decimal
@@ -143,7 +144,8 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (
             ["objective.name=fgsm"],
             "objective.steps = 3: a key of pgd, trades, smoothadv, not of fgsm, which has step_size, eps_warmup, "
-            "label_smoothing, overfitting_guard; remove it, or override the section as a whole: objective={name: fgsm, ...}",
+            "label_smoothing, overfitting_guard; remove it, or override the section as a whole: "
+            "objective={name: fgsm, ...}",
         ),
         (["objective.name=nfgsm"], "objective.steps = 3: a key of pgd, trades, smoothadv, not of nfgsm, which has"),
         (["objective.stepz=3"], "objective.stepz = 3: unknown key; did you mean 'steps'?"),
@@ -795,21 +797,32 @@ def test_wrong_usage_ends_with_code_2(arguments: list[str], capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", str(DEMO)], "checkpoints are kept"),
-        (["resume", "x"], "checkpoints are kept"),
+        (
+            ["run", str(DEMO), "--name", "mine"],
+            "checkpoints are kept; continue with: python -m launch resume runs/mine\n",
+        ),
+        (["resume", "mine"], "checkpoints are kept; continue with: python -m launch resume runs/mine\n"),
         (["data", "write", "fashion_mnist", "--out", "x"], "no unfinished file is left"),
         (["report", "x"], "nothing was changed"),
     ],
 )
 def test_an_interrupted_command_says_what_is_left(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.run_folder.check_data", lambda recipe: {})
+    if arguments[0] == "resume":
+        run_folder.open_or_create(load_recipe(DEMO), "mine", {})
+
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
     for handler in (
-        "launch.commands.run._run",
-        "launch.commands.run._resume",
+        "launch.commands.run.run_here",
         "launch.commands.report._report",
         "launch.commands.data._write",
     ):
