@@ -12,7 +12,16 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.recipe.architectures import known_architecture
 from pipeline.recipe.attacks import Attack
-from pipeline.recipe.fields import Count, ExtraFraction, KeepFraction, Pixels, Real, Section, canonical_decimal
+from pipeline.recipe.fields import (
+    Count,
+    ExtraFraction,
+    FilePath,
+    KeepFraction,
+    Pixels,
+    Real,
+    Section,
+    canonical_decimal,
+)
 from pipeline.recipe.learning_rate import Cosine, Schedule
 from pipeline.recipe.objective import Objective
 
@@ -32,9 +41,9 @@ class Data(Section):
     """The two FFCV files, and how images are sampled and augmented."""
 
     dataset: Dataset
-    train_file: str
+    train_file: FilePath
     """FFCV file of the training set, written by `python -m launch data write`."""
-    test_file: str
+    test_file: FilePath
     """FFCV file of the test set; used only to evaluate finished stages."""
     image_size: Count = Field(gt=0, le=1024)
     """Height and width of the network's input, in pixels."""
@@ -45,7 +54,7 @@ class Data(Section):
     """Train on this many of the remaining images; null means all of them."""
     extra_fraction: ExtraFraction | None = None
     """Fraction of every micro-batch drawn from the training file's extra images; null means none."""
-    stage_to: str | None = None
+    stage_to: FilePath | None = None
     """Folder on each node's local disk to copy the files to and read them from; null reads them in place."""
 
     @model_validator(mode="after")
@@ -70,7 +79,7 @@ class Model(Section):
     num_classes: Count = Field(gt=1)
     mean: tuple[Real, Real, Real] = (0.485, 0.456, 0.406)
     std: tuple[Real, Real, Real] = (0.229, 0.224, 0.225)
-    weights: str | None = None
+    weights: FilePath | None = None
     """File of weights that pretrain starts from; null: random initialisation from the seed."""
     weights_keep_fraction: KeepFraction | None = None
     """Keep this fraction of a masked checkpoint of HYDRA's reference code, by its scores; null keeps all weights."""

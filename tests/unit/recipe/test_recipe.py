@@ -331,6 +331,9 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             "label_smoothing = 0.1: a key of clean, ",
         ),
         (["objective={name: ibp, label_smoothing: 0.1}"], "not of ibp, which has"),
+        (["data.train_file=''"], "data.train_file = '': expected the path of a file or folder"),
+        (["model.weights=a/" + 300 * "x"], "a path has at most 4,000 bytes, and each part of it 255"),
+        (['data.stage_to="/a\\0b"'], "data.stage_to = '/a\\x00b': expected the path of a file or folder"),
         (["deepspeed.bfloat16.enabled=true"], "deepspeed: bfloat16 = {'enabled': True}: engine.precision decides it"),
         (["deepspeed.aio.block_size=1e999"], "deepspeed: aio.block_size = 1e999: a number is 0 or between 1e-30 and"),
         (
