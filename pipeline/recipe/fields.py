@@ -6,6 +6,7 @@ memory (1e999999999), become zero as a float (1e-999999999) or lose digits is an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -120,6 +121,12 @@ def _check_path(path: str) -> str:
     if len(encoded) > LONGEST_PATH or any(len(part) > LONGEST_PART for part in encoded.split(b"/")):
         raise ValueError(f"a path has at most {LONGEST_PATH:,} bytes, and each part of it {LONGEST_PART}")
     return path
+
+
+def divisors(number: int) -> list[int]:
+    """The positive divisors of `number`, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def canonical_decimal(number: Decimal) -> str:

@@ -5,7 +5,6 @@ Constraints between sections are checked in `pipeline.recipe.schema`. Imports no
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -21,16 +20,10 @@ from pipeline.recipe.fields import (
     Real,
     Section,
     canonical_decimal,
+    divisors,
 )
 from pipeline.recipe.learning_rate import Cosine, Schedule
 from pipeline.recipe.objective import Objective
-
-
-def divisors(number: int) -> list[int]:
-    """The positive divisors of `number`, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
 
 Dataset = Literal["fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
