@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.run.files import parse_row, read_json
-from pipeline.run.layout import StageFolder
+from pipeline.run.layout import HONESTY, StageFolder
 
 Row = dict[str, Any]
 Value = TypeVar("Value")
@@ -28,8 +28,7 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 def follow(
     run_folder: Path,
-    stage_names: list[str],
-    evaluations: Sequence[str],
+    evaluations: Mapping[str, Sequence[str]],
     stop: threading.Event,
     stream: TextIO,
     *,
@@ -38,15 +37,16 @@ def follow(
 ) -> None:
     """Show the stages of a run until `stop` is set, and then once more, so that the last results are shown.
 
-    `evaluations` are labels of `Stage.evaluations`; a stage need not have all of them. Polls every `interval_s`
+    `evaluations` maps each stage's name to its `Stage.evaluations`. Polls every `interval_s`
     seconds; without a terminal a training stage prints at most one line per `line_every_s` seconds.
     """
-    stages = [_Stage(name, run_folder / name, list(evaluations)) for name in stage_names]
+    seconds: dict[str, float] = {}
+    stages = [_Stage(name, run_folder / name, list(labels), seconds) for name, labels in evaluations.items()]
     view = _Bars(stream) if stream.isatty() else _Lines(stream, line_every_s)
     for stage in stages:
         if StageFolder(stage.folder).result.exists():
             stage.finished = True
-            stage.pending = [name for name in evaluations if not StageFolder(stage.folder).evaluation(name).exists()]
+            stage.pending = [name for name in stage.pending if not StageFolder(stage.folder).evaluation(name).exists()]
             view.print_line(f"{stage.name}  already finished")
         stage.tail.read()  # earlier rows are not shown
     stopping = False
@@ -94,13 +94,37 @@ class _Stage:
     folder: Path
     pending: list[str]
     """Evaluations whose result has not been shown."""
+    seconds: dict[str, float]
+    """How long each evaluation took, of any stage; shared by all."""
     finished: bool = False
     plan: Row | None = None
     """stage.json, once it exists."""
+    part_since: float | None = None
+    """When training or the last evaluation was seen to end."""
     tail: _Tail = field(init=False)
 
     def __post_init__(self) -> None:
         self.tail = _Tail(StageFolder(self.folder).metrics)
+
+    def newest_checkpoint(self) -> int:
+        """Its step; 0 without one."""
+        steps = (path.parent.name.removeprefix("step-") for path in self.folder.glob("step-*/MANIFEST.json"))
+        return max((int(step) for step in steps if step.isdigit()), default=0)
+
+    def evaluated(self, name: str) -> None:
+        """Note the end of an evaluation, and how long it took if its start was seen."""
+        now = time.monotonic()
+        self.pending.remove(name)
+        if self.part_since is not None:
+            self.seconds[name] = now - self.part_since
+        self.part_since = now
+
+    def time_left(self, training_s: float) -> str:
+        """The time for the rest of the stage, evaluations included once each of them was measured in another one."""
+        if any(name not in self.seconds for name in self.pending):
+            return f"{timedelta(seconds=round(training_s))} of training left"
+        evaluation_s = sum(self.seconds[name] for name in self.pending)
+        return f"{timedelta(seconds=round(training_s + evaluation_s))} left"
 
 
 class _Lines:
@@ -110,22 +134,26 @@ class _Lines:
         self.stream = stream
         self.every_s = every_s
         self._printed_at: dict[str, float] = {}
+        self._evaluated: dict[str, tuple[str, int]] = {}
 
     def print_line(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
-    def train(self, name: str, row: Row, plan: Row) -> None:
+    def train(self, name: str, row: Row, plan: Row, facts: list[str]) -> None:
         now = time.monotonic()
         if now - self._printed_at.get(name, float("-inf")) >= self.every_s:
             self._printed_at[name] = now
             step, total = row["step"], plan["total_steps"]
-            self.print_line(f"{name}  step {step}/{total} ({100 * step // total} %)  {'  '.join(_facts(row, plan))}")
+            self.print_line(f"{name}  step {step}/{total} ({100 * step // total} %)  {'  '.join(facts)}")
 
-    def evaluate(self, name: str, done: int, total: int) -> None:
+    def evaluate(self, name: str, label: str, done: int, total: int) -> None:
         now = time.monotonic()
+        if self._evaluated.get(name) == (label, done):  # a chunk may take minutes
+            return
         if now - self._printed_at.get(name, float("-inf")) >= self.every_s:
             self._printed_at[name] = now
-            self.print_line(f"{name}  attacking the test set: {done:,}/{total:,} images")
+            self._evaluated[name] = label, done
+            self.print_line(f"{name}  {label}: {done:,}/{total:,} test images")
 
     def end(self, name: str) -> None:
         self._printed_at.pop(name, None)
@@ -144,11 +172,11 @@ class _Bars:
     def print_line(self, text: str) -> None:
         tqdm.write(text, file=self.stream)
 
-    def train(self, name: str, row: Row, plan: Row) -> None:
-        self._move(name, name, row["step"], plan["total_steps"], ", ".join(_facts(row, plan)))
+    def train(self, name: str, row: Row, plan: Row, facts: list[str]) -> None:
+        self._move(name, name, row["step"], plan["total_steps"], ", ".join(facts))
 
-    def evaluate(self, name: str, done: int, total: int) -> None:
-        self._move(name, f"{name} under attack", done, total, "")
+    def evaluate(self, name: str, label: str, done: int, total: int) -> None:
+        self._move(name, f"{name} {label}", done, total, "")
 
     def end(self, name: str) -> None:
         bar = self._bars.pop(name, None)
@@ -179,11 +207,11 @@ def _update(stage: _Stage, view: _Lines | _Bars) -> None:
         for name in list(stage.pending):
             evaluation = _read_if_whole(StageFolder(stage.folder).evaluation(name), EvaluationResult.read)
             if evaluation is not None:
-                stage.pending.remove(name)
+                stage.evaluated(name)
                 view.end(stage.name)
                 view.print_line(f"{stage.name}  {_accuracies_with_intervals(evaluation)}")
-        if progress is not None and progress["attack"] in stage.pending:
-            view.evaluate(stage.name, progress["done"], progress["total"])
+        if progress is not None and progress["attack"] in (HONESTY, *stage.pending):
+            view.evaluate(stage.name, progress["attack"], progress["done"], progress["total"])
 
 
 def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
@@ -192,7 +220,8 @@ def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
         if stage.plan is None:
             return
         steps, batch = stage.plan["total_steps"], stage.plan["batch_per_step"]
-        view.print_line(f"{stage.name}  {steps:,} steps of {batch:,} images")
+        start = f", from step {step:,}" if (step := stage.newest_checkpoint()) else ""
+        view.print_line(f"{stage.name}  {steps:,} steps of {batch:,} images{start}")
     # Before the rows, so that none of them is missed.
     result = _read_if_whole(StageFolder(stage.folder).result, read_json)
     rows, restarted = stage.tail.read()
@@ -204,16 +233,18 @@ def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
                 view.print_line(f"{stage.name}  step {row['step']}  held-out images: {_accuracies(row)}")
     train = [row for row in rows if row["kind"] == "train"]
     if train:
-        view.train(stage.name, train[-1], stage.plan)
+        view.train(stage.name, train[-1], stage.plan, _facts(train[-1], stage))
     if result is not None:
-        stage.finished = True
+        stage.finished, stage.part_since = True, time.monotonic()
         view.end(stage.name)
-        view.print_line(f"{stage.name}  finished after {result['steps']:,} steps")
+        next_part = f"; now evaluated: {', '.join(stage.pending)}" if stage.pending else ""
+        view.print_line(f"{stage.name}  finished after {result['steps']:,} steps{next_part}")
         _update(stage, view)
 
 
-def _facts(row: Row, plan: Row) -> list[str]:
+def _facts(row: Row, stage: _Stage) -> list[str]:
     """Loss, robust accuracy, images/s and the time left at this speed."""
+    assert stage.plan is not None
     facts = [f"loss {row['loss']:.3g}"]
     accuracy = row["robust_accuracy"]
     if accuracy is not None:
@@ -221,8 +252,8 @@ def _facts(row: Row, plan: Row) -> list[str]:
     speed = row["timing"]["images_per_s"]
     facts.append(f"{speed:,.0f} images/s")
     if speed > 0:
-        left = (plan["total_steps"] - row["step"]) * plan["batch_per_step"] / speed
-        facts.append(f"{timedelta(seconds=round(left))} left")
+        images = (stage.plan["total_steps"] - row["step"]) * stage.plan["batch_per_step"]
+        facts.append(stage.time_left(images / speed))
     return facts
 
 

@@ -1,7 +1,7 @@
 """Runs on this machine, with a progress display.
 
 The driver is a process of its own, `python -m launch.local`: it ends with its Ray cluster, and the command that waits
-for it starts the next one. The command imports neither torch nor Ray.
+for it starts the next one. The command does not import Ray.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -29,7 +31,8 @@ from pipeline.run.failures import append_to_log
 from pipeline.run.layout import RunFolder, is_done, progress_marks
 
 if TYPE_CHECKING:
-    from pipeline.training.driver import Connect, RunRequest
+    from pipeline.recipe.schema import Recipe
+    from pipeline.training.driver import Cluster, Connect, RunRequest
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ INTERRUPTED = 130
 
 def run_here(folder: Path, observer: str | None = None) -> int:
     """Do the rest of the run on Ray clusters of its own, one after another if Ray dies; returns the exit code."""
+    print(f"{folder}: data is checked, PyTorch and Ray are loaded", file=sys.stderr, flush=True)
     check_same_data(folder)
     recipe = load_recipe(RunFolder(folder).recipe)
     if has_trained_nothing(folder):  # or else weights that do not fit are found once Ray has started
@@ -96,19 +100,32 @@ def _run_driver(folder: Path, observer: str | None) -> int:
         reaper.close()
 
 
+def _announced(connect: Connect) -> Connect:
+    """`connect`, with a line before each part of a start that takes seconds without any other."""
+
+    @contextmanager
+    def announced(recipe: Recipe) -> Iterator[Cluster]:
+        print("Ray starts", file=sys.stderr, flush=True)
+        with connect(recipe) as cluster:
+            print(f"workers start: {cluster.workers}", file=sys.stderr, flush=True)
+            yield cluster
+
+    return announced
+
+
 def run_and_show(request: RunRequest, connect: Connect) -> None:
     """Run the driver, with progress on standard error. Errors: as `pipeline.training.driver.run_driver`."""
     from pipeline.training.driver import run_driver
 
     recipe = load_recipe(RunFolder(request.run_folder).recipe)
     stop = threading.Event()
-    names = [stage.name for stage in stages_of(recipe) if request.stages is None or stage.name in request.stages]
-    evaluations = [recipe.objective.measure, *(attack.label for attack in recipe.evaluation.attacks)]
-    arguments = (request.run_folder, names, evaluations, stop, sys.stderr)
+    stages = [stage for stage in stages_of(recipe) if request.stages is None or stage.name in request.stages]
+    evaluations = {stage.name: stage.evaluations for stage in stages}
+    arguments = (request.run_folder, evaluations, stop, sys.stderr)
     display = threading.Thread(target=follow, args=arguments, name="display", daemon=True)
     display.start()
     try:
-        run_driver(request, connect)
+        run_driver(request, _announced(connect))
     finally:
         stop.set()
         display.join(timeout=10)

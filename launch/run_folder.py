@@ -79,6 +79,8 @@ def check_start(recipe: Recipe, name: str | None) -> Path:
         if recipe_hash(old) != recipe_hash(recipe) and not has_trained_nothing(folder):
             changes = "; ".join(_differences(old, recipe))
             raise ValueError(f"{folder} was started with another recipe ({changes}); choose a new --name")
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --name")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml); choose another --name")
     for stage in stages:
@@ -112,7 +114,13 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
     folder = check_start(recipe, name)
     if begins_anew(folder, recipe, data_sha256):
         _forget_first_try(folder, load_recipe(RunFolder(folder).recipe))
-    write_run_folder(folder, _with_absolute_paths(recipe), data_sha256)
+    try:
+        write_run_folder(folder, _with_absolute_paths(recipe), data_sha256)
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename or folder}"
+        raise ValueError(
+            f"{folder} cannot be written ({reason}); runs are kept in runs/ of the working folder"
+        ) from None
     return folder
 
 

@@ -19,7 +19,7 @@ from pipeline.run.layout import RunFolder
 
 JOB = re.compile(r"\d+([_+]\d+)?")
 """A SLURM job's id; _ and + number the tasks of arrays and the parts of heterogeneous jobs."""
-RESUMABLE = "checkpoints are kept; continue with: python -m launch resume RUN"
+RESUMABLE = "checkpoints are kept; continue with: python -m launch resume {}"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
         help="YAML file with a cluster's slurm settings, such as partition and account; the recipe's keys win",
     )
     run.add_argument("--after", metavar="JOB", help="id of a SLURM job that must end first")
-    run.set_defaults(handler=_run, after_interrupt=RESUMABLE)
+    run.set_defaults(handler=_run)
 
     resume = subparsers.add_parser(
         "resume",
@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         "--on", choices=("local", "slurm"), help="this machine or SLURM (default: where it was started)"
     )
     resume.add_argument("--after", metavar="JOB", help="id of a SLURM job that must end first")
-    resume.set_defaults(handler=_resume, after_interrupt=RESUMABLE)
+    resume.set_defaults(handler=_resume)
 
     cancel = subparsers.add_parser("cancel", help="cancel a run's SLURM jobs; its checkpoints are kept")
     cancel.add_argument("run", metavar="RUN", help="name of a run under runs/, or its folder")
@@ -90,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
     data_sha256 = run_folder.check_data(recipe)
     _refuse_jobs_of_another_recipe(run_folder.check_start(recipe, arguments.name), recipe, data_sha256)
     folder = run_folder.open_or_create(recipe, arguments.name, data_sha256)
+    arguments.after_interrupt = RESUMABLE.format(folder)
     return _submit(folder, arguments.after) if arguments.on == "slurm" else run_here(folder)
 
 
@@ -133,6 +134,7 @@ def _submit(folder: Path, after: str | None) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     folder = run_folder.find_run(arguments.run)
+    arguments.after_interrupt = RESUMABLE.format(folder)
     on = arguments.on or ("slurm" if submit.read_jobs(folder) else "local")
     _check_after(arguments.after, on)
     if on == "slurm":
@@ -144,5 +146,6 @@ def _resume(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     folder = run_folder.find_run(arguments.run)
     jobs = submit.cancel_jobs(folder)
-    print(f"{folder}: {', '.join(f'job {job.id} ({job.job_name})' for job in jobs) or 'no job'} cancelled; {RESUMABLE}")
+    cancelled = ", ".join(f"job {job.id} ({job.job_name})" for job in jobs) or "no job"
+    print(f"{folder}: {cancelled} cancelled; {RESUMABLE.format(folder)}")
     return 0

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.recipe.fields import divisors
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.sections import divisors
 from pipeline.recipe.slurm import Slurm
 
 

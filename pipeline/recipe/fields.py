@@ -6,6 +6,7 @@ memory (1e999999999), become zero as a float (1e-999999999) or lose digits is an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -41,6 +42,8 @@ LONGEST = 100
 """Characters of a number."""
 LARGEST_COUNT = 10**9
 LARGEST_SEED = 2**64 - 1
+LONGEST_PATH, LONGEST_PART = 4000, 255
+"""Bytes of a path and of one of its parts, by Linux's limits; the longer one leaves room for names of our own."""
 
 
 def exact_decimal(value: Any) -> Decimal | None:
@@ -111,6 +114,21 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
+def _check_path(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError("expected the path of a file or folder")
+    encoded = path.encode(errors="surrogateescape")
+    if len(encoded) > LONGEST_PATH or any(len(part) > LONGEST_PART for part in encoded.split(b"/")):
+        raise ValueError(f"a path has at most {LONGEST_PATH:,} bytes, and each part of it {LONGEST_PART}")
+    return path
+
+
+def divisors(number: int) -> list[int]:
+    """The positive divisors of `number`, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
 def canonical_decimal(number: Decimal) -> str:
     """The one spelling of a decimal: 0.10 and 1E-1 are both '0.1'. Used in folder names."""
     return format(number.normalize(), "f")
@@ -125,6 +143,9 @@ Count = Annotated[_Whole, Field(le=LARGEST_COUNT)]
 """A number of things, in bounds that no experiment reaches."""
 
 Seed = Annotated[_Whole, Field(ge=0), AfterValidator(_check_seed)]
+
+FilePath = Annotated[str, AfterValidator(_check_path)]
+"""A path that file systems can have; it need not exist."""
 
 Pixels = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(str)]
 """A distance in [0, 1] pixel units, exact: written '4/255' or 0.1."""

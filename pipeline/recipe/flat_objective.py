@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "robust_weight_end": 50.0,
 }
 """Key -> default, for every key of the flat form except the name. Keys added to techniques later do not belong here."""
+ADDED: dict[str, Any] = {"label_smoothing": 0.0}
+"""Keys that techniques got later -> default, at which the hash leaves them out, so that older hashes stay valid."""
 SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
 """Keys that every flat objective has and no single technique has together: they identify the form."""
 
@@ -46,7 +48,11 @@ def from_flat(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """A valid recipe's plain values, with every objective in the flat form."""
-    return _with_objectives(recipe, lambda objective: DEFAULTS | objective)
+
+    def flat(objective: dict[str, Any]) -> dict[str, Any]:
+        return DEFAULTS | {key: value for key, value in objective.items() if key not in ADDED or value != ADDED[key]}
+
+    return _with_objectives(recipe, flat)
 
 
 def _own_keys(objective: dict[str, Any]) -> dict[str, Any]:

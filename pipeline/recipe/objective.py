@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Discriminator, Field, Tag
 
 from pipeline.recipe.fields import Count, Real
-from pipeline.recipe.technique import Attacking, Bounding, MultiStep, OneStep, Smoothing, Technique
+from pipeline.recipe.technique import Attacking, Bounding, CrossEntropy, MultiStep, OneStep, Smoothing, Technique
 from pipeline.recipe.threat_model import ThreatModel
 
 
-class Clean(Technique):
+class Clean(CrossEntropy):
     """Empirical risk minimisation."""
 
     name: Literal["clean"] = "clean"
@@ -26,7 +26,7 @@ class Clean(Technique):
         """Accepts any threat model, and none."""
 
 
-class Pgd(Attacking, MultiStep):
+class Pgd(CrossEntropy, Attacking, MultiStep):
     """Adversarial training by PGD (Madry et al. 2018)."""
 
     name: Literal["pgd"] = "pgd"
@@ -85,7 +85,7 @@ class Trades(Attacking, MultiStep):
         return self.steps + 2
 
 
-class Noise(Smoothing):
+class Noise(CrossEntropy, Smoothing):
     """Gaussian noise augmentation (Cohen et al. 2019)."""
 
     name: Literal["noise"] = "noise"
@@ -104,7 +104,7 @@ class Stability(Smoothing):
         return 2
 
 
-class SmoothAdv(Smoothing, Attacking, MultiStep):
+class SmoothAdv(CrossEntropy, Smoothing, Attacking, MultiStep):
     """Adversarial training of the smoothed network (Salman et al. 2019)."""
 
     name: Literal["smoothadv"] = "smoothadv"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+from pipeline.recipe.learning_rate import Constant, Step
 from pipeline.recipe.sections import GRAIN, Phase
 
 
 def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
     """Learning rate of 0-based `step` of a phase.
 
-    Linear warm-up to `lr` over `warmup_epochs`, then constant, or a cosine that reaches zero after the phase's last
-    step (the reference code ties the cosine to nominal epochs, more than it runs, and so hardly anneals on ImageNet).
+    Linear warm-up to `lr` over `warmup_epochs`, then the phase's schedule. The cosine reaches zero after the last step
+    (the reference code ties it to nominal epochs, more than it runs, and so hardly anneals on ImageNet).
 
     Errors: ValueError for a step outside the phase.
     """
@@ -21,8 +22,11 @@ def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
         raise ValueError(f"step {step} is outside the phase's {total} steps")
     if step < warmup:
         return phase.lr * (step + 1) / warmup
-    if phase.schedule == "constant":
-        return phase.lr
+    match phase.schedule:
+        case Constant():
+            return phase.lr
+        case Step(milestones=milestones, factor=factor):
+            return phase.lr * factor ** sum(step >= round(milestone * total) for milestone in milestones)
     return phase.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 

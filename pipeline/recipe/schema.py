@@ -15,7 +15,7 @@ from pipeline.recipe.architectures import WITHOUT_BATCHNORM
 from pipeline.recipe.attacks import check_attack
 from pipeline.recipe.deepspeed_options import DeepSpeedOptions
 from pipeline.recipe.errors import explain
-from pipeline.recipe.fields import Section, Seed
+from pipeline.recipe.fields import Section, Seed, divisors
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.sections import (
     Batch,
@@ -29,7 +29,6 @@ from pipeline.recipe.sections import (
     Sparsity,
     Tracking,
     Workers,
-    divisors,
 )
 from pipeline.recipe.slurm import Slurm
 from pipeline.recipe.technique import Bounding

@@ -5,22 +5,25 @@ Constraints between sections are checked in `pipeline.recipe.schema`. Imports no
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.recipe.architectures import known_architecture
 from pipeline.recipe.attacks import Attack
-from pipeline.recipe.fields import Count, ExtraFraction, KeepFraction, Pixels, Real, Section, canonical_decimal
+from pipeline.recipe.fields import (
+    Count,
+    ExtraFraction,
+    FilePath,
+    KeepFraction,
+    Pixels,
+    Real,
+    Section,
+    canonical_decimal,
+    divisors,
+)
+from pipeline.recipe.learning_rate import Cosine, Schedule
 from pipeline.recipe.objective import Objective
-
-
-def divisors(number: int) -> list[int]:
-    """The positive divisors of `number`, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
 
 Dataset = Literal["fashion_mnist", "cifar10", "cifar100", "svhn", "imagenet", "image_folder"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
@@ -31,9 +34,9 @@ class Data(Section):
     """The two FFCV files, and how images are sampled and augmented."""
 
     dataset: Dataset
-    train_file: str
+    train_file: FilePath
     """FFCV file of the training set, written by `python -m launch data write`."""
-    test_file: str
+    test_file: FilePath
     """FFCV file of the test set; used only to evaluate finished stages."""
     image_size: Count = Field(gt=0, le=1024)
     """Height and width of the network's input, in pixels."""
@@ -44,7 +47,7 @@ class Data(Section):
     """Train on this many of the remaining images; null means all of them."""
     extra_fraction: ExtraFraction | None = None
     """Fraction of every micro-batch drawn from the training file's extra images; null means none."""
-    stage_to: str | None = None
+    stage_to: FilePath | None = None
     """Folder on each node's local disk to copy the files to and read them from; null reads them in place."""
 
     @model_validator(mode="after")
@@ -69,7 +72,7 @@ class Model(Section):
     num_classes: Count = Field(gt=1)
     mean: tuple[Real, Real, Real] = (0.485, 0.456, 0.406)
     std: tuple[Real, Real, Real] = (0.229, 0.224, 0.225)
-    weights: str | None = None
+    weights: FilePath | None = None
     """File of weights that pretrain starts from; null: random initialisation from the seed."""
     weights_keep_fraction: KeepFraction | None = None
     """Keep this fraction of a masked checkpoint of HYDRA's reference code, by its scores; null keeps all weights."""
@@ -113,14 +116,14 @@ class Phase(Section):
 
     epochs: Count = Field(ge=1)
     lr: Real = Field(gt=0)
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """SGD with momentum, or Adam with betas 0.9 and 0.999, which HYDRA uses for MixTrain and CROWN-IBP. Both add weight
-    decay to the gradient."""
+    decay to the gradient; AdamW's is decoupled."""
     momentum: Real = Field(default=0.9, ge=0, lt=1)
     """For sgd only."""
     weight_decay: Real = Field(default=1e-4, ge=0)
     warmup_epochs: Real = Field(default=0.0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = Cosine()
     objective: Objective | None = None
     """Training technique of this phase; null means the recipe's."""
     ema_decay: Real | None = Field(default=None, gt=0, lt=1)

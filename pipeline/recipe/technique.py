@@ -60,6 +60,15 @@ class Technique(Section):
             )
 
 
+class CrossEntropy(Technique):
+    """Trains with cross-entropy alone. Label smoothing has no counterpart in bounds of margins, and in TRADES and
+    stability training the divergence already keeps predictions soft."""
+
+    label_smoothing: Real = Field(default=0.0, ge=0, lt=1)
+    """Share of the label that is spread evenly over all classes, in the loss of the update; the attack of `free`, which
+    uses the same gradient, follows it too, and other attacks do not."""
+
+
 class Attacking(Technique):
     """Trains on attacked images."""
 
@@ -79,7 +88,7 @@ class MultiStep(Technique):
         return self.steps + 1
 
 
-class OneStep(Attacking):
+class OneStep(CrossEntropy, Attacking):
     """Trains with a one-step attack, which is prone to catastrophic overfitting."""
 
     steps: ClassVar[int] = 1

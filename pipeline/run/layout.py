@@ -11,6 +11,9 @@ from pathlib import Path
 
 from pipeline.recipe.stages import Stage
 
+HONESTY = "honesty checks"
+"""The name of the honesty checks in `evaluation_progress`."""
+
 
 @dataclass(frozen=True)
 class RunFolder:

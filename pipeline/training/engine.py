@@ -79,7 +79,7 @@ def prepare_deepspeed(device: torch.device) -> None:
 def build_optimizer(
     parameters: dict[str, nn.Parameter], phase: Phase, score_weight_decay: float | None = None
 ) -> torch.optim.Optimizer:
-    """The phase's SGD or Adam. Both add weight decay to the gradient: Adam's is not decoupled.
+    """The phase's SGD, Adam or AdamW. Only AdamW's weight decay is decoupled; the others add it to the gradient.
 
     Scores form a group of their own if `score_weight_decay` differs from the phase's, and so do rates: they have no
     weight decay, which would push the layers' shares of the budget towards the uniform ones.
@@ -91,15 +91,17 @@ def build_optimizer(
     groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
     if phase.optimizer == "adam":
         return torch.optim.Adam(groups, lr=phase.lr, betas=BETAS, eps=EPSILON)
+    if phase.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=phase.lr, betas=BETAS, eps=EPSILON)
     # Fused takes a quarter of the time on a CPU. Its last bits depend on where ZeRO partitions, like those of the sums.
     return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, fused=True)
 
 
 def slots_of(phase: Phase) -> tuple[str, ...]:
     """Names of the optimizer state that has its parameter's shape."""
-    if phase.optimizer == "adam":
-        return "exp_avg", "exp_avg_sq"
-    return ("momentum_buffer",) if phase.momentum else ()
+    if phase.optimizer == "sgd":
+        return ("momentum_buffer",) if phase.momentum else ()
+    return "exp_avg", "exp_avg_sq"
 
 
 def autocast_of(recipe: Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -131,7 +133,7 @@ class Engine:
         )
         self._optimizer = optimizer  # the one that steps, also inside ZeRO's wrapper
         self._slots = slots_of(phase)
-        self._counts_steps = phase.optimizer == "adam"
+        self._counts_steps = phase.optimizer != "sgd"
         self._zero: DeepSpeedZeroOptimizer | None = None
         if zero_stage(recipe, group.world) > 0:
             assert isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer), type(self._engine.optimizer)

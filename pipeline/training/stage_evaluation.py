@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from pipeline.recipe.stages import Stage
 from pipeline.recipe.technique import Smoothing
 from pipeline.recipe.threat_model import ThreatModel
 from pipeline.run.files import atomic_write_json
-from pipeline.run.layout import StageFolder
+from pipeline.run.layout import HONESTY, StageFolder
 from pipeline.run.lease import check_token
 from pipeline.training.context import RunContext
 
@@ -45,13 +44,24 @@ class _HeldOutHooks(EvaluationHooks):
 
 
 class _StageHooks(EvaluationHooks):
-    """Reports and stops the evaluation of a stage's network, and refuses to write without the lease."""
+    """Reports and stops the evaluation of a stage's network, and refuses to write without the lease.
 
-    def __init__(self, context: RunContext, stage: Stage) -> None:
-        self._context, self._stage = context, stage
+    From its start on, evaluate/progress.json has its name, and the number of images done and in total.
+    """
+
+    def __init__(self, context: RunContext, stage: Stage, name: str, images: int) -> None:
+        self._context, self._stage, self._name, self._images = context, stage, name, images
+        self._progress = StageFolder(context.folder(stage)).evaluation_progress
+        self._write(0)
 
     def chunk_done(self, done: int, total: int) -> None:
         self._context.observe("chunk", {"stage": self._stage.name, "done": done})
+        self._write(self._images * done // total)
+
+    def _write(self, done: int) -> None:
+        if self._context.group.is_first:  # the other ranks are about as far
+            self._progress.parent.mkdir(exist_ok=True)
+            atomic_write_json(self._progress, {"attack": self._name, "total": self._images, "done": done})
 
     def pass_begins(self) -> None:
         self._context.observe("pass", {"stage": self._stage.name})
@@ -62,19 +72,9 @@ class _StageHooks(EvaluationHooks):
     def before_writing(self) -> None:
         check_token(self._context.folder(self._stage), self._context.token)
 
-
-class _TestSetHooks(_StageHooks):
-    """Also writes evaluate/progress.json: the attack, and the number of images done and in total."""
-
-    def __init__(self, context: RunContext, stage: Stage, path: Path, attack: str, images: int) -> None:
-        super().__init__(context, stage)
-        self._path, self._attack, self._images = path, attack, images
-
-    def chunk_done(self, done: int, total: int) -> None:
-        super().chunk_done(done, total)
-        if self._context.group.is_first:  # the other ranks are about as far
-            progress = {"attack": self._attack, "total": self._images, "done": self._images * done // total}
-            atomic_write_json(self._path, progress)
+    def complete(self) -> None:
+        if self._context.group.is_first:
+            self._progress.unlink(missing_ok=True)
 
 
 def build_validation(
@@ -117,17 +117,14 @@ def evaluate_stage(context: RunContext, stage: Stage, labels: list[str]) -> Iter
     Collective. Errors: those of `Evaluator.evaluate`; LeaseHeld.
     """
     recipe, folder = context.recipe, context.folder(stage)
-    progress = StageFolder(folder).evaluation_progress
-    progress.parent.mkdir(exist_ok=True)
     images = _test_images(context)
     dense = StageFolder(context.run_folder / "pretrain").network
     for label in labels:
         attack = next((attack for attack in stage.attacks if attack.label == label), None)
         spec = evaluation_spec(recipe, attack, dense, context.group.device)
-        hooks = _TestSetHooks(context, stage, progress, label, len(images.spread(spec.images).ids))
+        hooks = _StageHooks(context, stage, label, len(images.spread(spec.images).ids))
         result = Evaluator(images, context.group, hooks).evaluate(spec, StageFolder(folder).network, label)
-        if context.group.is_first:
-            progress.unlink(missing_ok=True)
+        hooks.complete()
         yield label, result
 
 
@@ -146,9 +143,9 @@ def check_honesty(context: RunContext, stage: Stage) -> None:
     if group.broadcast(group.is_first and spec.header(images, file).read_if_current(target, HonestyResult) is not None):
         return
     trained, chunks = trained_network(recipe, folder, stage), StageFolder(folder).evaluations / "honesty.chunks"
-    result, _, store = run_honesty_checks(
-        Evaluator(images, group, _StageHooks(context, stage)), spec, file, trained, chunks
-    )
+    hooks = _StageHooks(context, stage, HONESTY, len(images.spread(spec.images).ids))
+    result, _, store = run_honesty_checks(Evaluator(images, group, hooks), spec, file, trained, chunks)
+    hooks.complete()
     if group.is_first:
         check_token(folder, context.token)
         atomic_write_json(target, result.to_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import singledispatch
+from functools import partial, singledispatch
 
 from pipeline.recipe import schema
 from pipeline.recipe.objective import (
@@ -22,7 +22,7 @@ from pipeline.recipe.objective import (
     Trades,
 )
 from pipeline.recipe.schedules import strength_at
-from pipeline.recipe.technique import Attacking, Technique
+from pipeline.recipe.technique import Attacking, CrossEntropy, Technique
 from pipeline.recipe.threat_model import ThreatModel
 from pipeline.robustness.attacks import Ball, L2Ball, LinfBall, ball_of
 from pipeline.robustness.objectives.adversarial import adversarial_training, clean_training, nfgsm_training
@@ -66,13 +66,13 @@ def build_objective(objective: Technique, threat_model: ThreatModel | None, phas
 
 @build_objective.register
 def _(objective: Clean, *_: object) -> Objective:
-    return clean_training
+    return partial(clean_training, label_smoothing=objective.label_smoothing)
 
 
 @build_objective.register
 def _(objective: Pgd | Fgsm, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
     def train(ball: Ball, step_size: float) -> Objective:
-        return adversarial_training(ball, objective.steps, step_size)
+        return adversarial_training(ball, objective.steps, step_size, objective.label_smoothing)
 
     return _with_attack(objective, threat_model, phase, level, train)
 
@@ -80,14 +80,17 @@ def _(objective: Pgd | Fgsm, threat_model: ThreatModel, phase: str, level: int =
 @build_objective.register
 def _(objective: Nfgsm, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
     def train(ball: Ball, step_size: float) -> Objective:
-        return nfgsm_training(LinfBall(ball.eps), step_size, objective.noise_magnitude)
+        return nfgsm_training(LinfBall(ball.eps), step_size, objective.noise_magnitude, objective.label_smoothing)
 
     return _with_attack(objective, threat_model, phase, level, train)
 
 
 @build_objective.register
 def _(objective: Free, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
-    return _with_attack(objective, threat_model, phase, level, free_training)
+    def train(ball: Ball, step_size: float) -> Objective:
+        return free_training(ball, step_size, objective.label_smoothing)
+
+    return _with_attack(objective, threat_model, phase, level, train)
 
 
 @build_objective.register
@@ -100,7 +103,7 @@ def _(objective: Trades, threat_model: ThreatModel, phase: str, level: int = 0) 
 
 @build_objective.register
 def _(objective: Noise, *_: object) -> Objective:
-    return noise_training(float(objective.sigma))
+    return noise_training(float(objective.sigma), objective.label_smoothing)
 
 
 @build_objective.register
@@ -111,7 +114,7 @@ def _(objective: Stability, *_: object) -> Objective:
 @build_objective.register
 def _(objective: SmoothAdv, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
     def train(ball: Ball, step_size: float) -> Objective:
-        smoothing = float(objective.sigma), objective.noise_samples
+        smoothing = float(objective.sigma), objective.noise_samples, objective.label_smoothing
         return smoothadv_training(L2Ball(ball.eps), objective.steps, step_size, *smoothing)
 
     return _with_attack(objective, threat_model, phase, level, train)
@@ -147,7 +150,8 @@ def _with_attack(
         ball, step_size = ball_of(threat_model), strength * float(objective.step_size)
         ball = replace(ball, eps=strength * ball.eps)
         if level > 0:
-            return adversarial_training(ball, *stronger(level, ball.eps, step_size))
+            smoothing = objective.label_smoothing if isinstance(objective, CrossEntropy) else 0.0
+            return adversarial_training(ball, *stronger(level, ball.eps, step_size), smoothing)
         return train(ball, step_size)
 
     if phase != "pretrain" or not objective.eps_warmup:

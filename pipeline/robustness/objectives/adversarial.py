@@ -19,26 +19,30 @@ from pipeline.robustness.objectives.base import (
 )
 
 
-def clean_training(batch: ObjectiveInput) -> ObjectiveOutput:
+def clean_training(batch: ObjectiveInput, label_smoothing: float = 0.0) -> ObjectiveOutput:
     """Empirical risk minimisation: cross-entropy on clean images."""
     logits = batch.forward(batch.x).float()
-    return ObjectiveOutput(F.cross_entropy(logits, batch.y), count_correct(logits, batch.y), None)
+    loss = F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
+    return ObjectiveOutput(loss, count_correct(logits, batch.y), None)
 
 
-def adversarial_training(ball: Ball, steps: int, step_size: float) -> Objective:
+def adversarial_training(ball: Ball, steps: int, step_size: float, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy on PGD examples (Madry et al., ICLR 2018, equation 2.1).
 
-    The attack maximises the same loss from a uniform start in the ball. With one step, this is fast adversarial
-    training (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
+    The attack maximises the same loss, without label smoothing, from a uniform start in the ball. With one step, this
+    is fast adversarial training (Wong, Rice and Kolter, ICLR 2020, algorithm 3).
     """
 
     def objective(batch: ObjectiveInput) -> ObjectiveOutput:
-        return _loss_under_attack(batch, ball, steps, step_size, lambda: ball.random_start(batch.x, batch.keys))
+        def start() -> Tensor:
+            return ball.random_start(batch.x, batch.keys)
+
+        return _loss_under_attack(batch, ball, steps, step_size, start, label_smoothing)
 
     return objective
 
 
-def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Objective:
+def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy on N-FGSM examples (de Jorge et al., NeurIPS 2022, algorithm 1).
 
     Uniform noise of up to magnitude * eps per pixel, then one signed step. There is no projection onto the ball, so an
@@ -50,13 +54,18 @@ def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float) -> Object
             noise = 2.0 * uniform_noise(batch.keys, batch.x.shape[1:]) - 1.0
             return (batch.x + magnitude * ball.eps * noise).clamp_(0.0, 1.0)
 
-        return _loss_under_attack(batch, LinfBall(math.inf), 1, step_size, start)
+        return _loss_under_attack(batch, LinfBall(math.inf), 1, step_size, start, label_smoothing)
 
     return objective
 
 
 def _loss_under_attack(
-    batch: ObjectiveInput, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]
+    batch: ObjectiveInput,
+    ball: Ball,
+    steps: int,
+    step_size: float,
+    start: Callable[[], Tensor],
+    label_smoothing: float,
 ) -> ObjectiveOutput:
     """Cross-entropy on PGD examples; computing `start` counts as part of the attack."""
     y = batch.y
@@ -71,4 +80,5 @@ def _loss_under_attack(
             start=start(),
         )
     logits = batch.forward(x_adv).float()
-    return ObjectiveOutput(F.cross_entropy(logits, y), None, count_correct(logits, y))
+    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    return ObjectiveOutput(loss, None, count_correct(logits, y))

@@ -9,7 +9,7 @@ from pipeline.robustness.attacks import Ball
 from pipeline.robustness.objectives.base import Objective, ObjectiveInput, ObjectiveOutput, count_correct
 
 
-def free_training(ball: Ball, step_size: float) -> Objective:
+def free_training(ball: Ball, step_size: float, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy of x + noise, clipped to [0, 1]; the same backward updates the noise (their algorithm 1).
 
     The noise takes one step of steepest ascent, is projected onto the ball and is used in the next step, on the same
@@ -29,6 +29,7 @@ def free_training(ball: Ball, step_size: float) -> Objective:
             assert noise.grad is not None
             perturbation.copy_(ball.confine(ball.step(perturbation, noise.grad, step_size)))
 
-        return ObjectiveOutput(F.cross_entropy(logits, batch.y), None, count_correct(logits, batch.y), update_noise)
+        loss = F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
+        return ObjectiveOutput(loss, None, count_correct(logits, batch.y), update_noise)
 
     return objective

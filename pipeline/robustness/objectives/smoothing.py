@@ -29,12 +29,13 @@ def _noisy(batch: ObjectiveInput, sigma: float) -> Tensor:
     return batch.x + sigma * gaussian_noise(batch.keys, batch.x.shape[1:])
 
 
-def noise_training(sigma: float) -> Objective:
+def noise_training(sigma: float, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy on noisy images (Cohen et al., ICML 2019, section 3.3)."""
 
     def objective(batch: ObjectiveInput) -> ObjectiveOutput:
         logits = batch.forward(_noisy(batch, sigma)).float()
-        return ObjectiveOutput(F.cross_entropy(logits, batch.y), None, count_correct(logits, batch.y))
+        loss = F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
+        return ObjectiveOutput(loss, None, count_correct(logits, batch.y))
 
     return objective
 
@@ -54,7 +55,9 @@ def stability_training(sigma: float, beta: float) -> Objective:
     return objective
 
 
-def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float, samples: int) -> Objective:
+def smoothadv_training(
+    ball: L2Ball, steps: int, step_size: float, sigma: float, samples: int, label_smoothing: float = 0.0
+) -> Objective:
     """Cross-entropy on noisy adversarial examples of the smoothed classifier (Salman et al., NeurIPS 2019, alg. 1).
 
     The attack starts at x, stays in the ball and in [0, 1], and maximises -log of the probability of y averaged over
@@ -86,7 +89,7 @@ def smoothadv_training(ball: L2Ball, steps: int, step_size: float, sigma: float,
                 start=x,
             )
         logits = batch.forward(noisy(x_adv)).float()
-        loss = F.cross_entropy(logits, y.repeat_interleave(samples))
+        loss = F.cross_entropy(logits, y.repeat_interleave(samples), label_smoothing=label_smoothing)
         return ObjectiveOutput(loss, None, count_correct(log_average(logits.detach()), y))
 
     return objective

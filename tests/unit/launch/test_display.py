@@ -7,11 +7,13 @@ import json
 import os
 import re
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch import display
 from launch.display import follow
 from pipeline.run.tracking.metrics import truncate_rows
 from tests.support.scripted_event import Script
@@ -72,7 +74,8 @@ class Writer:
 
 def shown(run: Path, names: list[str], *actions: Action, stream: io.StringIO | None = None, every: float = 0.0) -> str:
     stream = stream or io.StringIO()
-    follow(run, names, ["pgd", "apgd"], Script(*actions), stream, interval_s=0.01, line_every_s=every)
+    evaluations = {name: ["pgd", "apgd"] for name in names}
+    follow(run, evaluations, Script(*actions), stream, interval_s=0.01, line_every_s=every)
     return stream.getvalue()
 
 
@@ -88,6 +91,7 @@ def test_plain_lines_of_a_whole_stage(tmp_path: Path) -> None:
         stage.rows(train_row(230)),
         stage.rows(validation_row(235) + train_row(690, robust=None)),
         stage.json("result.json", {"steps": 700}),
+        stage.json("evaluate/progress.json", {"attack": "honesty checks", "done": 0, "total": 100}),
         stage.json("evaluate/progress.json", {"attack": "pgd", "done": 2500, "total": 10000}),
         stage.json("evaluate/pgd.json", EVALUATION),
         stage.json("evaluate/progress.json", {"attack": "apgd", "done": 50, "total": 200}),
@@ -95,15 +99,55 @@ def test_plain_lines_of_a_whole_stage(tmp_path: Path) -> None:
     )
     assert text.splitlines() == [
         f"{PRUNE}  700 steps of 128 images",
-        f"{PRUNE}  step 230/700 (32 %)  loss 0.91  robust 61.2 %  2,310 images/s  0:00:26 left",
+        f"{PRUNE}  step 230/700 (32 %)  loss 0.91  robust 61.2 %  2,310 images/s  0:00:26 of training left",
         f"{PRUNE}  step 235  held-out images: clean 85.0 %, robust 62.0 %",
-        f"{PRUNE}  step 690/700 (98 %)  loss 0.91  2,310 images/s  0:00:01 left",
-        f"{PRUNE}  finished after 700 steps",
-        f"{PRUNE}  attacking the test set: 2,500/10,000 images",
+        f"{PRUNE}  step 690/700 (98 %)  loss 0.91  2,310 images/s  0:00:01 of training left",
+        f"{PRUNE}  finished after 700 steps; now evaluated: pgd, apgd",
+        f"{PRUNE}  honesty checks: 0/100 test images",
+        f"{PRUNE}  pgd: 2,500/10,000 test images",
         f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 10,000 test images: PGD-20",
-        f"{PRUNE}  attacking the test set: 50/200 images",
+        f"{PRUNE}  apgd: 50/200 test images",
         f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 200 test images: APGD",
     ]
+
+
+def test_a_chunk_that_takes_minutes_has_one_line(tmp_path: Path) -> None:
+    stage = Writer(tmp_path, "pretrain")
+    stage.json("result.json", {"steps": 9})()
+    progress = [
+        stage.json("evaluate/progress.json", {"attack": "pgd", "done": n, "total": 152}) for n in (76, 76, 76, 152)
+    ]
+    text = shown(tmp_path, ["pretrain"], *progress)
+    assert text.splitlines()[1:] == [f"pretrain  pgd: {n}/152 test images" for n in (76, 152)]
+
+
+def test_time_left_has_the_evaluations_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both take 50 s of the clock after the first stage: every look at it is 10 s later."""
+    seconds = count(0, 10)
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(seconds))
+    dense, prune = Writer(tmp_path, "pretrain"), Writer(tmp_path, PRUNE)
+    dense.json("stage.json", PLAN)()
+    text = shown(
+        tmp_path,
+        ["pretrain", PRUNE],
+        dense.rows(train_row(230)),
+        dense.json("result.json", {"steps": 700}),
+        dense.json("evaluate/pgd.json", EVALUATION),
+        dense.json("evaluate/apgd.json", EVALUATION),
+        prune.json("stage.json", PLAN),
+        prune.rows(train_row(230)),
+    )
+    before, after = (line for line in text.splitlines() if "loss" in line)
+    assert before.endswith("0:00:26 of training left")
+    assert re.search(r"0:00:46 left$", after)
+
+
+def test_a_resumed_stage_says_where_it_starts(tmp_path: Path) -> None:
+    stage = Writer(tmp_path, PRUNE)
+    stage.json("stage.json", PLAN)()
+    for step in (9, 18):
+        stage.json(f"step-{step:010}/MANIFEST.json", {})()
+    assert shown(tmp_path, [PRUNE], lambda: None) == f"{PRUNE}  700 steps of 128 images, from step 18\n"
 
 
 def test_rows_and_result_of_one_moment_are_all_shown(tmp_path: Path) -> None:
@@ -163,7 +207,7 @@ def test_torn_lines_wait_for_their_end_and_damaged_ones_are_passed_over(tmp_path
         stage.rows(row[30:]),
     )
     assert [line for line in text.splitlines() if "loss" in line] == [
-        f"{PRUNE}  step 40/700 (5 %)  loss 0.91  robust 61.2 %  2,310 images/s  0:00:37 left"
+        f"{PRUNE}  step 40/700 (5 %)  loss 0.91  robust 61.2 %  2,310 images/s  0:00:37 of training left"
     ]
 
 
@@ -199,7 +243,10 @@ def test_files_that_are_being_written_are_not_errors(tmp_path: Path) -> None:
         lambda: (folder / "evaluate" / "progress.json").write_text("{"),
         stage.remove("evaluate/progress.json"),
     )
-    assert text.splitlines() == [f"{PRUNE}  700 steps of 128 images", f"{PRUNE}  finished after 700 steps"]
+    assert text.splitlines() == [
+        f"{PRUNE}  700 steps of 128 images",
+        f"{PRUNE}  finished after 700 steps; now evaluated: pgd, apgd",
+    ]
 
 
 def test_a_terminal_has_bars_and_results_above_them(tmp_path: Path) -> None:
@@ -219,10 +266,11 @@ def test_a_terminal_has_bars_and_results_above_them(tmp_path: Path) -> None:
     # What a terminal draws, cursor movements apart.
     frames = [re.sub(r"\x1b\[\w", "", frame) for frame in re.split(r"[\r\n]", text)]
     assert any(
-        f"{PRUNE}  50%|" in frame and "350/700, loss 0.91, robust 61.2 %, 2,310 images/s, 0:00:19 left" in frame
+        f"{PRUNE}  50%|" in frame
+        and "350/700, loss 0.91, robust 61.2 %, 2,310 images/s, 0:00:19 of training left" in frame
         for frame in frames
     )
     assert any("keep-0.01/prune  10%|" in frame for frame in frames)
-    assert any(f"{PRUNE} under attack  25%|" in frame for frame in frames)
+    assert any(f"{PRUNE} pgd  25%|" in frame for frame in frames)
     assert any(frame.strip().startswith(f"{PRUNE}  clean 85.00 %") for frame in frames)
     assert next(frame for frame in reversed(frames) if frame).isspace(), "a bar is left on the screen"

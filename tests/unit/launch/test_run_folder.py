@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -110,6 +111,24 @@ def test_another_recipe_is_refused_naming_what_differs() -> None:
     assert "workers" not in message  # which may differ
     assert (folder / "recipe.yaml").read_bytes() == before
     assert run_folder.open_or_create(other, "another", NO_DATA) == Path("runs/another")
+
+
+@pytest.mark.parametrize("path", ["runs/mine", "runs"])
+def test_a_file_where_the_run_would_be_is_named(path: str) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text("notes")
+    with pytest.raises(ValueError, match=r"^runs/mine (is a file; choose another --name|cannot be written \()"):
+        run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
+    assert Path(path).read_text() == "notes"
+
+
+def test_a_folder_that_may_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(run_folder, "atomic_write_text", refuse)
+    with pytest.raises(ValueError, match=r"runs/mine cannot be written \(Permission denied: runs/mine/recipe.yaml\)"):
+        run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
 
 
 def failed_first_try(*overrides: str) -> Path:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from launch import run_folder
 from launch.__main__ import main
 from pipeline.recipe.errors import sections_in, shown
 from pipeline.recipe.fields import canonical_decimal
@@ -60,7 +61,7 @@ def test_shipped_recipes_survive_a_round_trip(path: Path, tmp_path: Path) -> Non
     assert again == recipe
     assert recipe_hash(again) == recipe_hash(recipe)
     assert dump_recipe(again) == dump_recipe(recipe)
-    assert {phase.schedule for _, phase in recipe.phases if phase is not None} == {"cosine"}
+    assert {phase.schedule.name for _, phase in recipe.phases if phase is not None} == {"cosine"}
 
 
 pixels = st.fractions(min_value=Fraction(1, 10**6), max_value=Fraction(99, 100), max_denominator=10**6)
@@ -143,16 +144,23 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (
             ["objective.name=fgsm"],
             "objective.steps = 3: a key of pgd, trades, smoothadv, not of fgsm, which has step_size, eps_warmup, "
-            "overfitting_guard; remove it, or override the section as a whole: objective={name: fgsm, ...}",
+            "label_smoothing, overfitting_guard; remove it, or override the section as a whole: "
+            "objective={name: fgsm, ...}",
         ),
         (["objective.name=nfgsm"], "objective.steps = 3: a key of pgd, trades, smoothadv, not of nfgsm, which has"),
         (["objective.stepz=3"], "objective.stepz = 3: unknown key; did you mean 'steps'?"),
-        (["objective.colour=1"], "objective.colour = 1: unknown key of pgd, which has steps, step_size, eps_warmup"),
-        (["objective={name: clean, colour: 1}"], "objective.colour = 1: unknown key of clean, which has none"),
+        (
+            ["objective.colour=1"],
+            "objective.colour = 1: unknown key of pgd, which has steps, step_size, eps_warmup, la",
+        ),
+        (
+            ["objective={name: clean, colour: 1}"],
+            "objective.colour = 1: unknown key of clean, which has label_smoothing",
+        ),
         (
             ["phases.prune.objective={name: clean, beta: 6.0}"],
-            "phases.prune.objective.beta = 6.0: a key of trades, stability, not of clean, which has none; remove it, "
-            "or override the section as a whole: phases.prune.objective={name: clean}",
+            "phases.prune.objective.beta = 6.0: a key of trades, stability, not of clean, which has label_smoothing; "
+            "remove it, or override the section as a whole: phases.prune.objective={name: clean, ...}",
         ),
         (["objective.name=grasp"], f"objective.name = 'grasp': expected one of {', '.join(TECHNIQUES)}"),
         (["phases.prune.objective={name: 3}"], "phases.prune.objective.name = 3: expected one of clean, pgd, fgsm"),
@@ -307,6 +315,25 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             ["deepspeed.zero_optimization.overlap_com=true"],
             "deepspeed: zero_optimization.overlap_com: unknown to DeepSpeed; did you mean 'overlap_comm'?",
         ),
+        (
+            ["phases.prune.schedule=linear"],
+            "phases.prune.schedule.name = 'linear': expected one of cosine, constant, s",
+        ),
+        (["phases.prune.schedule={name: step}"], "phases.prune.schedule.milestones: missing; add it, for example [0.5"),
+        (
+            ["phases.prune.schedule={name: step, milestones: [30, 60]}"],
+            "must be fractions of the phase, between 0 and 1",
+        ),
+        (["phases.prune.schedule={name: step, milestones: []}"], "phases.prune.schedule.milestones = []: "),
+        (["phases.prune.schedule={name: cosine, factor: 0.1}"], "a key of step, not of cosine, which has none"),
+        (
+            ["objective={name: trades, step_size: 1/10, label_smoothing: 0.1}"],
+            "label_smoothing = 0.1: a key of clean, ",
+        ),
+        (["objective={name: ibp, label_smoothing: 0.1}"], "not of ibp, which has"),
+        (["data.train_file=''"], "data.train_file = '': expected the path of a file or folder"),
+        (["model.weights=a/" + 300 * "x"], "a path has at most 4,000 bytes, and each part of it 255"),
+        (['data.stage_to="/a\\0b"'], "data.stage_to = '/a\\x00b': expected the path of a file or folder"),
         (["deepspeed.bfloat16.enabled=true"], "deepspeed: bfloat16 = {'enabled': True}: engine.precision decides it"),
         (["deepspeed.aio.block_size=1e999"], "deepspeed: aio.block_size = 1e999: a number is 0 or between 1e-30 and"),
         (
@@ -700,6 +727,17 @@ def test_a_recipe_by_a_yaml_1_1_writer_is_read_as_meant() -> None:
     assert dump_yaml({"lr": 1e-05, "wd": 2.5e-06, "big": 1e300}) == "lr: 1.0e-05\nwd: 2.5e-06\nbig: 1.0e+300\n"
 
 
+def test_options_that_came_later_leave_the_hash_of_older_recipes() -> None:
+    recipe = load_recipe(DEMO)
+    same = ["objective.label_smoothing=0", "phases.prune.schedule={name: cosine}", "phases.prune.optimizer=sgd"]
+    assert recipe_hash(load_recipe(DEMO, same)) == recipe_hash(recipe)
+    assert recipe_hash(recipe) == "5cf614e2a44aafa707c4ff36d4646fce98496e6cebfbcae824f7a9fa0d25eb89"
+    step = "phases.prune.schedule={name: step, milestones: [0.5]}"
+    changes = ["objective.label_smoothing=0.1", step, "phases.prune.optimizer=adamw"]
+    hashes = {recipe_hash(load_recipe(DEMO, [change])) for change in changes}
+    assert len({*hashes, recipe_hash(recipe)}) == 4
+
+
 def test_the_hash_covers_what_determines_the_result() -> None:
     recipe = load_recipe(DEMO)
     free = ["workers.count=1", "workers.threads=7", "checkpoint.every_steps=5", "tracking.wandb=disabled"]
@@ -762,21 +800,32 @@ def test_wrong_usage_ends_with_code_2(arguments: list[str], capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", str(DEMO)], "checkpoints are kept"),
-        (["resume", "x"], "checkpoints are kept"),
+        (
+            ["run", str(DEMO), "--name", "mine"],
+            "checkpoints are kept; continue with: python -m launch resume runs/mine\n",
+        ),
+        (["resume", "mine"], "checkpoints are kept; continue with: python -m launch resume runs/mine\n"),
         (["data", "write", "fashion_mnist", "--out", "x"], "no unfinished file is left"),
         (["report", "x"], "nothing was changed"),
     ],
 )
 def test_an_interrupted_command_says_what_is_left(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.run_folder.check_data", lambda recipe: {})
+    if arguments[0] == "resume":
+        run_folder.open_or_create(load_recipe(DEMO), "mine", {})
+
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
     for handler in (
-        "launch.commands.run._run",
-        "launch.commands.run._resume",
+        "launch.commands.run.run_here",
         "launch.commands.report._report",
         "launch.commands.data._write",
     ):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.recipe.learning_rate import Constant
 from pipeline.recipe.schedules import image_size_at, lr_at, strength_at
 from pipeline.recipe.sections import Phase, Resolution
 
@@ -16,7 +17,7 @@ from pipeline.recipe.sections import Phase, Resolution
 @st.composite
 def phases(draw: st.DrawFn) -> Phase:
     epochs = draw(st.integers(1, 20))
-    warmup = draw(st.floats(0, epochs - 0.5))
+    warmup = round(draw(st.floats(0, epochs - 0.5)), 6)
     return Phase(epochs=epochs, lr=draw(st.floats(1e-4, 1.0)), warmup_epochs=warmup)
 
 
@@ -53,8 +54,23 @@ def test_warm_up_is_linear_and_the_cosine_is_at_half_in_the_middle() -> None:
 
 
 def test_constant_stays_after_the_warm_up() -> None:
-    phase = Phase(epochs=3, lr=0.5, warmup_epochs=1, schedule="constant")
+    phase = Phase(epochs=3, lr=0.5, warmup_epochs=1, schedule=Constant())
     assert rates(phase, 2) == [0.25, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_steps_drop_the_rate_at_fractions_of_the_phase() -> None:
+    schedule = {"name": "step", "milestones": [0.5, 0.75], "factor": 0.1}
+    phase = Phase.model_validate({"epochs": 4, "lr": 0.5, "warmup_epochs": 1, "schedule": schedule})
+    assert rates(phase, 2) == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+    assert phase.model_dump(mode="json")["schedule"] == schedule
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant"])
+def test_a_schedule_without_keys_is_written_as_its_name(name: str) -> None:
+    """As in older recipes, whose hashes depend on it."""
+    phase = Phase.model_validate({"epochs": 4, "lr": 0.5, "schedule": name})
+    assert phase == Phase.model_validate({"epochs": 4, "lr": 0.5, "schedule": {"name": name}})
+    assert phase.model_dump(mode="json")["schedule"] == name
 
 
 @pytest.mark.parametrize("step", [-1, 20, 21])

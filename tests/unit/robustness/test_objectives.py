@@ -75,6 +75,29 @@ def cross_entropy_reference(logits: Tensor) -> float:
     return -float(np.mean([float(probabilities[i, label].log()) for i, label in enumerate(Y.tolist())]))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "label_smoothing" in TECHNIQUES[name].model_fields])
+def test_label_smoothing_spreads_the_label_over_all_classes(name: str) -> None:
+    """And changes nothing else: the examples are those of the plain loss, but for free, whose attack comes after."""
+    smoothed, forward = run(objective_named(name, label_smoothing=0.2), scored_network())
+    plain, plain_forward = run(objective_named(name), scored_network())
+    assert torch.equal(forward.inputs[0], plain_forward.inputs[0])
+    log_p = forward.logits[0].detach().double().log_softmax(dim=1)
+    labels = Y.repeat_interleave(len(log_p) // len(Y))
+    target = 0.8 * F.one_hot(labels, 10) + 0.2 / 10
+    assert smoothed.loss.item() == pytest.approx(-(target * log_p).sum(dim=1).mean().item(), rel=1e-5)
+    assert smoothed.loss.item() != plain.loss.item()
+
+
+def test_stronger_attacks_keep_label_smoothing() -> None:
+    """After catastrophic overfitting."""
+    threat_model = ThreatModel.model_validate({"norm": "linf", "eps": "1/10"})
+    losses = []
+    for smoothing in (0.0, 0.2):
+        recipe = usual_objective("fgsm", label_smoothing=smoothing)
+        losses.append(run(build_objective(recipe, threat_model, "prune", 1), scored_network())[0].loss.item())
+    assert losses[0] != losses[1]
+
+
 def test_clean_is_cross_entropy_on_the_images() -> None:
     outcome, forward = run(objective_named("clean"), scored_network())
     assert [fed is X for fed in forward.inputs] == [True]
