@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, Resize
 
 from pipeline.data.loading.loader import Batch
 from pipeline.data.loading.prefetch import Prefetch, map_in_threads
@@ -30,7 +29,6 @@ from pipeline.run.files import sha256_of
 
 RESIZED, CROPPED = 256, 224
 PREPROCESSING = f"torchvision, resize {RESIZED}, centre crop {CROPPED}"
-_PREPARE = Compose([Resize(RESIZED), CenterCrop(CROPPED)])
 AHEAD = 4
 FILE_DEADLINE_S = 100.0
 """How long reading one file, or the list, may take: less than a batch, as a batch's error does not name the file."""
@@ -125,7 +123,14 @@ class ListedImages:
 def _preprocess(path: Path) -> NDArray[np.uint8]:
     """uint8 [224, 224, 3]. torchvision's ToTensor would divide by 255; here `Batch.to` does."""
     pixels, _ = read_image(path)
-    return np.asarray(_PREPARE(Image.fromarray(pixels)))
+    return np.asarray(_resize_and_crop()(Image.fromarray(pixels)))
+
+
+@functools.cache
+def _resize_and_crop() -> Callable[[Image.Image], Image.Image]:
+    from torchvision.transforms import CenterCrop, Compose, Resize  # takes seconds to import
+
+    return Compose([Resize(RESIZED), CenterCrop(CROPPED)])
 
 
 def list_sha256(names: Iterable[str]) -> str:
