@@ -35,7 +35,7 @@ def class_tables(runs: list[RunResult], results: ClassResults, claim: str) -> li
             {
                 "network": network.label,
                 "name": network.name,
-                "lowest": f"{results.class_names[lowest]}, {_percent(counts[2, lowest], counts[0, lowest])} % {claim}",
+                "lowest": f"{results.class_names[lowest]}, {_share(counts[2, lowest], counts[0, lowest])} {claim}",
                 "rows": [_class_cells(results.class_names, counts, confusion, int(label)) for label in rows],
                 "left_out": len(shown) - len(rows),
                 "matrix": _matrix(results.class_names, confusion) if classes <= MOST_CLASSES else None,
@@ -56,7 +56,7 @@ def _class_cells(
     wrong = confusion[label].copy()
     wrong[label] = 0
     most = int(wrong.argmax())
-    mistaken = f"{[*names, ABSTAINED][most]}, {_percent(wrong[most], images)} %" if wrong[most] else ""
+    mistaken = f"{[*names, ABSTAINED][most]}, {_share(wrong[most], images)}" if wrong[most] else ""
     cells = {"class": names[label], "images": f"{images:,}", "mistaken": mistaken}
     return cells | {"clean": _percent(clean, images), "robust": _percent(robust, images)}
 
@@ -77,6 +77,10 @@ def _matrix(names: list[str], confusion: NDArray[np.int64]) -> dict[str, Any]:
         ]
         rows.append({"name": names[label], "cells": cells})
     return {"columns": columns, "rows": rows}
+
+
+def _share(count: int, total: int) -> str:
+    return f"{_percent(count, total)}\N{NO-BREAK SPACE}%"
 
 
 def _percent(count: int, total: int) -> str:

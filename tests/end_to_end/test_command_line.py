@@ -16,7 +16,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from launch.__main__ import main
-from pipeline.recipe.file import dump_yaml
+from pipeline.data.manifest import read_manifest
+from pipeline.models.export import read_metadata
+from pipeline.recipe.file import dump_yaml, load_recipe
 from pipeline.run.files import read_json
 from pipeline.run.layout import progress_marks
 from pipeline.run.lease import read_holder
@@ -196,6 +198,15 @@ def test_evaluate_gives_the_runs_own_verdicts(story: Story) -> None:
         correct = int(table[f"{kind}_correct"].to_numpy().sum())
         assert printed[f"{kind}_correct"] == correct
         assert printed[f"{kind}_accuracy"]["value"] == correct / 100
+
+
+@in_story
+def test_the_exported_network_says_how_to_use_it(story: Story) -> None:
+    facts = read_metadata(story.run / "keep-0.1" / "finetune" / "model.safetensors")
+    manifest = read_manifest(load_recipe(story.run / "recipe.yaml").data.test_file)
+    assert facts["class_names"] == manifest.class_names
+    assert facts["threat_model"] == {"norm": "linf", "eps": "1/10"}
+    assert facts["preprocessing"]["max_resolution"] == manifest.max_resolution
 
 
 @in_story

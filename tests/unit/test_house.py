@@ -46,6 +46,10 @@ def test_evaluating_a_finished_network_needs_neither_ray_nor_deepspeed() -> None
     assert _imported(["ray", "deepspeed"], ["launch.commands.evaluate", "pipeline.evaluation.runner"]) == []
 
 
+def test_a_report_of_a_network_of_our_own_does_not_wait_for_torchvision() -> None:
+    assert _imported(["torchvision"], ["pipeline.report.build", "pipeline.models.export"]) == []
+
+
 def _imported(heavy: list[str], modules: list[str]) -> list[str]:
     """Those of the heavy packages that are loaded in a new process after it imports the modules."""
     code = f"import sys, {', '.join(modules)}; print(*(name for name in {heavy} if name in sys.modules))"

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, Resize
 
 from pipeline.data.loading.loader import Batch
 from pipeline.data.loading.prefetch import Prefetch, map_in_threads
@@ -30,7 +29,6 @@ from pipeline.run.files import sha256_of
 
 RESIZED, CROPPED = 256, 224
 PREPROCESSING = f"torchvision, resize {RESIZED}, centre crop {CROPPED}"
-_PREPARE = Compose([Resize(RESIZED), CenterCrop(CROPPED)])
 AHEAD = 4
 FILE_DEADLINE_S = 100.0
 """How long reading one file, or the list, may take: less than a batch, as a batch's error does not name the file."""
@@ -131,7 +129,14 @@ def _preprocess(path: Path) -> NDArray[np.uint8]:
     shorter, longer = sorted(pixels.shape[:2])
     if Image.MAX_IMAGE_PIXELS is not None and RESIZED**2 * longer > Image.MAX_IMAGE_PIXELS * shorter:
         raise BrokenImage(f"{pixels.shape[0]} x {pixels.shape[1]} pixels are too narrow to be resized")
-    return np.asarray(_PREPARE(Image.fromarray(pixels)))
+    return np.asarray(_resize_and_crop()(Image.fromarray(pixels)))
+
+
+@functools.cache
+def _resize_and_crop() -> Callable[[Image.Image], Image.Image]:
+    from torchvision.transforms import CenterCrop, Compose, Resize  # takes seconds to import
+
+    return Compose([Resize(RESIZED), CenterCrop(CROPPED)])
 
 
 def list_sha256(names: Iterable[str]) -> str:

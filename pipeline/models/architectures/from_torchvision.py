@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torchvision
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 from pipeline.models.architectures.pooling import GridAverage
 
@@ -20,7 +18,15 @@ WITH_AUXILIARY_LOGITS = ("googlenet", "inception_v3")
 """Return three tensors in training mode unless `aux_logits` is off."""
 
 
+def _classifier(name: str, num_classes: int, **options: Any) -> nn.Module:
+    import torchvision  # takes as long as torch itself, and most processes build no such network
+
+    return torchvision.models.get_model(name, num_classes=num_classes, **options)
+
+
 def _make_deterministic(network: nn.Module) -> None:
+    from torchvision.ops import StochasticDepth
+
     for module in network.modules():
         if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.p = 0.0
@@ -35,7 +41,7 @@ def torchvision_classifier(name: str, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {}
     if name in WITH_AUXILIARY_LOGITS:
         options = {"aux_logits": False, "init_weights": True}
-    network = torchvision.models.get_model(name, num_classes=num_classes, **options)
+    network = _classifier(name, num_classes, **options)
     _make_deterministic(network)
     return network
 
@@ -46,7 +52,7 @@ def cifar_resnet(name: str, num_classes: int) -> nn.Module:
     The stem follows He et al. 2016 (section 4.2, CIFAR); combined with ImageNet's four stages, it is what the
     robustness literature, HYDRA's reference code and RobustBench call ResNet-18, 34 and 50 on CIFAR.
     """
-    network = torchvision.models.get_model(name, num_classes=num_classes)
+    network: Any = _classifier(name, num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import Tensor, nn
-from torchvision.ops import SqueezeExcitation
 
 from pipeline.models.architectures.initialisation import he_normal
 
@@ -34,6 +33,8 @@ class Bottleneck(nn.Module):
         inner = outputs // 4
         projects = stride != 1 or inputs != outputs
         self.proj = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)) if projects else None
+        from torchvision.ops import SqueezeExcitation
+
         squeeze = SqueezeExcitation(inner, round(inputs / 4))
         self.F = nn.Sequential(
             OrderedDict(
