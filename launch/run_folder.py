@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.manifest import read_manifest
-from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe.file import deciding_values, dump_recipe, recipe_hash
 from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, sha256_of
+from pipeline.run.files import atomic_write_json, atomic_write_text, make_folder, read_json, sha256_of
 from pipeline.run.layout import RunFolder
 from pipeline.run.lease import refuse_if_held
-from pipeline.run.provenance import collect_provenance
+from pipeline.run.provenance import collect_provenance, load_run_recipe
+from pipeline.run.records import Provenance
 
 RUNS = Path("runs")
 
@@ -58,7 +59,7 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
     folder = RUNS / (name or recipe.name)
     path = RunFolder(folder).recipe
     if path.exists():
-        old = load_recipe(path)
+        old = load_run_recipe(folder)
         if recipe_hash(old) != recipe_hash(recipe):
             changes = "; ".join(_differences(old, recipe))
             raise ValueError(f"{folder} was started with another recipe ({changes}); choose a new --name")
@@ -71,10 +72,13 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
 
 
 def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
-    """Create a run directory, or update the recipe of an existing one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Create a run directory, or update the recipe of an existing one, which decides the same results."""
+    make_folder(folder)
     if not RunFolder(folder).provenance.exists():
         atomic_write_json(RunFolder(folder).provenance, collect_provenance(recipe, data_sha256))
+    provenance = read_json(RunFolder(folder).provenance)
+    if provenance.get("recipe_sha256") != recipe_hash(recipe):  # of an older version, which knew fewer keys
+        atomic_write_json(RunFolder(folder).provenance, provenance | {"recipe_sha256": recipe_hash(recipe)})
     atomic_write_text(RunFolder(folder).recipe, dump_recipe(recipe))
 
 
@@ -113,12 +117,13 @@ def check_data(recipe: Recipe) -> dict[str, str]:
 
 
 def check_same_data(folder: Path) -> None:
-    """Raise ValueError unless the data files are those that the run was started with."""
-    original = read_json(RunFolder(folder).provenance)["data_sha256"]
-    for key, sha256 in check_data(load_recipe(RunFolder(folder).recipe)).items():
-        if sha256 != original[key]:
+    """Raise ValueError unless recipe and data files are those that the run was started with."""
+    original = Provenance.read(RunFolder(folder).provenance).data_sha256 or {}
+    for key, sha256 in check_data(load_run_recipe(folder)).items():
+        before = original.get(key, "unknown")
+        if sha256 != before:
             raise ValueError(
-                f"{key} was replaced after {folder} was started (sha256 {original[key][:12]}... -> {sha256[:12]}...); "
+                f"{key} was replaced after {folder} was started (sha256 {before[:12]}... -> {sha256[:12]}...); "
                 "restore the file, or start again under another --name"
             )
 

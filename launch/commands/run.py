@@ -14,7 +14,7 @@ from launch.slurm.sbatch import section_of
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.layout import RunFolder
+from pipeline.run.provenance import load_run_recipe
 
 RESUMABLE = "checkpoints are kept; continue with: python -m launch resume RUN"
 
@@ -98,7 +98,7 @@ def _print_plan(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 
 def _submit(folder: Path, after: str | None) -> int:
-    recipe = load_recipe(RunFolder(folder).recipe)
+    recipe = load_run_recipe(folder)
     if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
         print(note)
     for job in submit.submit_run(folder, after):

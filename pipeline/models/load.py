@@ -17,10 +17,11 @@ from torch import nn
 
 from pipeline.models.export import load_model
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
-from pipeline.run.files import read_json, sha256_of
+from pipeline.run.files import sha256_of
 from pipeline.run.layout import RunFolder, StageFolder
+from pipeline.run.provenance import load_run_recipe
+from pipeline.run.records import StageResult
 
 DENSE = Decimal(1)
 """The keep_fraction of the network before pruning."""
@@ -53,12 +54,12 @@ def load_network(
         return load_model(path).eval()
     if not RunFolder(path).recipe.is_file():
         raise ValueError(f"{path} is not a run (it has no recipe.yaml); give its folder, such as runs/demo, or a file")
-    selected_stage = _select_stage(path, stages_of(load_recipe(RunFolder(path).recipe)), keep_fraction, method, stage)
+    selected_stage = _select_stage(path, stages_of(load_run_recipe(path)), keep_fraction, method, stage)
     folder = path / selected_stage.name
     if not StageFolder(folder).result.is_file():
         raise ValueError(f"{folder} is not finished; python -m launch resume {path}")
     network = load_model(StageFolder(folder).network)
-    if sha256_of(StageFolder(folder).network) != read_json(StageFolder(folder).result).get("model_sha256"):
+    if sha256_of(StageFolder(folder).network) != StageResult.read(StageFolder(folder).result).model_sha256:
         raise ValueError(
             f"{folder / 'model.safetensors'} is not the network that the stage exported (its sha256 differs from "
             "result.json); restore that file, or load this one by its path"

@@ -28,7 +28,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.recipe.technique import Smoothing
 from pipeline.recipe.threat_model import ThreatModel
-from pipeline.run.files import atomic_write_json
+from pipeline.run.files import atomic_write_json, make_folder
 from pipeline.run.layout import StageFolder
 from pipeline.run.lease import check_token
 from pipeline.training.context import RunContext
@@ -118,7 +118,7 @@ def evaluate_stage(context: RunContext, stage: Stage, labels: list[str]) -> Iter
     """
     recipe, folder = context.recipe, context.folder(stage)
     progress = StageFolder(folder).evaluation_progress
-    progress.parent.mkdir(exist_ok=True)
+    make_folder(progress.parent)
     images = _test_images(context)
     dense = StageFolder(context.run_folder / "pretrain").network
     for label in labels:
