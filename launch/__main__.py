@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data (a message without a
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.machinery
 import io
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.commands import data, evaluate, leaderboard, logs, predict, report, run, status
+from pipeline.run.printable import printable
 
 DESCRIPTION = """\
 Small neural networks that are robust to adversarial examples: pretrain with a robust objective, prune by scores that
@@ -34,6 +36,13 @@ The same on a SLURM cluster:
   %(prog)s run recipes/imagenet_resnet50_linf4.yaml --on slurm --cluster my_cluster.yaml slurm.nodes=1-4
 """
 
+USER_ERRORS = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENAMETOOLONG, errno.EFBIG),
+    }
+)
+"""Errors of a path that cannot be used: wrong permissions, or something else lies there."""
 COMMAND = "hydra-pipeline"
 """The script name in pyproject.toml."""
 
@@ -89,6 +98,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _reason(error: OSError) -> str:
+    if error.filename is None:
+        return f"{type(error).__name__}: {error}"
+    fix = "; check its permissions, or name another path" if error.errno in USER_ERRORS else ""
+    return f"{os.fsdecode(error.filename)}: {error.strerror}{fix}"
+
+
 def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class or file may have a name that the terminal's encoding lacks. Standard error does this by itself.
@@ -100,11 +116,14 @@ def main(argv: list[str] | None = None) -> int:
         _refuse_shadowing_packages()
         return arguments.handler(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail too
         return 1
+    except OSError as error:
+        print(printable(f"error: {_reason(error)}"), file=sys.stderr)
+        return 2 if error.errno in USER_ERRORS else 1
     except KeyboardInterrupt:
         print(f"interrupted; {arguments.after_interrupt}", file=sys.stderr)
         return 1

@@ -18,10 +18,12 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from pipeline.evaluation.result import KINDS, EvaluationResult
-from pipeline.run.files import parse_row, read_json
+from pipeline.regular_file import open_regular
+from pipeline.run.files import parse_row
 from pipeline.run.layout import HONESTY, StageFolder
+from pipeline.run.printable import printable
+from pipeline.run.records import EvaluationProgress, MetricRow, StagePlan, StageResult
 
-Row = dict[str, Any]
 Value = TypeVar("Value")
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
@@ -69,11 +71,11 @@ class _Tail:
     _inode: int = -1
     _offset: int = 0
 
-    def read(self) -> tuple[list[Row], bool]:
+    def read(self) -> tuple[list[MetricRow], bool]:
         """(new whole rows, whether the file was truncated or replaced)."""
         try:
-            stream = self.path.open("rb")
-        except FileNotFoundError:
+            stream = open_regular(self.path)
+        except OSError:
             return [], False
         with stream:
             status = os.fstat(stream.fileno())
@@ -97,7 +99,7 @@ class _Stage:
     seconds: dict[str, float]
     """How long each evaluation took, of any stage; shared by all."""
     finished: bool = False
-    plan: Row | None = None
+    plan: StagePlan | None = None
     """stage.json, once it exists."""
     part_since: float | None = None
     """When training or the last evaluation was seen to end."""
@@ -137,13 +139,13 @@ class _Lines:
         self._evaluated: dict[str, tuple[str, int]] = {}
 
     def print_line(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
-    def train(self, name: str, row: Row, plan: Row, facts: list[str]) -> None:
+    def train(self, name: str, row: MetricRow, plan: StagePlan, facts: list[str]) -> None:
         now = time.monotonic()
         if now - self._printed_at.get(name, float("-inf")) >= self.every_s:
             self._printed_at[name] = now
-            step, total = row["step"], plan["total_steps"]
+            step, total = row.step, plan.total_steps
             self.print_line(f"{name}  step {step}/{total} ({100 * step // total} %)  {'  '.join(facts)}")
 
     def evaluate(self, name: str, label: str, done: int, total: int) -> None:
@@ -170,10 +172,10 @@ class _Bars:
         self._bars: dict[str, tqdm[Any]] = {}
 
     def print_line(self, text: str) -> None:
-        tqdm.write(text, file=self.stream)
+        tqdm.write(printable(text), file=self.stream)
 
-    def train(self, name: str, row: Row, plan: Row, facts: list[str]) -> None:
-        self._move(name, name, row["step"], plan["total_steps"], ", ".join(facts))
+    def train(self, name: str, row: MetricRow, plan: StagePlan, facts: list[str]) -> None:
+        self._move(name, name, row.step, plan.total_steps, ", ".join(facts))
 
     def evaluate(self, name: str, label: str, done: int, total: int) -> None:
         self._move(name, f"{name} {label}", done, total, "")
@@ -203,62 +205,61 @@ def _update(stage: _Stage, view: _Lines | _Bars) -> None:
     if not stage.finished:
         _update_training(stage, view)
     else:
-        progress = _read_if_whole(StageFolder(stage.folder).evaluation_progress, read_json)
+        progress = _read_if_whole(StageFolder(stage.folder).evaluation_progress, EvaluationProgress.read)
         for name in list(stage.pending):
             evaluation = _read_if_whole(StageFolder(stage.folder).evaluation(name), EvaluationResult.read)
             if evaluation is not None:
                 stage.evaluated(name)
                 view.end(stage.name)
                 view.print_line(f"{stage.name}  {_accuracies_with_intervals(evaluation)}")
-        if progress is not None and progress["attack"] in (HONESTY, *stage.pending):
-            view.evaluate(stage.name, progress["attack"], progress["done"], progress["total"])
+        if progress is not None and progress.attack in (HONESTY, *stage.pending):
+            view.evaluate(stage.name, progress.attack, progress.done, progress.total)
 
 
 def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
     if stage.plan is None:
-        stage.plan = _read_if_whole(StageFolder(stage.folder).plan, read_json)
+        stage.plan = _read_if_whole(StageFolder(stage.folder).plan, StagePlan.read)
         if stage.plan is None:
             return
-        steps, batch = stage.plan["total_steps"], stage.plan["batch_per_step"]
+        steps, batch = stage.plan.total_steps, stage.plan.batch_per_step
         start = f", from step {step:,}" if (step := stage.newest_checkpoint()) else ""
         view.print_line(f"{stage.name}  {steps:,} steps of {batch:,} images{start}")
     # Before the rows, so that none of them is missed.
-    result = _read_if_whole(StageFolder(stage.folder).result, read_json)
+    result = _read_if_whole(StageFolder(stage.folder).result, StageResult.read)
     rows, restarted = stage.tail.read()
     if restarted:
-        view.print_line(f"{stage.name}  resumed, at step {rows[-1]['step'] if rows else 0}")
+        view.print_line(f"{stage.name}  resumed, at step {rows[-1].step if rows else 0}")
     else:
         for row in rows:
-            if row["kind"] == "validation":
-                view.print_line(f"{stage.name}  step {row['step']}  held-out images: {_accuracies(row)}")
-    train = [row for row in rows if row["kind"] == "train"]
+            if row.kind == "validation":
+                view.print_line(f"{stage.name}  step {row.step}  held-out images: {_accuracies(row)}")
+    train = [row for row in rows if row.kind == "train"]
     if train:
         view.train(stage.name, train[-1], stage.plan, _facts(train[-1], stage))
     if result is not None:
         stage.finished, stage.part_since = True, time.monotonic()
         view.end(stage.name)
         next_part = f"; now evaluated: {', '.join(stage.pending)}" if stage.pending else ""
-        view.print_line(f"{stage.name}  finished after {result['steps']:,} steps{next_part}")
+        view.print_line(f"{stage.name}  finished after {result.steps or stage.plan.total_steps:,} steps{next_part}")
         _update(stage, view)
 
 
-def _facts(row: Row, stage: _Stage) -> list[str]:
+def _facts(row: MetricRow, stage: _Stage) -> list[str]:
     """Loss, robust accuracy, images/s and the time left at this speed."""
     assert stage.plan is not None
-    facts = [f"loss {row['loss']:.3g}"]
-    accuracy = row["robust_accuracy"]
-    if accuracy is not None:
-        facts.append(f"robust {100 * accuracy:.1f} %")
-    speed = row["timing"]["images_per_s"]
+    facts = [] if row.loss is None else [f"loss {row.loss:.3g}"]
+    if row.robust_accuracy is not None:
+        facts.append(f"robust {100 * row.robust_accuracy:.1f} %")
+    speed = row.timing.images_per_s or 0.0
     facts.append(f"{speed:,.0f} images/s")
     if speed > 0:
-        images = (stage.plan["total_steps"] - row["step"]) * stage.plan["batch_per_step"]
+        images = (stage.plan.total_steps - row.step) * stage.plan.batch_per_step
         facts.append(stage.time_left(images / speed))
     return facts
 
 
-def _accuracies(row: Row) -> str:
-    pairs = (("clean", row["clean_accuracy"]), ("robust", row["robust_accuracy"]))
+def _accuracies(row: MetricRow) -> str:
+    pairs = (("clean", row.clean_accuracy), ("robust", row.robust_accuracy))
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs if value is not None)
 
 
@@ -270,10 +271,12 @@ def _accuracies_with_intervals(evaluation: EvaluationResult) -> str:
     return f"{', '.join(parts)} on {evaluation.images:,} test images: {evaluation.title}"
 
 
-def _parse(line: bytes) -> Row | None:
+def _parse(line: bytes) -> MetricRow | None:
     """A metrics row; None for a damaged line, which the next resume removes."""
-    row = parse_row(line)
-    return row if row is not None and "kind" in row and "step" in row else None
+    try:
+        return MetricRow.parse(parse_row(line))
+    except ValueError:
+        return None
 
 
 def _read_if_whole(path: Path, read: Callable[[Path], Value]) -> Value | None:

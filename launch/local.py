@@ -25,10 +25,11 @@ from launch.ray_cluster.environment import LOOPBACK, RAY_ENDED
 from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
 from launch.ray_cluster.scratch import python_for_ray
 from launch.run_folder import check_same_data, has_trained_nothing, network_size
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import append_to_log
-from pipeline.run.layout import RunFolder, is_done, progress_marks
+from pipeline.run.layout import is_done, progress_marks
+from pipeline.run.provenance import load_run_recipe
+from pipeline.run.tracking.wandb_mode import settle_mode
 
 if TYPE_CHECKING:
     from pipeline.recipe.schema import Recipe
@@ -44,7 +45,8 @@ def run_here(folder: Path, observer: str | None = None) -> int:
     """Do the rest of the run on Ray clusters of its own, one after another if Ray dies; returns the exit code."""
     print(f"{folder}: data is checked, PyTorch and Ray are loaded", file=sys.stderr, flush=True)
     check_same_data(folder)
-    recipe = load_recipe(RunFolder(folder).recipe)
+    recipe = load_run_recipe(folder)
+    settle_mode(recipe.tracking.wandb)
     if has_trained_nothing(folder):  # or else weights that do not fit are found once Ray has started
         network_size(recipe)
     stages, limit = stages_of(recipe), recipe.workers.restarts_without_progress
@@ -117,7 +119,7 @@ def run_and_show(request: RunRequest, connect: Connect) -> None:
     """Run the driver, with progress on standard error. Errors: as `pipeline.training.driver.run_driver`."""
     from pipeline.training.driver import run_driver
 
-    recipe = load_recipe(RunFolder(request.run_folder).recipe)
+    recipe = load_run_recipe(request.run_folder)
     stop = threading.Event()
     stages = [stage for stage in stages_of(recipe) if request.stages is None or stage.name in request.stages]
     evaluations = {stage.name: stage.evaluations for stage in stages}

@@ -12,17 +12,11 @@ from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, reci
 from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import FAILURES
-from pipeline.run.files import (
-    PRIVATE,
-    atomic_write_json,
-    atomic_write_text,
-    read_json,
-    read_json_if_there,
-    sha256_of,
-)
+from pipeline.run.files import PRIVATE, atomic_write_json, atomic_write_text, make_folder, read_json, sha256_of
 from pipeline.run.layout import RunFolder, StageFolder
 from pipeline.run.lease import refuse_if_held
-from pipeline.run.provenance import collect_provenance
+from pipeline.run.provenance import collect_provenance, load_run_recipe
+from pipeline.run.records import Provenance
 from pipeline.run.tracking.wandb_ids import forget_run
 
 RUNS = Path("runs")
@@ -74,9 +68,10 @@ def check_start(recipe: Recipe, name: str | None) -> Path:
     path = RunFolder(folder).recipe
     stages = stages_of(recipe)
     if path.exists():
-        old = load_recipe(path)
+        trained = not has_trained_nothing(folder)
+        old = load_run_recipe(folder) if trained else load_recipe(path)
         stages += stages_of(old)
-        if recipe_hash(old) != recipe_hash(recipe) and not has_trained_nothing(folder):
+        if trained and recipe_hash(old) != recipe_hash(recipe):
             changes = "; ".join(_differences(old, recipe))
             raise ValueError(f"{folder} was started with another recipe ({changes}); choose a new --name")
     elif folder.exists() and not folder.is_dir():
@@ -99,9 +94,9 @@ def begins_anew(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> bo
     path = RunFolder(folder).recipe
     if not path.exists() or not has_trained_nothing(folder):
         return False
-    old = read_json_if_there(RunFolder(folder).provenance) or {}
+    old = Provenance.read_if_there(RunFolder(folder).provenance)
     other_recipe = recipe_hash(load_recipe(path)) != recipe_hash(_with_absolute_paths(recipe))
-    return other_recipe or old.get("data_sha256") != data_sha256
+    return other_recipe or old is None or old.data_sha256 != data_sha256
 
 
 def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]) -> Path:
@@ -135,14 +130,17 @@ def _forget_first_try(folder: Path, recipe: Recipe) -> None:
 
 
 def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> None:
-    """Create a run directory, or update the recipe of an existing one.
+    """Create a run directory, or update the recipe of an existing one, which decides the same results.
 
     Recipe and provenance can be read by this user only: `slurm.setup` and the command may hold keys.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not RunFolder(folder).provenance.exists():
-        provenance = collect_provenance(recipe, data_sha256)
-        atomic_write_json(RunFolder(folder).provenance, provenance, PRIVATE)
+    make_folder(folder)
+    path = RunFolder(folder).provenance
+    if not path.exists():
+        atomic_write_json(path, collect_provenance(recipe, data_sha256), PRIVATE)
+    provenance = read_json(path)
+    if provenance.get("recipe_sha256") != recipe_hash(recipe):  # of an older version, which knew fewer keys
+        atomic_write_json(path, provenance | {"recipe_sha256": recipe_hash(recipe)}, PRIVATE)
     atomic_write_text(RunFolder(folder).recipe, dump_recipe(recipe), PRIVATE)
 
 
@@ -179,14 +177,15 @@ def network_size(recipe: Recipe) -> int:
 
 
 def check_same_data(folder: Path) -> None:
-    """Raise ValueError unless the data files are those that the run was started with, and agree with its recipe."""
-    original = read_json(RunFolder(folder).provenance)["data_sha256"]
-    recipe = load_recipe(RunFolder(folder).recipe)
+    """Raise ValueError unless recipe and data files are those that the run was started with, and agree."""
+    original = Provenance.read(RunFolder(folder).provenance).data_sha256 or {}
+    recipe = load_run_recipe(folder)
     manifests = open_data_files(recipe)
     for key, sha256 in _hashes(recipe, manifests).items():
-        if sha256 != original[key]:
+        before = original.get(key, "unknown")
+        if sha256 != before:
             raise ValueError(
-                f"{key} was replaced after {folder} was started (sha256 {original[key][:12]}... -> {sha256[:12]}...); "
+                f"{key} was replaced after {folder} was started (sha256 {before[:12]}... -> {sha256[:12]}...); "
                 "restore the file, or start again under another --name"
             )
     check_agreement(recipe, manifests)

@@ -13,11 +13,12 @@ from launch import run_folder
 from pipeline.data.loading.prefetch import LoaderError
 from pipeline.recipe.attacks import ATTACKS, FOLLOWING, STEPPING, Attack, check_attack
 from pipeline.recipe.fields import parse_fraction
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.files import sha256_of
 from pipeline.run.layout import RunFolder, StageFolder
+from pipeline.run.provenance import load_run_recipe
+from pipeline.run.records import StageResult
 
 if TYPE_CHECKING:
     from pipeline.data.loading.image_list import ListedImages
@@ -97,7 +98,7 @@ def _targets(target: str) -> tuple[Path, list[Path]]:
             raise ValueError(f"{path} does not exist")
         return _run_of(path), [path]
     folder = run_folder.find_run(target)
-    stages = [stage for stage in stages_of(load_recipe(RunFolder(folder).recipe)) if stage.measure is not None]
+    stages = [stage for stage in stages_of(load_run_recipe(folder)) if stage.measure is not None]
     files = [path for stage in stages if (path := StageFolder(folder / stage.name).network).exists()]
     if not files:
         raise ValueError(f"{folder} has no finished network yet; continue with: python -m launch resume {folder}")
@@ -137,15 +138,20 @@ def _run_attacks(arguments: argparse.Namespace) -> None:
     """Print the result of every attack on every network. Errors: ValueError; LoaderError if reading images fails."""
     folder, files = _targets(arguments.target)
     run_folder.check_same_data(folder)
-    recipe = load_recipe(RunFolder(folder).recipe)
+    recipe = load_run_recipe(folder)
     attacks = [_attack(name, arguments, recipe) for name in arguments.attack]
 
     from launch.commands.evaluation_cache import EvaluationCache
     from pipeline.distributed import Group, make_deterministic, pick_device
     from pipeline.evaluation.images import EvaluationImages
     from pipeline.evaluation.spec import evaluation_spec
+    from pipeline.models.exported_counts import check_exported
 
     source = arguments.source or StageFolder(folder / "pretrain").network
+    for path in {*files, source}:
+        result = StageResult.read_if_there(StageFolder(path.parent).result)
+        if result is not None and path == StageFolder(path.parent).network:
+            check_exported(path, result)
     device = pick_device(recipe.workers.device)
     with _open_images(arguments, recipe) as loader:
         make_deterministic(recipe.workers.threads)  # also restores the thread count, which importing FFCV changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +15,22 @@ from time import monotonic
 from tqdm import tqdm
 
 from pipeline.distributed import Group
-from pipeline.evaluation.chunks import write_verdicts
+from pipeline.evaluation.chunks import read_verdicts, write_verdicts
 from pipeline.evaluation.honesty.runner import honesty_spec, log_checks, run_honesty_checks, trained_network
 from pipeline.evaluation.images import EvaluationImages
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.evaluation.result import EvaluationHeader, EvaluationResult, HonestyResult, HonestySummary, Result
 from pipeline.evaluation.runner import EvaluationHooks, Evaluator
+from pipeline.evaluation.saved import check_counts
 from pipeline.evaluation.spec import EvaluationSpec
 from pipeline.models import Network
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.files import atomic_write_json
+from pipeline.run.files import atomic_write_json, make_folder
 from pipeline.run.layout import StageFolder
 from pipeline.run.locks import exclusive
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class EvaluationCache:
         folder = StageFolder(file.parent).evaluations
         if not os.access(file.parent, os.W_OK):
             raise ValueError(f"{file.parent} is not writable, and verdicts are written there; make a copy of the run")
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         # With a digest, so that it differs from the files that the run itself writes.
         digest = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode()).hexdigest()
         name = f"{spec.label}-{digest[:8]}"
@@ -100,9 +104,20 @@ class EvaluationCache:
 
 
 def _find(folder: Path, header: EvaluationHeader, kind: type[Result]) -> Result | None:
-    """The result of an earlier evaluation with this header that has its verdicts."""
-    complete = (path for path in sorted(folder.glob("*.json")) if path.with_suffix(".parquet").exists())
-    return next((result for path in complete if (result := header.read_if_current(path, kind))), None)
+    """The result of an earlier evaluation with this header that has its verdicts; damaged ones are made again."""
+    for path in sorted(folder.glob("*.json")):
+        result = header.read_if_current(path, kind)
+        if result is None or not path.with_suffix(".parquet").exists():
+            continue
+        try:
+            verdicts = read_verdicts(path.with_suffix(".parquet"))
+            if isinstance(result, EvaluationResult):
+                check_counts(path, result, verdicts)
+        except ValueError as error:
+            log.warning("%s is not used: %s", path.name, error)
+            continue
+        return result
+    return None
 
 
 class ProgressBar(EvaluationHooks):

@@ -16,7 +16,9 @@ from typing import Any, BinaryIO, TextIO
 from launch import run_folder
 from launch.slurm.submit import read_jobs, stages_by_job
 from pipeline.recipe.file import load_recipe
+from pipeline.regular_file import open_regular
 from pipeline.run.layout import RunFolder, is_done
+from pipeline.run.printable import printable
 
 POLL_S = 0.5
 BLOCK = 64 * 1024
@@ -119,7 +121,8 @@ class _Logs:
                 continue
             if path != self._last_printed or log.restarted:
                 gap = "" if self._last_printed is None else "\n"
-                print(f"{gap}==> {path} <=={' (replaced)' if log.restarted else ''}", file=self._stream)
+                print(f"{gap}==> {printable(str(path))} <=={' (replaced)' if log.restarted else ''}", file=self._stream)
+            text = printable(text)
             print(text, end="" if text.endswith("\n") else "\n", file=self._stream, flush=True)
             self._last_printed, log.restarted, news = path, False, True
         return news
@@ -169,11 +172,11 @@ class _Log:
 
     def _open(self) -> BinaryIO | None:
         try:
-            return self.path.open("rb")
+            return open_regular(self.path)
         except FileNotFoundError:  # it may reappear
             return None
         except OSError as error:
-            raise ValueError(f"{self.path} cannot be read: {error}") from None
+            raise ValueError(f"{self.path} cannot be read: {error.strerror or error}") from None
 
 
 def _in_order(path: Path) -> tuple[int, str]:

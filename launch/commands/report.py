@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from launch import run_folder
+from pipeline.run.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def _report(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"the report cannot be written: {error}; of several runs, name one of your own first"
         ) from None
-    print(text)
+    print(printable(text))
     print(f"charts and CSV: {folders[0] / 'report'}/")
     print(f"page: {folders[0] / 'report' / PAGE}")
     for folder in folders:

@@ -15,7 +15,7 @@ from launch.slurm.nodes import unused_workers
 from launch.slurm.sbatch import section_of
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
-from pipeline.run.layout import RunFolder
+from pipeline.run.provenance import load_run_recipe
 
 JOB = re.compile(r"\d+([_+]\d+)?")
 """A SLURM job's id; _ and + number the tasks of arrays and the parts of heterogeneous jobs."""
@@ -123,7 +123,7 @@ def _print_plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 
 def _submit(folder: Path, after: str | None) -> int:
-    recipe = load_recipe(RunFolder(folder).recipe)
+    recipe = load_run_recipe(folder)
     if (note := unused_workers(recipe, section_of(recipe).nodes[1])) is not None:
         print(note)
     for job in submit.submit_run(folder, after):

@@ -10,26 +10,32 @@ import argparse
 import re
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from launch import run_folder
-from launch.slurm.control_files import StartLog
+from launch.slurm.control_files import Ended, StartLog
 from launch.slurm.queue import Queue, ask_squeue
 from launch.slurm.submit import parse_jobs, stages_by_job
 from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import Stage
+from pipeline.regular_file import read_regular
 from pipeline.report.text_table import text_table
 from pipeline.run.files import read_json, read_rows
 from pipeline.run.layout import RunFolder, StageFolder, is_done
-from pipeline.run.lease import Holder, is_stale
+from pipeline.run.lease import is_stale, parse_holder
+from pipeline.run.printable import printable
+from pipeline.run.records import EvaluationProgress, StagePlan, StageResult, read_metric_rows
 
 Value = TypeVar("Value")
 
 WIDTH = 120
+LONGEST_S = 1e12
+"""Longer times are of damaged rows."""
 COLUMNS = ["stage", "state", "progress", "%", "images/s", "robust %", "time left", "job", "SLURM", "restarts"]
 TEXT_COLUMNS = ("stage", "state", "SLURM")
 FAILED = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
@@ -51,7 +57,7 @@ def add_parser(commands: Any) -> None:
 
 def _status(arguments: argparse.Namespace) -> int:
     folders = [run_folder.find_run(name) for name in arguments.runs]
-    print(status_text(folders or sorted(path.parent for path in run_folder.RUNS.glob("*/recipe.yaml"))))
+    print(printable(status_text(folders or sorted(path.parent for path in run_folder.RUNS.glob("*/recipe.yaml")))))
     return 0
 
 
@@ -104,8 +110,8 @@ class _Run:
         self.batch = recipe.batch.batch_per_step
         jobs = self._read(folder / "jobs.json", parse_jobs)
         self.jobs = {job.job_name: job for job in jobs or []}  # the newest of each name
-        self.starts = _rows(StartLog.of(folder).path, lambda row: (row["group"], int(row["job"])))
-        self.failures = _rows(RunFolder(folder).logs / "failures.jsonl", _failure)
+        self.starts = self._rows(StartLog.of(folder).path, lambda row: (row["group"], int(row["job"])))
+        self.failures = self._rows(RunFolder(folder).logs / "failures.jsonl", _failure)
         stages = stages_by_job(recipe)
         self.parts_by_job = {name: [self._part(stage) for stage in job] for name, job in stages.items()}
         self.parts = [part for parts in self.parts_by_job.values() for part in parts]
@@ -124,24 +130,41 @@ class _Run:
                 self.notes.append(f"{path} is damaged: {str(error).removeprefix(f'{path} cannot be read: ')}")
             return None
 
+    def _list(self, path: Path, read: Callable[[Path], list[Value]]) -> list[Value]:
+        """`read` of a log or rows; empty if there is no such file. One that cannot be read is added to the notes."""
+        try:
+            return read(path) if path.exists() else []
+        except (OSError, ValueError) as error:
+            self.notes.append(str(error))
+            return []
+
+    def _rows(self, path: Path, parse: Callable[[Any], Value]) -> list[Value]:
+        """`parse` of each line; damaged lines are skipped."""
+        rows = []
+        for row in self._list(path, read_rows):
+            with suppress(KeyError, TypeError, ValueError):
+                rows.append(parse(row))
+        return rows
+
     def _part(self, stage: Stage) -> _Part:
         folder = self.folder / stage.name
-        done = is_done(self.folder, stage)
+        trained = self._read(StageFolder(folder).result, StageResult.parse) is not None
+        done = trained and is_done(self.folder, stage)
         early_files = (StageFolder(folder).plan, StageFolder(folder).evaluations)
-        rows = _rows(StageFolder(folder).metrics, _metric)
-        held_out = [f"{100 * value:.1f} held-out" for kind, _, value in rows if kind == "validation"]
+        rows = self._list(StageFolder(folder).metrics, read_metric_rows)
+        held_out = [row.robust_accuracy for row in rows if row.kind == "validation" and row.robust_accuracy is not None]
         tested = self._read(StageFolder(folder).evaluation(stage.measure), _interval) if stage.measure else None
         attacked = self._read(StageFolder(folder).evaluation_progress, _images_done)
         return _Part(
             stage,
             done,
-            trained=StageFolder(folder).result.exists(),
+            trained=trained,
             token=None if done else self._read(folder / "lease.json", _living_token),
             started_at=max((path.stat().st_mtime for path in early_files if path.exists()), default=None),
-            total=self._read(StageFolder(folder).plan, lambda plan: int(plan["total_steps"])) or 0,
-            step=max((step for _, step, _ in rows), default=0),
-            speed=next((value for kind, _, value in reversed(rows) if kind == "train"), 0.0),
-            robust=tested or (held_out[-1] if held_out else "-"),
+            total=self._read(StageFolder(folder).plan, lambda plan: StagePlan.parse(plan).total_steps) or 0,
+            step=max((row.step for row in rows), default=0),
+            speed=next((row.timing.images_per_s or 0.0 for row in reversed(rows) if row.kind == "train"), 0.0),
+            robust=tested or (f"{100 * held_out[-1]:.1f} held-out" if held_out else "-"),
             attacked=attacked or (0, 0),
         )
 
@@ -156,7 +179,9 @@ class _Run:
         restarts = [path.name.rpartition("-")[2] for path in (self.folder / "control").glob(f"{job}-*")]
         newest = max((int(restart) for restart in restarts if restart.isdigit()), default=0)
         ended = self.folder / "control" / f"{job}-{newest}" / "ended.json"
-        return self._read(ended, lambda row: (int(row["code"]), row["message"]))
+        if (record := self._read(ended, Ended.parse)) is None:
+            return None
+        return record.code, record.message
 
     def unfinished_jobs(self) -> list[str]:
         complete = {name: all(part.done for part in parts) for name, parts in self.parts_by_job.items()}
@@ -235,7 +260,7 @@ class _Run:
             together = ", one stage after the other" if self.jobs else ""
             facts.append(f"about {_duration(left / speeds[-1][1])} of training left{together}")
         log = RunFolder(self.folder).logs / "restarts.log"
-        failed = len(re.findall(rb"(?m)^attempt \w+ failed", log.read_bytes())) if log.exists() else 0
+        failed = len(self._list(log, lambda path: re.findall(rb"(?m)^attempt \w+ failed", read_regular(path))))
         if failed:
             facts.append(f"{failed} failed attempt{'s' * (failed > 1)} (logs/restarts.log)")
         return facts
@@ -253,25 +278,10 @@ def _wrap(text: str, indent: str = "") -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds > LONGEST_S:
+        return "-"
     days, rest = divmod(round(seconds), 86400)
     return f"{days} d {rest // 3600} h" if days else str(timedelta(seconds=rest))
-
-
-def _rows(path: Path, parse: Callable[[Any], Value]) -> list[Value]:
-    """`parse` of each line; damaged lines are skipped, as a resume removes them."""
-    rows = []
-    for row in read_rows(path):
-        try:
-            rows.append(parse(row))
-        except (KeyError, TypeError, ValueError):
-            continue
-    return rows
-
-
-def _metric(row: Any) -> tuple[str, int, float]:
-    """(kind, step, images/s or robust accuracy on the held-out images)"""
-    value = row["timing"]["images_per_s"] if row["kind"] == "train" else row["robust_accuracy"]
-    return row["kind"], int(row["step"]), float(value)
 
 
 def _failure(row: Any) -> tuple[float, str | None, str]:
@@ -286,8 +296,9 @@ def _interval(evaluation: Any) -> str:
 
 
 def _living_token(lease: Any) -> str | None:
-    return None if is_stale(holder := Holder(**lease)) else holder.token
+    return None if is_stale(holder := parse_holder(lease)) else holder.token
 
 
-def _images_done(progress: dict[str, Any]) -> tuple[int, int]:
-    return int(progress["done"]), int(progress["total"])
+def _images_done(value: Any) -> tuple[int, int]:
+    progress = EvaluationProgress.parse(value)
+    return progress.done, progress.total

@@ -23,10 +23,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, read_json_if_there, read_rows
+from pipeline.run.files import (
+    atomic_write_json,
+    atomic_write_text,
+    make_folder,
+    open_to_append,
+    read_rows,
+    touch,
+)
+from pipeline.run.records import Record
 
 ALIVE_EVERY_S = 2.0
 """How often a task renews its heartbeat."""
+
+
+class Ended(Record):
+    """ended.json."""
+
+    code: int
+    message: str
+
+
+class _Cluster(Record):
+    """cluster-<generation>.json."""
+
+    address: str
 
 
 class JobFailed(RuntimeError):
@@ -52,11 +73,11 @@ class ControlFiles:
         return self.folder / "stop"
 
     def create(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.folder, mode=0o700)
 
     def mark_counted(self) -> None:
         """Allow the batch script to requeue the job if this start fails; `StartLog`, which has it, bounds how often."""
-        (self.folder / "counted").touch()
+        touch(self.folder / "counted")
 
     def was_counted(self) -> bool:
         return (self.folder / "counted").exists()
@@ -72,10 +93,11 @@ class ControlFiles:
     def address(self, generation: int) -> str | None:
         """Address of the generation's head; None until it is up."""
         path = self.folder / f"cluster-{generation}.json"
-        return read_json(path)["address"] if path.exists() else None
+        cluster = _Cluster.read_if_there(path)
+        return cluster.address if cluster is not None else None
 
     def mark_lost(self, generation: int, node: int) -> None:
-        (self.folder / f"lost-{generation}-{node}").touch()
+        touch(self.folder / f"lost-{generation}-{node}")
 
     def lost_nodes(self, generation: int) -> list[int]:
         """Nodes whose Ray processes ended in this generation."""
@@ -109,7 +131,8 @@ class ControlFiles:
         atomic_write_json(self.folder / "ended.json", {"code": code, "message": message})
 
     def ended(self) -> dict[str, Any] | None:
-        return read_json_if_there(self.folder / "ended.json")
+        ended = Ended.read_if_there(self.folder / "ended.json")
+        return ended.model_dump() if ended is not None else None
 
 
 @dataclass(frozen=True)
@@ -139,7 +162,7 @@ class StartLog:
 
     def add(self, job_name: str, job: str, restart: str, nodes: int, marks: list[int]) -> None:
         line = {"time": time.time(), "group": job_name, "job": job, "restart": restart, "nodes": nodes, "marks": marks}
-        with self.path.open("a", encoding="utf-8") as stream:
+        with open_to_append(self.path) as stream:
             stream.write(json.dumps(line) + "\n")
 
 

@@ -25,10 +25,11 @@ from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper, ignore_job_signals
 from launch.ray_cluster.scratch import python_for_ray
 from launch.slurm.control_files import ALIVE_EVERY_S, ControlFiles, JobFailed, count_start, start_of_job
 from launch.slurm.nodes import node_advice
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.slurm import Slurm
-from pipeline.run.layout import RunFolder, progress_marks
+from pipeline.run.files import touch
+from pipeline.run.layout import progress_marks
+from pipeline.run.provenance import load_run_recipe
 
 POLL_S = 0.5
 STOPPED = 75
@@ -72,7 +73,7 @@ class _Task:
         self.run_folder = Path(payload.run_folder)
         self.node = int(os.environ["SLURM_PROCID"])
         self.control = ControlFiles.of(self.run_folder, *start_of_job())
-        self.recipe: Recipe = load_recipe(RunFolder(self.run_folder).recipe)
+        self.recipe: Recipe = load_run_recipe(self.run_folder)
         assert self.recipe.slurm is not None
         self.slurm: Slurm = self.recipe.slurm
         self.hosts = list(submitit.JobEnvironment().hostnames)
@@ -228,7 +229,7 @@ class _Task:
 
     def stop_driver(self) -> None:
         """Have the workers write a checkpoint, and wait for it within the time that SLURM gives."""
-        self.control.stop.touch()
+        touch(self.control.stop)
         if (driver := self._driver) is None:
             return
         self.log("stop requested: the workers write a checkpoint at the next step")
@@ -237,7 +238,7 @@ class _Task:
 
     def _on_terminate(self, number: int, frame: object) -> None:
         """Preemption without a warning, or scancel: use the time that is left."""
-        self.control.stop.touch()
+        touch(self.control.stop)
 
     # --- the other nodes ----------------------------------------------------------------------------------------------
 
@@ -255,7 +256,7 @@ class _Task:
                 break
             self._follow_generation(generation)
             generation += 1
-        (self.control.folder / f"left-{self.node}").touch()
+        touch(self.control.folder / f"left-{self.node}")
 
     def _fail_without_leader(self) -> None:
         first, deadline = self.hosts[0], self.slurm.node_start_s

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm.control_files import ControlFiles, JobFailed, count_start, start_of_job
-from pipeline.recipe.file import load_recipe
-from pipeline.run.layout import RunFolder
+from pipeline.run.provenance import load_run_recipe
 
 REPORT = "report"
 """Its job_name. It takes one node and no GPU."""
@@ -26,7 +25,7 @@ class Report:
         folder = Path(self.run_folder)
         control = ControlFiles.of(folder, *start_of_job())
         control.create()
-        limit = load_recipe(RunFolder(folder).recipe).workers.restarts_without_progress
+        limit = load_run_recipe(folder).workers.restarts_without_progress
         count_start(folder, REPORT, 1, [], limit)
         code = subprocess.run([sys.executable, "-m", "launch", "report", self.run_folder]).returncode
         control.end(code, "" if code == 0 else "the report could not be written; see the reason above")

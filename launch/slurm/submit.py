@@ -16,17 +16,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from launch.slurm.node_task import JobPayload
 from launch.slurm.report_job import REPORT, Report
 from launch.slurm.sbatch import CLIENT_S, FAN, python_of, sbatch_parameters, sbatch_text, section_of
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
-from pipeline.run.files import PRIVATE, atomic_write_json, read_json
-from pipeline.run.layout import RunFolder, is_done
+from pipeline.run.files import PRIVATE, atomic_write_json, make_folder, read_json
+from pipeline.run.layout import is_done
 from pipeline.run.locks import exclusive
+from pipeline.run.provenance import load_run_recipe
+from pipeline.run.records import Record
+from pipeline.run.tracking.wandb_mode import settle_mode
 
 SUBMIT_S = 6 * CLIENT_S
 """How long to wait for another submission of the same run: squeue, and sbatch for three jobs."""
@@ -52,6 +56,20 @@ class SubmittedJob:
         return {"id": self.id, "group": self.job_name, "stages": self.stages, "submitted": self.submitted}
 
 
+class _Job(Record):
+    id: Annotated[str, Field(pattern=r"^\d+([_+]\d+)?$")]
+    """Becomes a part of paths and of commands."""
+    group: str
+    stages: list[str]
+    submitted: float
+
+
+class _Jobs(Record):
+    """jobs.json."""
+
+    jobs: list[_Job]
+
+
 def stages_by_job(recipe: Recipe) -> dict[str, list[Stage]]:
     """Job name -> its stages; all jobs but the first start from pretrain's result."""
     jobs: dict[str, list[Stage]] = {}
@@ -64,15 +82,16 @@ def stages_by_job(recipe: Recipe) -> dict[str, list[Stage]]:
 def read_jobs(run_folder: Path) -> list[SubmittedJob]:
     """The jobs of a run, oldest first; empty for a run that was never submitted."""
     path = run_folder / "jobs.json"
+    value = read_json(path) if path.exists() else {"jobs": []}
     try:
-        return parse_jobs(read_json(path)) if path.exists() else []
-    except (KeyError, TypeError) as error:
+        return parse_jobs(value)
+    except ValueError as error:
         raise ValueError(f"{path} is not a list of jobs ({error}); remove it to start a new one") from None
 
 
 def parse_jobs(value: Any) -> list[SubmittedJob]:
-    """The contents of jobs.json. Errors: KeyError or TypeError if it is not a list of jobs."""
-    return [SubmittedJob(job["id"], job["group"], job["stages"], job["submitted"]) for job in value["jobs"]]
+    """The contents of jobs.json. Errors: ValueError if it is not a list of jobs."""
+    return [SubmittedJob(job.id, job.group, job.stages, job.submitted) for job in _Jobs.parse(value).jobs]
 
 
 def _require(program: str) -> None:
@@ -119,6 +138,7 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
     _require("srun")  # submitit requires it
     # On the class: submitit creates another executor to submit an array.
     submitit.SlurmExecutor._make_submission_command = _sbatch
+    make_folder(run_folder / "jobs")
     jobs_folder = (run_folder / "jobs").resolve()
     executor = submitit.SlurmExecutor(jobs_folder, max_num_timeout=NO_LIMIT, python=python_of(recipe))
     executor.update_parameters(**sbatch_parameters(recipe, run_folder, name, dependency))
@@ -183,7 +203,8 @@ def submit_run(run_folder: Path, after: str | None = None, observer: str | None 
 
 
 def _submit_unfinished(run_folder: Path, after: str | None, observer: str | None) -> list[SubmittedJob]:
-    recipe = load_recipe(RunFolder(run_folder).recipe)
+    recipe = load_run_recipe(run_folder)
+    settle_mode(recipe.tracking.wandb)
     section_of(recipe).workers_of_a_node(recipe.workers.threads)
     submitted = read_jobs(run_folder)
     active = {job.job_name: job for job in active_jobs(submitted)}

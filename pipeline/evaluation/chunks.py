@@ -8,14 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.evaluation.measures.base import Verdicts
-from pipeline.run.files import atomic_write_json, naming, read_json
+from pipeline.regular_file import read_regular
+from pipeline.run.files import atomic_write_json, make_folder, read_json, replacing, touch
 
 WAIT_S = 0.2
 """Polling interval of a finished worker that waits for the others' chunks."""
+REQUIRED = {"sample_id": ("i", "u"), "clean_correct": ("b",), "robust_correct": ("b",)}
+"""Column of verdicts -> kinds of its dtype."""
+ANY = ("b", "i", "u", "f")
+AGAIN = "delete it with its .json and evaluate again"
 
 
 class ChunkStore:
@@ -33,14 +39,14 @@ class ChunkStore:
             is_current = False
         if not is_current:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            make_folder(self.folder)
             atomic_write_json(path, self._header)
         chunks = {}
         self._stop_file.unlink(missing_ok=True)
         for index, file in self._files().items():
             try:
                 chunks[index] = read_verdicts(file)
-            except (OSError, pa.ArrowInvalid):
+            except ValueError:
                 file.unlink()
         return chunks
 
@@ -53,7 +59,7 @@ class ChunkStore:
 
     def stop(self) -> None:
         """Notify waiting workers that some chunks will not be written."""
-        self._stop_file.touch()
+        touch(self._stop_file)
 
     def wait(self, count: int, give_up: Callable[[], bool]) -> None:
         """Block until there are `count` chunks, a worker has stopped, or `give_up()` returns True."""
@@ -69,12 +75,31 @@ class ChunkStore:
 
 def write_verdicts(path: Path, verdicts: Verdicts) -> None:
     """Write parquet atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path):
+    with replacing(path) as temporary:
         pq.write_table(pa.table(dict(verdicts)), temporary)
-    temporary.replace(path)
 
 
-def read_verdicts(path: Path) -> Verdicts:
-    table = pq.read_table(path)
-    return {name: table[name].to_numpy() for name in table.column_names}
+def read_verdicts(path: Path, *measured: str) -> Verdicts:
+    """Read parquet, which must have the columns `measured` too.
+
+    Errors: ValueError naming the file if it is missing or damaged, or holds no such verdicts.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(read_regular(path)))
+        if incomplete := [name for name in table.column_names if table[name].null_count]:
+            raise ValueError(f"its column {incomplete[0]} has gaps")
+        verdicts = {name: table[name].to_numpy() for name in table.column_names}
+        kinds = {name: column.dtype.kind for name, column in verdicts.items()}
+        if missing := [name for name in (*REQUIRED, *measured) if kinds.get(name) not in REQUIRED.get(name, ANY)]:
+            raise ValueError(f"it has no usable column {missing[0]}")
+        if other := [name for name, kind in kinds.items() if kind not in ANY]:
+            raise ValueError(f"its column {other[0]} holds no numbers")
+        if not len(verdicts["sample_id"]) or len(np.unique(verdicts["sample_id"])) < len(verdicts["sample_id"]):
+            raise ValueError("it is empty, or has an image twice")
+    except FileNotFoundError:
+        raise ValueError(f"{path}, the verdicts of an evaluation, does not exist; {AGAIN}") from None
+    except OSError as error:  # pyarrow's errors are OSError too
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}") from None
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}; {AGAIN}") from None
+    return verdicts

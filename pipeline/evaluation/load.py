@@ -20,11 +20,12 @@ from pipeline.evaluation.result import EvaluationResult
 from pipeline.models import Network
 from pipeline.models.export import load_model, read_metadata
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
 from pipeline.recipe.technique import MeasureName
-from pipeline.run.files import read_json, read_json_if_there, sha256_of
+from pipeline.run.files import sha256_of
 from pipeline.run.layout import RunFolder, StageFolder
+from pipeline.run.provenance import load_run_recipe
+from pipeline.run.records import Provenance, StageResult
 
 if TYPE_CHECKING:
     from pipeline.data.loading.preprocessing import Preprocessing
@@ -61,7 +62,7 @@ class LoadedNetwork(Network):
         """norm and eps that it was trained for; None without one, or if neither the file nor its run says."""
         if "threat_model" in self.metadata or self._run is None:
             return self.metadata.get("threat_model")
-        threat_model = load_recipe(RunFolder(self._run).recipe).threat_model
+        threat_model = load_run_recipe(self._run).threat_model
         return threat_model.model_dump(mode="json") if threat_model else None
 
     @cached_property
@@ -79,7 +80,7 @@ class LoadedNetwork(Network):
                 f"{self.file} does not say how images are prepared, as older versions exported it, and "
                 "the test file of its run is not there; put it back into its run, and bring that file back"
             )
-        data = load_recipe(RunFolder(self._run).recipe).data
+        data = load_run_recipe(self._run).data
         return Preprocessing.of(self._test_manifest, data.image_size, data.augmentation)
 
     @cached_property
@@ -105,12 +106,12 @@ class LoadedNetwork(Network):
         if self._run is None:
             return None
         try:
-            manifest = read_manifest(Path(load_recipe(RunFolder(self._run).recipe).data.test_file))
+            manifest = read_manifest(Path(load_run_recipe(self._run).data.test_file))
         except DataError:
             return None
-        provenance = read_json_if_there(RunFolder(self._run).provenance) or {}
-        expected = provenance.get("data_sha256", {}).get("data.test_file", manifest.sha256)
-        return manifest if manifest.sha256 == expected else None
+        provenance = Provenance.read_if_there(RunFolder(self._run).provenance)
+        hashes = (provenance and provenance.data_sha256) or {}
+        return manifest if manifest.sha256 == hashes.get("data.test_file", manifest.sha256) else None
 
 
 def load_network(
@@ -140,12 +141,12 @@ def load_network(
         return LoadedNetwork(path)
     if not RunFolder(path).recipe.is_file():
         raise ValueError(f"{path} is not a run (it has no recipe.yaml); give its folder, such as runs/demo, or a file")
-    selected_stage = _select_stage(path, stages_of(load_recipe(RunFolder(path).recipe)), keep_fraction, method, stage)
+    selected_stage = _select_stage(path, stages_of(load_run_recipe(path)), keep_fraction, method, stage)
     folder = path / selected_stage.name
     if not StageFolder(folder).result.is_file():
         raise ValueError(f"{folder} is not finished; python -m launch resume {path}")
     network = LoadedNetwork(StageFolder(folder).network)
-    if sha256_of(StageFolder(folder).network) != read_json(StageFolder(folder).result).get("model_sha256"):
+    if sha256_of(StageFolder(folder).network) != StageResult.read(StageFolder(folder).result).model_sha256:
         raise ValueError(
             f"{folder / 'model.safetensors'} is not the network that the stage exported (its sha256 differs from "
             "result.json); restore that file, or load this one by its path"

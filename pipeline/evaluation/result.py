@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, Field, model_validator
 
-from pipeline.run.files import read_json
+from pipeline.run.records import Count, Record, Share
 
 Kind = Literal["clean", "robust"]
 KINDS: tuple[Kind, ...] = ("clean", "robust")
@@ -16,56 +17,30 @@ KINDS: tuple[Kind, ...] = ("clean", "robust")
 Result = TypeVar("Result", bound="EvaluationHeader")
 
 
-class _Record(BaseModel):
-    """Unknown keys are ignored; fields that are None are omitted from the file."""
-
-    model_config = ConfigDict(frozen=True)
-
-    def to_json(self) -> dict[str, Any]:
-        values = self.model_dump(by_alias=True)
-        return {name: value for name, value in values.items() if value is not None}
-
-    @classmethod
-    def parse(cls, value: Any) -> Self:
-        """Parse a JSON value. Errors: ValueError naming every invalid field."""
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, each['loc'])) or 'value'}: {each['msg']}" for each in error.errors()]
-            raise ValueError("; ".join(problems)) from None
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a record. Errors: ValueError naming the file if it is missing, damaged or no such record."""
-        value = read_json(path)
-        try:
-            return cls.parse(value)
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}; delete it and evaluate again") from None
-
-
-class Accuracy(_Record):
+class Accuracy(Record):
     """A share of images and its 95 % Wilson interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Share
+    low: Share
+    high: Share
 
 
-class EvaluationHeader(_Record):
+class EvaluationHeader(Record):
     """Everything that determines the verdicts of an evaluation."""
 
-    attack: str
+    FIX: ClassVar[str] = "delete it and evaluate again"
+
+    attack: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w+.-]*$")]
     title: str
     settings: dict[str, Any]
     """The measure's settings, norm and eps among them."""
-    chunk: int
+    chunk: Count
     model_sha256: str
     data_sha256: str
     preprocessing: str | None = None
     """Only for image files read by a list, like image_list_sha256."""
     image_list_sha256: str | None = None
-    images: int
+    images: Count
 
     def read_if_current(self, path: Path, kind: type[Result]) -> Result | None:
         """The record in a file if its header equals this one, else None; also None for a damaged file."""
@@ -76,7 +51,7 @@ class EvaluationHeader(_Record):
         return result if all(getattr(result, name) == value for name, value in self) else None
 
 
-class CheckSummary(_Record):
+class CheckSummary(Record):
     """One honesty check without its explanation."""
 
     name: str
@@ -94,7 +69,7 @@ class Check(CheckSummary):
     """What a warning means, and the remedy."""
 
 
-class HonestySummary(_Record):
+class HonestySummary(Record):
     """The honesty checks of the network that was evaluated."""
 
     images: int
@@ -114,28 +89,46 @@ class HonestyResult(EvaluationHeader):
 class EvaluationResult(EvaluationHeader):
     """Contents of `evaluate/<name>.json`: counts of images, and accuracies as fractions."""
 
-    clean_correct: int
+    clean_correct: Count
     clean_accuracy: Accuracy
-    clean_top5_correct: int | None = None
+    clean_top5_correct: Count | None = None
     clean_top5_accuracy: Accuracy | None = None
-    robust_correct: int
+    robust_correct: Count
     robust_accuracy: Accuracy
-    robust_top5_correct: int | None = None
+    robust_top5_correct: Count | None = None
     robust_top5_accuracy: Accuracy | None = None
-    broken_by: dict[str, int] | None = None
+    broken_by: dict[str, Count] | None = None
     """Attack of an ensemble -> number of images that it breaks first."""
-    flags: dict[str, int] | None = None
+    flags: dict[str, Count] | None = None
     """AutoAttack's warning -> number of images in chunks that raise it."""
-    corruption_accuracy: dict[str, list[float]] | None = None
+    corruption_accuracy: dict[str, list[Share]] | None = None
     """Corruption -> accuracy at severities 1 to 5."""
-    severity_accuracy: list[float] | None = None
-    mean_corruption_accuracy: float | None = None
+    severity_accuracy: list[Share] | None = None
+    mean_corruption_accuracy: Share | None = None
     mean_certified_radius: float | None = None
-    abstained: int | None = None
+    abstained: Count | None = None
     honesty: HonestySummary | None = None
+
+    @model_validator(mode="after")
+    def _counts_are_shares(self) -> EvaluationResult:
+        for name in ("clean", "clean_top5", "robust", "robust_top5"):
+            correct, accuracy = getattr(self, f"{name}_correct"), getattr(self, f"{name}_accuracy")
+            if correct is None and accuracy is None:
+                continue
+            if correct is None or accuracy is None or not _agree(accuracy, correct, self.images):
+                raise ValueError(f"{name}_accuracy is not that of {correct} of {self.images} images")
+        return self
 
     def correct(self, kind: Kind) -> int:
         return self.clean_correct if kind == "clean" else self.robust_correct
 
     def accuracy(self, kind: Kind) -> Accuracy:
         return self.clean_accuracy if kind == "clean" else self.robust_accuracy
+
+
+def _agree(accuracy: Accuracy, correct: int, images: int) -> bool:
+    return (
+        0 <= correct <= images != 0
+        and math.isclose(accuracy.value, correct / images, abs_tol=1e-6)
+        and accuracy.low <= accuracy.value <= accuracy.high
+    )

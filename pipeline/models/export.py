@@ -10,7 +10,6 @@ tensors: a plain model expects (pixels in [0, 1] - mean) / std.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.models import Network, build_network
 from pipeline.recipe.sections import Model
-from pipeline.run.files import fsync_folder, settle_file
+from pipeline.run.files import parse_json, replacing, settle_file
 
 METADATA_KEY = "network"
 """Architecture, mean, std, keep_fraction and hashes, as one JSON object."""
@@ -36,20 +35,18 @@ def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, extr
     model_metadata = model.model_dump(mode="json", exclude=ORIGIN)
     # A single entry: safetensors writes several in random order, and equal networks must give equal files.
     metadata = {METADATA_KEY: json.dumps({**model_metadata, **extra_metadata}, sort_keys=True)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         settle_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata that `write_model` wrote. Errors: KeyError if another program wrote the file."""
+    """The metadata that `write_model` wrote.
+
+    Errors: KeyError if another program wrote the file; ValueError if it is damaged.
+    """
     with safe_open(path, framework="pt") as stream:
-        return json.loads((stream.metadata() or {})[METADATA_KEY])
+        return parse_json((stream.metadata() or {})[METADATA_KEY])
 
 
 def load_model(path: Path) -> Network:
@@ -61,7 +58,7 @@ def load_model(path: Path) -> Network:
         model = Model.model_validate({key: metadata[key] for key in Model.model_fields if key not in ORIGIN})
         network = build_network(model, seed=0, image_size=metadata.get("image_size"))
         network.backbone.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is damaged or was not written by this project: {reason}") from None
     return network

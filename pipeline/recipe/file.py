@@ -19,9 +19,12 @@ from pipeline.recipe.errors import shown
 from pipeline.recipe.fields import LONGEST
 from pipeline.recipe.flat_objective import from_flat, to_flat
 from pipeline.recipe.schema import Recipe, RecipeError, parse_recipe
+from pipeline.regular_file import read_regular
 
 NOT_DECIDING = ("workers", "checkpoint", "tracking", "slurm")
 """Sections that may change when a run is resumed."""
+LARGEST_BYTES = 1 << 20
+"""Of a recipe file; the longest that is shipped has 3 kB."""
 
 
 class _WrittenInt(int):
@@ -229,11 +232,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, cluster: s
 
 def _read_mapping(path: Path, expected: str, hint: str) -> dict[str, Any]:
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for a writer
-            raise RecipeError(f"{path}: not a file; {hint}")
-        with path.open(encoding="utf-8") as stream:
-            text = stream.read(LONGEST_TEXT + 1)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, LARGEST_BYTES).decode("utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: cannot be read ({error}); {hint}") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
@@ -247,16 +249,31 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def deciding_values(recipe: Recipe) -> dict[str, Any]:
-    """The plain values that determine a run's result.
+    """The plain values that determine a run's result, see `_deciding`."""
+    return _deciding(recipe.model_dump(mode="json"))
 
-    Excluded: workers, checkpoint cadence, tracking, slurm, ZeRO stage, compilation and where data files are copied to.
-    """
-    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in NOT_DECIDING}
-    del values["engine"]["zero_stage"], values["engine"]["mode"]
-    del values["data"]["stage_to"]
+
+def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+    """Without workers, checkpoint cadence, tracking, slurm, ZeRO stage, compilation and where data files are copied."""
+    values = {key: value for key, value in values.items() if key not in NOT_DECIDING}
+    for section, keys in (("engine", ("zero_stage", "mode")), ("data", ("stage_to",))):
+        if isinstance(inner := values.get(section), dict):
+            values[section] = {key: value for key, value in inner.items() if key not in keys}
     return values
 
 
 def recipe_hash(recipe: Recipe) -> str:
     """SHA-256 of the values that determine the result; stable across recipe formats (see `recipe.flat_objective`)."""
-    return hashlib.sha256(json.dumps(to_flat(deciding_values(recipe)), sort_keys=True).encode()).hexdigest()
+    return _hash(deciding_values(recipe))
+
+
+def file_hash(path: Path) -> str:
+    """`recipe_hash` of the keys that a run's recipe.yaml has itself: an older version resolved it, and knew no others.
+
+    Errors: RecipeError.
+    """
+    return _hash(_deciding(_read_mapping(path, "a recipe is a mapping of sections", "restore it")))
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(to_flat(values), sort_keys=True).encode()).hexdigest()

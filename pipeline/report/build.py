@@ -37,6 +37,7 @@ from pipeline.report.results import (
 )
 from pipeline.report.run_charts import draw_layers
 from pipeline.report.text_table import text_table
+from pipeline.run.files import make_folder, replacing
 from pipeline.run.layout import RunFolder
 
 PAGE = "report.html"
@@ -56,7 +57,7 @@ def build_report(run_folders: list[Path]) -> str:
     runs = read_runs(run_folders)
     comparisons = compare_all(runs)
     folder = RunFolder(runs[0].folder).report
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     accuracies = _accuracy_rows(runs, comparisons)
     _write_csv(folder / "robust_accuracy.csv", tuple(accuracies[0]), accuracies)
     _write_csv(folder / "kept_fraction.csv", LAYER_COLUMNS, _layer_rows(runs))
@@ -179,10 +180,10 @@ def _layer_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
             "seed": run.recipe.seed,
             "network": network.name,
             "keep_fraction": network.keep_fraction,
-            "layer": layer["name"],
-            "kept": layer["kept"],
-            "total": layer["total"],
-            "kept_fraction": layer["kept"] / layer["total"],
+            "layer": layer.name,
+            "kept": layer.kept,
+            "total": layer.total,
+            "kept_fraction": layer.kept / layer.total,
         }
         for run in runs
         for network in run.networks
@@ -191,7 +192,7 @@ def _layer_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
 
 
 def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

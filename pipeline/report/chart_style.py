@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from pipeline.report.inline_svg import inline_svg, tag
+from pipeline.run.files import replacing
 
 
 class Method(NamedTuple):
@@ -153,8 +154,8 @@ def figure_of(
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    with drawing():
-        figure.savefig(path, dpi=160)
+    with drawing(), replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
 
 
 def legend_key(name: str, place: str, *, held_out: bool = False) -> str:

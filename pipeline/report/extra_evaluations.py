@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.corruptions.measure import SEVERITIES
 from pipeline.evaluation.result import KINDS, EvaluationResult
+from pipeline.evaluation.saved import check_counts
 from pipeline.report.results import NetworkResult, RunResult
 from pipeline.report.text_table import text_table
-from pipeline.run.files import read_json
 from pipeline.run.layout import StageFolder
 
 WITHOUT_SEVERITIES = [None] * len(SEVERITIES)
+NUMBERS = (
+    *("attack", "title", "images", "chunk", "norm", "eps"),
+    *(f"{kind}_correct" for kind in KINDS),
+    *(f"{kind}_accuracy_{part}" for kind in KINDS for part in ("value", "low", "high")),
+    *("flags", "honesty_warnings", "mean_corruption_accuracy"),
+    *(f"severity_{severity}_accuracy" for severity in SEVERITIES),
+)
+"""Columns of an evaluation."""
 
 
-def kept_evaluations(network: NetworkResult) -> list[tuple[Path, EvaluationResult]]:
-    """Files and results of all evaluations of a network, including its own measure's, sorted by file name.
+@dataclass(frozen=True)
+class DamagedEvaluation:
+    """A result file whose numbers are not shown."""
 
-    Unreadable files are skipped, and so are those of another `model_sha256`, that is, of an earlier training of the
-    network. Honesty checks do not count as evaluations.
+    file: Path
+    reason: str
+
+
+def saved_evaluations(network: NetworkResult) -> list[tuple[Path, EvaluationResult] | DamagedEvaluation]:
+    """All evaluations of a network, including its own measure's, sorted by file name.
+
+    Those of another `model_sha256`, that is, of an earlier training of the network, are skipped; honesty checks and
+    progress do not count as evaluations.
     """
-    result = StageFolder(network.folder).result
-    model = read_json(result)["model_sha256"] if result.exists() else None
     evaluations = []
     for path in sorted(StageFolder(network.folder).evaluations.glob("*.json")):
+        if path.name.startswith("honesty") or path == StageFolder(network.folder).evaluation_progress:
+            continue
         try:
             evaluation = EvaluationResult.read(path)
-        except ValueError:
-            continue
-        if evaluation.model_sha256 == model and evaluation.attack != "honesty":
-            evaluations.append((path, evaluation))
+            if evaluation.model_sha256 == network.model_sha256 and evaluation.attack != "honesty":
+                check_counts(path, evaluation, read_verdicts(path.with_suffix(".parquet")))
+                evaluations.append((path, evaluation))
+        except ValueError as error:
+            evaluations.append(DamagedEvaluation(path, str(error)))
     return evaluations
 
 
-def extra_evaluations(network: NetworkResult) -> list[EvaluationResult]:
-    """All evaluations of a network except its own measure's, sorted by title and number of images."""
-    further = [evaluation for _, evaluation in kept_evaluations(network) if evaluation != network.evaluation]
-    return sorted(further, key=lambda evaluation: (evaluation.title, evaluation.images))
+def kept_evaluations(network: NetworkResult) -> list[tuple[Path, EvaluationResult]]:
+    """Files and results of the intact ones of `saved_evaluations`."""
+    return [entry for entry in saved_evaluations(network) if not isinstance(entry, DamagedEvaluation)]
 
 
 def _honesty_warnings(evaluation: EvaluationResult) -> list[str]:
@@ -46,35 +64,46 @@ def _honesty_warnings(evaluation: EvaluationResult) -> list[str]:
 
 
 def extra_rows(runs: list[RunResult]) -> list[dict[str, Any]]:
-    """One row per evaluation, grouped by attack; networks are in the runs' order."""
-    rows = [
-        {
-            "run": run.folder.name,
-            "seed": run.recipe.seed,
-            "network": network.name,
-            "keep_fraction": network.keep_fraction,
-            "pruned_percent": network.pruned.removesuffix(" %"),
-            **{key: getattr(evaluation, key) for key in ("attack", "title", "images", "chunk")},
-            **{key: evaluation.settings.get(key) for key in ("norm", "eps")},
-            **{f"{kind}_correct": evaluation.correct(kind) for kind in KINDS},
-            **{
-                f"{kind}_accuracy_{part}": value
-                for kind in KINDS
-                for part, value in evaluation.accuracy(kind).to_json().items()
-            },
-            "flags": " ".join(flag for flag, images in (evaluation.flags or {}).items() if images),
-            "honesty_warnings": ", ".join(_honesty_warnings(evaluation)),
-            "mean_corruption_accuracy": evaluation.mean_corruption_accuracy,
-            **{
-                f"severity_{severity}_accuracy": value
-                for severity, value in zip(SEVERITIES, evaluation.severity_accuracy or WITHOUT_SEVERITIES, strict=True)
-            },
-        }
-        for run in runs
-        for network in run.networks
-        for evaluation in extra_evaluations(network)
-    ]
-    return sorted(rows, key=lambda row: (row["title"], row["images"]))
+    """One row per evaluation except those by the networks' own measure, grouped by attack and number of images.
+
+    Networks are in the runs' order. A damaged evaluation has a row without numbers, last, and why it is "missing".
+    """
+    rows = []
+    for run in runs:
+        for network in run.networks:
+            labels = {
+                "run": run.folder.name,
+                "seed": run.recipe.seed,
+                "network": network.name,
+                "keep_fraction": network.keep_fraction,
+                "pruned_percent": network.pruned.removesuffix(" %"),
+            }
+            for entry in saved_evaluations(network):
+                if isinstance(entry, DamagedEvaluation):
+                    rows.append(labels | dict.fromkeys(NUMBERS) | {"title": entry.file.stem, "missing": entry.reason})
+                elif entry[1] != network.evaluation:
+                    rows.append(labels | _numbers(entry[1]) | {"missing": ""})
+    return sorted(rows, key=lambda row: (bool(row["missing"]), row["title"], row["images"] or 0))
+
+
+def _numbers(evaluation: EvaluationResult) -> dict[str, Any]:
+    return {
+        **{key: getattr(evaluation, key) for key in ("attack", "title", "images", "chunk")},
+        **{key: evaluation.settings.get(key) for key in ("norm", "eps")},
+        **{f"{kind}_correct": evaluation.correct(kind) for kind in KINDS},
+        **{
+            f"{kind}_accuracy_{part}": value
+            for kind in KINDS
+            for part, value in evaluation.accuracy(kind).to_json().items()
+        },
+        "flags": " ".join(flag for flag, images in (evaluation.flags or {}).items() if images),
+        "honesty_warnings": ", ".join(_honesty_warnings(evaluation)),
+        "mean_corruption_accuracy": evaluation.mean_corruption_accuracy,
+        **{
+            f"severity_{severity}_accuracy": value
+            for severity, value in zip(SEVERITIES, evaluation.severity_accuracy or WITHOUT_SEVERITIES, strict=True)
+        },
+    }
 
 
 def extra_table(rows: list[dict[str, Any]]) -> str:
@@ -83,6 +112,10 @@ def extra_table(rows: list[dict[str, Any]]) -> str:
         return ""
     cells = [["attack", "images", "seed", "network", "pruned", "clean %", "robust %", "95 % interval", "warnings"]]
     for row in rows:
+        if row["missing"]:
+            labels = [row["title"], "", str(row["seed"]), row["network"], f"{row['pruned_percent']} %"]
+            cells.append([*labels, "missing", "missing", "", row["missing"]])
+            continue
         value, low, high = (100 * row[f"robust_accuracy_{part}"] for part in ("value", "low", "high"))
         clean = f"{100 * row['clean_accuracy_value']:.2f}"
         labels = [row["title"], f"{row['images']:,}", str(row["seed"]), row["network"], f"{row['pruned_percent']} %"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.recipe.technique import OneStep
 from pipeline.report.results import RunResult
 from pipeline.robustness.overfitting import stronger
-from pipeline.run.files import read_json_if_there, read_rows
 from pipeline.run.layout import StageFolder
+from pipeline.run.records import MetricRow, StagePlan, StageResult, read_metric_rows
 from pipeline.run.tracking.metrics import PARTS
 
 
@@ -20,15 +19,15 @@ class History:
     """One stage that has started."""
 
     stage: Stage
-    rows: list[dict[str, Any]]
+    rows: list[MetricRow]
     """Rows of metrics.jsonl, in order."""
-    description: dict[str, Any]
+    plan: StagePlan | None
     """stage.json."""
-    result: dict[str, Any] | None
+    result: StageResult | None
     """result.json; None while the stage is unfinished."""
 
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row.get("kind") == kind]
+    def of_kind(self, kind: str) -> list[MetricRow]:
+        return [row for row in self.rows if row.kind == kind]
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,11 @@ def read_history(run: RunResult) -> list[History]:
     histories = []
     for stage in stages_of(run.recipe):
         folder = run.folder / stage.name
-        description, rows = read_json_if_there(StageFolder(folder).plan), read_rows(StageFolder(folder).metrics)
-        result = read_json_if_there(StageFolder(folder).result)
-        if description or rows or result:
-            histories.append(History(stage, rows, description or {}, result))
+        files = StageFolder(folder)
+        plan, rows = StagePlan.read_if_there(files.plan), read_metric_rows(files.metrics)
+        result = StageResult.read_if_there(files.result)
+        if plan or rows or result:
+            histories.append(History(stage, rows, plan, result))
     return histories
 
 
@@ -73,21 +73,19 @@ def passes_per_step(objective: Objective, level: int = 0) -> int | None:
 def stage_cost(history: History) -> StageCost:
     """Compute cost of a stage so far."""
     train_rows, held_out_rows = history.of_kind("train"), history.of_kind("validation")
-    objective, per_epoch = history.stage.objective, history.description.get("steps_per_epoch")
-    images = sum(row["images"] for row in train_rows)
+    objective, plan = history.stage.objective, history.plan
+    images = sum(row.images for row in train_rows)
     passes: float | None = 0.0
     for row in train_rows:
-        each = passes_per_step(objective, row.get("attack_level", 0))
-        passes = None if passes is None or each is None else passes + each * row["images"]
-    in_epoch = (per_epoch or 0) * history.description.get("batch_per_step", 0) / objective.steps_per_batch
+        each = passes_per_step(objective, row.attack_level)
+        passes = None if passes is None or each is None else passes + each * row.images
+    in_epoch = (plan.steps_per_epoch or 0) * plan.batch_per_step / objective.steps_per_batch if plan else 0
     return StageCost(
-        steps=train_rows[-1]["step"] if train_rows else 0,
-        epochs=train_rows[-1]["epoch"] if train_rows else 0.0,
+        steps=train_rows[-1].step if train_rows else 0,
+        epochs=train_rows[-1].epoch if train_rows else 0.0,
         pass_epochs=passes / in_epoch if passes is not None and in_epoch else None,
-        train_s=sum(row["timing"]["seconds"] for row in train_rows),
-        held_out_s=sum(row["timing"]["seconds"] for row in held_out_rows),
-        seconds_in={
-            part: sum(row["timing"].get("seconds_in", {}).get(part, 0.0) for row in train_rows) for part in PARTS
-        },
+        train_s=sum(row.timing.seconds for row in train_rows),
+        held_out_s=sum(row.timing.seconds for row in held_out_rows),
+        seconds_in={part: sum(row.timing.seconds_in.get(part, 0.0) for row in train_rows) for part in PARTS},
         images=images,
     )

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from pipeline.evaluation.result import KINDS
 from pipeline.recipe.file import dump_yaml
@@ -38,16 +39,28 @@ from pipeline.report.results import (
 )
 from pipeline.report.run_charts import layer_chart, training_charts
 from pipeline.run.files import atomic_write_text
+from pipeline.run.printable import printable
 from pipeline.run.provenance import public_provenance, public_recipe
+from pipeline.run.records import KeptCount
 from pipeline.run.tracking.metrics import PARTS
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+
+
+def _printable(value: Any) -> Any:
+    """No name changes the direction of the text around it; also within what is inserted unescaped."""
+    if isinstance(value, Markup):
+        return Markup(printable(str(value)))
+    return printable(value) if isinstance(value, str) else value
+
+
 TEMPLATES = Environment(
     loader=FileSystemLoader(TEMPLATE_FOLDER),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+    finalize=_printable,
 )
 
 
@@ -181,17 +194,17 @@ def _run_details(run: RunResult, majority: MajorityClass | None) -> dict[str, An
 def _layer_table(run: RunResult) -> dict[str, Any]:
     """Kept connections, layers by networks. Networks with equal counts in every layer share a column."""
     columns: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    layers: list[dict[str, Any]] = []
+    layers: tuple[KeptCount, ...] = ()
     for network in run.networks:
         if network.name != "dense" and network.layers:
             layers = network.layers
-            counts = tuple(layer["kept"] for layer in network.layers)
+            counts = tuple(layer.kept for layer in network.layers)
             columns.setdefault((network.pruned, counts), []).append(network.name)
     heads = [{"pruned": share, "names": ", ".join(names)} for (share, _), names in columns.items()]
     rows = []
     for i, layer in enumerate(layers):
-        kept = [{"kept": f"{c[i]:,}", "share": f"{100 * c[i] / layer['total']:.3g}"} for _, c in columns]
-        rows.append({"number": i + 1, "name": layer["name"], "total": f"{layer['total']:,}", "kept": kept})
+        kept = [{"kept": f"{c[i]:,}", "share": f"{100 * c[i] / layer.total:.3g}"} for _, c in columns]
+        rows.append({"number": i + 1, "name": layer.name, "total": f"{layer.total:,}", "kept": kept})
     return {"heads": heads, "rows": rows}
 
 
@@ -235,13 +248,13 @@ def _duration(seconds: float) -> str:
 
 
 def _parentage(history: History) -> dict[str, str]:
-    result = history.result or {}
+    result = history.result
     return {
         "stage": history.stage.name,
         "parent": history.stage.starts_from or "",
-        "selected": str(result.get("selected_step", "")),
-        "model": str(result.get("model_sha256", "")),
-        "mask": str(result.get("mask_sha256") or ""),
+        "selected": "" if result is None or result.selected_step is None else str(result.selected_step),
+        "model": "" if result is None else result.model_sha256,
+        "mask": "" if result is None else result.mask_sha256 or "",
     }
 
 

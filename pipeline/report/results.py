@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.result import EvaluationResult, Kind
+from pipeline.evaluation.saved import read_evaluation
 from pipeline.evaluation.statistics import McNemar, certified_curve, mcnemar
+from pipeline.models.exported_counts import check_exported
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.file import load_recipe, recipe_hash
+from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
-from pipeline.run.files import read_json, read_json_if_there
+from pipeline.run.files import read_json
 from pipeline.run.layout import RunFolder, StageFolder
+from pipeline.run.provenance import load_run_recipe
+from pipeline.run.records import KeptCount, StageResult
 
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """Fields that must agree, in addition to the attack's settings, for two accuracies to be comparable."""
@@ -36,8 +40,11 @@ class NetworkResult:
     keep_fraction: Decimal
     evaluation: EvaluationResult | None
     """By the stage's own measure (for example evaluate/pgd.json), or None until it is evaluated."""
-    layers: list[dict[str, Any]]
+    layers: tuple[KeptCount, ...]
     """name, kept and total per masked layer; empty while the stage is unfinished."""
+
+    model_sha256: str | None = None
+    """Of the exported network; None while the stage is unfinished."""
 
     @property
     def pruned(self) -> str:
@@ -82,6 +89,7 @@ def read_runs(folders: list[Path]) -> list[RunResult]:
     seeds = [run.recipe.seed for run in runs]
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"the runs have the seeds {seeds}; give each seed once")
+    _refuse_equal_networks(runs)
     _check_one_attack(runs)
     return runs
 
@@ -96,10 +104,8 @@ def compare(run: RunResult, keep_fraction: Decimal, baseline: str) -> McNemar | 
         if network is None or network.evaluation is None:
             return None
         path = StageFolder(network.folder).evaluations / f"{network.evaluation.attack}.parquet"
-        if not path.exists():
-            return None
-        table = pq.read_table(path, columns=["sample_id", "robust_correct"])
-        verdicts.append((path, *(table[column].to_numpy() for column in table.column_names)))
+        columns = read_verdicts(path)
+        verdicts.append((path, columns["sample_id"], columns["robust_correct"]))
     (path, ids, hydra), (other_path, other_ids, other) = verdicts
     if not np.array_equal(ids, other_ids):
         raise ValueError(f"{path} and {other_path} hold different images; evaluate both networks again")
@@ -148,9 +154,8 @@ def certified_curves(runs: list[RunResult]) -> CertifiedCurves:
         for network in run.networks:
             path = StageFolder(network.folder).evaluation("certified").with_suffix(".parquet")
             if network.evaluation is not None and network.evaluation.attack == "certified" and path.exists():
-                table = pq.read_table(path, columns=["clean_correct", "radius"])
-                columns = [table[column].to_numpy() for column in table.column_names]
-                columns_by_network[i, network.name, network.keep_fraction] = columns
+                columns = read_verdicts(path, "radius")
+                columns_by_network[i, network.name, network.keep_fraction] = columns["clean_correct"], columns["radius"]
     if not columns_by_network:
         return {}
     largest = max(float(radius.max()) for _, radius in columns_by_network.values())
@@ -213,29 +218,48 @@ def _read_run(folder: Path) -> RunResult:
     recipe_path = RunFolder(folder).recipe
     if not recipe_path.is_file():
         raise ValueError(f"{folder} is not a run (it has no recipe.yaml); give a run's name or its folder under runs/")
-    recipe = load_recipe(recipe_path)
+    recipe = load_run_recipe(folder)
     networks = []
     for stage in stages_of(recipe):
         if stage.measure is None:
             continue
         stage_folder = folder / stage.name
         path = StageFolder(stage_folder).evaluation(stage.measure)
-        evaluation = EvaluationResult.read(path) if path.exists() else None
-        result = read_json_if_there(StageFolder(stage_folder).result)
-        if evaluation and result and evaluation.model_sha256 != result["model_sha256"]:
+        evaluation = read_evaluation(path) if path.exists() else None
+        result = StageResult.read_if_there(StageFolder(stage_folder).result)
+        if evaluation and evaluation.attack != stage.measure:
+            raise ValueError(
+                f"{path} is damaged: its attack is {evaluation.attack}, not {stage.measure}; "
+                "delete it and resume the run to evaluate again"
+            )
+        if result is not None:
+            check_exported(StageFolder(stage_folder).network, result)
+        if evaluation and result and evaluation.model_sha256 != result.model_sha256:
             raise ValueError(
                 f"{path} is of another model than {stage_folder / 'result.json'}; "
                 "delete it and resume the run to evaluate again"
             )
         keep = Decimal(1) if stage.keep_fraction is None else stage.keep_fraction
         name = NETWORK_OF_PHASE[stage.phase]
-        layers = result["layers"] if result else []
-        networks.append(NetworkResult(stage_folder, stage.name, name, keep, evaluation, layers))
+        layers, model = (result.layers, result.model_sha256) if result else ((), None)
+        networks.append(NetworkResult(stage_folder, stage.name, name, keep, evaluation, layers, model))
     return RunResult(folder, recipe, networks)
 
 
 def _hash_without_seed(recipe: Recipe) -> str:
     return recipe_hash(recipe.model_copy(update={"seed": 0, "name": "any"}))
+
+
+def _refuse_equal_networks(runs: list[RunResult]) -> None:
+    """Another seed gives another network, so that equal ones are copies."""
+    first: dict[str, NetworkResult] = {}
+    for network in (network for run in runs for network in run.networks):
+        twin = first.setdefault(network.model_sha256 or str(network.folder), network)
+        if twin is not network:
+            raise ValueError(
+                f"{twin.folder} and {network.folder} have the same network, so one is a copy of the other; "
+                "report one of them"
+            )
 
 
 def _check_one_attack(runs: list[RunResult]) -> None:

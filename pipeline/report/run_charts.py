@@ -7,7 +7,6 @@ from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -26,10 +25,11 @@ from pipeline.report.chart_style import (
 from pipeline.report.history import History
 from pipeline.report.per_class import MajorityClass
 from pipeline.report.results import RunResult, pruned_text
+from pipeline.run.records import MetricRow
 
 MOST_POINTS = 240
 """Per line; longer curves are averaged in groups, beyond what a screen resolves."""
-ValueOf = Callable[[dict[str, Any]], float | None]
+ValueOf = Callable[[MetricRow], float | None]
 """Row of metrics.jsonl -> value to plot."""
 
 
@@ -51,11 +51,11 @@ def training_charts(
     `majority`, of the test images, is a dotted line among the accuracies.
     """
     started = [h for h in histories if h.rows and h.stage.keep_fraction in (None, keep)]
-    charts = [_training_chart(run, started, keep, "Loss", {"train": lambda row: row["loss"]}, 3)]
+    charts = [_training_chart(run, started, keep, "Loss", {"train": lambda row: row.loss}, 3)]
     for name in ("robust", "clean"):
         both = {kind: _percent(f"{name}_accuracy") for kind in ("train", "validation")}
         charts.append(_training_chart(run, started, keep, f"{name.capitalize()} accuracy, %", both, 3, majority))
-    charts.append(_training_chart(run, started, keep, "Learning rate", {"train": lambda row: row["lr"]}, 2))
+    charts.append(_training_chart(run, started, keep, "Learning rate", {"train": lambda row: row.lr}, 2))
     return [chart for chart in charts if chart is not None]
 
 
@@ -101,7 +101,7 @@ def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart 
     networks = [n for n in run.networks if n.name != "dense" and n.keep_fraction == keep and n.layers]
     if not networks:
         return None
-    shares = {n.name: [layer["kept"] / layer["total"] for layer in n.layers] for n in networks}
+    shares = {n.name: [layer.kept / layer.total for layer in n.layers] for n in networks}
     lowest = math.log10(min([share for each in shares.values() for share in each if share > 0], default=1.0))
     left = min(lowest - 0.3, -1.1)
     layers = networks[0].layers
@@ -111,7 +111,7 @@ def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart 
     def paint(axes: Axes) -> None:
         for network in reversed(networks):  # HYDRA last, on top of markers at the same fraction
             x = [math.log10(share) if share > 0 else left for share in shares[network.name]]
-            notes = [f"{layer['name']}: {layer['kept']:,} of {layer['total']:,}" for layer in network.layers]
+            notes = [f"{layer.name}: {layer.kept:,} of {layer.total:,}" for layer in network.layers]
             plot_line(axes, network.name, x, rows)
             marks = [Mark(share, row, note) for share, row, note in zip(x, rows, notes, strict=True)]
             plot_marks(axes, network.name, marks, scale=scale * (1 + 0.4 * networks.index(network)))
@@ -125,9 +125,9 @@ def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart 
             axes.set_yticks(rows[:: math.ceil(len(rows) / 10)])
             axes.set_ylabel("layer, input to output")
             return
-        axes.set_yticks(rows, [layer["name"] for layer in layers], fontsize=9 if len(layers) <= 20 else 7)
+        axes.set_yticks(rows, [layer.name for layer in layers], fontsize=9 if len(layers) <= 20 else 7)
         for row, layer in zip(rows, layers if networks[0].name == "HYDRA" else (), strict=False):
-            counts, coordinates = f"{layer['kept']:,} of {layer['total']:,}", ("axes fraction", "data")
+            counts, coordinates = f"{layer.kept:,} of {layer.total:,}", ("axes fraction", "data")
             axes.annotate(counts, (1.02, row), xycoords=coordinates, va="center", fontsize=7, annotation_clip=False)
 
     words = "; ".join(f"{name} keeps {_range(each)} of a layer" for name, each in shares.items())
@@ -136,12 +136,12 @@ def layer_chart(run: RunResult, keep: Decimal, *, named: bool = False) -> Chart 
 
 
 def _percent(key: str) -> ValueOf:
-    return lambda row: None if row.get(key) is None else 100 * row[key]
+    return lambda row: None if (share := getattr(row, key)) is None else 100 * share
 
 
 def _curve(history: History, kind: str, value_of: ValueOf) -> list[tuple[float, float]]:
     """(epoch, value) of the rows with a value, averaged down to at most MOST_POINTS."""
-    rows = [(row["epoch"] + history.stage.first_epoch, value_of(row)) for row in history.of_kind(kind)]
+    rows = [(row.epoch + history.stage.first_epoch, value_of(row)) for row in history.of_kind(kind)]
     points = [(epoch, value) for epoch, value in rows if value is not None]
     size = max(1, math.ceil(len(points) / MOST_POINTS))
     groups = [points[start : start + size] for start in range(0, len(points), size)]

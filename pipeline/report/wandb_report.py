@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +23,12 @@ from pipeline.report.examples import RunExamples, examples_of
 from pipeline.report.extra_evaluations import extra_rows
 from pipeline.report.pictures import amplified, captions, pixels_of
 from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
-from pipeline.run.files import atomic_write_text
+from pipeline.run.files import atomic_write_text, make_folder
 from pipeline.run.layout import RunFolder
 from pipeline.run.provenance import config_of
 from pipeline.run.tracking.wandb_ids import forget_run
-from pipeline.run.tracking.wandb_mirror import Label, Mirror
+from pipeline.run.tracking.wandb_mirror import Label, Mirror, choose_mode
+from pipeline.run.tracking.wandb_mode import asked_mode
 
 if TYPE_CHECKING:
     import wandb
@@ -46,8 +48,10 @@ def log_report(run_folder: Path, alone: bool) -> None:
     tracking = run.recipe.tracking
     if tracking.wandb == "disabled" or not any(network.evaluation for network in run.networks):
         return
+    if tracking.wandb == "auto" and asked_mode(os.environ, Path.cwd()) is None and choose_mode() == "offline":
+        return  # no account, and nobody asked for an offline run
     folder, name = RunFolder(run_folder).report, run_folder.name
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     rows, tables, digest_file, page = accuracy_rows(run), report_tables(run), folder / "wandb" / "said", folder / PAGE
     numbers = _digest(json.dumps([rows, tables]))
     page_digest = _digest(page.read_text(encoding="utf-8")) if alone else ""
@@ -102,9 +106,8 @@ def report_tables(run: RunResult) -> dict[str, Rows]:
                 lead = {"hydra_lead": test.difference, "p": test.p_value, "within_noise": within_noise(test)}
             tables["accuracies"].append(row | lead)
         for layer in network.layers:
-            counts = {key: layer[key] for key in ("kept", "total")}
-            share = {"kept_fraction": layer["kept"] / layer["total"]}
-            tables["kept_fractions"].append(labels | {"layer": layer["name"]} | counts | share)
+            counts = {"kept": layer.kept, "total": layer.total, "kept_fraction": layer.kept / layer.total}
+            tables["kept_fractions"].append(labels | {"layer": layer.name} | counts)
         for check in honesty_checks(network):
             tables["honesty_checks"].append(labels | check)
     further = [{**row, "keep_fraction": float(row["keep_fraction"])} for row in extra_rows([run])]

@@ -31,8 +31,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from pipeline.regular_file import NotARegularFile, read_regular
 from pipeline.run.disk import DiskFull, Pause, free_bytes, readable, retried
-from pipeline.run.files import atomic_write_json, atomic_write_text, fsync_folder, naming
+from pipeline.run.files import atomic_write_json, atomic_write_text, fsync_folder, naming, parse_json
 from pipeline.run.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -142,11 +143,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     for name in ("MANIFEST.json", *CONTENT):
         try:
-            contents[name] = (folder / name).read_bytes()
+            contents[name] = read_regular(folder / name)
         except FileNotFoundError:
             raise CheckpointDamaged(f"{folder / name} is missing") from None
+        except (IsADirectoryError, NotARegularFile) as error:
+            raise CheckpointDamaged(f"{folder / name} cannot be read: {error.strerror}") from None
     try:
-        manifest = json.loads(contents.pop("MANIFEST.json"))
+        manifest = parse_json(contents.pop("MANIFEST.json"))
         files = dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder}: no usable MANIFEST.json ({error})") from None
@@ -169,7 +172,7 @@ def _read_snapshot(folder: Path) -> Snapshot:
     contents = _contents(folder)
     try:
         model, train_state = load(contents[CONTENT[0]]), load(contents[CONTENT[1]])
-        progress = Progress.from_json(json.loads(contents[CONTENT[2]]))
+        progress = Progress.from_json(parse_json(contents[CONTENT[2]]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder} cannot be read: {error}") from None
     return Snapshot(model, train_state, progress)

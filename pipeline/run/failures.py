@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from pipeline.run.files import read_rows
+from pipeline.run.files import open_to_append, read_rows
 from pipeline.run.layout import RunFolder
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def append_to_log(run_folder: Path, name: str, text: str) -> None:
     If that fails, as on a full disk, the text is logged instead: a failing disk must not hide the original failure.
     """
     try:
-        with (RunFolder(run_folder).logs / name).open("a") as stream:
+        with open_to_append(RunFolder(run_folder).logs / name) as stream:
             stream.write(text)
     except OSError as error:
         log.error("%s: logs/%s cannot be written: %s: %s", run_folder.name, name, error, text.rstrip())

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run.disk import retried
-from pipeline.run.files import atomic_write_json, read_json
+from pipeline.run.files import atomic_write_json, make_folder, read_json
 from pipeline.run.locks import exclusive
+from pipeline.run.records import Count, Record
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,14 @@ class Holder:
     heartbeat: float
 
 
+class _Lease(Record):
+    token: str
+    host: str
+    pid: Count
+    started_ticks: Count
+    heartbeat: float
+
+
 def _started_ticks(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot, which identifies a reused pid. None: no such process."""
     try:
@@ -54,10 +63,16 @@ def read_holder(folder: Path) -> Holder | None:
     path = folder / "lease.json"
     if not path.exists():
         return None
+    value = read_json(path)
     try:
-        return Holder(**read_json(path))
-    except TypeError as error:
+        return parse_holder(value)
+    except ValueError as error:
         raise ValueError(f"{path} is not a lease: {error}") from None
+
+
+def parse_holder(value: Any) -> Holder:
+    """The content of lease.json. Errors: ValueError."""
+    return Holder(**_Lease.parse(value).model_dump())
 
 
 def is_stale(holder: Holder) -> bool:
@@ -122,7 +137,7 @@ class Leases:
         return True
 
     def _acquire(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with exclusive(folder / ".lease.lock"):
             refuse_if_held(folder)
             atomic_write_json(folder / "lease.json", self._record())

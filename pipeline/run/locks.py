@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from pipeline.run.files import open_own
 
 PAUSE_S = 0.1
 """Pause between attempts where `patience_s` is finite."""
@@ -35,12 +38,12 @@ def try_lock(file: int | IO[Any]) -> bool:
 
 @contextmanager
 def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
-    """Hold the lock on the file `path`, which is created next to what it protects.
+    """Hold the lock on the file `path`, which is created next to what it protects, and whose content is not touched.
 
-    Errors: TimeoutError if it could not be acquired within `patience_s`.
+    Errors: TimeoutError if it could not be acquired within `patience_s`; OSError, also if `path` is a link.
     """
     end, pause = time.monotonic() + patience_s, threading.Event()
-    with path.open("w") as stream:
+    with os.fdopen(open_own(path, os.O_RDWR), "r+b", buffering=0) as stream:
         if patience_s == math.inf:
             lock(stream)
         else:

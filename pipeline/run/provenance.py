@@ -17,10 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe.file import recipe_hash
+from pipeline.recipe.file import file_hash, load_recipe, recipe_hash
 from pipeline.recipe.schema import Recipe
-from pipeline.run.files import read_json_if_there
 from pipeline.run.layout import RunFolder
+from pipeline.run.records import Provenance
 
 SOURCE = Path(__file__).resolve().parents[1]
 """The `pipeline` package that is imported."""
@@ -55,6 +55,19 @@ def collect_provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str,
         "data_sha256": data_sha256,
         "versions": {name: metadata.version(name) for name in VERSIONS_OF},
     }
+
+
+def load_run_recipe(run: Path) -> Recipe:
+    """The recipe of a run. Errors: RecipeError; ValueError if it was edited after the run was started."""
+    path, recipe = RunFolder(run).recipe, load_recipe(RunFolder(run).recipe)
+    provenance = Provenance.read_if_there(RunFolder(run).provenance)
+    started_with = provenance.recipe_sha256 if provenance is not None else None
+    if started_with not in (None, recipe_hash(recipe)) and started_with != file_hash(path):
+        raise ValueError(
+            f"{path} was edited after the run was started: it is not the recipe of provenance.json (recipe_sha256 "
+            f"{started_with}); restore it, or start a run of the edited recipe: python -m launch run {path} --name NEW"
+        )
+    return recipe
 
 
 def processor_model() -> str:
@@ -102,8 +115,9 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def public_provenance(run: Path) -> dict[str, Any]:
     """The public part of a run's provenance.json, empty if there is none. Errors: ValueError for a damaged file."""
-    provenance = read_json_if_there(RunFolder(run).provenance) or {}
-    return {key: provenance[key] for key in PUBLIC_KEYS if key in provenance}
+    provenance = Provenance.read_if_there(RunFolder(run).provenance)
+    values = {} if provenance is None else provenance.model_dump(mode="json", exclude_unset=True)
+    return {key: values[key] for key in PUBLIC_KEYS if key in values}
 
 
 def config_of(recipe: Recipe, run: Path) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.failures import append_to_log, repeated_failure
+from pipeline.run.files import make_folder
 from pipeline.run.layout import RunFolder, is_done, progress_marks
 from pipeline.run.lease import Leases
+from pipeline.run.provenance import load_run_recipe
 from pipeline.run.stop import StopRequested
 from pipeline.training.process_group import GroupConfig
 
@@ -83,13 +84,13 @@ def run_driver(request: RunRequest, connect: Connect) -> None:
 
     Errors: ValueError for what the user must fix, LeaseHeld, RunFailed; StopRequested after stopping on request.
     """
-    recipe = load_recipe(RunFolder(request.run_folder).recipe)
+    recipe = load_run_recipe(request.run_folder)
     stages = stages_left(request, recipe)
     if not stages:
         return
     leases = Leases([request.run_folder / stage.name for stage in stages], request.lease_patience_s)
     try:
-        RunFolder(request.run_folder).logs.mkdir(exist_ok=True)
+        make_folder(RunFolder(request.run_folder).logs)
         # Ray's own deadlines, for workers that do not answer (such as frozen ones), and for starting workers.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.workers.hang_timeout_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKERS_START_S)

@@ -27,7 +27,7 @@ from pipeline.robustness.objectives import build_objective
 from pipeline.robustness.overfitting import CatastrophicOverfitting
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot, Writer
-from pipeline.run.files import atomic_write_json, sha256_of
+from pipeline.run.files import atomic_write_json, make_folder, sha256_of
 from pipeline.run.layout import StageFolder, unevaluated
 from pipeline.run.lease import check_token
 from pipeline.run.progress import Progress
@@ -66,7 +66,7 @@ def _run_stage(context: RunContext, stage: Stage) -> None:
     to_evaluate = context.group.broadcast(unevaluated(context.run_folder, stage))
     if not to_train and not to_evaluate:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     own = _own_checkpoint(folder, context.token) if to_train and context.group.is_first else None
     # Only now that the rows beyond the checkpoint are removed. One wandb run for training and test.
     with stage_tracker(context, stage) as tracker:

@@ -27,7 +27,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.recipe.technique import Smoothing
 from pipeline.recipe.threat_model import ThreatModel
-from pipeline.run.files import atomic_write_json
+from pipeline.run.files import atomic_write_json, make_folder
 from pipeline.run.layout import HONESTY, StageFolder
 from pipeline.run.lease import check_token
 from pipeline.training.context import RunContext
@@ -60,7 +60,7 @@ class _StageHooks(EvaluationHooks):
 
     def _write(self, done: int) -> None:
         if self._context.group.is_first:  # the other ranks are about as far
-            self._progress.parent.mkdir(exist_ok=True)
+            make_folder(self._progress.parent)
             atomic_write_json(self._progress, {"attack": self._name, "total": self._images, "done": done})
 
     def pass_begins(self) -> None:

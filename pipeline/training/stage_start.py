@@ -14,8 +14,8 @@ from pipeline.models.state import load_state
 from pipeline.recipe.stages import Stage
 from pipeline.robustness.objectives import build_objective
 from pipeline.run import checkpoint
-from pipeline.run.files import read_json
 from pipeline.run.layout import StageFolder
+from pipeline.run.records import StageResult
 from pipeline.training.batches import micro_batches
 from pipeline.training.context import RunContext
 from pipeline.training.engine import autocast_of
@@ -35,7 +35,7 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
         return None
     source = context.run_folder / stage.starts_from
     snapshot = checkpoint.read_checkpoint(
-        checkpoint.folder_of(source, read_json(StageFolder(source).result)["selected_step"])
+        checkpoint.folder_of(source, StageResult.read(StageFolder(source).result).selected_step or 0)
     )
     tensors = overlaid(snapshot.model, snapshot.train_state)
     assert stage.keep_fraction is not None

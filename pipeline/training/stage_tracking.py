@@ -9,9 +9,9 @@ from typing import Any
 
 from pipeline.evaluation.result import KINDS, EvaluationResult
 from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
-from pipeline.run.files import read_json
 from pipeline.run.layout import StageFolder, is_done, unevaluated
 from pipeline.run.provenance import config_of
+from pipeline.run.records import StageResult
 from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker
 from pipeline.training.context import RunContext
@@ -72,8 +72,8 @@ def log_finished_parts(context: RunContext, stage: Stage, tracker: Tracker | Non
     if tracker is None:
         return
     folder = context.folder(stage)
-    result = read_json(StageFolder(folder).result)
-    metadata = facts_of(stage) | {key: result[key] for key in ("steps", "model_sha256", "mask_sha256")}
+    result = StageResult.read(StageFolder(folder).result)
+    metadata = facts_of(stage) | result.model_dump(include={"steps", "model_sha256", "mask_sha256"})
     files = [StageFolder(folder).network, StageFolder(folder).result]
     tracker.produces(artifact_of(context.run_folder, stage.name), files, metadata)
     pending = unevaluated(context.run_folder, stage)

@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.run.files import open_to_append
+
 EXIT_HUNG = 70
 """Exit code of a worker that the watchdog ended (EX_SOFTWARE)."""
 
@@ -37,7 +39,7 @@ class Watchdog:
         while not self._stop.wait(min(5.0, self._deadline_s / 4)):
             silent_s = time.monotonic() - self._beat_at
             if silent_s > self._deadline_s:
-                with self._stacks.open("a") as stream:
+                with open_to_append(self._stacks) as stream:
                     print(f"no step for {silent_s:.0f} s (workers.hang_timeout_s); where every thread is:", file=stream)
                     faulthandler.dump_traceback(stream, all_threads=True)
                 os._exit(EXIT_HUNG)

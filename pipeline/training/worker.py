@@ -14,10 +14,11 @@ from typing import Any
 import ray.train
 
 from pipeline.distributed import Group, make_deterministic, pick_device
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import Failure, record_failure
+from pipeline.run.files import make_folder, open_to_append
 from pipeline.run.layout import RunFolder
+from pipeline.run.provenance import load_run_recipe
 from pipeline.run.stop import StopFile, StopRequested
 from pipeline.training.context import Observer, RunContext
 from pipeline.training.engine import prepare_deepspeed
@@ -34,8 +35,8 @@ def resolve_observer(reference: str) -> Observer:
 def log_to_file(run_folder: Path, rank: int) -> None:
     """Send all logging of this process to logs/worker-<rank>.log of the run."""
     folder = RunFolder(run_folder).logs
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"worker-{rank}.log")
+    make_folder(folder)
+    handler = logging.StreamHandler(open_to_append(folder / f"worker-{rank}.log"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -50,7 +51,7 @@ def run_worker(
     `stages` are names; the run stops once `stop_file` exists; `observer`, 'module:function', is called on every rank.
     """
     folder = Path(run_folder)
-    recipe = load_recipe(RunFolder(folder).recipe)
+    recipe = load_run_recipe(folder)
     device = pick_device(recipe.workers.device)
     train_context = ray.train.get_context()
     group = Group(train_context.get_world_rank(), train_context.get_world_size(), device)

@@ -25,8 +25,8 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointDamaged
-from pipeline.run.files import read_json
 from pipeline.run.layout import StageFolder
+from pipeline.run.records import StageResult
 
 CHUNK = 50
 """Images per chunk, unless evaluation.chunk is less: few, because an image costs as much as hundreds of PGD steps."""
@@ -68,7 +68,7 @@ def trained_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | Non
     """
     try:
         snapshot = checkpoint.read_checkpoint(
-            checkpoint.folder_of(folder, read_json(StageFolder(folder).result)["selected_step"])
+            checkpoint.folder_of(folder, StageResult.read(StageFolder(folder).result).selected_step or 0)
         )
     except CheckpointDamaged as error:
         log.warning("%s: the exported file is not compared with the trained network: %s", stage.name, error)

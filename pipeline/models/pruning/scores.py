@@ -7,11 +7,9 @@ once per optimizer step, however many forwards an attack takes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from decimal import Decimal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -20,6 +18,7 @@ from pipeline.models.network import Network
 from pipeline.models.pruning.allocation import MaskRule, mask_rule
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
+from pipeline.models.pruning.topk import masks_sha256
 from pipeline.recipe.sections import Allocation
 
 MASKABLE = (nn.Conv2d, nn.Linear)
@@ -128,9 +127,5 @@ class Scores:
         return self._rule(scores, rates)
 
     def mask_sha256(self) -> str:
-        """SHA-256 over the names, shapes and bits of all masks; independent of memory format."""
-        digest = hashlib.sha256()
-        for name, mask in sorted(self.masks().items()):
-            digest.update(f"{name} {tuple(mask.shape)}\n".encode())
-            digest.update(np.packbits(mask.cpu().contiguous().numpy()).tobytes())
-        return digest.hexdigest()
+        """See `topk.masks_sha256`."""
+        return masks_sha256(self.masks())

@@ -6,6 +6,7 @@ networks.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from decimal import Decimal
 from fractions import Fraction
@@ -56,3 +57,12 @@ def topk_mask(score: Tensor, kept: int) -> Tensor:
         ties = (magnitude == threshold).nonzero()
         mask[tuple(ties[-surplus:].T)] = False
     return mask
+
+
+def masks_sha256(masks: dict[str, Tensor]) -> str:
+    """SHA-256 over the names, shapes and bits of a network's masks; independent of memory format."""
+    digest = hashlib.sha256()
+    for name, mask in sorted(masks.items()):
+        digest.update(f"{name} {tuple(mask.shape)}\n".encode())
+        digest.update(np.packbits(mask.cpu().contiguous().numpy()).tobytes())
+    return digest.hexdigest()

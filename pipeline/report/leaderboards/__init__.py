@@ -9,7 +9,7 @@ from pipeline.report.leaderboards.adversarial_pruning import pruning_entry
 from pipeline.report.leaderboards.robustbench import model_info
 from pipeline.report.leaderboards.rules import NotAccepted, Paper
 from pipeline.report.results import RunResult
-from pipeline.run.files import atomic_write_json, atomic_write_text
+from pipeline.run.files import atomic_write_json, atomic_write_text, make_folder
 
 __all__ = ["NotAccepted", "Paper", "write_leaderboards"]
 
@@ -39,7 +39,7 @@ def write_leaderboards(run: RunResult, paper: Paper, folder: Path) -> tuple[list
         raise NotAccepted("\n  ".join([f"no leaderboard accepts {run.folder}:", *notes]))
     try:
         for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write = atomic_write_text if isinstance(content, str) else atomic_write_json
             write(path, content)
     except OSError as error:

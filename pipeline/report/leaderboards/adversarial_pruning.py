@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.result import EvaluationResult
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
@@ -94,11 +94,8 @@ def pruning_entry(run: RunResult, paper: Paper) -> dict[str, Any]:
 
 def _first_images(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
     """(clean, robust) verdicts of the first IMAGES samples; None if some were not evaluated."""
-    verdicts = path.with_suffix(".parquet")
-    if not verdicts.is_file():
-        raise ValueError(f"{verdicts} does not exist; delete {path} and evaluate again")
-    table = pq.read_table(verdicts, columns=["sample_id", "clean_correct", "robust_correct"])
-    ids, clean, robust = (table[name].to_numpy() for name in table.column_names)
+    verdicts = read_verdicts(path.with_suffix(".parquet"))
+    ids, clean, robust = (verdicts[name] for name in ("sample_id", "clean_correct", "robust_correct"))
     first = ids < IMAGES
     return (clean[first], robust[first]) if first.sum() == IMAGES else None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.run.files import atomic_write_text, naming, parse_row, read_rows
+from pipeline.run.files import atomic_write_text, naming, open_to_append, parse_row, read_rows, read_whole
 from pipeline.run.layout import StageFolder
 from pipeline.run.tracking.wandb_ids import forget_run
 from pipeline.run.tracking.wandb_mirror import Label, Level, Mirror, WandbMode
@@ -31,7 +31,7 @@ def truncate_rows(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     # A line without its newline is torn, even if it parses.
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = read_whole(path).splitlines(keepends=True)
     kept = []
     for line in lines:
         row = parse_row(line)
@@ -90,7 +90,7 @@ class Tracker:
             for row in read_rows(self._path):
                 if "kind" in row and isinstance(row.get("step"), int):
                     self._send_to_wandb(row)
-        self._stream = self._path.open("a", encoding="utf-8")
+        self._stream = open_to_append(self._path)
 
     def _send_to_wandb(self, row: Mapping[str, Any]) -> None:
         if self._mirror is None:

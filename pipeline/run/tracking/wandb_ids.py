@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from pipeline.run.files import atomic_write_text
+from pipeline.run.files import atomic_write_text, make_folder, touch
 
 
 def forget_run(folder: Path, rows: str | None = None) -> None:
@@ -27,8 +27,8 @@ def forget_run(folder: Path, rows: str | None = None) -> None:
 def run_id_of(folder: Path, rows: str) -> str:
     """The id of a folder, created on first use. `rows` describes how rows are numbered. Errors: OSError."""
     path = _path(folder)
+    make_folder(path.parent)
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
         atomic_write_text(path, f"{uuid.uuid4().hex[:16]}\n{rows}\n")
     return path.read_text(encoding="utf-8").splitlines()[0]
 
@@ -47,7 +47,8 @@ def mark_synced(folder: Path, run_id: str) -> None:
     """Once the server has all rows: `wandb sync` skips the offline files, and a later offline run starts at row 0."""
     _offline_path(folder).unlink(missing_ok=True)
     for path in (folder / "wandb").glob(f"offline-run-*-{run_id}-*/run-*.wandb"):
-        path.with_name(f"{path.name}.synced").touch()
+        if not path.parent.is_symlink():
+            touch(path.with_name(f"{path.name}.synced"))
 
 
 def _path(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.run.tracking.wandb_ids import mark_synced, offline_id_of, run_id_of
+from pipeline.run.tracking.wandb_mode import Mode, asked_mode
 
 if TYPE_CHECKING:
     import wandb
@@ -145,7 +146,7 @@ def _process_items(
 ) -> None:
     """Body of the mirror's thread."""
     try:
-        resolved_mode = _choose_mode() if mode == "auto" else mode
+        resolved_mode = choose_mode() if mode == "auto" else mode
         if resolved_mode == "disabled":
             return
         run: Any = None  # set by the first item
@@ -239,14 +240,16 @@ def _end(run: wandb.Run, label: Label, run_id: str, exit_code: int) -> None:
         mark_synced(label.folder, run_id)
 
 
-def _choose_mode() -> Literal["online", "offline", "disabled"]:
-    """Resolve "auto": WANDB_MODE if it is set, else online exactly if wandb finds credentials."""
+def choose_mode() -> Mode:
+    """Resolve "auto": what a person has asked wandb for, else online exactly if wandb finds credentials.
+
+    Errors: those of `asked_mode`.
+    """
     import wandb
     from wandb.sdk.lib import wbauth
 
-    match os.environ.get("WANDB_MODE"):
-        case "online" | "offline" | "disabled" as wanted:
-            return wanted
+    if (asked := asked_mode(os.environ, Path.cwd())) is not None:
+        return asked
     host = wandb.setup().settings.base_url
     credentials = wbauth.authenticate_session(host=host, source="pipeline", prompt=False, update_session=False)
     return "online" if credentials else "offline"

@@ -34,6 +34,10 @@ class Terminal(io.StringIO):
         return True
 
 
+RESULT = {"steps": 700, "model_sha256": "m"}
+APGD = {**EVALUATION, "images": 500, "title": "APGD", "clean_correct": 425, "robust_correct": 306}
+
+
 def train_row(step: int, loss: float = 0.91, robust: float | None = 0.612) -> str:
     row = {"kind": "train", "step": step, "epoch": 1.0, "lr": 0.1, "loss": loss, "clean_accuracy": None}
     row |= {"robust_accuracy": robust, "images": 2560, "timing": {"images_per_s": 2310.4, "seconds": 1.1}}
@@ -90,12 +94,12 @@ def test_plain_lines_of_a_whole_stage(tmp_path: Path) -> None:
         stage.json("stage.json", PLAN),
         stage.rows(train_row(230)),
         stage.rows(validation_row(235) + train_row(690, robust=None)),
-        stage.json("result.json", {"steps": 700}),
+        stage.json("result.json", RESULT),
         stage.json("evaluate/progress.json", {"attack": "honesty checks", "done": 0, "total": 100}),
         stage.json("evaluate/progress.json", {"attack": "pgd", "done": 2500, "total": 10000}),
         stage.json("evaluate/pgd.json", EVALUATION),
         stage.json("evaluate/progress.json", {"attack": "apgd", "done": 50, "total": 200}),
-        stage.json("evaluate/apgd.json", {**EVALUATION, "images": 200, "title": "APGD"}),
+        stage.json("evaluate/apgd.json", APGD),
     )
     assert text.splitlines() == [
         f"{PRUNE}  700 steps of 128 images",
@@ -107,7 +111,7 @@ def test_plain_lines_of_a_whole_stage(tmp_path: Path) -> None:
         f"{PRUNE}  pgd: 2,500/10,000 test images",
         f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 10,000 test images: PGD-20",
         f"{PRUNE}  apgd: 50/200 test images",
-        f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 200 test images: APGD",
+        f"{PRUNE}  clean 85.00 % [84.00, 86.00], robust 61.20 % [60.24, 62.15] on 500 test images: APGD",
     ]
 
 
@@ -158,7 +162,7 @@ def test_rows_and_result_of_one_moment_are_all_shown(tmp_path: Path) -> None:
         [PRUNE],
         lambda: [
             stage.rows(train_row(700))(),
-            stage.json("result.json", {"steps": 700})(),
+            stage.json("result.json", RESULT)(),
             stage.json("evaluate/pgd.json", EVALUATION)(),
         ],
     )
@@ -239,7 +243,7 @@ def test_files_that_are_being_written_are_not_errors(tmp_path: Path) -> None:
         lambda: (folder / "stage.json").write_text('{"total'),
         stage.json("stage.json", PLAN),
         lambda: (folder / "result.json").write_text(""),
-        stage.json("result.json", {"steps": 700}),
+        stage.json("result.json", RESULT),
         lambda: (folder / "evaluate" / "progress.json").write_text("{"),
         stage.remove("evaluate/progress.json"),
     )
@@ -258,7 +262,7 @@ def test_a_terminal_has_bars_and_results_above_them(tmp_path: Path) -> None:
         stage.rows(train_row(350)),
         other.json("stage.json", PLAN),
         other.rows(train_row(70)),
-        stage.json("result.json", {"steps": 700}),
+        stage.json("result.json", RESULT),
         stage.json("evaluate/progress.json", {"attack": "pgd", "done": 2500, "total": 10000}),
         stage.json("evaluate/pgd.json", EVALUATION),
         stream=Terminal(),

@@ -190,8 +190,8 @@ def test_the_file_is_compared_with_the_network_that_was_trained(run: Path, capsy
 
 
 def test_no_honesty_checks_where_the_recipe_has_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = run / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(f"honesty_images: {HONESTY_IMAGES}", "honesty_images: 0"))
+    recipe = load_recipe(run / "recipe.yaml", ["evaluation.honesty_images=0"])
+    run_folder.write_run_folder(run, recipe, {})
     _, (result,), _ = evaluate(capsys, run / STAGES[0] / "model.safetensors", "--images", 2)
     assert "honesty" not in result
 

@@ -95,7 +95,7 @@ def test_the_last_lines_of_a_file(run: Run, lines: int, end: str, block: int, mo
     monkeypatch.setattr(logs, "BLOCK", block)
     written = ["first", "", "a longer line in the middle\rof the file", "last"]
     run.log(WORKER, "\n".join([*written, end]))
-    whole = written[-lines:] if lines < 4 else written
+    whole = [line.replace("\r", "\\r") for line in (written[-lines:] if lines < 4 else written)]
     assert shown(run, lines).split("\n")[1:] == [*whole, *([end] if end else []), ""]
 
 

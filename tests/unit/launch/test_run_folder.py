@@ -15,14 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.models.load import load_network
+from ruamel.yaml import YAML
 
 from launch import run_folder
+from launch.__main__ import main
 from launch.commands.status import status_text
+from launch.slurm.submit import submit_run
 from pipeline.distributed import Group
-from pipeline.recipe.file import load_recipe, recipe_hash
+from pipeline.recipe.file import dump_recipe, dump_yaml, file_hash, load_recipe, recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.run import provenance as provenance_module
 from pipeline.run.lease import LeaseHeld, Leases
+from pipeline.run.provenance import load_run_recipe
 from pipeline.training.hardware import hardware_of
 
 NO_DATA: dict[str, str] = {}
@@ -258,3 +263,62 @@ def test_a_recipe_is_not_changed_under_those_who_run_it() -> None:
     assert (folder / "recipe.yaml").read_bytes() == before
     run_folder.open_or_create(recipe_with("workers.threads=3"), "mine", NO_DATA)
     assert load_recipe(folder / "recipe.yaml").workers.threads == 3
+
+
+def test_a_recipe_edited_under_a_run_is_refused() -> None:
+    """Its stages would be trained by two recipes. Sections that decide no result may be edited."""
+    folder = run_folder.open_or_create(recipe_with("seed=1"), "mine", NO_DATA)
+    path = folder / "recipe.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("log_every_steps: 25", "log_every_steps: 26"))
+    load_run_recipe(folder)
+    path.write_text(text.replace("seed: 1", "seed: 2"))
+    reason = (
+        "mine/recipe.yaml was edited after the run was started: .*; restore it, or start a run of the edited recipe"
+    )
+    for use in (load_run_recipe, run_folder.check_same_data, submit_run, load_network):
+        with pytest.raises(ValueError, match=reason):
+            use(folder)
+    with pytest.raises(ValueError, match=reason):
+        run_folder.open_or_create(recipe_with("seed=2"), "mine", NO_DATA)
+
+
+def test_a_recipe_resolved_by_an_older_version_is_not_edited() -> None:
+    """Its hash is of the keys that version knew; a start with the same recipe records the hash of today's keys."""
+    folder = run_folder.open_or_create(recipe_with("seed=1"), "mine", NO_DATA)
+    values = YAML(typ="safe", pure=True).load(folder / "recipe.yaml")
+    del values["evaluation"]["validation_steps"]
+    (folder / "recipe.yaml").write_text(dump_yaml(values))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    older = provenance | {"recipe_sha256": file_hash(folder / "recipe.yaml")}
+    assert older != provenance
+    (folder / "provenance.json").write_text(json.dumps(older))
+    recipe = load_run_recipe(folder)
+    assert run_folder.open_or_create(recipe, "mine", NO_DATA) == folder
+    assert json.loads((folder / "provenance.json").read_text())["recipe_sha256"] == recipe_hash(recipe)
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_resolved_recipes_file_has_the_recipes_hash(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert file_hash(tmp_path / "recipe.yaml") == recipe_hash(recipe)
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_folder, "check_data", lambda _: NO_DATA)
+    Path("runs").write_text("a file in the way, which stops even root")
+    assert main(["run", str(DEMO), "--name", "mine"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: runs/mine: Not a directory; check its permissions, or name another path\n"
+    Path("runs").unlink()
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["run", str(DEMO), "--name", "mine"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: runs/mine: Permission denied; check its permissions, or name another path\n"

@@ -67,7 +67,7 @@ class Run:
         """A stage that is trained."""
         total = self.stages[name].optimisation.epochs * PER_EPOCH
         self.begin(name, total, held_out=0.71)
-        atomic_write_json(self.folder / name / "result.json", {"stage": name, "steps": total})
+        atomic_write_json(self.folder / name / "result.json", {"stage": name, "steps": total, "model_sha256": "m"})
 
     def finish(self, *names: str) -> None:
         for name in names:
@@ -484,3 +484,14 @@ def test_the_command_shows_all_runs_or_those_it_is_given(run: Run, capsys: pytes
     unknown = parser.parse_args(["status", "third"])
     with pytest.raises(ValueError, match="third: no such run; runs here: mine, second"):
         unknown.handler(unknown)
+
+
+def test_a_strangers_failure_does_not_control_the_terminal(
+    run: Run, squeue: Squeue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_failure(run.folder, Failure("a", 0, DENSE, 3, "\x1b]0;title\x07\x1b[2J boom \u202e"))
+    run.begin(PRUNE)
+    assert status._status(argparse.Namespace(runs=["mine"])) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07\\x1b[2J boom \\u202e" in out
+    assert not {"\x1b", "\x07", "\u202e"} & set(out)

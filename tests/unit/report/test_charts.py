@@ -33,6 +33,7 @@ from pipeline.report.comparison import differences
 from pipeline.report.history import read_history
 from pipeline.report.results import RunResult, certified_curves, compare_all, read_runs
 from pipeline.report.run_charts import draw_layers, layer_chart, training_charts
+from pipeline.run.records import KeptCount
 from tests.unit.report.test_page import write_history
 from tests.unit.report.test_report import ACCURACY, OTHERS, edit, png_size, write_run
 
@@ -177,17 +178,18 @@ def test_certified_curves_have_bands_and_the_eps_of_the_threat_model(tmp_path: P
 
 def test_a_loss_that_is_not_finite_leaves_a_gap(run: RunResult) -> None:
     histories = read_history(run)
-    rows = [row for row in histories[0].rows if row["kind"] == "train"]
-    rows[2]["loss"], rows[3]["loss"] = math.nan, math.inf
-    loss = training_charts(run, histories, run.recipe.sparsity.keep_fractions[0])[0].svg()
-    root = ET.fromstring(loss)
+    places = [place for place, row in enumerate(histories[0].rows) if row.kind == "train"]
+    for place, loss in ((places[2], math.nan), (places[3], math.inf)):
+        histories[0].rows[place] = histories[0].rows[place].model_copy(update={"loss": loss})
+    chart = training_charts(run, histories, run.recipe.sparsity.keep_fractions[0])[0].svg()
+    root = ET.fromstring(chart)
     dense = next(group for group in root if group.get("class") == "line dense")
     assert dense[0].attrib["d"].count("M") == 2
     assert not re.search("nan|inf", dense[0].attrib["d"])
 
 
 def test_charts_grow_with_the_number_of_layers(run: RunResult) -> None:
-    layers = [{"name": f"layer{i}", "kept": 10 * (i + 1), "total": 1000} for i in range(54)]
+    layers = tuple(KeptCount(name=f"layer{i}", kept=10 * (i + 1), total=1000) for i in range(54))
     networks = [n for n in run.networks if n.name == "HYDRA"]
     large = RunResult(run.folder, run.recipe, [type(n)(**{**vars(n), "layers": layers}) for n in networks])
     chart = layer_chart(large, Decimal("0.1"))

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch.__main__ import main
+from pipeline.evaluation.measures.base import summarise
 from pipeline.recipe.file import dump_recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.report.leaderboards.robustbench import LIST_SHA256
@@ -56,14 +57,13 @@ def write_autoattack(folder: Path, ids: np.ndarray, seed: int, **more: Any) -> t
     robust = clean & (generator.random(len(ids)) < 0.6)
     facts: dict[str, Any] = {"attack": "autoattack", "title": "AutoAttack (standard)", "settings": settings("8/255")}
     facts |= {"chunk": 250, "model_sha256": folder.as_posix(), "data_sha256": "d" * 64, "images": len(ids)}
-    facts |= {"flags": {"randomised": 0, "other": 0}}
-    for kind, correct in (("clean", clean), ("robust", robust)):
-        interval = {"value": float(correct.mean()), "low": 0.0, "high": 1.0}
-        facts |= {f"{kind}_correct": int(correct.sum()), f"{kind}_accuracy": interval}
+    columns = {"sample_id": ids, "clean_correct": clean, "robust_correct": robust}
+    for flag, images in more.pop("flags", {"randomised": 0, "other": 0}).items():
+        columns[f"flag_{flag}"] = np.arange(len(ids)) < images
+    facts |= summarise(columns)
     (folder / "evaluate").mkdir(parents=True, exist_ok=True)
     path = folder / "evaluate" / f"autoattack-{seed:08x}.json"
     path.write_text(json.dumps(facts | more))
-    columns = {"sample_id": ids, "clean_correct": clean, "robust_correct": robust}
     pq.write_table(pa.table(columns), path.with_suffix(".parquet"))
     return clean, robust
 

@@ -28,6 +28,7 @@ from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.evaluation.statistics import paired_interval, wilson_interval
 from pipeline.models import build_network
 from pipeline.models.export import write_model
+from pipeline.models.state import layer_counts
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.objective import TECHNIQUES
 from pipeline.recipe.stages import stages_of
@@ -42,6 +43,7 @@ from pipeline.report.pictures import example_cards
 from pipeline.report.results import NetworkResult, compare_all, read_runs
 from pipeline.report.run_charts import MOST_POINTS, training_charts
 from pipeline.robustness.objectives import ObjectiveInput, build_objective
+from pipeline.run.files import sha256_of
 from tests.support.techniques import usual_objective
 from tests.unit.report.test_report import ACCURACY, IMAGES, RECIPE, edit, evaluation, verdicts, write_run
 
@@ -668,6 +670,9 @@ def test_examples_are_on_the_page(tmp_path: Path, fashion_data: Path) -> None:
     network = build_network(recipe.model, 0, recipe.data.image_size)
     model = run / "keep-0.01/finetune/model.safetensors"
     write_model(model, network.backbone.state_dict(), recipe.model, {"image_size": 28})
+    facts = {"model_sha256": sha256_of(model)}
+    edit(run / "keep-0.01/finetune/evaluate/pgd.json", lambda values: values.update(facts))
+    edit(run / "keep-0.01/finetune/result.json", lambda values: values.update(facts, layers=layer_counts(network)))
     assert "the test file has changed since the evaluation" in page_of([run]).text
     sha256 = json.loads((fashion_data / "test.beton.manifest.json").read_text())["sha256"]
     for stage in ACCURACY:
@@ -700,7 +705,7 @@ def test_examples_are_on_the_page(tmp_path: Path, fashion_data: Path) -> None:
 def test_large_images_are_compressed() -> None:
     noise = np.random.default_rng(0).random((1, 3, 224, 224), np.float32)
     one, sure = np.zeros(1, np.int64), np.ones(1, np.float32)
-    network = NetworkResult(Path(), "keep-0.1/finetune", "HYDRA", Decimal("0.1"), None, [])
+    network = NetworkResult(Path(), "keep-0.1/finetune", "HYDRA", Decimal("0.1"), None, ())
     batch = Examples(one, one, noise, np.clip(noise + 0.01, 0, 1), one, one, sure, sure)
     (card,) = example_cards(RunExamples(network, "PGD", [STRANGE], batch))
     assert card["clean"].startswith("data:image/jpeg")

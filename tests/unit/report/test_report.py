@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from matplotlib.colors import same_color
 from matplotlib.container import ErrorbarContainer
+from safetensors.torch import save_file
 
 from launch.__main__ import main
 from pipeline.evaluation.statistics import wilson_interval
-from pipeline.recipe.file import dump_recipe, load_recipe
+from pipeline.models.pruning.topk import masks_sha256
+from pipeline.recipe.file import dump_recipe, load_recipe, recipe_hash
 from pipeline.report import wandb_report
 from pipeline.report.build import build_report
 from pipeline.report.charts import accuracy_figure
 from pipeline.report.results import compare_all, read_runs
+from pipeline.run.files import sha256_of
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"
 IMAGES = 2000
@@ -88,12 +93,27 @@ def write_run(
         columns["clean_prediction"] = np.where(clean, labels, (labels + 1) % 10)
         if measure == "certified":
             columns["radius"] = np.where(clean, 0.5 * np.clip(1 - hardness, 0, 1), 0.0)
+            columns["clean_prediction"] = np.zeros(IMAGES, np.int64)
         pq.write_table(pa.table(columns), path / "evaluate" / f"{measure}.parquet")
         keep = stage.split("/")[0].removeprefix("keep-") if "/" in stage else None
         kept = {name: total if keep is None else math.ceil(float(keep) * total) for name, total in LAYERS.items()}
         layers = [{"name": name, "kept": kept[name], "total": total} for name, total in LAYERS.items()]
         (path / "result.json").write_text(json.dumps({"stage": stage, "model_sha256": model, "layers": layers}))
     return folder
+
+
+def save_evaluation(path: Path, facts: dict[str, Any], clean: int, robust: int, **columns: np.ndarray) -> None:
+    """A further evaluation with its verdicts: the first images are correct."""
+    images = facts["images"]
+    first = {f"{name}_correct": np.arange(images) < count for name, count in (("clean", clean), ("robust", robust))}
+    for name, count in (("clean", clean), ("robust", robust)):
+        low, high = wilson_interval(count, images)
+        facts = facts | {
+            f"{name}_correct": count,
+            f"{name}_accuracy": {"value": count / images, "low": low, "high": high},
+        }
+    path.write_text(json.dumps(facts))
+    pq.write_table(pa.table({"sample_id": np.arange(images), **first, **columns}), path.with_suffix(".parquet"))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -342,25 +362,41 @@ def test_further_attacks_have_a_separate_table(tmp_path: Path, no_pictures: None
     folder = run / "keep-0.01" / "finetune" / "evaluate"
     own = json.loads((folder / "pgd.json").read_text())
     square = own | {"attack": "square", "title": "Square attack, linf eps 1/10", "images": 200}
-    square |= {"robust_correct": 131, "robust_accuracy": {"value": 0.655, "low": 0.5868, "high": 0.7174}}
     square["flags"] = {"randomised": 200, "dynamic": 0, "other": 100}
-    (folder / "square-0123abcd.json").write_text(json.dumps(square))
-    (folder / "apgd.json").write_text(json.dumps(square | {"title": "APGD", "attack": "apgd", "flags": {"other": 0}}))
-    (folder / "stale.json").write_text(json.dumps(square | {"model_sha256": "of what was there before"}))
+    flags = {f"flag_{flag}": np.arange(200) < images for flag, images in square["flags"].items()}
+    save_evaluation(folder / "square-0123abcd.json", square, 166, 131, **flags)
+    apgd = square | {"title": "APGD", "attack": "apgd", "flags": {"other": 0}}
+    save_evaluation(folder / "apgd.json", apgd, 166, 131, flag_other=np.zeros(200, bool))
+    (folder / "stale.json").write_text((folder / "apgd.json").read_text().replace(own["model_sha256"], "before"))
     (folder / "torn.json").write_text(json.dumps(square)[:40])
+    edited = square | {"title": "Edited", "flags": None}
+    save_evaluation(folder / "edited.json", edited, 166, 131)
+    edit(
+        folder / "edited.json",
+        lambda facts: facts.update(robust_correct=198, robust_accuracy=dict.fromkeys(("value", "low", "high"), 0.99)),
+    )
     (folder / "progress.json").write_text(json.dumps({"attack": "apgd", "done": 1, "total": 2}))
     text = build_report([run])
     assert text.startswith(plain)
-    header, apgd, black_box = text.removeprefix(plain).strip().splitlines()
+    header, apgd, black_box, changed, torn = text.removeprefix(plain).strip().splitlines()
     assert re.split(r"  +", header)[::8] == ["attack", "warnings"]
     assert re.fullmatch(r"APGD +200 +0 +HYDRA +99 % +\d\d\.\d\d +65\.50 +\[58\.68, 71\.74\]", apgd)
     assert black_box.startswith("Square attack, linf eps 1/10")
     assert black_box.endswith("65.50  [58.68, 71.74]  randomised other")
+    assert re.match(r"edited +0 +HYDRA +99 % +missing +missing +", changed)
+    assert (
+        f"{folder}/edited.json is damaged: its robust_correct is 198, and its verdicts give 131; delete it" in changed
+    )
+    assert re.match(r"torn +0 +HYDRA +99 % +missing +missing +", torn)
+    assert f"{folder}/torn.json cannot be read: " in torn
     rows = read_csv(run / "report" / "further_attacks.csv")
     assert [(r["attack"], r["keep_fraction"], r["images"], r["robust_correct"], r["flags"]) for r in rows] == [
         ("apgd", "0.01", "200", "131", ""),
         ("square", "0.01", "200", "131", "randomised other"),
+        ("", "0.01", "", "", ""),
+        ("", "0.01", "", "", ""),
     ]
+    assert [bool(row["missing"]) for row in rows] == [False, False, True, True]
 
 
 def test_corruptions_have_a_mean_per_severity(tmp_path: Path, no_pictures: None) -> None:
@@ -369,9 +405,15 @@ def test_corruptions_have_a_mean_per_severity(tmp_path: Path, no_pictures: None)
     facts = json.loads((folder / "pgd.json").read_text())
     facts |= {"attack": "corruptions", "title": "all of 18 corruptions at severities 1 to 5, constants of ImageNet-C"}
     earlier = facts | {"title": "all of 8 corruptions", "mean_corruption_accuracy": 0.7}  # without values per severity
-    (folder / "corruptions-1.json").write_text(json.dumps(earlier))
-    facts |= {"severity_accuracy": [0.81, 0.7, 0.6, 0.5, 0.4], "mean_corruption_accuracy": 0.602}
-    (folder / "corruptions.json").write_text(json.dumps(facts))
+    save_evaluation(folder / "corruptions-1.json", earlier, 1700, 1204)
+    accuracy = [0.81, 0.7, 0.6, 0.5, 0.4]
+    facts |= {
+        "corruption_accuracy": {"blur": accuracy},
+        "severity_accuracy": accuracy,
+        "mean_corruption_accuracy": 0.602,
+    }
+    columns = {f"right_blur_{i + 1}": np.arange(IMAGES) < share * IMAGES for i, share in enumerate(accuracy)}
+    save_evaluation(folder / "corruptions.json", facts, 1700, 1204, **columns)
     _, table = build_report([run]).removeprefix(plain).strip().split("\n\n")
     header, row = table.splitlines()
     assert re.split(r"  +", header)[5:] == ["severity 1", "severity 2", "severity 3", "severity 4", "severity 5", "all"]
@@ -389,7 +431,8 @@ def test_honesty_warnings_of_another_attack_are_shown(tmp_path: Path, no_picture
     plain, folder = build_report([run]), run / "keep-0.01" / "finetune" / "evaluate"
     facts = json.loads((folder / "pgd.json").read_text()) | {"title": "APGD", "attack": "apgd", "flags": {"other": 1}}
     checks = [{"name": name, "verdict": name[:4], "figure": ""} for name in ("warning", "passing", "warned")]
-    (folder / "apgd.json").write_text(json.dumps(facts | {"honesty": {"images": 100, "checks": checks}}))
+    facts |= {"honesty": {"images": 100, "checks": checks}}
+    save_evaluation(folder / "apgd.json", facts, 1700, 1204, flag_other=np.arange(IMAGES) < 1)
     (folder / "honesty.json").write_text(json.dumps(facts | {"attack": "honesty", "checks": checks}))
     _, row = build_report([run]).removeprefix(plain).strip().splitlines()
     assert row.endswith("  other; honesty: warning, warned")
@@ -424,3 +467,96 @@ def test_runs_that_cannot_be_written(
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(rf"error: the report cannot be written: .*{theirs}/report.*; .* one of your own first\n", err)
+
+
+def refused(run: Path, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build_report([run])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_numbers_that_are_not_the_verdicts_are_refused(tmp_path: Path) -> None:
+    """An accuracy of 99.00 that somebody typed is never printed."""
+    run = write_run(tmp_path / "demo")
+    path = run / "keep-0.1" / "finetune" / "evaluate" / "pgd.json"
+    original, parquet = path.read_text(), path.with_suffix(".parquet").read_bytes()
+    edit(path, lambda facts: facts["robust_accuracy"].update(value=0.99))
+    refused(run, f"{path} is damaged: .*robust_accuracy is not that of .* of 2000 images; delete it and evaluate again")
+    edit(path, lambda facts: facts.update(robust_correct=1980, robust_accuracy={"value": 0.99, "low": 0.98, "high": 1}))
+    refused(run, f"{path} is damaged: its robust_correct is 1980, and its verdicts give ")
+    path.write_text(original.replace('"value": ', '"value": NaN, "was": ', 1))
+    refused(run, f"{path} cannot be read: it has the number NaN")
+    path.write_text(original)
+    edit(path, lambda facts: facts.update(attack="../../../../elsewhere/pgd"))
+    refused(run, f"{path} is damaged: attack: String should match pattern")
+    edit(path, lambda facts: facts.update(attack="square"))
+    refused(run, f"{path} is damaged: its attack is square, not pgd; delete it and resume the run")
+    path.write_text(original)
+    path.with_suffix(".parquet").write_bytes(parquet[: len(parquet) // 2])
+    refused(run, r"pgd\.parquet (is damaged|cannot be read): .*; delete it with its \.json and evaluate again")
+    verdicts = pq.read_table(pa.BufferReader(parquet))
+    pq.write_table(verdicts.slice(0, 1000), path.with_suffix(".parquet"))
+    refused(run, f"{path} is damaged: its images is 2000, and its verdicts give 1000")
+    pq.write_table(verdicts.drop_columns(["robust_correct"]), path.with_suffix(".parquet"))
+    refused(run, r"pgd\.parquet is damaged: it has no usable column robust_correct")
+    path.with_suffix(".parquet").unlink()
+    refused(run, r"pgd\.parquet, the verdicts of an evaluation, does not exist; delete it with its \.json")
+    path.with_suffix(".parquet").write_bytes(parquet)
+    build_report([run])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_network_that_is_not_the_stages_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    stage = run / "keep-0.1" / "finetune"
+    tensors = {name: torch.zeros(total) for name, total in LAYERS.items()}
+    for name, total in LAYERS.items():
+        tensors[name][: math.ceil(0.1 * total)] = 1.0
+    save_file(tensors, stage / "model.safetensors")
+    refused(run, f"{stage}/model.safetensors is not the network that the stage exported")
+    facts = {"model_sha256": sha256_of(stage / "model.safetensors")}
+    edit(stage / "evaluate" / "pgd.json", lambda values: values.update(facts))
+    facts["mask_sha256"] = masks_sha256({name: tensor != 0 for name, tensor in tensors.items()})
+    edit(stage / "result.json", lambda values: values.update(facts))
+    build_report([run])
+    for kept in (1, 20_000):
+        edit(stage / "result.json", lambda values, kept=kept: values["layers"][2].update(kept=kept))
+        reason = f"it says that conv3.weight keeps {kept:,} of 73,728 connections, and model.safetensors has 7,373 of"
+        refused(run, f"{stage}/result.json is damaged: {reason}")
+    edit(stage / "result.json", lambda values: values["layers"][2].update(kept=80_000))
+    refused(run, f"{stage}/result.json is damaged: layers.2: Value error, 80000 of 73728 connections cannot be kept")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_copy_under_another_seed_is_named(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first")
+    copy = Path(shutil.copytree(first, tmp_path / "copy"))
+    (copy / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, ["seed=1"])))
+    with pytest.raises(
+        ValueError, match=f"{first}/pretrain and {copy}/pretrain have the same network, so one is a copy"
+    ):
+        build_report([first, copy])
+    facts = {"recipe_sha256": recipe_hash(load_recipe(RECIPE))}
+    (copy / "provenance.json").write_text(json.dumps(facts))
+    refused(copy, f"{copy}/recipe.yaml was edited after the run was started.*restore it, or start a run")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", ["report.html", "robust_accuracy.csv", "kept_fraction.csv", "wandb", ""])
+def test_a_report_is_not_written_through_links(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run, outside = write_run(tmp_path / "demo", overrides=("tracking.wandb=offline",)), tmp_path / "outside"
+    if name in ("", "wandb"):
+        outside.mkdir()
+    else:
+        outside.write_text("mine")
+    if name:
+        (run / "report").mkdir()
+    (run / "report" / name).symlink_to(outside)
+    code = main(["report", str(run)])
+    assert code == (2 if name in ("", "wandb") else 0)
+    if name in ("", "wandb"):
+        assert not list(outside.iterdir())
+        assert f"{run / 'report' / name} is a link, and what is written there would leave" in capsys.readouterr().err
+    else:
+        assert outside.read_text() == "mine"
+        assert not (run / "report" / name).is_symlink()

@@ -19,7 +19,7 @@ from pipeline.report.results import compare, read_runs
 from pipeline.report.wandb_report import CHART, log_report
 from tests.support.commands import ROOT
 from tests.support.wandb_files import Recorded, recorded
-from tests.unit.report.test_report import ACCURACY, LAYERS, edit, write_run
+from tests.unit.report.test_report import ACCURACY, LAYERS, save_evaluation, write_run
 from tests.unit.training.test_stage_tracking import HOST, SECRET
 
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
@@ -159,7 +159,8 @@ def test_a_changed_report_is_a_new_run(finished: Path) -> None:
     first = logged(finished)
     log_report(finished, alone=True)
     assert logged(finished).folder == first.folder
-    edit(finished / "pretrain" / "evaluate" / "pgd.json", lambda v: v["robust_accuracy"].update(value=0.25))
+    path = finished / "pretrain" / "evaluate" / "pgd.json"
+    save_evaluation(path, json.loads(path.read_text()), 1700, 500)
     log_report(finished, alone=True)
     second = logged(finished)
     assert second.run_id != first.run_id
@@ -194,11 +195,15 @@ def test_an_unlogged_report_is_logged_later(finished: Path, monkeypatch: pytest.
     log_report(finished, alone=True)
     first = logged(finished)
     recipe.write_text(recipe.read_text().replace("wandb: offline", "wandb: auto"))
-    edit(finished / "pretrain" / "evaluate" / "pgd.json", lambda v: v["robust_accuracy"].update(value=0.25))
+    path = finished / "pretrain" / "evaluate" / "pgd.json"
+    save_evaluation(path, json.loads(path.read_text()), 1700, 500)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log_report(finished, alone=True)
     assert logged(finished).folder == first.folder
     monkeypatch.delenv("WANDB_MODE")
+    log_report(finished, alone=True)
+    assert logged(finished).folder == first.folder, "without a key, an offline run is made only where one is asked for"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
     log_report(finished, alone=True)
     assert logged(finished).run_id != first.run_id
 

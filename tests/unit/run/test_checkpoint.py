@@ -501,14 +501,14 @@ def test_an_unreadable_checkpoint_does_not_count_as_damaged(tmp_path: Path, monk
     """Resuming from an older one would delete it."""
     for step in (5, 10):
         checkpoint.write_checkpoint(tmp_path, snapshot(step))
-    real = Path.read_bytes
+    real = checkpoint.read_regular
 
-    def read_bytes(path: Path) -> bytes:
+    def read_regular(path: Path) -> bytes:
         if path == checkpoint.folder_of(tmp_path, 10) / "MANIFEST.json":
             raise OSError(errno.EACCES, "not now")
         return real(path)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(checkpoint, "read_regular", read_regular)
     with pytest.raises(OSError, match="not now"):
         checkpoint.read_newest_checkpoint(tmp_path)
 

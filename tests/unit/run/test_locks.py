@@ -125,3 +125,16 @@ def test_child_processes_do_not_inherit_the_lock(tmp_path: Path) -> None:
         pass
     child.communicate(b"\n", DEADLINE_S)
     assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_a_lock_is_neither_followed_nor_emptied(tmp_path: Path) -> None:
+    """A stranger's run may have a link there, whose target must keep its content."""
+    outside, path = tmp_path / "outside", tmp_path / "lock"
+    outside.write_text("mine")
+    path.symlink_to(outside)
+    with pytest.raises(OSError, match="it is a link, and links are not written through; remove it"), exclusive(path):
+        pytest.fail("the link was followed")
+    assert outside.read_text() == "mine"
+    with exclusive(outside):
+        pass
+    assert outside.read_text() == "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.run import failures
 from pipeline.run import stop as stop_module
 from pipeline.run.failures import Failure, read_failures, record_failure, repeated_failure
 from pipeline.run.stop import StopFile
@@ -98,9 +100,13 @@ def test_two_ranks_of_one_attempt_are_not_a_repetition(tmp_path: Path) -> None:
     assert repeated_failure(run_with(tmp_path, failure("a", rank=0), failure("a", rank=1)), "a") is None
 
 
-def test_a_failure_that_cannot_be_recorded_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "failures.jsonl").symlink_to("/dev/full")
+def test_a_failure_that_cannot_be_recorded_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(failures, "open_to_append", full)
     record_failure(tmp_path, failure("a"))
     assert "NonFinite: nan" in caplog.text
     assert "No space left on device" in caplog.text

@@ -203,7 +203,7 @@ def test_no_call_waits_for_a_server_that_accepts_and_never_responds(
 def test_auto_is_online_exactly_with_a_key(monkeypatch: pytest.MonkeyPatch, variable: str | None, mode: str) -> None:
     if variable:
         monkeypatch.setenv(variable, KEY)
-    assert wandb_mirror._choose_mode() == mode
+    assert wandb_mirror.choose_mode() == mode
 
 
 def test_auto_finds_a_netrc_key_and_obeys_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,6 +211,6 @@ def test_auto_finds_a_netrc_key_and_obeys_wandb_mode(monkeypatch: pytest.MonkeyP
     netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    assert wandb_mirror._choose_mode() == "online"
+    assert wandb_mirror.choose_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mirror._choose_mode() == "disabled"
+    assert wandb_mirror.choose_mode() == "disabled"
