@@ -18,7 +18,7 @@ from pipeline.distributed import Group
 from pipeline.recipe.file import dump_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
-from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, read_json_if_there, read_rows
+from pipeline.run.files import atomic_write_json, atomic_write_text, read_json, read_rows
 from pipeline.run.lease import Leases
 from pipeline.run.provenance import CPUS, processor_model
 from pipeline.training.context import RunContext
@@ -109,7 +109,7 @@ def main() -> None:
         root.mkdir()
         write_fashion_data(data)
         section = {"torch": torch.__version__, "recipes": run_golden_recipes(data, root)}
-    sections, change = replace_section(read_json_if_there(FILE) or {}, processor(), section)
+    sections, change = replace_section(read_json(FILE) if FILE.exists() else {}, processor(), section)
     atomic_write_json(FILE, sections)
     print(f"{FILE}: {change}")
 

@@ -48,7 +48,8 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
             for section in inner:  # the members of a union
                 own = keys_of(section, f"{prefix}{name}.")
                 if len(inner) > 1:
-                    own[f"{prefix}{name}.name"] = REQUIRED if field.is_required() else field.default.name
+                    default = field.get_default(call_default_factory=True)
+                    own[f"{prefix}{name}.name"] = REQUIRED if field.is_required() else default.name
                 assert own == own | {key: keys[key] for key in keys.keys() & own.keys()}, (
                     "they agree in what they share"
                 )

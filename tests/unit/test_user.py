@@ -20,7 +20,7 @@ import getpass, os
 from pathlib import Path
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 import torch._dynamo.config
-import pipeline.models.load
+import pipeline.evaluation.load
 print(getpass.getuser(), Path.home(), os.path.basename(default_cache_dir()))
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.models.load import load_network
+from pipeline.evaluation.load import load_network
 from ruamel.yaml import YAML
 
 from launch import run_folder
