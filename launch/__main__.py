@@ -98,6 +98,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _reason(error: OSError) -> str:
     if error.filename is None:
         return f"{type(error).__name__}: {error}"
@@ -109,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class or file may have a name that the terminal's encoding lacks. Standard error does this by itself.
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:

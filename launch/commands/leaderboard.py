@@ -8,6 +8,7 @@ from typing import Any
 
 from launch import run_folder
 from pipeline.run.layout import RunFolder
+from pipeline.run.printable import printable
 
 ID = r"[A-Za-z0-9-]+"
 EXAMPLE = """\
@@ -51,5 +52,5 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     for path in files:
         print(path)
     for reason in left_out:
-        print(f"not for {reason}")
+        print(printable(f"not for {reason}"))
     return 0

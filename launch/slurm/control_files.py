@@ -29,6 +29,7 @@ from pipeline.run.files import (
     make_folder,
     open_to_append,
     read_rows,
+    read_whole,
     touch,
 )
 from pipeline.run.records import Record
@@ -109,7 +110,7 @@ class ControlFiles:
     def failure(self, generation: int) -> str | None:
         """Why a generation ended, if that was recorded."""
         path = self.folder / f"failed-{generation}"
-        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+        return read_whole(path).decode(errors="replace").strip() if path.exists() else None
 
     def last_failure(self) -> str | None:
         """Of the newest generation that has one."""
@@ -123,7 +124,7 @@ class ControlFiles:
         """Whether the node's last heartbeat, if any, is older than the deadline. The nodes' clocks must agree."""
         path = self.folder / f"alive-{node}"
         try:
-            return time.time() - float(path.read_text()) > deadline_s
+            return time.time() - float(read_whole(path)) > deadline_s
         except (OSError, ValueError):
             return False
 

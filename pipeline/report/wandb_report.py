@@ -23,7 +23,7 @@ from pipeline.report.examples import RunExamples, examples_of
 from pipeline.report.extra_evaluations import extra_rows
 from pipeline.report.pictures import amplified, captions, pixels_of
 from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
-from pipeline.run.files import atomic_write_text, make_folder
+from pipeline.run.files import atomic_write_text, make_folder, read_whole
 from pipeline.run.layout import RunFolder
 from pipeline.run.provenance import config_of
 from pipeline.run.tracking.wandb_ids import forget_run
@@ -55,7 +55,7 @@ def log_report(run_folder: Path, alone: bool) -> None:
     rows, tables, digest_file, page = accuracy_rows(run), report_tables(run), folder / "wandb" / "said", folder / PAGE
     numbers = _digest(json.dumps([rows, tables]))
     page_digest = _digest(page.read_text(encoding="utf-8")) if alone else ""
-    last_digests = digest_file.read_text(encoding="utf-8").splitlines() if digest_file.exists() else []
+    last_digests = read_whole(digest_file).decode(errors="replace").splitlines() if digest_file.exists() else []
     if last_digests[:1] == [numbers] and page_digest in ("", *last_digests[1:]):
         return
     old_folders = set((folder / "wandb").glob("offline-run-*"))

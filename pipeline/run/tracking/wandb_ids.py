@@ -8,10 +8,13 @@ runs, each with all rows.
 
 from __future__ import annotations
 
+import re
 import uuid
 from pathlib import Path
 
-from pipeline.run.files import atomic_write_text, make_folder, touch
+from pipeline.run.files import atomic_write_text, make_folder, read_whole, touch
+
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def forget_run(folder: Path, rows: str | None = None) -> None:
@@ -20,7 +23,7 @@ def forget_run(folder: Path, rows: str | None = None) -> None:
     Must be called before the file of rows changes, even while wandb is disabled. Errors: OSError.
     """
     path = _path(folder)
-    if path.is_file() and (rows is None or path.read_text(encoding="utf-8").splitlines()[1:] != [rows]):
+    if path.is_file() and (rows is None or _lines(path)[1:] != [rows]):
         path.unlink()
 
 
@@ -28,16 +31,16 @@ def run_id_of(folder: Path, rows: str) -> str:
     """The id of a folder, created on first use. `rows` describes how rows are numbered. Errors: OSError."""
     path = _path(folder)
     make_folder(path.parent)
-    if not path.exists():
+    if not path.exists() or not ID.fullmatch(_lines(path)[0]):
         atomic_write_text(path, f"{uuid.uuid4().hex[:16]}\n{rows}\n")
-    return path.read_text(encoding="utf-8").splitlines()[0]
+    return _lines(path)[0]
 
 
 def offline_id_of(folder: Path, run_id: str) -> str:
     """The id of the offline run of a folder, valid until `mark_synced`. Errors: OSError."""
     path = _offline_path(folder)
-    offline_id = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    if not offline_id.startswith(f"{run_id}-"):
+    offline_id = _lines(path)[0] if path.exists() else ""
+    if not ID.fullmatch(offline_id.removeprefix(f"{run_id}-")):
         offline_id = f"{run_id}-{uuid.uuid4().hex[:8]}"
         atomic_write_text(path, offline_id + "\n")
     return offline_id
@@ -49,6 +52,11 @@ def mark_synced(folder: Path, run_id: str) -> None:
     for path in (folder / "wandb").glob(f"offline-run-*-{run_id}-*/run-*.wandb"):
         if not path.parent.is_symlink():
             touch(path.with_name(f"{path.name}.synced"))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of ids, at least one. Errors: OSError or ValueError if it cannot be read."""
+    return read_whole(path).decode("utf-8", errors="replace").splitlines() or [""]
 
 
 def _path(folder: Path) -> Path:

@@ -73,7 +73,7 @@ class Mirror:
         # Not in the thread, which may lag behind: the id on disk must never belong to rows that were dropped.
         try:
             self._put("begin", (run_id_of(self._label.folder, self._label.rows), tag))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._put("fail", error)
 
     def row(self, number: int, values: Mapping[str, float]) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.evaluation.load import load_network
 from ruamel.yaml import YAML
 
 from launch import run_folder
@@ -23,6 +22,7 @@ from launch.__main__ import main
 from launch.commands.status import status_text
 from launch.slurm.submit import submit_run
 from pipeline.distributed import Group
+from pipeline.evaluation.load import load_network
 from pipeline.recipe.file import dump_recipe, dump_yaml, file_hash, load_recipe, recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.run import provenance as provenance_module
