@@ -154,7 +154,7 @@ class _Run:
         rows = self._list(StageFolder(folder).metrics, read_metric_rows)
         held_out = [row.robust_accuracy for row in rows if row.kind == "validation" and row.robust_accuracy is not None]
         tested = self._read(StageFolder(folder).evaluation(stage.measure), _interval) if stage.measure else None
-        attacked = self._read(StageFolder(folder).evaluation_progress, _images_done)
+        attacked = self._read(StageFolder(folder).evaluation_progress, EvaluationProgress.parse)
         return _Part(
             stage,
             done,
@@ -165,17 +165,15 @@ class _Run:
             step=max((row.step for row in rows), default=0),
             speed=next((row.timing.images_per_s or 0.0 for row in reversed(rows) if row.kind == "train"), 0.0),
             robust=tested or (f"{100 * held_out[-1]:.1f} held-out" if held_out else "-"),
-            attacked=attacked or (0, 0),
+            attacked=(attacked.done, attacked.total) if attacked else (0, 0),
         )
 
     def _how_it_ended(self, name: str) -> tuple[int, str] | None:
         """(exit code, message) of the newest start of the newest job of this name; None unless it ended for good."""
         job = self.jobs[name].id
         # An array task, 12_3, runs under a job id of its own, which is not lower than the array's.
-        numbers = [
-            number for job_name, number in self.starts if job_name == name and number >= int(job.partition("_")[0])
-        ]
-        job = str(numbers[-1]) if numbers else job
+        first = int(job.partition("_")[0])
+        job = str(next((number for group, number in reversed(self.starts) if group == name and number >= first), job))
         restarts = [path.name.rpartition("-")[2] for path in (self.folder / "control").glob(f"{job}-*")]
         newest = max((int(restart) for restart in restarts if restart.isdigit()), default=0)
         ended = self.folder / "control" / f"{job}-{newest}" / "ended.json"
@@ -297,8 +295,3 @@ def _interval(evaluation: Any) -> str:
 
 def _living_token(lease: Any) -> str | None:
     return None if is_stale(holder := parse_holder(lease)) else holder.token
-
-
-def _images_done(value: Any) -> tuple[int, int]:
-    progress = EvaluationProgress.parse(value)
-    return progress.done, progress.total
