@@ -243,7 +243,18 @@ def _read_run(folder: Path) -> RunResult:
         name = NETWORK_OF_PHASE[stage.phase]
         layers, model = (result.layers, result.model_sha256) if result else ((), None)
         networks.append(NetworkResult(stage_folder, stage.name, name, keep, evaluation, layers, model))
+    _check_same_layers([network for network in networks if network.layers])
     return RunResult(folder, recipe, networks)
+
+
+def _check_same_layers(networks: list[NetworkResult]) -> None:
+    for network in networks[1:]:
+        first, other = ([(layer.name, layer.total) for layer in n.layers] for n in (networks[0], network))
+        if first != other:
+            raise ValueError(
+                f"{networks[0].folder / 'result.json'} and {network.folder / 'result.json'} list different layers, so "
+                "one of them is damaged; restore it"
+            )
 
 
 def _hash_without_seed(recipe: Recipe) -> str:

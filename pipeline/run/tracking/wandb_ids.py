@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.run.files import atomic_write_text, make_folder, read_whole, touch
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""An id; anything else in its file is damage, and a new one is made."""
 
 
 def forget_run(folder: Path, rows: str | None = None) -> None:
@@ -40,7 +41,7 @@ def offline_id_of(folder: Path, run_id: str) -> str:
     """The id of the offline run of a folder, valid until `mark_synced`. Errors: OSError."""
     path = _offline_path(folder)
     offline_id = _lines(path)[0] if path.exists() else ""
-    if not ID.fullmatch(offline_id.removeprefix(f"{run_id}-")):
+    if not offline_id.startswith(f"{run_id}-") or not ID.fullmatch(offline_id):
         offline_id = f"{run_id}-{uuid.uuid4().hex[:8]}"
         atomic_write_text(path, offline_id + "\n")
     return offline_id

@@ -523,6 +523,9 @@ def test_a_network_that_is_not_the_stages_is_refused(tmp_path: Path) -> None:
         edit(stage / "result.json", lambda values, kept=kept: values["layers"][2].update(kept=kept))
         reason = f"it says that conv3.weight keeps {kept:,} of 73,728 connections, and model.safetensors has 7,373 of"
         refused(run, f"{stage}/result.json is damaged: {reason}")
+    edit(stage / "result.json", lambda values: values["layers"].pop())
+    edit(stage / "result.json", lambda values: values["layers"][2].update(kept=7_373))
+    refused(run, f"{run}/pretrain/result.json and {stage}/result.json list different layers, so one of them is damaged")
     edit(stage / "result.json", lambda values: values["layers"][2].update(kept=80_000))
     refused(run, f"{stage}/result.json is damaged: layers.2: Value error, 80000 of 73728 connections cannot be kept")
 

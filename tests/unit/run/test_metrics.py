@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline.run.files import read_rows
 from pipeline.run.tracking import wandb_mirror
 from pipeline.run.tracking.metrics import Tracker, flatten, truncate_rows
+from pipeline.run.tracking.wandb_ids import offline_id_of, run_id_of
 from tests.support.commands import ROOT
 from tests.support.wandb_files import Recorded, recorded, warnings_in
 
@@ -392,3 +394,14 @@ def test_finishing_twice_and_a_mirror_that_never_started(tmp_path: Path, caplog:
     assert read_rows(tmp_path / "metrics.jsonl") == ROWS
     (message,) = warnings_in(caplog)
     assert "wandb stopped; the run continues" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\n", b"../../elsewhere\n", b"\n\n"])
+def test_a_damaged_id_is_made_anew(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run_id").write_bytes(content)
+    run_id = run_id_of(tmp_path, "rows")
+    assert re.fullmatch("[0-9a-f]{16}", run_id)
+    (tmp_path / "wandb" / "offline_id").write_bytes(content)
+    assert re.fullmatch(f"{run_id}-[0-9a-f]{{8}}", offline_id_of(tmp_path, run_id))
+    assert run_id_of(tmp_path, "rows") == run_id

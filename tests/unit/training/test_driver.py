@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from ray.train.v2._internal.exceptions import (
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
+from pipeline.run import failures
 from pipeline.run.failures import Failure, record_failure
 from pipeline.run.layout import StageFolder
 from pipeline.training import driver
@@ -161,7 +163,10 @@ def test_a_users_mistake_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_full_disk_does_not_keep_a_run_from_being_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "restarts.log").symlink_to("/dev/full")
+    monkeypatch.setattr(failures, "open_to_append", full)
     run_script(tmp_path, monkeypatch, 2, killed, finishes)
     assert "logs/restarts.log cannot be written: [Errno 28] No space left on device" in caplog.text
