@@ -109,13 +109,7 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
     folder = check_start(recipe, name)
     if begins_anew(folder, recipe, data_sha256):
         _forget_first_try(folder, load_recipe(RunFolder(folder).recipe))
-    try:
-        write_run_folder(folder, _with_absolute_paths(recipe), data_sha256)
-    except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or folder}"
-        raise ValueError(
-            f"{folder} cannot be written ({reason}); runs are kept in runs/ of the working folder"
-        ) from None
+    write_run_folder(folder, _with_absolute_paths(recipe), data_sha256)
     return folder
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.data.loading.decoder import decode_uncompiled
 from pipeline.data.loading.sampling import evaluation_crops
 from pipeline.data.manifest import MODE_JPEG, MODE_RAW, DataError, Manifest
-from pipeline.data.sources.decode import BrokenImage, fit_longer_side, read_image, rgb_pixels
+from pipeline.data.sources.decode import BrokenImage, Rendering, fit_longer_side, parse_colour, read_image, rgb_pixels
 
 
 class Preprocessing(BaseModel):
@@ -32,15 +32,20 @@ class Preprocessing(BaseModel):
     augmentation: str
     """data.augmentation: with random_resized_crop test images are cropped centrally, otherwise they are whole."""
     image_mode: str
-    """'jpg' or 'raw': how the test file stores images, as in its manifest, like the next two."""
+    """'jpg' or 'raw': how the test file stores images, as in its manifest, like the next four."""
     max_resolution: int
     """The longer side is first reduced to this, in pixels."""
     jpeg_quality: int
+    background: str | None = None
+    """The colour behind transparent pixels, #rrggbb; None gives each the colour that is stored for it."""
+    exif_rotate: bool = False
+    """Whether images are turned as their EXIF orientation says."""
 
     @staticmethod
     def of(manifest: Manifest, image_size: int, augmentation: str) -> Preprocessing:
         """That of the images of a test file."""
-        stored = {key: getattr(manifest, key) for key in ("image_mode", "max_resolution", "jpeg_quality")}
+        keys = ("image_mode", "max_resolution", "jpeg_quality", "background", "exif_rotate")
+        stored = {key: getattr(manifest, key) for key in keys}
         return Preprocessing(image_size=image_size, augmentation=augmentation, **stored)
 
     def __call__(self, image: Image.Image | str | Path) -> torch.Tensor:
@@ -51,8 +56,12 @@ class Preprocessing(BaseModel):
         path = None if isinstance(image, Image.Image) else Path(image)
         if path is not None and path.exists() and not path.is_file():  # a FIFO would be waited for
             raise DataError(f"{path} is not an image file")
+        rendering = Rendering(parse_colour(self.background) if self.background else None, self.exif_rotate)
         try:
-            pixels = rgb_pixels(image) if isinstance(image, Image.Image) else read_image(Path(image))[0]
+            if isinstance(image, Image.Image):
+                pixels = rgb_pixels(image, rendering)
+            else:
+                pixels, _ = read_image(Path(image), rendering)
         except (OSError, BrokenImage) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise DataError(f"{path or 'the image'} cannot be read: {reason}") from None

@@ -164,9 +164,9 @@ def _to_rgb(image: Image.Image) -> tuple[NDArray[np.uint8], str | None]:
     raise BrokenImage(f"pixels of mode {image.mode} have no known white level")
 
 
-def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+def rgb_pixels(image: Image.Image, rendering: Rendering) -> NDArray[np.uint8]:
     """An open image as `decode_rgb` decodes a file, uint8 [height, width, 3]. Errors: BrokenImage, OSError."""
-    return _to_rgb(image)[0]
+    return _render(image, rendering)[0]
 
 
 def fitted_size(height: int, width: int, limit: int) -> tuple[int, int]:

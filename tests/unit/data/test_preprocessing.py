@@ -15,6 +15,8 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.preprocessing import Preprocessing
 from pipeline.data.loading.sampling import evaluation_crops
 from pipeline.data.manifest import DataError, read_manifest
+from pipeline.data.sources.decode import ORIENTATION, Rendering
+from pipeline.data.sources.image_folder import FolderOptions
 from pipeline.data.writing.write import WriteOptions, write_dataset
 
 SHAPES = [(96, 80), (70, 190), (73, 73), (300, 200), (41, 60), (64, 64)]
@@ -27,19 +29,24 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> Image.Image
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """The folder of the FFCV files, and the files of the test images in their order: JPEG, PNG, grey, palette, CMYK."""
+    """The folder of the FFCV files, and the test images in their order: JPEG turned by EXIF, PNG, grey, palette, CMYK,
+    transparent."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("photographs")
     files = []
     for n in range(30):
         for split in ("train", "val"):
             image = photograph(rng, *SHAPES[n % len(SHAPES)])
-            image = image.convert(("RGB", "RGB", "L", "P", "CMYK")[n % 5])
-            path = folder / "tree" / split / f"class-{n // 10}" / f"{n:02}.{'png' if n % 5 == 3 else 'jpg'}"
+            image = image.convert(("RGB", "RGB", "L", "P", "CMYK", "RGBA")[n % 6])
+            if image.mode == "RGBA":
+                image.putalpha(Image.fromarray(rng.integers(0, 256, image.size[::-1], dtype=np.uint8)))
+            path = folder / "tree" / split / f"class-{n // 10}" / f"{n:02}.{'png' if n % 6 in (3, 5) else 'jpg'}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+            image.getexif()[ORIENTATION] = 6 if n % 6 == 0 else 1
+            image.save(path, exif=image.getexif())
         files.append(path)
     options = WriteOptions(workers=1, max_resolution=150, jpeg_quality=85)
-    write_dataset("image_folder", folder / "tree", folder, options, force=False, progress=lambda *_: None)
+    rendered = FolderOptions(rendering=Rendering(background=(10, 200, 30), exif_rotate=True))
+    write_dataset("image_folder", folder / "tree", folder, options, False, lambda *_: None, folder=rendered)
     return folder, files
 
 

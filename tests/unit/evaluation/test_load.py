@@ -258,6 +258,8 @@ def test_an_exported_file_is_enough_to_use_it(
         "image_size": 28,
         "augmentation": "none",
         **{key: getattr(manifest, key) for key in ("image_mode", "max_resolution", "jpeg_quality")},
+        "background": None,
+        "exif_rotate": False,
     }
     assert torch.equal(network.preprocess(image_file[0]), image_file[1])
     assert network.evaluation is None

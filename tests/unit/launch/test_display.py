@@ -135,7 +135,7 @@ def test_time_left_has_the_evaluations_that_were_measured(tmp_path: Path, monkey
         tmp_path,
         ["pretrain", PRUNE],
         dense.rows(train_row(230)),
-        dense.json("result.json", {"steps": 700}),
+        dense.json("result.json", RESULT),
         dense.json("evaluate/pgd.json", EVALUATION),
         dense.json("evaluate/apgd.json", EVALUATION),
         prune.json("stage.json", PLAN),

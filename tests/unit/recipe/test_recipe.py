@@ -414,7 +414,7 @@ def test_recipes_that_would_fill_memory_are_refused(text: str, words: str, tmp_p
 def test_a_pipe_or_folder_is_no_recipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(RecipeError, match="not a file; shipped recipes are in recipes/"):
+        with pytest.raises(RecipeError, match=r"not a file\); shipped recipes are in recipes/"):
             load_recipe(path)
 
 

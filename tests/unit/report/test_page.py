@@ -683,9 +683,15 @@ def test_examples_are_on_the_page(tmp_path: Path, fashion_data: Path) -> None:
     right = predictions == labels
     assert 8 <= right.sum() < len(labels) / 2, "most images are wrong, and are not shown"
     columns = {"label": labels, "clean_prediction": predictions, "clean_correct": right, "robust_correct": right}
-    for stage in ("finetune", "magnitude"):
-        path = run / "keep-0.01" / stage / "evaluate" / "pgd.parquet"
+    counts = {
+        key: value
+        for key, value in evaluation(right, right, "").items()
+        if key == "images" or key.startswith(("clean", "robust"))
+    }
+    for stage in ACCURACY:
+        path = run / stage / "evaluate" / "pgd.parquet"
         write_verdicts(path, {"sample_id": np.arange(len(right)), **columns})
+        edit(path.with_suffix(".json"), lambda values: values.update(counts))
     page = page_of([run])
     titles = [values["alt"] or "" for tag, values in page.tags if tag == "img"]
     shown = [int(title.split()[2].rstrip(",")) for title in titles if title.startswith("Test image")]
