@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.commands.data_description import print_info, print_written
 from pipeline.recipe.sections import DATASETS
+from pipeline.run.printable import printable, printable_line
 
 if TYPE_CHECKING:
     from pipeline.data.sources.image_folder import FolderOptions
@@ -212,7 +213,7 @@ def _write(arguments: argparse.Namespace) -> int:
                 folder=_folder_options(arguments),
             )
     except (DataError, WriteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1
     for file in files:
         print_written(file)
@@ -221,7 +222,7 @@ def _write(arguments: argparse.Namespace) -> int:
 
 def _report_error(file: Path, error: ValueError) -> int:
     """Print why a file does not open. Returns the exit code: 2 if it does not exist, 1 if it is damaged."""
-    print(f"error: {error}", file=sys.stderr)
+    print(printable(f"error: {error}"), file=sys.stderr)
     return 1 if os.path.isfile(file) else 2  # Path.is_file would raise for a folder that may not be entered
 
 
@@ -242,7 +243,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     print(f"{arguments.file}: DAMAGED")
     for sample, reason in list(damage.samples.items())[:SHOWN_SAMPLES]:
         label = int(index.samples["label"][sample])
-        print(f"  sample {sample} (class {label}, {manifest.class_names[label]}): {reason}")
+        print(printable_line(f"  sample {sample} (class {label}, {manifest.class_names[label]}): {reason}"))
     if len(damage.samples) > SHOWN_SAMPLES:
         print(f"  and {len(damage.samples) - SHOWN_SAMPLES} more samples")
     if damage.pages:

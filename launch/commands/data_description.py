@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.run.printable import printable_line
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
@@ -16,17 +18,17 @@ if TYPE_CHECKING:
 
 def print_written(file: Written) -> None:
     manifest = file.manifest
-    print(
+    _show(
         f"{file.path}: {'already written' if file.was_there else 'written'}, {manifest.num_samples} images, "
         f"{manifest.num_classes} classes, {manifest.file_size / 1e6:.1f} MB, stored as {manifest.image_mode}"
     )
     if manifest.num_extra:
-        print(f"  the last {manifest.num_extra} images are extra, from {manifest.extra_source}")
+        _show(f"  the last {manifest.num_extra} images are extra, from {manifest.extra_source}")
     for name in _files_not_as_published(manifest):
-        print(f"  warning: {name} is not its authors' file: its MD5 differs from the published one", file=sys.stderr)
+        _show(f"  warning: {name} is not its authors' file: its MD5 differs from the published one", sys.stderr)
     _print_readings(manifest)
     for image in manifest.skipped:
-        print(f"  skipped {image.path}: {image.reason}")
+        _show(f"  skipped {image.path}: {image.reason}")
 
 
 def print_info(path: Path, manifest: Manifest, samples: NDArray[np.void]) -> None:
@@ -34,40 +36,45 @@ def print_info(path: Path, manifest: Manifest, samples: NDArray[np.void]) -> Non
     stored = "raw, bit-exact"
     if manifest.image_mode == "jpg":
         stored = f"JPEG, quality {manifest.jpeg_quality}, longer side at most {manifest.max_resolution}"
-    print(f"{path}")
-    print(f"  data set   {manifest.dataset}, split {manifest.split}, from {manifest.source}")
+    _show(f"{path}")
+    _show(f"  data set   {manifest.dataset}, split {manifest.split}, from {manifest.source}")
     if manifest.authors_md5:
         changed = ", ".join(_files_not_as_published(manifest))
-        print(f"  MD5        {f'not as published: {changed}' if changed else 'as its authors published'}")
+        _show(f"  MD5        {f'not as published: {changed}' if changed else 'as its authors published'}")
     if manifest.extra_source:
-        print(f"  extra      the last {manifest.num_extra} images, from {manifest.extra_source}")
+        _show(f"  extra      the last {manifest.num_extra} images, from {manifest.extra_source}")
     if manifest.chosen_from:
-        print(f"  classes    {manifest.num_classes} chosen from {len(manifest.chosen_from)}")
-    print(f"  written    {manifest.written_at} with {', '.join(f'{n} {v}' for n, v in manifest.versions.items())}")
-    print(f"  images     {manifest.num_samples} in {manifest.num_classes} classes, {manifest.file_size / 1e6:.1f} MB")
-    print(f"  stored as  {stored}")
+        _show(f"  classes    {manifest.num_classes} chosen from {len(manifest.chosen_from)}")
+    _show(f"  written    {manifest.written_at} with {', '.join(f'{n} {v}' for n, v in manifest.versions.items())}")
+    _show(f"  images     {manifest.num_samples} in {manifest.num_classes} classes, {manifest.file_size / 1e6:.1f} MB")
+    _show(f"  stored as  {stored}")
     for side in ("height", "width"):
         values = samples[side]
-        print(f"  {side:<10} {values.min()} to {values.max()}, median {int(np.median(values))} pixels")
+        _show(f"  {side:<10} {values.min()} to {values.max()}, median {int(np.median(values))} pixels")
     _print_readings(manifest)
-    print(f"  skipped    {len(manifest.skipped)}")
+    _show(f"  skipped    {len(manifest.skipped)}")
     for image in manifest.skipped:
-        print(f"    {image.path}: {image.reason}")
-    print(f"  sha256     {manifest.sha256}")
-    print(f"  content    {manifest.content_sha256} (equal for every rebuild from the same images)")
-    print("  images per class:")
+        _show(f"    {image.path}: {image.reason}")
+    _show(f"  sha256     {manifest.sha256}")
+    _show(f"  content    {manifest.content_sha256} (equal for every rebuild from the same images)")
+    _show("  images per class:")
     for name, count in zip(manifest.class_names, manifest.label_histogram, strict=True):
-        print(f"    {count:>8} {name}")
+        _show(f"    {count:>8} {name}")
+
+
+def _show(line: str, stream: TextIO | None = None) -> None:
+    """Names in a manifest may be a stranger's."""
+    print(printable_line(line), file=stream)
 
 
 def _print_readings(manifest: Manifest) -> None:
     """What of the source is not in the file as it was."""
     if manifest.converted:
         behind = f"; transparent pixels are {manifest.background}" if "alpha" in manifest.converted else ""
-        print(f"  converted  {_counts(manifest.converted)}{behind if manifest.background else ''}")
+        _show(f"  converted  {_counts(manifest.converted)}{behind if manifest.background else ''}")
     if manifest.passed_over:
         heif = {".heic", ".heif"} & set(manifest.passed_over)
-        print(f"  passed over {_counts(manifest.passed_over)}{'; pip install pillow-heif reads HEIC' if heif else ''}")
+        _show(f"  passed over {_counts(manifest.passed_over)}{'; pip install pillow-heif reads HEIC' if heif else ''}")
 
 
 def _files_not_as_published(manifest: Manifest) -> list[str]:

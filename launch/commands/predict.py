@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import run_folder
-from pipeline.recipe.file import load_recipe
 from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
 from pipeline.report.text_table import text_table
-from pipeline.run.layout import RunFolder, StageFolder
+from pipeline.run.layout import StageFolder
+from pipeline.run.printable import printable_line
+from pipeline.run.provenance import load_run_recipe
 
 if TYPE_CHECKING:
     from pipeline.evaluation.load import LoadedNetwork
@@ -55,17 +56,17 @@ def _predict(arguments: argparse.Namespace) -> int:
             print(json.dumps(row), flush=True)
     else:
         cells = [["image", "class", "probability"]]
-        cells += [
-            [_printable(row["file"]), _printable(row["class"]), f"{100 * row['probability']:.1f} %"] for row in rows
-        ]
+        for row in rows:
+            names = (printable_line(row[key]) for key in ("file", "class"))
+            cells.append([*names, f"{100 * row['probability']:.1f} %"])
         if len(cells) > 1:
             print(text_table(cells, left=["image", "class"]))
-            print(_printable(_description(network)))
+            print(printable_line(_description(network)))
     if unreadable:
         more = f"\nand {len(unreadable) - NAMED} more" if len(unreadable) > NAMED else ""
         raise ValueError(
             f"{len(unreadable)} of {len(arguments.images)} images cannot be used:\n"
-            + "\n".join(map(_printable, unreadable[:NAMED]))
+            + "\n".join(map(printable_line, unreadable[:NAMED]))
             + more
         )
     return 0
@@ -78,7 +79,7 @@ def _load(target: str) -> LoadedNetwork:
     if Path(target).suffix == ".safetensors":
         return load_network(target)
     folder = run_folder.find_run(target)
-    stages = [stage for stage in stages_of(load_recipe(RunFolder(folder).recipe)) if stage.measure is not None]
+    stages = [stage for stage in stages_of(load_run_recipe(folder)) if stage.measure is not None]
     finished = [stage for stage in stages if StageFolder(folder / stage.name).result.is_file()]
     own = [stage for stage in finished if NETWORK_OF_PHASE[stage.phase] in ("HYDRA", "dense")]
     if not own:
@@ -118,8 +119,3 @@ def _description(network: LoadedNetwork) -> str:
     clean, robust = (100 * evaluation.accuracy(kind).value for kind in ("clean", "robust"))
     on = f"on {evaluation.images:,} test images"
     return f"{text}: clean accuracy {clean:.2f} %, robust accuracy {robust:.2f} % {on} ({evaluation.title})"
-
-
-def _printable(text: str) -> str:
-    """With escapes for what a terminal would obey or could not show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

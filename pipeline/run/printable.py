@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return "".join(_visible(character) for character in COLOURS.sub("", text))
 
 
+def printable_line(text: str) -> str:
+    """For a name within a line: line breaks, tabs and colours are spelled out too."""
+    return "".join(map(_visible, text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def _visible(character: str) -> str:
     if character in "\n\t" or (character not in DIRECTION and unicodedata.category(character) not in HIDDEN):
         return character

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from launch.__main__ import main
 from launch.commands.data import add_parser
 from pipeline.data.manifest import (
     DataError,
@@ -489,6 +490,20 @@ def test_a_folder_that_may_not_be_written_is_named(
     monkeypatch.setattr(Path, "open", refuse)
     assert launch_data(*command) == 2
     assert "out cannot be written: Permission denied" in capsys.readouterr().err
+
+
+def test_names_in_a_strangers_manifest_do_not_control_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = build_file(tmp_path / "a.beton")
+    values = json.loads(manifest_path(path).read_text()) | {"class_names": ["a\x1b[2Jb", "c\nd"], "source": "/\u202ea"}
+    manifest_path(path).write_text(json.dumps(values))
+    assert main(["data", "info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "3 a\\x1b[2Jb" in out
+    assert "3 c\\nd" in out
+    assert "from /\\u202ea" in out
+    assert not set("\x1b\u202e") & set(out)
 
 
 def test_a_terminal_that_is_not_utf8_shows_all(tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ STRANGE = '"><script>alert(1)<img src=x onerror=alert(1)>&amp;'
 def test_untrusted_names_are_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path / STRANGE)
     write_history(run)
-    edit(run / "provenance.json", lambda values: values.update(processor=STRANGE, commit=STRANGE))
+    edit(run / "provenance.json", lambda values: values.update(processor=f"{STRANGE}\u202e", commit=STRANGE))
     for stage in ACCURACY:
         edit(run / stage / "result.json", lambda values: values["layers"][0].update(name=STRANGE))
     check = {"name": STRANGE, "verdict": "warn", "figure": STRANGE, "meaning": STRANGE}
@@ -309,6 +309,7 @@ def test_untrusted_names_are_escaped(tmp_path: Path) -> None:
     assert page.fetched == page.runs == []
     assert "<script" not in html.lower()
     assert page.text.count(STRANGE) >= 10
+    assert (page.text.count("\\u202e"), html.count("\u202e")) == (1, 0), "it would turn the text around"
     assert page.row(f"warn{STRANGE}") == [f"warn{STRANGE}", f"{STRANGE}{STRANGE}"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.run.printable import printable
+from pipeline.run.printable import printable, printable_line
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,7 @@ from pipeline.run.printable import printable
 )
 def test_what_is_shown(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_a_name_stays_on_its_line() -> None:
+    assert printable_line("a\n\tb \x1b[31mred\u202e") == "a\\n\\tb \\x1b[31mred\\u202e"
