@@ -7,10 +7,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, recipe or data (a message without a
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib.machinery
 import io
-import logging
 import os
 import signal
 import sys
@@ -18,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.commands import data, evaluate, leaderboard, logs, predict, report, run, status
-from pipeline.run.printable import printable
+from launch.exit_codes import exit_code_of, show_warnings
 
 DESCRIPTION = """\
 Small neural networks that are robust to adversarial examples: pretrain with a robust objective, prune by scores that
@@ -36,13 +34,6 @@ The same on a SLURM cluster:
   %(prog)s run recipes/imagenet_resnet50_linf4.yaml --on slurm --cluster my_cluster.yaml slurm.nodes=1-4
 """
 
-USER_ERRORS = frozenset(
-    {
-        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-        *(errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENAMETOOLONG, errno.EFBIG),
-    }
-)
-"""Errors of a path that cannot be used: wrong permissions, or something else lies there."""
 COMMAND = "hydra-pipeline"
 """The script name in pyproject.toml."""
 
@@ -98,42 +89,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-class _PrintableFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _reason(error: OSError) -> str:
-    if error.filename is None:
-        return f"{type(error).__name__}: {error}"
-    fix = "; check its permissions, or name another path" if error.errno in USER_ERRORS else ""
-    return f"{os.fsdecode(error.filename)}: {error.strerror}{fix}"
-
-
 def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class or file may have a name that the terminal's encoding lacks. Standard error does this by itself.
         sys.stdout.reconfigure(errors="backslashreplace")
-    handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    show_warnings()
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
-        _refuse_shadowing_packages()
-        return arguments.handler(arguments)
-    except ValueError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail too
-        return 1
-    except OSError as error:
-        print(printable(f"error: {_reason(error)}"), file=sys.stderr)
-        return 2 if error.errno in USER_ERRORS else 1
+        return exit_code_of(lambda: _handle(arguments))
     except KeyboardInterrupt:
         print(f"interrupted; {arguments.after_interrupt}", file=sys.stderr)
         return 1
+
+
+def _handle(arguments: argparse.Namespace) -> int:
+    _refuse_shadowing_packages()
+    return arguments.handler(arguments)
 
 
 if __name__ == "__main__":

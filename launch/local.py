@@ -21,10 +21,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from launch.display import follow
+from launch.exit_codes import exit_code_of, print_error, show_warnings
 from launch.ray_cluster.environment import LOOPBACK, RAY_ENDED
 from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
 from launch.ray_cluster.scratch import python_for_ray
 from launch.run_folder import check_same_data, has_trained_nothing, network_size
+from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import append_to_log
 from pipeline.run.layout import is_done, progress_marks
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 """Exit code of a driver that SIGINT or SIGTERM has ended."""
 
@@ -55,7 +58,7 @@ def run_here(folder: Path, observer: str | None = None) -> int:
         return 0
     names = [stage.name for stage in stages]
     failures, marks = 0, progress_marks(folder, names)
-    while (code := _run_driver(folder, observer)) == RAY_ENDED:
+    while (code := _run_driver(folder, recipe_hash(recipe), observer)) == RAY_ENDED:
         append_to_log(folder, "restarts.log", "Ray's processes ended\n")
         previous, marks = marks, progress_marks(folder, names)
         failures = 0 if marks != previous else failures + 1
@@ -80,19 +83,21 @@ def run_here(folder: Path, observer: str | None = None) -> int:
     return code
 
 
-def _run_driver(folder: Path, observer: str | None) -> int:
+def _run_driver(folder: Path, recipe_sha256: str, observer: str | None) -> int:
     """One driver with its Ray cluster, from start to end; returns its exit code."""
     reaper = Reaper()
+    command = [python_for_ray(reaper.folder), "-m", "launch.local", str(folder), "--scratch", str(reaper.folder)]
+    command += ["--recipe-sha256", recipe_sha256, *(("--observer", observer) if observer else ())]
     try:
+        # The driver inherits the mask, and unblocks them once its handlers are set.
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
         driver = subprocess.Popen(
-            [
-                *(python_for_ray(reaper.folder), "-m", "launch.local", str(folder), "--scratch", str(reaper.folder)),
-                *(("--observer", observer) if observer else ()),
-            ],
+            command,
             env={**os.environ, **LOOPBACK, CLUSTER_MARK: reaper.mark},
             process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
         )
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
             return driver.wait()
         except KeyboardInterrupt:
             driver.send_signal(signal.SIGINT)
@@ -142,26 +147,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.local")
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("--scratch", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--recipe-sha256", required=True, metavar="HASH")
     parser.add_argument("--observer", metavar="MODULE:FUNCTION")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    show_warnings()
+    for number in INTERRUPTS:
         signal.signal(number, _raise_interrupt)
     try:
-        from launch.ray_cluster.connect import local_cluster  # imports torch and ray, which takes seconds
-        from pipeline.training.driver import RunFailed, RunRequest
-
-        try:
-            request = RunRequest(options.run_folder, observer=options.observer)
-            run_and_show(request, partial(local_cluster, scratch=options.scratch))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except RunFailed as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        return exit_code_of(lambda: _drive(options))
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _drive(options: argparse.Namespace) -> int:
+    from launch.ray_cluster.connect import local_cluster  # imports torch and ray, which takes seconds
+    from pipeline.training.driver import RunFailed, RunRequest
+
+    try:
+        request = RunRequest(options.run_folder, observer=options.observer, recipe_sha256=options.recipe_sha256)
+        run_and_show(request, partial(local_cluster, scratch=options.scratch))
+    except RunFailed as error:
+        print_error(error)
+        return 1
     return 0
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from pipeline.data.agreement import check_agreement, check_data_files, open_data_files
 from pipeline.data.manifest import Manifest
-from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe.file import deciding_values, dump_recipe, load_resolved_recipe, recipe_hash
 from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import FAILURES
-from pipeline.run.files import PRIVATE, atomic_write_json, atomic_write_text, make_folder, read_json, sha256_of
+from pipeline.run.files import PRIVATE, atomic_write_json, atomic_write_text, read_json, sha256_of
 from pipeline.run.layout import RunFolder, StageFolder
-from pipeline.run.lease import refuse_if_held
+from pipeline.run.lease import LEASE, refuse_if_held
 from pipeline.run.provenance import collect_provenance, load_run_recipe
 from pipeline.run.records import Provenance
 from pipeline.run.tracking.wandb_ids import forget_run
@@ -66,20 +66,17 @@ def check_start(recipe: Recipe, name: str | None) -> Path:
     recipe = _with_absolute_paths(recipe)
     folder = RUNS / (name or recipe.name)
     path = RunFolder(folder).recipe
-    stages = stages_of(recipe)
     if path.exists():
-        trained = not has_trained_nothing(folder)
-        old = load_run_recipe(folder) if trained else load_recipe(path)
-        stages += stages_of(old)
-        if trained and recipe_hash(old) != recipe_hash(recipe):
+        if not has_trained_nothing(folder) and recipe_hash(old := load_run_recipe(folder)) != recipe_hash(recipe):
             changes = "; ".join(_differences(old, recipe))
             raise ValueError(f"{folder} was started with another recipe ({changes}); choose a new --name")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --name")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml); choose another --name")
-    for stage in stages:
-        refuse_if_held(folder / stage.name)
+    held = {path.parent for path in folder.rglob(LEASE)} | {folder / stage.name for stage in stages_of(recipe)}
+    for stage in sorted(held):
+        refuse_if_held(stage)
     return folder
 
 
@@ -94,8 +91,12 @@ def begins_anew(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> bo
     path = RunFolder(folder).recipe
     if not path.exists() or not has_trained_nothing(folder):
         return False
-    old = Provenance.read_if_there(RunFolder(folder).provenance)
-    other_recipe = recipe_hash(load_recipe(path)) != recipe_hash(_with_absolute_paths(recipe))
+    try:
+        old_recipe = load_resolved_recipe(path)
+        old = Provenance.read_if_there(RunFolder(folder).provenance)
+    except ValueError:  # of an earlier version, which accepted what this one refuses
+        return True
+    other_recipe = recipe_hash(old_recipe) != recipe_hash(_with_absolute_paths(recipe))
     return other_recipe or old is None or old.data_sha256 != data_sha256
 
 
@@ -108,17 +109,19 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
     """
     folder = check_start(recipe, name)
     if begins_anew(folder, recipe, data_sha256):
-        _forget_first_try(folder, load_recipe(RunFolder(folder).recipe))
+        _forget_first_try(folder)
     write_run_folder(folder, _with_absolute_paths(recipe), data_sha256)
     return folder
 
 
-def _forget_first_try(folder: Path, recipe: Recipe) -> None:
+def _forget_first_try(folder: Path) -> None:
     """Remove what a start that trained nothing has recorded; its logs stay, but for the list of failures."""
-    for stage in (StageFolder(folder / stage.name) for stage in stages_of(recipe)):
-        forget_run(stage.path)
-        stage.plan.unlink(missing_ok=True)
+    plans, ids = folder.rglob(StageFolder(folder).plan.name), folder.rglob("wandb/run_id")
+    for path in {*(plan.parent for plan in plans), *(id_file.parents[1] for id_file in ids)}:
+        stage = StageFolder(path)
+        forget_run(path)
         stage.metrics.unlink(missing_ok=True)
+        stage.plan.unlink(missing_ok=True)
     for path in (folder / "jobs.json", RunFolder(folder).logs / FAILURES, RunFolder(folder).provenance):
         path.unlink(missing_ok=True)
 
@@ -128,7 +131,7 @@ def write_run_folder(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) 
 
     Recipe and provenance can be read by this user only: `slurm.setup` and the command may hold keys.
     """
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     path = RunFolder(folder).provenance
     if not path.exists():
         atomic_write_json(path, collect_provenance(recipe, data_sha256), PRIVATE)
@@ -161,10 +164,12 @@ def _hashes(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, str]:
 
 def network_size(recipe: Recipe) -> int:
     """Number of weights. Errors: ValueError if the network does not take the images, or model.weights do not fit it."""
-    from pipeline.models import build_network  # imports torch, which takes seconds
+    from pipeline.models import build_network, check_micro_batch  # imports torch, which takes seconds
     from pipeline.models.import_weights import load_foreign
 
-    network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
+    size = recipe.data.image_size
+    network = build_network(recipe.model, recipe.seed, size)
+    check_micro_batch(recipe.model, size, size, recipe.batch.micro_batch)
     if recipe.model.weights is not None:
         load_foreign(network, Path(recipe.model.weights), recipe.model)
     return sum(parameter.numel() for parameter in network.parameters())

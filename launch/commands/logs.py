@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO
 
 from launch import run_folder
 from launch.slurm.submit import read_jobs, stages_by_job
-from pipeline.recipe.file import load_recipe
+from pipeline.recipe.file import load_resolved_recipe
 from pipeline.regular_file import open_regular
 from pipeline.run.layout import RunFolder, is_done
 from pipeline.run.printable import printable
@@ -80,7 +80,7 @@ class _Logs:
         self.files: dict[Path, _Log] = {}
         self._folder = folder
         self._stream = stream
-        self._stages_by_job = stages_by_job(load_recipe(RunFolder(folder).recipe))
+        self._stages_by_job = stages_by_job(load_resolved_recipe(RunFolder(folder).recipe))
         self._last_printed: Path | None = None
 
     def run_is_finished(self) -> bool:

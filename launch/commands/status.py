@@ -21,7 +21,7 @@ from launch.slurm.control_files import Ended, StartLog
 from launch.slurm.queue import Queue, ask_squeue
 from launch.slurm.submit import parse_jobs, stages_by_job
 from pipeline.evaluation.result import EvaluationResult
-from pipeline.recipe.file import load_recipe
+from pipeline.recipe.file import load_resolved_recipe
 from pipeline.recipe.stages import Stage
 from pipeline.regular_file import read_regular
 from pipeline.report.text_table import text_table
@@ -106,7 +106,7 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: list[str] = []
-        recipe = load_recipe(RunFolder(folder).recipe)
+        recipe = load_resolved_recipe(RunFolder(folder).recipe)
         self.batch = recipe.batch.batch_per_step
         jobs = self._read(folder / "jobs.json", parse_jobs)
         self.jobs = {job.job_name: job for job in jobs or []}  # the newest of each name

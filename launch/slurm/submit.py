@@ -25,7 +25,7 @@ from launch.slurm.report_job import REPORT, Report
 from launch.slurm.sbatch import CLIENT_S, FAN, python_of, sbatch_parameters, sbatch_text, section_of
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
-from pipeline.run.files import PRIVATE, atomic_write_json, make_folder, read_json
+from pipeline.run.files import atomic_write_json, make_folder, read_json
 from pipeline.run.layout import is_done
 from pipeline.run.locks import exclusive
 from pipeline.run.provenance import load_run_recipe
@@ -138,11 +138,12 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
     _require("srun")  # submitit requires it
     # On the class: submitit creates another executor to submit an array.
     submitit.SlurmExecutor._make_submission_command = _sbatch
-    make_folder(run_folder / "jobs")
+    # Other users stay out: sbatch files hold `slurm.setup`, which may export keys, and logs what it prints.
+    make_folder(run_folder / "jobs", 0o700)
+    (run_folder / "jobs").chmod(0o700)
     jobs_folder = (run_folder / "jobs").resolve()
     executor = submitit.SlurmExecutor(jobs_folder, max_num_timeout=NO_LIMIT, python=python_of(recipe))
     executor.update_parameters(**sbatch_parameters(recipe, run_folder, name, dependency))
-    _make_private(jobs_folder)
     try:
         with _own_environment(), executor.batch():
             jobs = [executor.submit(one) for one in work]
@@ -155,8 +156,6 @@ def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], depend
         raise ValueError(
             f"SLURM refused the job: {str(error).strip().splitlines()[-1]}; fix the recipe's slurm.* keys"
         ) from None
-    finally:
-        _make_private(jobs_folder)
     return [job.job_id for job in jobs]
 
 
@@ -172,14 +171,6 @@ def _own_environment() -> Iterator[None]:
     with submitit.helpers.clean_env():
         os.environ.update(told)
         yield
-
-
-def _make_private(jobs_folder: Path) -> None:
-    """Keep other users out: sbatch files hold `slurm.setup`, which may export keys, and logs what it prints."""
-    jobs_folder.mkdir(mode=0o700, exist_ok=True)
-    jobs_folder.chmod(0o700)
-    for file in jobs_folder.iterdir():
-        file.chmod(PRIVATE)
 
 
 def _sbatch(self: Any, submission_file_path: Path) -> list[str]:

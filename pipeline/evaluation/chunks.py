@@ -18,8 +18,13 @@ from pipeline.run.files import atomic_write_json, make_folder, read_json, replac
 
 WAIT_S = 0.2
 """Polling interval of a finished worker that waits for the others' chunks."""
-REQUIRED = {"sample_id": ("i", "u"), "clean_correct": ("b",), "robust_correct": ("b",)}
-"""Column of verdicts -> kinds of its dtype."""
+REQUIRED = ("sample_id", "clean_correct", "robust_correct")
+"""Columns that all verdicts have."""
+KINDS_OF = {
+    **{"sample_id": ("i", "u"), "clean_correct": ("b",), "robust_correct": ("b",)},
+    **{"label": ("i", "u"), "clean_prediction": ("i", "u")},
+}
+"""Column of verdicts -> kinds of its dtype; others may have any of ANY."""
 ANY = ("b", "i", "u", "f")
 AGAIN = "delete it with its .json and evaluate again"
 
@@ -90,10 +95,10 @@ def read_verdicts(path: Path, *measured: str) -> Verdicts:
             raise ValueError(f"its column {incomplete[0]} has gaps")
         verdicts = {name: table[name].to_numpy() for name in table.column_names}
         kinds = {name: column.dtype.kind for name, column in verdicts.items()}
-        if missing := [name for name in (*REQUIRED, *measured) if kinds.get(name) not in REQUIRED.get(name, ANY)]:
+        if missing := [name for name in (*REQUIRED, *measured) if name not in kinds]:
             raise ValueError(f"it has no usable column {missing[0]}")
-        if other := [name for name, kind in kinds.items() if kind not in ANY]:
-            raise ValueError(f"its column {other[0]} holds no numbers")
+        if other := [name for name, kind in kinds.items() if kind not in KINDS_OF.get(name, ANY)]:
+            raise ValueError(f"its column {other[0]} does not hold the numbers that it should")
         if not len(verdicts["sample_id"]) or len(np.unique(verdicts["sample_id"])) < len(verdicts["sample_id"]):
             raise ValueError("it is empty, or has an image twice")
     except FileNotFoundError:

@@ -88,17 +88,31 @@ def check_size(model: Model, built_for: int, image_size: int, key: str) -> None:
     `key` is the recipe key that sets the size.
     Errors: ValueError if a layer rejects it, which otherwise surfaces at the first training step.
     """
-    if (reason := _size_problem(model.arch, model.num_classes, built_for, image_size)) is not None:
+    if (reason := _shape_problem(model.arch, model.num_classes, built_for, image_size)) is not None:
         raise ValueError(
             f"model.arch {model.arch} cannot take images of {key} {image_size} ({reason}); change one of them"
         )
 
 
+def check_micro_batch(model: Model, built_for: int, image_size: int, images: int) -> None:
+    """Check that training with micro-batches of `images` images gives every BatchNorm layer several values per channel.
+
+    Errors: ValueError if one sees a single value: that of one image, of one pixel.
+    """
+    if images > 1:
+        return
+    if (reason := _shape_problem(model.arch, model.num_classes, built_for, image_size, training=True)) is not None:
+        raise ValueError(
+            f"batch.micro_batch {images}: the BatchNorm of model.arch {model.arch} cannot train on one image of "
+            f"{image_size} pixels ({reason}); set batch.micro_batch=2 or more"
+        )
+
+
 @functools.cache
-def _size_problem(arch: str, num_classes: int, built_for: int, image_size: int) -> str | None:
-    """Why the network rejects such images, by the shapes alone; every stage asks, and it takes as long as a step."""
+def _shape_problem(arch: str, num_classes: int, built_for: int, image_size: int, training: bool = False) -> str | None:
+    """Why the network rejects one such image, by the shapes alone; every stage asks, and it takes as long as a step."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        backbone = _build_backbone(arch, num_classes, built_for).eval().to("meta")
+        backbone = _build_backbone(arch, num_classes, built_for).train(training).to("meta")
         try:
             backbone(torch.empty(1, 3, image_size, image_size, device="meta"))
         except (RuntimeError, ValueError, AssertionError) as error:

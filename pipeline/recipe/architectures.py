@@ -42,17 +42,6 @@ TORCHVISION = (
 )
 """torchvision's classifiers, under its names."""
 
-WITHOUT_BATCHNORM = frozenset(
-    (
-        *("cnn_small", "cnn_large", "alexnet", "squeezenet1_0", "squeezenet1_1"),
-        *("convnext_base", "convnext_large", "convnext_small", "convnext_tiny"),
-        *("swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t"),
-        *("vgg2_cifar", "vgg4_cifar", "vgg6_cifar", "vgg8_cifar", "vgg11_cifar", "vgg13_cifar", "vgg16_cifar"),
-        *("vgg11", "vgg13", "vgg16", "vgg19"),
-    )
-)
-"""All others have BatchNorm layers."""
-
 REFUSED = ("vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32")
 """torchvision's classifiers that have too many weights outside Conv2d and Linear layers to be pruned."""
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 from pipeline.recipe.fields import exact_decimal
 
@@ -88,15 +88,18 @@ def _check_numbers(key: str, value: Any) -> None:
             raise ValueError(f"{key} = {value}: expected a finite number")
 
 
-def _check_deepspeed(options: dict[str, Any]) -> dict[str, Any]:
+def _check_deepspeed(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     for key, why in DECIDED_ELSEWHERE.items():
         if key in options:
             raise ValueError(f"{key} = {options[key]!r}: {why}; remove this key")
-    _refuse_unknown(options, OPTIONS)
+    was_accepted = info.context is not None  # in the recipe of a run: earlier versions let unknown keys pass
+    if not was_accepted:
+        _refuse_unknown(options, OPTIONS)
     zero = options.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"zero_optimization = {zero!r}: expected a section; engine.zero_stage turns ZeRO on")
-    _refuse_unknown(zero, ZERO_OPTIONS, "zero_optimization.")
+    if not was_accepted:
+        _refuse_unknown(zero, ZERO_OPTIONS, "zero_optimization.")
     _check_numbers("", options)
     return json.loads(json.dumps(options))  # drops the number types of recipe.file
 

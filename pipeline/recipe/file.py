@@ -230,6 +230,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, cluster: s
     return parse_recipe(apply_overrides(values, overrides or []), str(path))
 
 
+def load_resolved_recipe(path: Path) -> Recipe:
+    """Read the recipe.yaml of a run, maybe of an older version: keys without effect that it accepted are no error.
+
+    Errors: RecipeError.
+    """
+    values = _read_mapping(path, "a recipe is a mapping of sections", "restore it")
+    return parse_recipe(from_flat(values, of_a_run=True), str(path), of_a_run=True)
+
+
 def _read_mapping(path: Path, expected: str, hint: str) -> dict[str, Any]:
     try:
         text = read_regular(path, LARGEST_BYTES).decode("utf-8")

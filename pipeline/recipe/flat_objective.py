@@ -6,6 +6,7 @@ computed from this form, so that the hashes recorded in older runs stay valid.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,12 +39,13 @@ SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_sa
 """Keys that every flat objective has and no single technique has together: they identify the form."""
 
 
-def from_flat(recipe: dict[str, Any]) -> dict[str, Any]:
+def from_flat(recipe: dict[str, Any], of_a_run: bool = False) -> dict[str, Any]:
     """A recipe's plain values; flat objectives lose the keys of other techniques that are at their default.
 
-    Any other value stays, for validation to refuse. Objectives that are not flat are left unchanged.
+    Any other value stays, for validation to refuse; but not in the recipe of a run, in which it never had an effect.
+    Objectives that are not flat are left unchanged.
     """
-    return _with_objectives(recipe, _own_keys)
+    return _with_objectives(recipe, functools.partial(_own_keys, of_a_run))
 
 
 def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -55,14 +57,14 @@ def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return _with_objectives(recipe, flat)
 
 
-def _own_keys(objective: dict[str, Any]) -> dict[str, Any]:
+def _own_keys(of_a_run: bool, objective: dict[str, Any]) -> dict[str, Any]:
     technique = TECHNIQUES.get(str(objective.get("name")))
     if technique is None or not all(key in objective for key in SIGNATURE):
         return objective
     return {
         key: value
         for key, value in objective.items()
-        if key in technique.model_fields or key not in DEFAULTS or value != DEFAULTS[key]
+        if key in technique.model_fields or key not in DEFAULTS or (value != DEFAULTS[key] and not of_a_run)
     }
 
 

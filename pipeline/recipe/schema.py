@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.recipe.architectures import WITHOUT_BATCHNORM
 from pipeline.recipe.attacks import check_attack
 from pipeline.recipe.deepspeed_options import DeepSpeedOptions
 from pipeline.recipe.errors import explain
@@ -168,15 +167,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _batchnorm_has_a_batch(self) -> Recipe:
-        if self.batch.micro_batch == 1 and self.model.arch not in WITHOUT_BATCHNORM:
-            raise ValueError(
-                f"batch.micro_batch 1: {self.model.arch} has BatchNorm, which needs the statistics of several images; "
-                "set batch.micro_batch=2 or more, or use a model.arch without BatchNorm"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _workers_divide_a_step(self) -> Recipe:
         total = self.batch.micro_batches_per_step
         if total % self.workers.count:
@@ -221,9 +211,12 @@ class Recipe(Section):
         return self
 
 
-def parse_recipe(values: dict[str, Any], origin: str) -> Recipe:
-    """Build a Recipe from plain values. Errors: RecipeError, one line per problem, each starting with `origin`."""
+def parse_recipe(values: dict[str, Any], origin: str, of_a_run: bool = False) -> Recipe:
+    """Build a Recipe from plain values; `of_a_run` as in `file.load_resolved_recipe`.
+
+    Errors: RecipeError, one line per problem, each starting with `origin`.
+    """
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values, context={"of_a_run": True} if of_a_run else None)
     except ValidationError as error:
         raise RecipeError(explain(error, Recipe, origin)) from None

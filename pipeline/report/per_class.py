@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import DataError, read_manifest
+from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.result import KINDS, Kind
 from pipeline.report.results import NetworkResult, RunResult, claim
 from pipeline.run.layout import StageFolder
@@ -98,10 +98,10 @@ def read_labelled_verdicts(network: NetworkResult, num_classes: int) -> Labelled
     if network.evaluation is None:
         return None
     path = StageFolder(network.folder).evaluation(network.evaluation.attack).with_suffix(".parquet")
-    if not path.exists() or not set(COLUMNS) <= set(pq.read_schema(path).names):
+    columns = read_verdicts(path)
+    if not columns.keys() >= set(COLUMNS):
         return None
-    table = pq.read_table(path, columns=list(COLUMNS))
-    verdicts = LabelledVerdicts(*(table[column].to_numpy() for column in COLUMNS))
+    verdicts = LabelledVerdicts(*(columns[name] for name in COLUMNS))
     for column, lowest in ((verdicts.labels, 0), (verdicts.predictions, -1)):
         if len(column) and not lowest <= column.min() <= column.max() < num_classes:
             raise ValueError(

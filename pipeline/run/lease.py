@@ -24,6 +24,7 @@ from pipeline.run.records import Count, Record
 
 log = logging.getLogger(__name__)
 
+LEASE = "lease.json"
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 90.0
 
@@ -60,7 +61,7 @@ def _started_ticks(pid: int) -> int | None:
 
 def read_holder(folder: Path) -> Holder | None:
     """The stage's holder, if any. Errors: ValueError for a damaged lease; OSError for a transient error."""
-    path = folder / "lease.json"
+    path = folder / LEASE
     if not path.exists():
         return None
     value = read_json(path)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe.file import file_hash, load_recipe, recipe_hash
+from pipeline.recipe.file import file_hash, load_resolved_recipe, recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.run.layout import RunFolder
 from pipeline.run.records import Provenance
@@ -59,7 +59,7 @@ def collect_provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str,
 
 def load_run_recipe(run: Path) -> Recipe:
     """The recipe of a run. Errors: RecipeError; ValueError if it was edited after the run was started."""
-    path, recipe = RunFolder(run).recipe, load_recipe(RunFolder(run).recipe)
+    path, recipe = RunFolder(run).recipe, load_resolved_recipe(RunFolder(run).recipe)
     provenance = Provenance.read_if_there(RunFolder(run).provenance)
     started_with = provenance.recipe_sha256 if provenance is not None else None
     if started_with not in (None, recipe_hash(recipe)) and started_with != file_hash(path):

@@ -22,6 +22,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
+from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.failures import append_to_log, repeated_failure
@@ -69,6 +70,8 @@ class RunRequest:
     """The run stops with a checkpoint once this file exists."""
     lease_patience_s: float = 0.0
     """How long to wait for a lease that another process holds before that is an error."""
+    recipe_sha256: str | None = None
+    """`recipe_hash` of the recipe to run: another start may have replaced it meanwhile."""
     observer: str | None = None
     """'module:function', called with events on every worker (for tests)."""
 
@@ -90,6 +93,7 @@ def run_driver(request: RunRequest, connect: Connect) -> None:
         return
     leases = Leases([request.run_folder / stage.name for stage in stages], request.lease_patience_s)
     try:
+        _check_same_recipe(request, recipe)
         make_folder(RunFolder(request.run_folder).logs)
         # Ray's own deadlines, for workers that do not answer (such as frozen ones), and for starting workers.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.workers.hang_timeout_s)
@@ -100,6 +104,13 @@ def run_driver(request: RunRequest, connect: Connect) -> None:
         raise KeyboardInterrupt from None  # Ray's SIGINT handler exits; callers expect KeyboardInterrupt
     finally:
         leases.release()
+
+
+def _check_same_recipe(request: RunRequest, recipe: Recipe) -> None:
+    """While nothing is trained, another start may replace the recipe, but not once there are leases."""
+    now = recipe_hash(load_run_recipe(request.run_folder))
+    if not now == recipe_hash(recipe) == (request.recipe_sha256 or now):
+        raise ValueError(f"{request.run_folder}: another start has replaced its recipe; choose another --name")
 
 
 def uses_gpu(recipe: Recipe) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.data.loading import sampling
 from pipeline.data.loading.preprocessing import Preprocessing
 from pipeline.data.manifest import read_manifest
-from pipeline.models import build_network, check_size
+from pipeline.models import build_network, check_micro_batch, check_size
 from pipeline.models.ema import Ema, overlaid
 from pipeline.models.export import write_model
 from pipeline.models.pruning.mask_drift import MaskDrift
@@ -148,6 +148,9 @@ class StageTrainer:
         """
         context, stage, recipe, group = self._context, self._stage, self._context.recipe, self._context.group
         network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
+        smallest = [growth.smallest for growth in recipe.growing.values()]
+        for size in (recipe.data.image_size, *smallest):
+            check_micro_batch(recipe.model, recipe.data.image_size, size, recipe.batch.micro_batch)
         for key, growth in recipe.growing.items():
             check_size(recipe.model, recipe.data.image_size, growth.smallest, f"{key}.smallest")
         if step := group.broadcast(own.progress.step if own else 0):

@@ -12,7 +12,8 @@ from pipeline.regular_file import read_regular
 
 Mode = Literal["online", "offline", "disabled"]
 MODES: dict[str, Mode] = {
-    **{"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"},
+    **{"online": "online", "run": "online", "shared": "online"},
+    **{"offline": "offline", "dryrun": "offline", "disabled": "disabled"},
 }
 """Spelling -> mode; `run` and `dryrun` are wandb's older ones."""
 TRUE = ("1", "true", "yes", "on", "t", "y")

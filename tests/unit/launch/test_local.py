@@ -13,7 +13,7 @@ import pytest
 from launch import local
 from launch.local import INTERRUPTED, run_here
 from launch.ray_cluster.environment import RAY_ENDED
-from pipeline.recipe.file import dump_recipe
+from pipeline.recipe.file import dump_recipe, recipe_hash
 from tests.support.small_recipe import small_recipe
 
 Driver = Callable[[Path], int]
@@ -45,7 +45,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
         (tmp_path / "logs").mkdir()
         left = list(drivers)
-        monkeypatch.setattr(local, "_run_driver", lambda folder, observer: left.pop(0)(folder))
+        monkeypatch.setattr(local, "_run_driver", lambda folder, *_: left.pop(0)(folder))
         code = run_here(tmp_path)
         assert left == [], "it gave up too soon"
         return code
@@ -79,6 +79,21 @@ def test_a_driver_that_was_killed_is_not_replaced(run: Callable[..., int], capsy
 def test_an_interrupted_driver_is_an_interrupted_run(run: Callable[..., int]) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(9, ends_with(INTERRUPTED))
+
+
+def test_a_path_that_the_driver_cannot_use_is_one_line(tmp_path: Path) -> None:
+    """A link where its lock would be; the driver is a process of its own, with its own report of errors."""
+    recipe = small_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / ".lease.lock").symlink_to(tmp_path / "elsewhere")
+    command = [sys.executable, "-m", "launch.local", str(tmp_path), "--scratch", str(tmp_path / "scratch")]
+    for sha256, words in ((recipe_hash(recipe), "it is a link"), ("f" * 64, "another start has replaced its recipe")):
+        done = subprocess.run([*command, "--recipe-sha256", sha256], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert words in done.stderr
+        (tmp_path / "pretrain" / ".lease.lock").unlink(missing_ok=True)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_the_waiting_command_has_neither_torch_nor_ray() -> None:

@@ -23,6 +23,7 @@ from launch.slurm.submit import submit_run
 from pipeline.distributed import Group
 from pipeline.evaluation.load import load_network
 from pipeline.recipe.file import dump_recipe, dump_yaml, file_hash, load_recipe, recipe_hash
+from pipeline.recipe.flat_objective import to_flat
 from pipeline.recipe.schema import Recipe
 from pipeline.run import provenance as provenance_module
 from pipeline.run.lease import LeaseHeld, Leases
@@ -151,6 +152,44 @@ def test_what_has_trained_nothing_is_begun_anew() -> None:
     assert provenance["data_sha256"] == {"data.train_file": "b" * 64}
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert left == {"recipe.yaml", "provenance.json", "logs/worker-0.log", "mine.txt"}
+
+
+def test_a_first_try_whose_recipe_is_refused_today_is_begun_anew() -> None:
+    folder = failed_first_try()
+    (folder / "recipe.yaml").write_text("data: 1\n")
+    assert run_folder.open_or_create(recipe_with(), "mine", NO_DATA) == folder
+    assert load_recipe(folder / "recipe.yaml") == load_run_recipe(folder)
+    assert not (folder / "pretrain" / "metrics.jsonl").exists()
+
+
+def test_keys_without_effect_in_the_recipe_of_an_older_run_are_no_error() -> None:
+    """Its version accepted keys of other techniques, and those that DeepSpeed does not know."""
+    folder = run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
+    values = to_flat(YAML(typ="safe", pure=True).load(folder / "recipe.yaml"))
+    values["objective"]["replays"] = 7
+    values["deepspeed"] = {"zero_optimisation": {"stage": 1}}
+    (folder / "recipe.yaml").write_text(dump_yaml(values))
+    with pytest.raises(ValueError, match="zero_optimisation: unknown to DeepSpeed"):
+        load_recipe(folder / "recipe.yaml")
+    older = json.loads((folder / "provenance.json").read_text())
+    older["recipe_sha256"] = file_hash(folder / "recipe.yaml")
+    (folder / "provenance.json").write_text(json.dumps(older))
+    recipe = load_run_recipe(folder)
+    assert recipe.objective == recipe_with().objective
+    assert "mine" in status_text([folder])
+    run_folder.write_run_folder(folder, recipe, NO_DATA)
+    assert load_run_recipe(folder) == recipe
+
+
+def test_links_of_users_to_their_own_disks_are_followed(tmp_path: Path) -> None:
+    """A run directory, or `runs` in a folder that happens to have a recipe.yaml."""
+    (tmp_path / "disk").mkdir()
+    Path("recipe.yaml").touch()
+    Path("runs").symlink_to(tmp_path / "disk")
+    run_folder.open_or_create(recipe_with(), "mine", NO_DATA)
+    (tmp_path / "disk" / "mine").rename(tmp_path / "moved")
+    (tmp_path / "disk" / "mine").symlink_to(tmp_path / "moved")
+    assert run_folder.open_or_create(recipe_with(), "mine", NO_DATA) == Path("runs/mine")
 
 
 def test_the_same_try_is_not_begun_anew() -> None:

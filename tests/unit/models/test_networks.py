@@ -13,10 +13,9 @@ import torch
 import torchvision
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.v2.functional import normalize
 
-from pipeline.models import Network, build_network
+from pipeline.models import Network, build_network, check_micro_batch
 from pipeline.models.architectures.from_torchvision import WITH_AUXILIARY_LOGITS
 from pipeline.models.architectures.pooling import GridAverage
 from pipeline.models.architectures.ra_resnet import Bottleneck
@@ -27,7 +26,7 @@ from pipeline.models.architectures.wide_resnet import WideResNet
 from pipeline.models.network import BACKBONES, BACKBONES_OF_ONE_SIZE
 from pipeline.models.pruning.scores import Scores, maskable
 from pipeline.models.state import layer_counts
-from pipeline.recipe.architectures import OWN, REFUSED, TORCHVISION, WITHOUT_BATCHNORM, known_architecture
+from pipeline.recipe.architectures import OWN, REFUSED, TORCHVISION, known_architecture
 from pipeline.recipe.sections import Model
 
 SMALL = Model(arch="small_cnn", num_classes=10)
@@ -49,17 +48,24 @@ def test_every_name_has_exactly_one_constructor() -> None:
     assert sorted(TORCHVISION + REFUSED) == torchvision.models.list_models(module=torchvision.models)
 
 
-@pytest.mark.parametrize("arch", [name for name in OWN + TORCHVISION if not name.startswith("regnet")])
-def test_recipes_know_which_networks_have_batchnorm(arch: str) -> None:
-    layers = on_meta(arch, image_size=32 if arch in BACKBONES_OF_ONE_SIZE else None).modules()
-    assert any(isinstance(layer, _BatchNorm) for layer in layers) == (arch not in WITHOUT_BATCHNORM)
-
-
-def test_regnets_have_batchnorm() -> None:
-    """torchvision computes their widths from tensors, so they are not built on the meta device; they differ in size."""
-    network = build_network(Model(arch="regnet_y_400mf", num_classes=10), 0)
-    assert any(isinstance(layer, _BatchNorm) for layer in network.modules())
-    assert not any(name.startswith("regnet") for name in WITHOUT_BATCHNORM)
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("resnet18", 32), ("resnet18", 64), ("resnet18_cifar", 32), ("vgg16_cifar", 32), ("small_cnn", 28)],
+)
+def test_a_micro_batch_of_one_image_is_refused_where_batchnorm_cannot_train_on_it(arch: str, size: int) -> None:
+    model = Model(arch=arch, num_classes=10)
+    network = build_network(model, 0, size).train()
+    try:
+        network(torch.rand(1, 3, size, size))
+    except ValueError:
+        assert (arch, size) in (("resnet18", 32), ("small_cnn", 28))
+        with pytest.raises(
+            ValueError, match=rf"batch.micro_batch 1: .*{arch} cannot .* set batch.micro_batch=2 or more"
+        ):
+            check_micro_batch(model, size, size, 1)
+    else:
+        check_micro_batch(model, size, size, 1)
+    check_micro_batch(model, size, size, 2)
 
 
 # Sizes

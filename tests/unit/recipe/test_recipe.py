@@ -336,10 +336,6 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (['data.stage_to="/a\\0b"'], "data.stage_to = '/a\\x00b': expected the path of a file or folder"),
         (["deepspeed.bfloat16.enabled=true"], "deepspeed: bfloat16 = {'enabled': True}: engine.precision decides it"),
         (["deepspeed.aio.block_size=1e999"], "deepspeed: aio.block_size = 1e999: a number is 0 or between 1e-30 and"),
-        (
-            ["batch.micro_batch=1"],
-            "batch.micro_batch 1: small_cnn has BatchNorm, which needs the statistics of several",
-        ),
     ],
 )
 def test_refusals_name_key_value_and_fix(overrides: list[str], words: str) -> None:
