@@ -23,8 +23,6 @@ from pipeline.regular_file import read_regular
 
 NOT_DECIDING = ("workers", "checkpoint", "tracking", "slurm")
 """Sections that may change when a run is resumed."""
-LARGEST_BYTES = 1 << 20
-"""Of a recipe file; the longest that is shipped has 3 kB."""
 
 
 class _WrittenInt(int):
@@ -241,7 +239,7 @@ def load_resolved_recipe(path: Path) -> Recipe:
 
 def _read_mapping(path: Path, expected: str, hint: str) -> dict[str, Any]:
     try:
-        text = read_regular(path, LARGEST_BYTES).decode("utf-8")
+        text = read_regular(path, 4 * LONGEST_TEXT).decode("utf-8")  # at most 4 bytes a character
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
     except UnicodeDecodeError as error:
