@@ -192,7 +192,8 @@ def test_the_report_is_drawn(story: Story) -> None:
     assert "missing" not in reported.out
     drawn = {path.name for path in (story.run / "report").iterdir() if path.stat().st_size}
     pictures = {f"{name}.{kind}" for name in ("robust_accuracy", "kept_fraction") for kind in ("png", "csv")}
-    assert drawn == {"report.html", "further_attacks.csv", *pictures}
+    tables = {"further_attacks.csv", "per_class_accuracy.csv", "confusion.csv"}
+    assert drawn == {"report.html", *tables, *pictures}
     assert table[-1] == "page: runs/shape/report/report.html"
     # Three for every example, of which there are as many as its time allows; images this small are exact.
     assert (story.run / "report" / "report.html").read_text().count('<img src="data:image/png') in range(3, 25, 3)
