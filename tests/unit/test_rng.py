@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.rng import GOLDEN_GAMMA, mix64, sample_keys, scope_key, uniforms
@@ -20,7 +20,6 @@ def mix_in_python(x: int) -> int:
 
 
 @given(st.integers(0, MASK))
-@settings(deadline=None)
 def test_mix64_equals_unbounded_integer_arithmetic(x: int) -> None:
     assert int(mix64(np.array([x], dtype=np.uint64))[0]) == mix_in_python(x)
 
@@ -41,7 +40,6 @@ def test_stream_of_key_1234567_is_the_published_one() -> None:
 
 
 @given(st.integers(0, MASK), st.integers(1, 30), st.integers(1, 30))
-@settings(deadline=None)
 def test_a_longer_stream_continues_a_shorter_one(key: int, short: int, more: int) -> None:
     keys = np.array([key], dtype=np.uint64)
     assert np.array_equal(uniforms(keys, short + more)[:, :short], uniforms(keys, short))
@@ -53,7 +51,6 @@ scopes = st.tuples(
 
 
 @given(scopes, scopes)
-@settings(deadline=None)
 def test_scopes_share_a_key_only_when_equal(first: tuple, second: tuple) -> None:
     assert (scope_key(*first) == scope_key(*second)) == (first == second)
 

@@ -178,7 +178,7 @@ def test_float_pixels_have_no_white_level() -> None:
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["JPEG", "PNG"]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_truncated_file_is_broken(length: int, format: str) -> None:
     data = encoded(Image.fromarray(pixels(3)), format)
     # The last bytes are an end marker, which decoders do not always require.
@@ -206,7 +206,6 @@ def test_random_bytes_inside_a_stored_jpeg_are_detected_though_pillow_accepts_th
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1600))
-@settings(deadline=None)
 def test_fitted_size(height: int, width: int, limit: int) -> None:
     h, w = fitted_size(height, width, limit)
     assert 1 <= h <= height

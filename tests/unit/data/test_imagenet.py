@@ -109,7 +109,7 @@ def test_missing_archives_are_named(tmp_path: Path) -> None:
         open_source("imagenet", "train", tmp_path)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize(("split", "name"), [("train", TRAIN), ("test", VAL), ("test", DEVKIT)])
 def test_a_truncated_archive_is_named(archives: Path, tmp_path: Path, split: str, name: str, data: st.DataObject):

@@ -110,7 +110,7 @@ def prefetch_threads():
     return sum(thread.name == "prefetch" for thread in threading.enumerate())
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_raw_pixels_are_the_source_with_the_crop_applied(files, data):
     images = sources()["raw"]

@@ -35,7 +35,7 @@ from pipeline.data.manifest import (
 from pipeline.data.writing.verify import check_samples, hash_file, verify_file
 
 SAMPLES = 6
-IN_PLACE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_PLACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check_progress(stage: str, done: int, total: int) -> None:

@@ -39,7 +39,6 @@ def shrink(image: NDArray[np.uint8], top: int, left: int, high: int, wide: int, 
 
 
 @pytest.mark.slow
-@settings(deadline=None)  # the first call compiles
 @given(st.data())
 def test_each_new_pixel_is_the_mean_of_its_area(data):
     side = data.draw(st.integers(1, 6))
@@ -56,7 +55,6 @@ def test_each_new_pixel_is_the_mean_of_its_area(data):
         assert abs(mine - mean) <= Fraction(1, 2) + Fraction(1, 1000)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 3000))
 def test_shares_cover_every_pixel_once(count, more):
     length = count + more
@@ -80,7 +78,7 @@ def in_float64(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
     return np.einsum("iy,yxc,jx->ijc", shares(image.shape[0]), image, shares(image.shape[1]), optimize=True)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 99), st.integers(224, 700), st.integers(224, 700))
 @example(0, 448, 224)
 @example(0, 336, 448)
@@ -93,7 +91,7 @@ def test_pixels_equal_opencvs_unless_rounding_differs(seed, high, wide):
     assert np.abs(means % 1 - 0.5).max(initial=0) < 1e-3
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 99), st.integers(1, 40), st.integers(0, 150), st.integers(0, 150))
 @example(0, 224, 276, 151)
 def test_numpy_gives_the_same_bits(seed, side, more_high, more_wide):

@@ -38,7 +38,7 @@ arrays = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(array=arrays, protocol=st.integers(0, pickle.HIGHEST_PROTOCOL), labels=st.lists(st.integers(-(2**40), 2**40)))
 def test_arrays_lists_and_text_come_back_from_every_protocol(
     array: np.ndarray, protocol: int, labels: list[int]
@@ -173,7 +173,7 @@ def test_sizes_are_checked_before_memory_is_allocated(program: bytes) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1 << 10, "in KiB"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_pickle_is_refused_or_is_a_dict(data: st.DataObject) -> None:
     whole = python2_pickle({"data": np.arange(40, dtype=np.uint8).reshape(4, 10), "labels": [1, 2, 3, 4]})

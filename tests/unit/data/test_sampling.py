@@ -40,7 +40,6 @@ def same(left, right):
     )
 
 
-@settings(deadline=None)
 @given(num_samples=st.integers(1, 400), data=st.data())
 def test_held_out_images_and_training_images_partition_the_file(num_samples, data):
     validation_images = data.draw(st.integers(0, num_samples - 1))
@@ -79,7 +78,6 @@ def test_a_training_subset_is_sorted_fixed_and_nested():
         sampling.train_subset(train, 901)
 
 
-@settings(deadline=None)
 @given(count=st.integers(1, 300), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
 def test_an_epoch_visits_each_id_once(count, seed, epoch):
     ids = np.arange(count, dtype=np.int64) * 3 + 1
@@ -102,7 +100,6 @@ def test_an_order_does_not_depend_on_the_position_in_the_file():
     assert abs(np.corrcoef(ids, rank)[0, 1]) < 0.05
 
 
-@settings(deadline=None)
 @given(
     micro=st.integers(1, 4), per_rank=st.integers(1, 3), steps=st.integers(1, 9), extra=st.integers(0, 20),
     seed=st.integers(0, 99),
@@ -148,7 +145,6 @@ def test_impossible_plans_are_refused_at_the_call():
             plan(ids, **options)
 
 
-@settings(deadline=None)
 @given(
     own=st.integers(1, 3), share=st.integers(1, 3), micro_batches=st.integers(1, 4), train=st.integers(12, 40),
     extra=st.integers(1, 30), seed=st.integers(0, 99),
@@ -184,7 +180,7 @@ def test_every_micro_batch_has_its_share_of_extra_images_and_both_kinds_keep_the
         assert np.array_equal(np.sort(rows[begin : begin + extra, 0]), extra_ids)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(extra=st.integers(1, 40), start=st.integers(0, 12), seed=st.integers(0, 99))
 def test_a_plan_with_extra_images_is_the_same_from_every_step_and_for_every_world_size(extra, start, seed):
     options = {"seed": seed, "stop": 12, "batch": 16, "micro": 4, "extra": np.arange(extra) + 50, "share": 4}
@@ -262,7 +258,7 @@ def test_extreme_shapes_fall_back_to_torchvisions_central_crop(height, width):
     assert {tuple(crop) for crop in ours[:, :4].tolist()} == {theirs}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 99), epoch=st.integers(0, 99), data=st.data())
 def test_a_crop_does_not_depend_on_its_neighbours(seed, epoch, data):
     ids = np.array(data.draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=20)), np.int64)
@@ -287,7 +283,6 @@ def test_center_crops_are_the_centre_of_torchvisions_resize_and_center_crop():
     ]
 
 
-@settings(deadline=None)
 @given(height=st.integers(1, 2000), width=st.integers(1, 2000), size=st.integers(1, 300))
 def test_center_crops_stay_inside(height, width, size):
     top, left, crop_height, crop_width, _ = sampling.center_crops(np.array([height]), np.array([width]), size)[0]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pipeline.evaluation.statistics import certified_curve, clopper_pearson_lower, mcnemar, wilson_interval
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.9, 0.95]))
 def test_wilson_is_scipys(counts: tuple[int, int], confidence: float) -> None:
     correct, total = counts
@@ -45,7 +44,6 @@ counts = st.integers(1, 100_000).flatmap(lambda n: st.tuples(st.integers(0, n), 
 alphas = st.sampled_from([0.001, 0.01, 0.05, 0.5])
 
 
-@settings(deadline=None)
 @given(counts, alphas)
 def test_clopper_pearson_is_scipys_exact_interval(count: tuple[int, int], alpha: float) -> None:
     successes, trials = count
@@ -54,7 +52,7 @@ def test_clopper_pearson_is_scipys_exact_interval(count: tuple[int, int], alpha:
     assert clopper_pearson_lower(successes, trials, alpha) == pytest.approx(expected, rel=1e-7, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 200), alphas, st.floats(0.001, 0.999))
 def test_clopper_pearson_exceeds_the_truth_with_probability_at_most_alpha(n: int, alpha: float, p: float) -> None:
     """Summed over every possible outcome, not sampled."""
@@ -80,7 +78,6 @@ def brute_force_p(first: int, second: int) -> float:
     return float(sum(Fraction(w, 2**n) for w in weights if w <= weights[first]))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_mcnemar_equals_brute_force(verdicts: list[tuple[bool, bool]]) -> None:
     first, second = (np.array(column, dtype=np.bool_) for column in zip(*verdicts, strict=True))

@@ -43,7 +43,7 @@ def densities(shapes: dict[str, torch.Size], budget: int) -> dict[str, float]:
     return result
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(shapes=shapes_of_layers, keep=keep_fraction)
 def test_erk_has_its_densities_and_an_exact_total(shapes: dict[str, torch.Size], keep: Decimal) -> None:
     counts = erdos_renyi_kernel(shapes, keep)
@@ -62,7 +62,7 @@ def test_uniform_matches_the_paper() -> None:
     assert uniform(shapes, Decimal("0.01")) == {"conv1.weight": 95, "fc.weight": 20480}  # as the reference code keeps
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data(), shapes=shapes_of_layers, keep=keep_fraction)
 def test_global_masks_are_the_strongest_of_all_and_one_of_each(
     data: st.DataObject, shapes: dict[str, torch.Size], keep: Decimal

@@ -38,7 +38,7 @@ def training(network: nn.Module, scores: Scores | None, steps: int, seed: int = 
         yield {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.integers(1, 30))
 def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, steps: int) -> None:
     network = small_network()

@@ -140,7 +140,7 @@ def layers_of(shapes: list[tuple[int, int]], seed: int) -> nn.Module:
         return nn.ModuleList([nn.Linear(inputs, outputs, bias=False) for inputs, outputs in shapes])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shapes=shapes_of_layers, keep=keep_fraction, seed=st.integers(0, 5))
 def test_it_begins_with_the_uniform_allocation_but_for_roundings(
     shapes: list[tuple[int, int]], keep: Decimal, seed: int
@@ -162,7 +162,7 @@ def test_it_begins_with_the_uniform_allocation_but_for_roundings(
     assert missing == rounding_excess <= len(shapes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), shapes=shapes_of_layers, keep=keep_fraction)
 def test_for_any_rates_the_total_is_exact_and_no_layer_is_empty(
     data: st.DataObject, shapes: list[tuple[int, int]], keep: Decimal
@@ -204,7 +204,7 @@ def test_a_rate_that_grows_takes_connections_from_the_others() -> None:
     assert sum(after.values()) == sum(before.values())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(shapes=shapes_of_layers, keep=keep_fraction, exponents=st.lists(st.integers(-20, 20), min_size=5, max_size=5))
 def test_the_scale_of_a_layers_scores_does_not_matter(
     shapes: list[tuple[int, int]], keep: Decimal, exponents: list[int]

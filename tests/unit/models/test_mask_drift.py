@@ -60,7 +60,7 @@ def test_the_initial_masks_are_recomputed_from_the_weights(kind: str, allocation
     assert kept(resumed_scores) == kept(scores)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     events=st.lists(st.sampled_from(["step", "row", "interrupted"]), max_size=12),

@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,6 @@ TENTH = Decimal("0.1")
 
 
 @given(st.integers(1, 10**7), st.decimals("0.0001", "1", places=4))
-@settings(deadline=None)
 def test_kept_count_is_exact(n: int, keep_fraction: Decimal) -> None:
     ten_thousandths = int(keep_fraction * 10_000)
     pruned = ((10_000 - ten_thousandths) * n) // 10_000
@@ -71,7 +70,6 @@ def scores_in_any_layout(draw: st.DrawFn) -> Tensor:
 
 
 @given(scores_in_any_layout(), st.data())
-@settings(deadline=None)
 def test_topk_mask_is_the_brute_force_one(score: Tensor, data: st.DataObject) -> None:
     kept = data.draw(st.integers(0, score.numel()))
     mask = topk_mask(score, kept)

@@ -38,7 +38,7 @@ RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 DEMO = next(path for path in RECIPES if path.stem == "fashion_mnist")
 
 
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+unhurried = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 def demo_values() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.recipe.learning_rate import Constant
@@ -26,7 +26,6 @@ def rates(phase: Phase, steps_per_epoch: int) -> list[float]:
 
 
 @given(phases(), st.integers(2, 40))
-@settings(deadline=None)
 def test_rises_to_lr_then_falls(phase: Phase, steps_per_epoch: int) -> None:
     values = rates(phase, steps_per_epoch)
     warmup = round(phase.warmup_epochs * steps_per_epoch)
@@ -38,7 +37,6 @@ def test_rises_to_lr_then_falls(phase: Phase, steps_per_epoch: int) -> None:
 
 
 @given(phases(), st.integers(2, 40))
-@settings(deadline=None)
 def test_reaches_zero_one_step_after_the_last(phase: Phase, steps_per_epoch: int) -> None:
     total = phase.epochs * steps_per_epoch
     annealed = total - round(phase.warmup_epochs * steps_per_epoch)
@@ -80,7 +78,6 @@ def test_a_step_outside_the_phase_is_refused(step: int) -> None:
 
 
 @given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_min=True, exclude_max=True))
-@settings(deadline=None)
 def test_an_attack_grows_linearly_over_its_warm_up(elapsed: float, warmup: float) -> None:
     strength = strength_at(elapsed, warmup)
     if elapsed >= warmup:
@@ -101,7 +98,6 @@ def resized_phases(draw: st.DrawFn) -> tuple[Phase, int]:
 
 
 @given(resized_phases())
-@settings(deadline=None)
 def test_images_grow_from_the_smallest_to_the_full_size(resized: tuple[Phase, int]) -> None:
     phase, full = resized
     resolution = phase.resolution

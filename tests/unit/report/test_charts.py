@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 import matplotlib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import same_color, to_rgb
@@ -205,7 +205,6 @@ def test_charts_grow_with_the_number_of_layers(run: RunResult) -> None:
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
-@settings(deadline=None)
 def test_ticks_are_round_few_and_on_the_axis(values: list[float]) -> None:
     def paint(axes: Axes) -> None:
         plot_line(axes, "HYDRA", range(len(values)), values)

@@ -10,7 +10,7 @@ import pyautoattack
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,7 +57,6 @@ def test_ball_of_a_threat_model() -> None:
 
 
 @given(st.integers(0, 2**32), st.floats(1e-3, 3.0), st.floats(0, 10), st.sampled_from([LinfBall, L2Ball]))
-@settings(deadline=None)
 def test_projection_is_inside_and_keeps_what_is_inside(seed: int, eps: float, reach: float, kind: type) -> None:
     generator = torch.Generator().manual_seed(seed)
     ball = kind(eps)

@@ -425,7 +425,7 @@ def assert_adjoint(operation: Operation, x: Tensor) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_backward_bounds_of_convolutions_are_exact_for_any_geometry(data: st.DataObject) -> None:
     def pair(low: int, high: int) -> tuple[int, int]:
         return data.draw(st.tuples(st.integers(low, high), st.integers(low, high)))
@@ -441,7 +441,7 @@ def test_backward_bounds_of_convolutions_are_exact_for_any_geometry(data: st.Dat
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_backward_bounds_of_average_pooling_are_exact_for_any_geometry(data: st.DataObject) -> None:
     kernel = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     layer = data.draw(
@@ -468,7 +468,7 @@ ENDS = st.floats(-2.0, 2.0, width=32) | st.sampled_from([0.0, -1e-8, 1e-8, 1e-30
 
 
 @given(ENDS, ENDS, st.floats(-3.0, 3.0, width=32), st.booleans())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_lines_of_a_relu_hold_on_its_box_and_have_finite_gradients(
     one: float, other: float, a: float, parallel: bool
 ) -> None:
@@ -488,7 +488,7 @@ def test_the_lines_of_a_relu_hold_on_its_box_and_have_finite_gradients(
 
 
 @given(st.integers(0, 10_000), st.sampled_from([(2, 2, 0), (3, 2, 1), (3, 1, 1)]), st.sampled_from([0.0, 0.05, 0.5]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_lines_of_max_pooling_hold_on_its_box(seed: int, geometry: tuple[int, int, int], width: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     kernel, stride, padding = geometry

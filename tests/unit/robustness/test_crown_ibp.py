@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -233,7 +233,6 @@ SHARE = st.floats(0.0, 1.0)
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), SHARE, SHARE)
-@settings(deadline=None)
 def test_a_ramp_is_linear_then_flat(start: float, end: float, ramp: float, elapsed: float) -> None:
     expected = np.interp(elapsed, [0.0, ramp], [start, end]) if ramp > 0 else end
     assert ramp_at(start, end, ramp, elapsed) == pytest.approx(float(expected), abs=1e-6)

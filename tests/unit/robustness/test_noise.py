@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,7 +22,6 @@ def keys_of(count: int, *scope: int | str) -> Tensor:
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=5), st.tuples(st.integers(1, 3), st.integers(1, 9)))
-@settings(deadline=None)
 def test_uniform_noise_matches_the_numpy_streams(key_list: list[int], shape: tuple[int, int]) -> None:
     key_array = np.array(key_list, dtype=np.uint64)
     noise = uniform_noise(torch.from_numpy(key_array.view(np.int64)), shape)
@@ -53,7 +52,6 @@ def test_noise_has_its_distribution(noise: Callable[..., Tensor], distribution: 
 
 
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 2**40), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_derived_keys_are_mixed_as_sample_keys_are(seed: int, numbers: list[int]) -> None:
     scopes = np.array([rng.scope_key(seed, "certify"), rng.scope_key(seed, "attack")], dtype=np.uint64)
     derived = derived_keys(torch.from_numpy(scopes.view(np.int64)), torch.tensor(numbers))

@@ -131,9 +131,7 @@ def assert_skipped(pair: Path, name: str, changed: bytes) -> None:
     checkpoint.check_checkpoint(path.parent)
 
 
-@settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), truncate=st.booleans()
 )
@@ -314,9 +312,7 @@ def copy_another(path: Path) -> None:
 DAMAGES = [truncate_half, empty, grow, zero_a_block, flip_a_bit, copy_another, Path.unlink]
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     damaged=st.dictionaries(
         st.sampled_from([5, 10, 15]),

@@ -24,9 +24,7 @@ json_values = st.recursive(
 )
 
 
-@settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(value=json_values)
 def test_json_is_read_back(tmp_path: Path, value: object) -> None:
     path = tmp_path / "value.json"

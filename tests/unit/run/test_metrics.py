@@ -93,7 +93,7 @@ def test_flatten_keeps_numbers_only() -> None:
     assert flatten(values, "train/") == {"train/loss": 1.0, "train/timing/seconds": 2.5, "train/timing/deep/x": 1.0}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     steps=st.lists(st.integers(0, 30), max_size=12).map(sorted),
     last=st.integers(0, 30),

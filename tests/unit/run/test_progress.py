@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.run.progress import Progress, Window
 
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+unhurried = settings(suppress_health_check=[HealthCheck.too_slow])
 
 counts = st.integers(0, 10**12)
 finite = st.floats(allow_nan=False, allow_infinity=False)

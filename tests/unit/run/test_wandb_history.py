@@ -43,7 +43,7 @@ def write_log(records: list[Any]) -> tuple[bytes, list[int]]:
     return bytes(log), ends
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 200) | st.integers(BLOCK - 80, BLOCK + 20) | st.just(3 * BLOCK), max_size=6),
     torn=st.floats(0, 1),
