@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from pipeline.run.layout import progress_marks
-from tests.slurm.throttle import FOLDER, inside
+from tests.slurm.throttle import FOLDER, SLOWLY, inside
 from tests.support.commands import wait_until
 from tests.support.slurm_cluster import SlurmCluster
 
@@ -165,9 +165,15 @@ class Victim:
             elapsed = self.cluster.client("squeue", "-h", "-j", self.job, "-o", "%M").strip()
             parts = zip(reversed(elapsed.split(":")), (1 / 60, 1, 60), strict=False)
             # One to two minutes from now: the next check for a warning is within 30 s, and the job then needs some.
+            slowly.touch()  # or else the stage is finished by then
             limit(int(sum(int(part) * unit for part, unit in parts)) + 2)
 
-        return blow, partial(limit, 60)
+        def heal() -> None:
+            slowly.unlink()
+            limit(60)
+
+        slowly = Path(os.environ[FOLDER]) / SLOWLY
+        return blow, heal
 
     def _node_down(self, index: int) -> tuple[Act, Act | None]:
         nodes = self.cluster.job_nodes(self.job)

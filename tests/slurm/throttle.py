@@ -14,7 +14,9 @@ FOLDER = "HYDRA_TEST_THROTTLE"
 """Names the folder in which a file `full-speed` ends the throttling."""
 PLACES = {"forward": "step", "before_manifest": "save"}
 """Where it pauses: inside a step, with incomplete gradients, and inside a checkpoint without a manifest."""
-_PAUSE_S = 0.3
+SLOWLY = "slowly"
+"""While this file exists, steps take seconds: for faults that come a minute or two after they are requested."""
+_PAUSE_S, _LONG_PAUSE_S = 0.3, 5.0
 _never = threading.Event()
 
 
@@ -25,7 +27,7 @@ def slow(event: str, facts: dict[str, Any]) -> None:
         return
     mark = folder / f"inside-{place}-{os.getpid()}"
     mark.write_text(str(facts["step"]))
-    _never.wait(_PAUSE_S)
+    _never.wait(_LONG_PAUSE_S if place == "step" and (folder / SLOWLY).exists() else _PAUSE_S)
     mark.unlink()
 
 
