@@ -89,7 +89,7 @@ def test_a_path_that_the_driver_cannot_use_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "pretrain" / ".lease.lock").symlink_to(tmp_path / "elsewhere")
     command = [sys.executable, "-m", "launch.local", str(tmp_path), "--scratch", str(tmp_path / "scratch")]
     for sha256, words in ((recipe_hash(recipe), "it is a link"), ("f" * 64, "another start has replaced its recipe")):
-        done = subprocess.run([*command, "--recipe-sha256", sha256], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, "--recipe-sha256", sha256], capture_output=True, text=True, timeout=280)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert words in done.stderr
         (tmp_path / "pretrain" / ".lease.lock").unlink(missing_ok=True)
