@@ -145,4 +145,4 @@ def test_weights_that_may_not_be_read(data: Path, tmp_path: Path, monkeypatch: p
 
 def test_the_check_needs_no_torch() -> None:
     code = "import sys, pipeline.data.agreement; sys.exit(any(m in sys.modules for m in ('torch', 'ffcv', 'ray')))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=240, check=False).returncode == 0

@@ -516,7 +516,7 @@ def test_a_terminal_that_is_not_utf8_shows_all(tmp_path: Path) -> None:
             cwd=tmp_path,
             env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"},
             capture_output=True,
-            timeout=60,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         lines = done.stdout.decode(encoding).splitlines()
