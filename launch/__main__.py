@@ -13,10 +13,9 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 from launch.commands import data, evaluate, leaderboard, logs, predict, report, run, status
-from launch.exit_codes import exit_code_of, show_warnings
+from launch.exit_codes import exit_code_of, raise_interrupt, show_warnings
 
 DESCRIPTION = """\
 Small neural networks that are robust to adversarial examples: pretrain with a robust objective, prune by scores that
@@ -73,10 +72,6 @@ def _refuse_shadowing_packages() -> None:
         )
 
 
-def _raise_interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -95,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     show_warnings()
     arguments = _parse(argv)
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    signal.signal(signal.SIGTERM, raise_interrupt)
     try:
         return exit_code_of(lambda: _handle(arguments))
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from pipeline.run.printable import printable
 
@@ -33,6 +34,11 @@ def show_warnings() -> None:
 
 def print_error(error: object) -> None:
     print(printable(f"error: {error}"), file=sys.stderr)
+
+
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
+    """Handler of signals that end a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def exit_code_of(command: Callable[[], int]) -> int:

@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from launch.display import follow
-from launch.exit_codes import exit_code_of, print_error, show_warnings
+from launch.exit_codes import exit_code_of, print_error, raise_interrupt, show_warnings
 from launch.ray_cluster.environment import LOOPBACK, RAY_ENDED
 from launch.ray_cluster.reaper import CLUSTER_MARK, Reaper
 from launch.ray_cluster.scratch import python_for_ray
@@ -63,10 +62,9 @@ def run_here(folder: Path, observer: str | None = None) -> int:
         previous, marks = marks, progress_marks(folder, names)
         failures = 0 if marks != previous else failures + 1
         if failures > limit:
-            print(
-                f"error: {folder}: Ray's processes ended {failures} times in a row without a new checkpoint (is the "
-                f"machine out of memory?). See {folder}/logs/, then: python -m launch resume {folder}",
-                file=sys.stderr,
+            print_error(
+                f"{folder}: Ray's processes ended {failures} times in a row without a new checkpoint (is the machine "
+                f"out of memory?). See {folder}/logs/, then: python -m launch resume {folder}"
             )
             return 1
         log.warning("%s: starting Ray again; restarting from the newest checkpoint", folder.name)
@@ -74,10 +72,9 @@ def run_here(folder: Path, observer: str | None = None) -> int:
         raise KeyboardInterrupt
     if code < 0:
         name = signal.Signals(-code).name
-        print(
-            f"error: {folder}: its driver was ended by {name}; checkpoints are kept; continue with: "
-            f"python -m launch resume {folder}",
-            file=sys.stderr,
+        print_error(
+            f"{folder}: its driver was ended by {name}; checkpoints are kept; continue with: "
+            f"python -m launch resume {folder}"
         )
         return 1
     return code
@@ -138,10 +135,6 @@ def run_and_show(request: RunRequest, connect: Connect) -> None:
         display.join(timeout=10)
 
 
-def _raise_interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The driver; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.local")
@@ -152,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     show_warnings()
     for number in INTERRUPTS:
-        signal.signal(number, _raise_interrupt)
+        signal.signal(number, raise_interrupt)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         return exit_code_of(lambda: _drive(options))

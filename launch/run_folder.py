@@ -81,7 +81,7 @@ def check_start(recipe: Recipe, name: str | None) -> Path:
 
 
 def has_trained_nothing(folder: Path) -> bool:
-    """Whether a run directory has no checkpoint and no result, so that nothing is lost if it is begun anew."""
+    """Whether a run directory has no checkpoint and no result, so that nothing is lost if it starts over."""
     kept = ("step-*", StageFolder(folder).result.name, StageFolder(folder).network.name)
     return not any(True for pattern in kept for _ in folder.rglob(pattern))
 
@@ -103,7 +103,7 @@ def begins_anew(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> bo
 def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]) -> Path:
     """The run directory of a recipe: a new one, or the existing one of the same recipe, which then resumes.
 
-    One that has trained nothing is begun anew: its recipe and data may be other ones than before.
+    One that has trained nothing starts over: its recipe and data may be other ones than before.
     `data_sha256` is from `check_data`. Workers, ZeRO stage, checkpoint interval and tracking may differ from before.
     Errors: those of `check_start`.
     """

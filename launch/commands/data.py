@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.data_description import print_info, print_written
+from launch.exit_codes import print_error
 from pipeline.recipe.sections import DATASETS
-from pipeline.run.printable import printable, printable_line
+from pipeline.run.printable import printable_line
 
 if TYPE_CHECKING:
     from pipeline.data.sources.image_folder import FolderOptions
@@ -213,7 +214,7 @@ def _write(arguments: argparse.Namespace) -> int:
                 folder=_folder_options(arguments),
             )
     except (DataError, WriteError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        print_error(error)
         return 2 if isinstance(error, DataError) else 1
     for file in files:
         print_written(file)
@@ -222,7 +223,7 @@ def _write(arguments: argparse.Namespace) -> int:
 
 def _report_error(file: Path, error: ValueError) -> int:
     """Print why a file does not open. Returns the exit code: 2 if it does not exist, 1 if it is damaged."""
-    print(printable(f"error: {error}"), file=sys.stderr)
+    print_error(error)
     return 1 if os.path.isfile(file) else 2  # Path.is_file would raise for a folder that may not be entered
 
 

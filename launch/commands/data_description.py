@@ -68,7 +68,7 @@ def _show(line: str, stream: TextIO | None = None) -> None:
 
 
 def _print_readings(manifest: Manifest) -> None:
-    """What of the source is not in the file as it was."""
+    """Print which images were converted, and which files were passed over."""
     if manifest.converted:
         behind = f"; transparent pixels are {manifest.background}" if "alpha" in manifest.converted else ""
         _show(f"  converted  {_counts(manifest.converted)}{behind if manifest.background else ''}")

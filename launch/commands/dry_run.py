@@ -10,7 +10,7 @@ from typing import Any
 from launch import run_folder
 from pipeline.data.loading import sampling
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.recipe.file import load_recipe
+from pipeline.recipe.file import load_resolved_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.disk import free_bytes, readable
@@ -63,8 +63,8 @@ def plan_lines(recipe: Recipe, name: str | None, with_torch: bool) -> tuple[list
 
 
 def _train_images(recipe: Recipe, manifest: Manifest) -> int:
-    train_ids, _ = sampling.held_out(manifest.num_samples - manifest.num_extra, recipe.data.validation_images)
-    return len(sampling.train_subset(train_ids, recipe.data.train_images))
+    own = manifest.num_samples - manifest.num_extra
+    return sampling.num_train_images(own, recipe.data.validation_images, recipe.data.train_images)
 
 
 def _steps_per_epoch(recipe: Recipe, manifest: Manifest) -> int:
@@ -138,7 +138,7 @@ def _measured_runs(recipe: Recipe) -> Iterator[tuple[Path, dict[str, Cost]]]:
     newest = sorted(run_folder.RUNS.glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:
         try:
-            earlier = load_recipe(path)
+            earlier = load_resolved_recipe(path)
             costs = {
                 _cost_key(earlier, stage): cost
                 for stage in stages_of(earlier)

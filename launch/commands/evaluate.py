@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import run_folder
+from launch.exit_codes import print_error
 from pipeline.data.loading.prefetch import LoaderError
 from pipeline.recipe.attacks import ATTACKS, FOLLOWING, STEPPING, Attack, check_attack
 from pipeline.recipe.fields import parse_fraction
@@ -129,7 +129,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     try:
         _run_attacks(arguments)
     except LoaderError as error:  # not a usage error: no ValueError
-        print(f"error: {error}; {KEPT}", file=sys.stderr)
+        print_error(f"{error}; {KEPT}")
         return 1
     return 0
 

@@ -11,6 +11,7 @@ import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from launch.exit_codes import print_error
 from launch.local import run_and_show
 from launch.slurm.control_files import ControlFiles
 from launch.slurm.joined_cluster import NodesMissing, joined_cluster
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         control.record_failure(options.generation, str(error))
         return 1
     except (ValueError, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         control.end(1, str(error))
         return 1
     return 0

@@ -167,9 +167,9 @@ def _own_environment() -> Iterator[None]:
     """
     import submitit
 
-    told = {name: os.environ[name] for name in os.environ if name in SLURM_SETTINGS or name.startswith("SBATCH_")}
+    settings = {name: os.environ[name] for name in os.environ if name in SLURM_SETTINGS or name.startswith("SBATCH_")}
     with submitit.helpers.clean_env():
-        os.environ.update(told)
+        os.environ.update(settings)
         yield
 
 

@@ -1,6 +1,6 @@
 """The process group of a run's workers, open to nobody else where that is possible.
 
-torch's TCPStore and gloo have no token: whoever can connect can read and write keys. Ray Train's own set-up has them
+torch's TCPStore and gloo have no token: anyone who can connect can read and write keys. Ray Train's own set-up has them
 listen on every network of the machine. Here the workers of one machine meet in a file and talk over loopback; those of
 several machines listen on the address that Ray uses, and on no other.
 """

@@ -148,11 +148,11 @@ class StageTrainer:
         """
         context, stage, recipe, group = self._context, self._stage, self._context.recipe, self._context.group
         network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
-        smallest = [growth.smallest for growth in recipe.growing.values()]
-        for size in (recipe.data.image_size, *smallest):
-            check_micro_batch(recipe.model, recipe.data.image_size, size, recipe.batch.micro_batch)
+        size, images = recipe.data.image_size, recipe.batch.micro_batch
+        check_micro_batch(recipe.model, size, size, images)
         for key, growth in recipe.growing.items():
-            check_size(recipe.model, recipe.data.image_size, growth.smallest, f"{key}.smallest")
+            check_size(recipe.model, size, growth.smallest, f"{key}.smallest")
+            check_micro_batch(recipe.model, size, growth.smallest, images)
         if step := group.broadcast(own.progress.step if own else 0):
             own = own or checkpoint.read_checkpoint(checkpoint.folder_of(self._folder, step))
             keep, allocation = stage.keep_fraction, recipe.sparsity.allocation

@@ -71,7 +71,7 @@ def test_what_the_driver_says_is_final(run: Callable[..., int], code: int) -> No
 
 
 def test_a_driver_that_was_killed_is_not_replaced(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever killed it wants the run to end."""
+    """The kill may have been meant for the run."""
     assert run(9, ends_with(-signal.SIGKILL)) == 1
     assert "its driver was ended by SIGKILL; checkpoints are kept; continue with" in capsys.readouterr().err
 
