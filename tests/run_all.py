@@ -1,9 +1,10 @@
-"""Runs all tests, in three parallel lanes: `python -m tests.run_all`, which `make test` calls.
+"""Runs all tests, in three lanes: `python -m tests.run_all`, which `make test` calls.
 
-SLURM's tests often wait: for its deadlines, for Ray to start, for a fault to end. The runs use the CPU time that they
-leave, and the unit tests what both leave, so that no lane slows an earlier one down. Two SLURM clusters at a time on
-two cores led to timeouts, and saved nothing. Every line of output has its time and lane. Exit code: 0 if every test
-passed, and 1 otherwise; a call of pytest that runs no test counts as failed.
+The unit tests come first, with a process per core. SLURM's tests and the runs follow, in parallel: SLURM's often wait,
+for its deadlines, for Ray to start, for a fault to end, and the runs use the CPU time that they leave. Two SLURM
+clusters at a time on two cores led to timeouts, and so did unit tests beside the other lanes. Every line of output has
+its time and lane, and the failed tests are named again at the end. Exit code: 0 if every test passed, and 1 otherwise;
+a call of pytest that runs no test counts as failed.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
 
 from tests.support.shared import FOLDER
 
-LANES: dict[str, list[str]] = {
-    "slurm": ["tests/slurm", "-v"],
-    # One at a time: most of them start several processes.
-    "runs": ["tests/distributed", "tests/end_to_end", "tests/fault", "tests/golden"],
+LANES: tuple[dict[str, list[str]], ...] = (
     # A process that dies is not replaced: with --dist=loadfile, its replacement may wait for ever.
-    "unit": ["tests/unit", "-n", "logical", "--maxprocesses=8", "--dist=loadfile", "--max-worker-restart=0"],
-}
-"""Lane -> the arguments of its call of pytest."""
+    {"unit": ["tests/unit", "-n", "logical", "--maxprocesses=8", "--dist=loadfile", "--max-worker-restart=0"]},
+    {
+        "slurm": ["tests/slurm", "-v"],
+        # One at a time: most of them start several processes.
+        "runs": ["tests/distributed", "tests/end_to_end", "tests/fault", "tests/golden"],
+    },
+)
+"""Lane -> the arguments of its call of pytest. The lanes of one dict run in parallel."""
 LONGEST = (
     *("test_faults.py", "test_elastic.py", "test_races.py", "test_missing_node.py"),
     *("test_every_objective.py", "test_imagenet_shape.py", "test_compiled.py", "test_command_line.py"),
@@ -34,38 +39,47 @@ LONGEST = (
 """Files whose tests take longest, the longest first: conftest runs them first, in this order."""
 
 
-def _yield_to_earlier_lanes(lane: str) -> None:
-    if lane == "runs":
-        os.nice(19)
-    elif lane == "unit":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    """Exit code of pytest."""
+    failed: list[str]
+    """Its lines that name a failed test."""
 
 
-def _run_lane(lane: str, start: float) -> int:
-    """Call pytest and print its output; returns its exit code. Ctrl-C reaches every pytest, which cleans up."""
+def _run_lane(lane: str, arguments: list[str], start: float) -> Outcome:
+    """Call pytest and print its output. Ctrl-C reaches every pytest, which cleans up."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "pytest", *LANES[lane], "--durations=10"],
+        [sys.executable, "-u", "-m", "pytest", *arguments, "--durations=10"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: _yield_to_earlier_lanes(lane),
+        preexec_fn=(lambda: os.nice(19)) if lane == "runs" else None,
     )
     assert process.stdout is not None
+    failed: list[str] = []
     for line in process.stdout:
         minutes, seconds = divmod(int(time.monotonic() - start), 60)
         print(f"{minutes:2d}:{seconds:02d} {lane:5s} {line}", end="", flush=True)
-    return process.wait()
+        if line.startswith(("FAILED ", "ERROR ")):
+            failed.append(line.rstrip())
+    return Outcome(process.wait(), failed)
 
 
 def main() -> int:
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="robust-tests-") as folder, ThreadPoolExecutor(len(LANES)) as pool:
+    outcomes: dict[str, Outcome] = {}
+    with tempfile.TemporaryDirectory(prefix="robust-tests-") as folder:
         os.environ[FOLDER] = folder
-        codes = dict(zip(LANES, pool.map(lambda lane: _run_lane(lane, start), LANES), strict=True))
-    for lane, code in codes.items():
-        print(f"lane {lane}: {f'FAILED, with exit code {code} of pytest' if code else 'passed'}")
-    return int(any(codes.values()))
+        for lanes in LANES:
+            with ThreadPoolExecutor(len(lanes)) as pool:
+                outcomes |= zip(lanes, pool.map(_run_lane, lanes.keys(), lanes.values(), repeat(start)), strict=False)
+    for lane, outcome in outcomes.items():
+        print(f"lane {lane}: {f'FAILED, with exit code {outcome.code} of pytest' if outcome.code else 'passed'}")
+        for line in outcome.failed:
+            print(f"  {line}")
+    return int(any(outcome.code for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":
