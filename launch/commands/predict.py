@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import run_folder
-from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
+from pipeline.recipe.methods import HYDRA
+from pipeline.recipe.stages import DENSE, stages_of
 from pipeline.report.text_table import text_table
 from pipeline.run.layout import StageFolder
 from pipeline.run.printable import printable_line
@@ -81,11 +82,11 @@ def _load(target: str) -> LoadedNetwork:
     folder = run_folder.find_run(target)
     stages = [stage for stage in stages_of(load_run_recipe(folder)) if stage.measure is not None]
     finished = [stage for stage in stages if StageFolder(folder / stage.name).result.is_file()]
-    own = [stage for stage in finished if NETWORK_OF_PHASE[stage.phase] in ("HYDRA", "dense")]
+    own = [stage for stage in finished if stage.label in (HYDRA.label, DENSE)]
     if not own:
         raise ValueError(f"{folder} has no finished network yet; continue with: python -m launch resume {folder}")
     keep, sparsest = min(((stage.keep_fraction or Decimal(1), stage) for stage in own), key=lambda pair: pair[0])
-    return load_network(folder, keep, stage=sparsest.phase)
+    return load_network(folder, keep, method=sparsest.label, stage=sparsest.phase)
 
 
 def _predictions(network: LoadedNetwork, paths: list[Path], unreadable: list[str]) -> Iterator[dict[str, Any]]:

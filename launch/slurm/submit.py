@@ -23,8 +23,9 @@ from pydantic import Field
 from launch.slurm.node_task import JobPayload
 from launch.slurm.report_job import REPORT, Report
 from launch.slurm.sbatch import CLIENT_S, FAN, python_of, sbatch_parameters, sbatch_text, section_of
+from pipeline.recipe.methods import HYDRA
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.stages import Stage, stages_of
+from pipeline.recipe.stages import DENSE, Stage, stages_of
 from pipeline.run.files import atomic_write_json, make_folder, read_json
 from pipeline.run.layout import is_done
 from pipeline.run.locks import exclusive
@@ -75,7 +76,8 @@ def stages_by_job(recipe: Recipe) -> dict[str, list[Stage]]:
     jobs: dict[str, list[Stage]] = {}
     for stage in stages_of(recipe):
         keep = stage.name.partition("/")[0]
-        jobs.setdefault(f"{keep}-{stage.phase}" if stage.is_baseline else keep, []).append(stage)
+        own = stage.label in (DENSE, HYDRA.label)
+        jobs.setdefault(keep if own else f"{keep}-{stage.label}", []).append(stage)
     return jobs
 
 

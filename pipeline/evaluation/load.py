@@ -20,7 +20,7 @@ from pipeline.evaluation.result import EvaluationResult
 from pipeline.models import Network
 from pipeline.models.export import load_model, read_metadata
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
+from pipeline.recipe.stages import Stage, stages_of
 from pipeline.recipe.technique import MeasureName
 from pipeline.run.files import sha256_of
 from pipeline.run.layout import RunFolder, StageFolder
@@ -160,12 +160,12 @@ def _select_stage(
     if keep_fraction is not None:
         stages = _filter_stages(str(run), "keep_fraction", _canonical(keep_fraction), stages, _keep_fraction)
     if method is not None:
-        stages = _filter_stages(str(run), "method", method.lower(), stages, _method)
+        stages = _filter_stages(str(run), "method", method.lower(), stages, lambda s: s.label)
     if phase is not None:
         stages = _filter_stages(str(run), "stage", phase, stages, lambda s: s.phase)
     if len(keeps := _distinct_names(stages, _keep_fraction)) > 1:
         raise ValueError(f"{run} has several networks; give keep_fraction, one of {', '.join(keeps)} (1 is dense)")
-    return next((s for s in reversed(stages) if _method(s) == "hydra"), stages[-1])
+    return next((s for s in reversed(stages) if s.label == "hydra"), stages[-1])
 
 
 def _filter_stages(run: str, key: str, value: str, stages: list[Stage], name: Callable[[Stage], str]) -> list[Stage]:
@@ -184,10 +184,6 @@ def _distinct_names(stages: list[Stage], name: Callable[[Stage], str]) -> list[s
 
 def _keep_fraction(stage: Stage) -> str:
     return canonical_decimal(DENSE if stage.keep_fraction is None else stage.keep_fraction)
-
-
-def _method(stage: Stage) -> str:
-    return NETWORK_OF_PHASE[stage.phase].lower()
 
 
 def _canonical(keep_fraction: float | str | Decimal) -> str:

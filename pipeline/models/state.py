@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models.pruning.scores import Scores, backbone_of, maskable
-from pipeline.recipe.sections import BatchNormMode
+from pipeline.recipe.sparsity import BatchNormMode
 
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -25,11 +25,11 @@ from pipeline.recipe.sections import (
     Model,
     Phases,
     Resolution,
-    Sparsity,
     Tracking,
     Workers,
 )
 from pipeline.recipe.slurm import Slurm
+from pipeline.recipe.sparsity import Sparsity
 from pipeline.recipe.technique import Bounding
 from pipeline.recipe.threat_model import ThreatModel
 
@@ -86,9 +86,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _baseline_is_finetuned(self) -> Recipe:
-        if self.phases.finetune is None and self.sparsity.baselines:
+        labels = [method.label for method in self.sparsity.baselines]
+        if self.phases.finetune is None and labels:
             raise ValueError(
-                f"sparsity.baselines {list(self.sparsity.baselines)}: a baseline is a finetuned network, and "
+                f"sparsity.baselines {labels}: a baseline is a finetuned network, and "
                 "phases.finetune is null; set sparsity.baselines=[]"
             )
         return self

@@ -19,7 +19,6 @@ from pipeline.recipe.fields import (
     Pixels,
     Real,
     Section,
-    canonical_decimal,
     divisors,
 )
 from pipeline.recipe.learning_rate import Cosine, Schedule
@@ -152,44 +151,6 @@ class Phases(Section):
     prune: Phase
     finetune: Phase | None
     """null: the pruned networks are the result, as in the search for robust sub-networks (HYDRA, section 5.2)."""
-
-
-Allocation = Literal["uniform", "erk", "global", "learned"]
-Baseline = Literal["magnitude", "random", "snip"]
-BatchNormMode = Literal["trained", "frozen"]
-ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
-
-
-class Sparsity(Section):
-    """Which pruned networks are derived from the dense one."""
-
-    keep_fractions: tuple[KeepFraction, ...]
-    allocation: Allocation = "uniform"
-    """How the budget of connections is allocated to layers. uniform: the same fraction of each (the paper). erk:
-    Erdos-Renyi-kernel densities (Evci et al. 2020). global: by rank among the scores of all layers, so that the prune
-    phase learns the allocation too. learned: global, with one learned factor per layer that multiplies its scores
-    (after Zhao and Wressnegger 2023)."""
-    score_init: ScoreInit = "scaled"
-    """Initial scores of the prune phase: scaled weights (the paper), or random."""
-    score_weight_decay: Real | None = Field(default=None, ge=0)
-    """Weight decay of the scores; null: that of the prune phase, as in the reference code."""
-    batchnorm: BatchNormMode = "trained"
-    """BatchNorm in the prune phase: trained, with running statistics updated, or frozen as in the dense network."""
-    baselines: tuple[Baseline, ...] = ("magnitude",)
-    """Baselines for HYDRA: the dense network finetuned under a mask that is not learned."""
-    baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"
-    """Epochs of a baseline: as many as HYDRA's prune and finetune (equal budget), or finetune only (the paper)."""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Sparsity:
-        if len(set(self.baselines)) != len(self.baselines):
-            raise ValueError(f"baselines {list(self.baselines)} name one twice; remove the duplicate")
-        names = [canonical_decimal(k) for k in self.keep_fractions]
-        if not names:
-            raise ValueError("keep_fractions is empty; name at least one, for example [0.1]")
-        if len(set(names)) != len(names):
-            raise ValueError(f"keep_fractions {names} name one fraction twice; remove the duplicate")
-        return self
 
 
 class Batch(Section):

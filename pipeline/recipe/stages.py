@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pipeline.recipe.attacks import Attack
 from pipeline.recipe.fields import canonical_decimal
+from pipeline.recipe.methods import HYDRA, PRUNING, Allocation, Method, MethodName
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.sections import Baseline, Phase, ScoreInit
+from pipeline.recipe.sections import Phase
+from pipeline.recipe.sparsity import ScoreInit
 
-PhaseName = Literal["pretrain", "prune", "finetune"] | Baseline
-NETWORK_OF_PHASE: dict[PhaseName, str] = {
-    "pretrain": "dense",
-    "prune": "HYDRA",
-    "finetune": "HYDRA",
-    "magnitude": "magnitude",
-    "random": "random",
-    "snip": "SNIP",
-}
-"""Phase -> name of its network in tables and charts."""
+PhaseName = Literal["pretrain", "prune", "finetune", "magnitude", "random", "snip"]
+"""A method of one stage is a phase of its own."""
+DENSE = "dense"
 ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
-BASELINE_SCORES: dict[Baseline, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
+BASELINE_SCORES: dict[MethodName, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,13 @@ class Stage:
     phase: PhaseName
     optimisation: Phase
     objective: Objective
+    method: Method | None
+    """What makes its sparse network; None for the dense network."""
     first_epoch: int
     """Number of epochs before this stage, so that data order and crops continue instead of repeating pretraining's."""
     trains: Literal["weights", "scores"] = "weights"
     keep_fraction: Decimal | None = None
+    allocation: Allocation = "uniform"
     starts_from: str | None = None
     """Stage whose selected checkpoint this one starts from."""
     scores_from: ScoresFrom = "none"
@@ -48,8 +47,19 @@ class Stage:
     """Additional attacks on the finished network."""
 
     @property
-    def is_baseline(self) -> bool:
-        return self.phase in get_args(Baseline)
+    def section(self) -> str:
+        """The section of `phases` that its optimisation is from."""
+        return self.phase if self.phase in ("pretrain", "prune") else "finetune"
+
+    @property
+    def label(self) -> str:
+        """Of its method: dense, hydra, magnitude-erk."""
+        return DENSE if self.method is None else self.method.label
+
+    @property
+    def title(self) -> str:
+        """Name of its network in tables and charts: dense, HYDRA, magnitude (ERK)."""
+        return DENSE if self.method is None else self.method.title
 
     @property
     def evaluations(self) -> tuple[str, ...]:
@@ -70,36 +80,49 @@ class Stage:
 def stages_of(recipe: Recipe) -> list[Stage]:
     """All stages of a recipe, each after the one that it starts from.
 
-    A baseline finetunes the dense network under a fixed mask at the finetune phase's learning rate, by default for as
-    many epochs as prune and finetune have together. The mask comes from the scaled initialisation (magnitude, the
-    paper's LWM), random scores, or connection sensitivity (snip). Without a finetune phase the pruned network itself
-    is evaluated.
+    A fixed mask comes from the scaled initialisation (magnitude, the paper's LWM), random scores, or connection
+    sensitivity (snip); under it, the dense network is finetuned at the finetune phase's learning rate, by default for
+    as many epochs as prune and finetune have together. Without a finetune phase the pruned network itself is evaluated.
     """
+    dense = _stage(recipe, "pretrain", "pretrain", recipe.phases.pretrain, None, 0, measure=recipe.objective.measure)
+    networks = itertools.product(recipe.sparsity.keep_fractions, (HYDRA, *recipe.sparsity.baselines))
+    return [dense, *(stage for keep, method in networks for stage in _sparse(recipe, keep, method))]
+
+
+def _stage(
+    recipe: Recipe,
+    name: str,
+    phase: PhaseName,
+    optimisation: Phase,
+    method: Method | None,
+    first_epoch: int,
+    **fields: Any,
+) -> Stage:
+    objective = optimisation.objective or recipe.objective
+    attacks = recipe.evaluation.attacks if fields.get("measure") else ()
+    if phase == "pretrain":  # it is the source of transferred examples
+        attacks = tuple(attack for attack in attacks if attack.name != "transfer")
+    return Stage(name, phase, optimisation, objective, method, first_epoch, attacks=attacks, **fields)
+
+
+def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
+    """The stages of one method at one sparsity. The recipe's own HYDRA has no folder of its own."""
     phases, sparsity, measure = recipe.phases, recipe.sparsity, recipe.objective.measure
     dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
-
-    def stage(name: str, phase: PhaseName, optimisation: Phase, first_epoch: int, **fields: Any) -> Stage:
-        objective = optimisation.objective or recipe.objective
-        attacks = recipe.evaluation.attacks if fields.get("measure") else ()
-        if phase == "pretrain":  # it is the source of transferred examples
-            attacks = tuple(attack for attack in attacks if attack.name != "transfer")
-        return Stage(name, phase, optimisation, objective, first_epoch, attacks=attacks, **fields)
-
-    stages = [stage("pretrain", "pretrain", phases.pretrain, 0, measure=measure)]
-    for keep in sparsity.keep_fractions:
-        folder = f"keep-{canonical_decimal(keep)}"
-        from_dense = {"keep_fraction": keep, "starts_from": "pretrain"}
-        trains_scores = {"trains": "scores", "scores_from": sparsity.score_init}
-        search = measure if phases.finetune is None else None
-        prune = stage(f"{folder}/prune", "prune", phases.prune, dense, measure=search, **trains_scores, **from_dense)
-        stages.append(prune)
+    folder = f"keep-{canonical_decimal(keep)}"
+    common: dict[str, Any] = {"keep_fraction": keep, "allocation": method.allocation or sparsity.allocation}
+    if method.name in PRUNING:
+        folder = folder if method == HYDRA else f"{folder}/{method.label}"
+        fields = common | {"trains": "scores", "scores_from": sparsity.score_init, "starts_from": "pretrain"}
+        fields |= {"measure": measure if phases.finetune is None else None}
+        prune = _stage(recipe, f"{folder}/prune", "prune", phases.prune, method, dense, **fields)
         if phases.finetune is None:
-            continue
-        from_pruned = {"keep_fraction": keep, "starts_from": prune.name, "scores_from": "source"}
-        stages.append(stage(f"{folder}/finetune", "finetune", phases.finetune, pruned, measure=measure, **from_pruned))
-        extra = phases.prune.epochs if sparsity.baseline_epochs == "same_total_epochs" else 0
-        baseline = phases.finetune.model_copy(update={"epochs": extra + phases.finetune.epochs})
-        for name in sparsity.baselines:
-            fixed_mask = {"scores_from": BASELINE_SCORES[name], "measure": measure}
-            stages.append(stage(f"{folder}/{name}", name, baseline, dense, **fixed_mask, **from_dense))
-    return stages
+            return [prune]
+        fields = common | {"starts_from": prune.name, "scores_from": "source", "measure": measure}
+        return [prune, _stage(recipe, f"{folder}/finetune", "finetune", phases.finetune, method, pruned, **fields)]
+    assert phases.finetune is not None, "the recipe's validation"
+    assert method.name != "hydra", "it has a prune phase"
+    extra = phases.prune.epochs if sparsity.baseline_epochs == "same_total_epochs" else 0
+    finetune = phases.finetune.model_copy(update={"epochs": extra + phases.finetune.epochs})
+    fields = common | {"starts_from": "pretrain", "scores_from": BASELINE_SCORES[method.name], "measure": measure}
+    return [_stage(recipe, f"{folder}/{method.label}", method.name, finetune, method, dense, **fields)]

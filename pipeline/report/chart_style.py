@@ -6,6 +6,7 @@ Both are drawn by matplotlib without pyplot, independent of the user's matplotli
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from pipeline.recipe.methods import TITLES, Allocation, Method
 from pipeline.report.inline_svg import inline_svg, tag
 from pipeline.run.files import replacing
 
 
-class Method(NamedTuple):
+class MethodStyle(NamedTuple):
     colour: str
     """In PNG files, and on the page in light mode and print."""
     dark: str
@@ -33,17 +35,31 @@ class Method(NamedTuple):
     dashes: str | tuple[float, tuple[float, ...]]
 
 
-METHODS = {
-    "dense": Method("#4a4f57", "#d5dae0", "", 0.0, (0, (5, 2))),
-    "HYDRA": Method("#0072b2", "#4da3ff", "o", 8.0, "-"),
-    "magnitude": Method("#b94e00", "#ff9248", "s", 7.2, (0, (2.8, 1.7))),
-    "random": Method("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
-    "SNIP": Method("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
+_OWN = {
+    "dense": MethodStyle("#4a4f57", "#d5dae0", "", 0.0, (0, (5, 2))),
+    "HYDRA": MethodStyle("#0072b2", "#4da3ff", "o", 8.0, "-"),
+    "magnitude": MethodStyle("#b94e00", "#ff9248", "s", 7.2, (0, (2.8, 1.7))),
+    "random": MethodStyle("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
+    "SNIP": MethodStyle("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
 }
-"""Hues of Okabe and Ito's colour-blind-safe palette, darkened to a text contrast of 4.5; markers and dashes remain
-distinct in greyscale."""
+"""Title of a method -> its style. Hues of Okabe and Ito's colour-blind-safe palette, darkened to a text contrast of
+4.5; markers and dashes remain distinct in greyscale."""
+_MARKS: dict[Allocation, str] = {"uniform": "<", "erk": "P", "global": "X", "learned": "v"}
+METHODS = _OWN | {
+    Method(name=name, allocation=allocation).title: _OWN[title]._replace(mark=mark)
+    for name, title in TITLES.items()
+    for allocation, mark in _MARKS.items()
+}
+"""And of a method with an allocation of its own: the method's colour and dashes, the allocation's marker."""
 TEXT, SOFT, GRID, CARD = "#1b2129", "#5a6572", "#dfe3e8", "#ffffff"
-VARIABLES = {method.colour: f"var(--{name.lower()})" for name, method in METHODS.items()}
+
+
+def css_name(name: str) -> str:
+    """Title of a method -> name of its CSS classes and variable."""
+    return re.sub("[^a-z0-9]+", "-", name.lower().replace("+", " plus")).strip("-")
+
+
+VARIABLES = {method.colour: f"var(--{css_name(name)})" for name, method in _OWN.items()}
 VARIABLES |= {SOFT: "var(--soft)", GRID: "var(--line)", CARD: "var(--card)"}
 """Colour in a drawing -> CSS variable of the page."""
 
@@ -169,8 +185,8 @@ def legend_key(name: str, place: str, *, held_out: bool = False) -> str:
 
 def method_colours() -> str:
     """CSS with the methods' colours as variables, for light mode, dark mode and print."""
-    light = " ".join(f"--{name.lower()}: {method.colour};" for name, method in METHODS.items())
-    dark = " ".join(f"--{name.lower()}: {method.dark};" for name, method in METHODS.items())
+    light = " ".join(f"--{css_name(name)}: {method.colour};" for name, method in _OWN.items())
+    dark = " ".join(f"--{css_name(name)}: {method.dark};" for name, method in _OWN.items())
     return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
@@ -185,10 +201,10 @@ def plot_line(
 ) -> None:
     """Plot a method's line, thin and with markers for held-out images. `band`: lower and upper bounds."""
     (line,) = axes.plot(x, y, **_line(name, held_out))
-    tag(line, f"line {name.lower()}")
+    tag(line, f"line {css_name(name)}")
     if held_out:
         (marks,) = axes.plot(x, y, **_mark(name, HELD_OUT_SCALE) | ({} if METHODS[name].mark else DOT))
-        tag(marks, f"mark {name.lower()}")
+        tag(marks, f"mark {css_name(name)}")
     if band is not None:
         low, high = band
         axes.fill_between(x, low, high, color=METHODS[name].colour, alpha=0.14, linewidth=0)
@@ -197,7 +213,7 @@ def plot_line(
 def plot_level(axes: Axes, name: str, value: float, low: float, high: float) -> None:
     """Plot a horizontal line across the axes with the band of its interval."""
     axes.axhspan(low, high, color=METHODS[name].colour, alpha=0.14, linewidth=0)
-    tag(axes.axhline(value, **_line(name)), f"line {name.lower()}")
+    tag(axes.axhline(value, **_line(name)), f"line {css_name(name)}")
 
 
 def plot_majority(axes: Axes, percent: float) -> None:
@@ -218,7 +234,7 @@ def plot_rule(axes: Axes, x: float, text: str = "") -> None:
 
 def plot_marks(axes: Axes, name: str, marks: Sequence[Mark], *, faint: bool = False, scale: float = 1.0) -> None:
     """Plot a method's markers and intervals; hollow markers are filled with the background colour."""
-    kind, fill = name.lower(), {}
+    kind, fill = css_name(name), {}
     for hollow in (False, True):
         group = [mark for mark in marks if mark.hollow == hollow]
         if not group:

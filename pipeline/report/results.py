@@ -17,7 +17,7 @@ from pipeline.models.exported_counts import check_exported
 from pipeline.recipe.fields import canonical_decimal
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
+from pipeline.recipe.stages import stages_of
 from pipeline.run.files import read_json
 from pipeline.run.layout import RunFolder, StageFolder
 from pipeline.run.provenance import load_run_recipe
@@ -36,7 +36,7 @@ class NetworkResult:
     folder: Path
     stage: str
     name: str
-    """One of NETWORK_OF_PHASE."""
+    """Title of its method."""
     keep_fraction: Decimal
     evaluation: EvaluationResult | None
     """By the stage's own measure (for example evaluate/pgd.json), or None until it is evaluated."""
@@ -64,7 +64,7 @@ class RunResult:
     @property
     def baselines(self) -> list[str]:
         """Names of the baselines, in the recipe's order."""
-        return [NETWORK_OF_PHASE[baseline] for baseline in self.recipe.sparsity.baselines]
+        return [baseline.title for baseline in self.recipe.sparsity.baselines]
 
     def find(self, name: str, keep_fraction: Decimal) -> NetworkResult | None:
         return next((n for n in self.networks if (n.name, n.keep_fraction) == (name, keep_fraction)), None)
@@ -240,9 +240,8 @@ def _read_run(folder: Path) -> RunResult:
                 "delete it and resume the run to evaluate again"
             )
         keep = Decimal(1) if stage.keep_fraction is None else stage.keep_fraction
-        name = NETWORK_OF_PHASE[stage.phase]
         layers, model = (result.layers, result.model_sha256) if result else ((), None)
-        networks.append(NetworkResult(stage_folder, stage.name, name, keep, evaluation, layers, model))
+        networks.append(NetworkResult(stage_folder, stage.name, stage.title, keep, evaluation, layers, model))
     _check_same_layers([network for network in networks if network.layers])
     return RunResult(folder, recipe, networks)
 

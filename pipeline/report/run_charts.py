@@ -10,7 +10,6 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from pipeline.recipe.stages import NETWORK_OF_PHASE
 from pipeline.report.chart_style import (
     SMALL,
     Chart,
@@ -74,7 +73,7 @@ def _training_chart(
             points = _curve(history, kind, value_of)
             if points:
                 held_out = kind == "validation"
-                curves.append((NETWORK_OF_PHASE[history.stage.phase], held_out, points))
+                curves.append((history.stage.title, held_out, points))
                 of = " on held-out images" if held_out else ""
                 first, last = points[0][1], points[-1][1]
                 words.append(f"{history.stage.name}{of}: from {first:.{digits}g} to {last:.{digits}g}")

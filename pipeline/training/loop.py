@@ -197,8 +197,7 @@ def _non_finite_message(training: Training, step: int, losses: list[tuple[Tensor
 
 
 def _advice(training: Training) -> str:
-    section = "finetune" if training.stage.is_baseline else training.stage.phase
-    return f"lower phases.{section}.lr or lengthen its warm-up"
+    return f"lower phases.{training.stage.section}.lr or lengthen its warm-up"
 
 
 def _add_sums(window: Window, sums: StepSums) -> Window:

@@ -155,7 +155,7 @@ class StageTrainer:
             check_micro_batch(recipe.model, size, growth.smallest, images)
         if step := group.broadcast(own.progress.step if own else 0):
             own = own or checkpoint.read_checkpoint(checkpoint.folder_of(self._folder, step))
-            keep, allocation = stage.keep_fraction, recipe.sparsity.allocation
+            keep, allocation = stage.keep_fraction, stage.allocation
             scores = None if keep is None else Scores.attach(network, keep, allocation, zero)
         else:
             scores = load_start(context, stage, network)

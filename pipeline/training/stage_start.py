@@ -40,12 +40,12 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
     tensors = overlaid(snapshot.model, snapshot.train_state)
     assert stage.keep_fraction is not None
     if stage.scores_from == "source":
-        scores = Scores.attach(network, stage.keep_fraction, recipe.sparsity.allocation, zero)
+        scores = Scores.attach(network, stage.keep_fraction, stage.allocation, zero)
         load_state(network, tensors, scores)
         return scores
     load_state(network, tensors)
     init = _score_init(context, stage, network)
-    return Scores.attach(network, stage.keep_fraction, recipe.sparsity.allocation, init)
+    return Scores.attach(network, stage.keep_fraction, stage.allocation, init)
 
 
 def _score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.result import KINDS, EvaluationResult
-from pipeline.recipe.stages import NETWORK_OF_PHASE, Stage, stages_of
+from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.layout import StageFolder, is_done, unevaluated
 from pipeline.run.provenance import config_of
 from pipeline.run.records import StageResult
@@ -85,7 +85,7 @@ def facts_of(stage: Stage) -> dict[str, Any]:
     """Facts by which networks are grouped and plotted."""
     keep = 1.0 if stage.keep_fraction is None else float(stage.keep_fraction)
     sparsity = 0.0 if stage.keep_fraction is None else float(1 - stage.keep_fraction)
-    facts = {"name": stage.name, "phase": stage.phase, "method": NETWORK_OF_PHASE[stage.phase]}
+    facts = {"name": stage.name, "phase": stage.phase, "method": stage.title}
     return facts | {"keep_fraction": keep, "sparsity": sparsity, "parent": stage.starts_from}
 
 

@@ -87,7 +87,7 @@ class RealStep:
         train_only(network, what)
         optimisation = getattr(recipe.phases, phase)
         context = RunContext(recipe, Path("."), "token", group)
-        stage = Stage(phase, phase, optimisation, recipe.objective, 0, trains=what)
+        stage = Stage(phase, phase, optimisation, recipe.objective, None, 0, trains=what)
         self.training = Training(
             stage=stage,
             context=context,

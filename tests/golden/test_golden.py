@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from pipeline.recipe.objective import TECHNIQUES
-from pipeline.recipe.stages import NETWORK_OF_PHASE, stages_of
+from pipeline.recipe.stages import PhaseName, stages_of
 from pipeline.run.files import read_json
 from tests.golden.recipes import RECIPES, STEPS, UNSTEADY, golden_recipe
 from tests.golden.record import DEADLINE_S, FILE, Facts, Golden, processor, replace_section, run_golden_recipes
@@ -87,7 +87,7 @@ def test_losses_equal_the_recorded_ones(results: Golden, name: str) -> None:
 def test_every_objective_and_phase_is_recorded_with_all_its_steps(tmp_path: Path) -> None:
     recipes = {name: golden_recipe(tmp_path, name) for name in RECIPES}
     assert {r.objective.name for r in recipes.values()} == set(TECHNIQUES)
-    assert {stage.phase for recipe in recipes.values() for stage in stages_of(recipe)} == set(NETWORK_OF_PHASE)
+    assert {stage.phase for recipe in recipes.values() for stage in stages_of(recipe)} == set(get_args(PhaseName))
     for section in read_json(FILE).values():
         assert section["recipes"].keys() == recipes.keys()
         for name, recipe in recipes.items():

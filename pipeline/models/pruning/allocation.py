@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.pruning.topk import kept_count, kth_largest, topk_mask
-from pipeline.recipe.sections import Allocation
+from pipeline.recipe.methods import Allocation
 
 MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 """Scores per layer, and rates if the allocation is learned -> bool masks of the scores' shapes.

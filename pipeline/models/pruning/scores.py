@@ -19,7 +19,7 @@ from pipeline.models.pruning.allocation import MaskRule, mask_rule
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
 from pipeline.models.pruning.topk import masks_sha256
-from pipeline.recipe.sections import Allocation
+from pipeline.recipe.methods import Allocation
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.result import EvaluationResult
+from pipeline.recipe.methods import HYDRA
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.stages import stages_of
+from pipeline.recipe.stages import DENSE, stages_of
 from pipeline.report.leaderboards.rules import (
     MATCHING,
     NotAccepted,
@@ -101,7 +102,8 @@ def _first_images(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | N
 
 
 def _taxonomy(recipe: Recipe, paper: Paper, key: str) -> dict[str, str]:
-    words = {stage.phase: TRAINING.get(stage.objective.name, stage.objective.name) for stage in stages_of(recipe)}
+    own = [stage for stage in stages_of(recipe) if stage.label in (DENSE, HYDRA.label)]
+    words = {stage.phase: TRAINING.get(stage.objective.name, stage.objective.name) for stage in own}
     return {
         "link_to_paper": paper.link,
         "ap_key": key,

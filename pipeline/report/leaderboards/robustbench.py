@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.result import KINDS, EvaluationResult
-from pipeline.recipe.fields import canonical_decimal
+from pipeline.recipe.stages import DENSE
 from pipeline.report.leaderboards.rules import (
     MATCHING,
     NotAccepted,
@@ -116,5 +116,6 @@ def _architecture(arch: str) -> str:
 
 
 def _suffix(network: NetworkResult) -> str:
-    keep = f"keep-{canonical_decimal(network.keep_fraction)}"
-    return {"dense": "dense", "HYDRA": keep}.get(network.name, f"{keep}_{network.name.lower()}")
+    if network.stage == "pretrain":
+        return DENSE
+    return network.stage.removesuffix("/finetune").removesuffix("/prune").replace("/", "_")

@@ -14,7 +14,7 @@ from pipeline.models.pruning.mask_drift import PREFIX, MaskDrift
 from pipeline.models.pruning.score_init import DRAWS, first_scores, zero
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state, named_state
-from pipeline.recipe.sections import Allocation
+from pipeline.recipe.methods import Allocation
 
 CPU = torch.device("cpu")
 KINDS = ("scaled", *DRAWS)

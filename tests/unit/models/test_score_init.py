@@ -15,7 +15,8 @@ from pipeline.models import build_network
 from pipeline.models.pruning import score_init
 from pipeline.models.pruning.scores import Scores, maskable
 from pipeline.models.state import effective_state
-from pipeline.recipe.sections import Model, ScoreInit
+from pipeline.recipe.sections import Model
+from pipeline.recipe.sparsity import ScoreInit
 from pipeline.rng import sample_keys, uniforms
 
 CONVOLUTION = torch.empty(40, 30, 3, 3)

@@ -96,14 +96,37 @@ def test_a_baseline_gets_hydras_epochs_or_the_papers(choice: str, epochs: int) -
 
 def test_baselines_differ_in_their_scores_alone() -> None:
     recipe = recipe_with("sparsity.baselines=[snip, random, magnitude]")
-    stages = {name: stage for name, stage in by_name(recipe).items() if stage.is_baseline}
+    stages = {name: stage for name, stage in by_name(recipe).items() if stage.label not in ("dense", "hydra")}
     assert list(stages) == [f"keep-{k}/{name}" for k in ("0.1", "0.01") for name in ("snip", "random", "magnitude")]
     assert [stage.scores_from for stage in stages.values()] == 2 * ["snip", "random", "scaled"]
     first, *others = [
-        replace(stage, name="any", phase="snip", scores_from="snip") for name, stage in stages.items() if "0.01" in name
+        replace(stage, name="any", phase="snip", method=None, scores_from="snip")
+        for name, stage in stages.items()
+        if "0.01" in name
     ]
     assert others == [first, first]
     assert (first.trains, first.starts_from, first.measure) == ("weights", "pretrain", "pgd")
+
+
+def test_hydra_with_another_allocation_has_stages_of_its_own() -> None:
+    recipe = recipe_with("sparsity.baselines=[{name: hydra, allocation: erk}, {name: magnitude, allocation: global}]")
+    stages = by_name(recipe)
+    names = ["prune", "finetune", "hydra-erk/prune", "hydra-erk/finetune", "magnitude-global"]
+    assert list(stages) == ["pretrain", *(f"keep-{keep}/{name}" for keep in ("0.1", "0.01") for name in names)]
+    for part in ("prune", "finetune"):
+        own, other = stages[f"keep-0.01/{part}"], stages[f"keep-0.01/hydra-erk/{part}"]
+        assert (own.title, other.title, own.allocation, other.allocation) == ("HYDRA", "HYDRA (ERK)", "uniform", "erk")
+        source = other.starts_from if part == "prune" else own.starts_from
+        assert replace(other, name=own.name, method=own.method, allocation="uniform", starts_from=source) == own
+    assert stages["keep-0.1/hydra-erk/finetune"].starts_from == "keep-0.1/hydra-erk/prune"
+    assert stages["keep-0.1/magnitude-global"].title == "magnitude (global)"
+
+
+def test_methods_without_a_further_key_are_written_as_their_name() -> None:
+    """As in recipes from before there were others, so that their hashes stay valid."""
+    written = [{"name": "magnitude"}, "snip", {"name": "hydra", "allocation": "erk"}]
+    values = recipe_with(f"sparsity.baselines={written}").model_dump(mode="json")
+    assert values["sparsity"]["baselines"] == ["magnitude", "snip", {"name": "hydra", "allocation": "erk"}]
 
 
 def test_score_init_applies_to_the_prune_phase_alone() -> None:

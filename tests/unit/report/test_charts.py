@@ -8,7 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree as ET
 
 import matplotlib
@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
 
-from pipeline.recipe.stages import NETWORK_OF_PHASE
-from pipeline.report.chart_style import METHODS, Chart, drawing, legend_key, method_colours, plot_line
+from pipeline.recipe.methods import TITLES, Allocation, Method
+from pipeline.report.chart_style import METHODS, Chart, css_name, drawing, legend_key, method_colours, plot_line
 from pipeline.report.charts import (
     accuracy_chart,
     accuracy_figure,
@@ -65,17 +65,25 @@ def charts_of(run: RunResult) -> list[Chart]:
 
 
 def test_every_method_has_a_distinct_colour_marker_and_line() -> None:
-    assert set(METHODS) == set(NETWORK_OF_PHASE.values())
-    for values in zip(*METHODS.values(), strict=True):
+    styles = {name: METHODS[name] for name in ("dense", *TITLES.values())}
+    for values in zip(*styles.values(), strict=True):
         if not isinstance(values[0], float):
-            assert len(set(values)) == len(METHODS), "methods differ in colour, and in marker and line without colour"
+            assert len(set(values)) == len(styles), "methods differ in colour, and in marker and line without colour"
+
+
+def test_an_allocation_has_the_colour_and_line_of_its_method_and_a_marker_of_its_own() -> None:
+    for name, allocation in itertools.product(TITLES, get_args(Allocation)):
+        own, style = METHODS[TITLES[name]], METHODS[Method(name=name, allocation=allocation).title]
+        assert (style.colour, style.dark, style.dashes) == (own.colour, own.dark, own.dashes)
+    assert len({(style.mark, style.dashes) for style in METHODS.values()}) == len(METHODS), "distinct in greyscale"
+    assert len({css_name(name) for name in METHODS}) == len(METHODS)
 
 
 def test_png_and_page_share_colours_markers_and_lines(run: RunResult) -> None:
     comparisons = compare_all([run])
     figure = accuracy_figure([run], comparisons)
     root = ET.fromstring(accuracy_chart([run], comparisons, "robust").svg())
-    for name, method in METHODS.items():
+    for name, method in {name: METHODS[name] for name in ("dense", *TITLES.values())}.items():
         (line,) = [line for line in figure.axes[0].lines if line.get_gid() == f'["line {name.lower()}"]']
         assert same_color(line.get_color(), method.colour)
         ((drawn,),) = [group for group in root if group.get("class") == f"line {name.lower()}"]
@@ -106,7 +114,7 @@ LAB = (
 def test_colours_differ_for_any_colour_vision(part: str, vision: tuple[tuple[float, ...], ...]) -> None:
     """Okabe and Ito's own palette has a least distance of 0.076."""
     labs = []
-    for method in METHODS.values():
+    for method in (METHODS[name] for name in ("dense", *TITLES.values())):
         values = np.asarray(to_rgb(getattr(method, part)))
         linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
         seen = np.clip(np.asarray(vision) @ linear, 0, 1)
@@ -131,7 +139,7 @@ def test_untrusted_names_are_escaped(run: RunResult, tmp_path: Path) -> None:
 
 def test_charts_share_no_ids_and_make_no_requests(run: RunResult) -> None:
     drawings = [chart.svg() for chart in charts_of(run)]
-    drawings += [legend_key(name, place) for name in METHODS for place in ("results", "layers")]
+    drawings += [legend_key(name, place) for name in ("dense", *TITLES.values()) for place in ("results", "layers")]
     drawings += [legend_key("HYDRA", "results", held_out=True)]
     assert len(drawings) == 3 + 2 * 5 + 2 * 5 + 1
     roots = [ET.fromstring(svg) for svg in drawings]

@@ -1,0 +1,56 @@
+"""The methods that make a sparse network from a recipe: their names, in recipes and in tables. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PlainSerializer
+
+from pipeline.recipe.fields import Section
+
+Allocation = Literal["uniform", "erk", "global", "learned"]
+LEARNED: tuple[Allocation, ...] = ("learned",)
+"""Allocations that the prune phase learns: for methods that have one."""
+MethodName = Literal["hydra", "magnitude", "random", "snip"]
+PRUNING: tuple[MethodName, ...] = ("hydra",)
+"""Methods that learn scores in the prune phase, and then finetune. The others are one stage."""
+TITLES: dict[MethodName, str] = {"hydra": "HYDRA", "magnitude": "magnitude", "random": "random", "snip": "SNIP"}
+ALLOCATION_TITLES: dict[Allocation, str] = {
+    "uniform": "uniform",
+    "erk": "ERK",
+    "global": "global",
+    "learned": "learned",
+}
+
+
+class Method(Section):
+    """How a sparse network is made. `magnitude` alone is {name: magnitude}."""
+
+    name: MethodName
+    allocation: Allocation | None = None
+    """How the budget of connections is allocated to layers; null: as sparsity.allocation says."""
+
+    @property
+    def label(self) -> str:
+        """Unique within a recipe: magnitude, hydra-erk. Its stages' folder is named by it."""
+        return self.name if self.allocation is None else f"{self.name}-{self.allocation}"
+
+    @property
+    def title(self) -> str:
+        """For tables and charts: magnitude, HYDRA (ERK)."""
+        title = TITLES[self.name]
+        return title if self.allocation is None else f"{title} ({ALLOCATION_TITLES[self.allocation]})"
+
+
+def _section(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _plain(method: Method) -> Any:
+    """A method without further keys is its name, as in recipes from before there were any."""
+    return method.name if method.allocation is None else method.model_dump(mode="json")
+
+
+Baseline = Annotated[Method, BeforeValidator(_section), PlainSerializer(_plain)]
+HYDRA = Method(name="hydra")
+"""The recipe's own."""
