@@ -18,7 +18,8 @@ from pipeline.models import build_network
 from pipeline.models.pruning.allocation import erdos_renyi_kernel, global_masks, mask_rule, total_kept, uniform
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import layer_counts, named_state
-from pipeline.recipe.methods import Allocation, Model
+from pipeline.recipe.methods import Allocation
+from pipeline.recipe.sections import Model
 
 dimension = st.integers(1, 12)
 shape = st.one_of(

@@ -20,7 +20,8 @@ from pipeline.models import Network, build_network
 from pipeline.models.pruning.scores import Scores, maskable
 from pipeline.models.pruning.topk import kept_count, topk_mask
 from pipeline.models.state import effective_state, layer_counts, named_state, train_only, trained_parameters
-from pipeline.recipe.methods import Allocation, Model
+from pipeline.recipe.methods import Allocation
+from pipeline.recipe.sections import Model
 from pipeline.robustness.attacks import LinfBall
 from pipeline.robustness.objectives import ObjectiveInput
 from pipeline.robustness.objectives.adversarial import adversarial_training
