@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.architectures.from_torchvision import cifar_resnet, torchvision_classifier
+from pipeline.models.architectures.from_torchvision import cifar_resnet, narrow_cifar_resnet18, torchvision_classifier
 from pipeline.models.architectures.ra_resnet import RaResNet50
 from pipeline.models.architectures.small_cnn import small_cnn
 from pipeline.models.architectures.verified_cnn import cnn_large, cnn_small
@@ -29,6 +29,7 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {
     "wrn_28_10": functools.partial(WideResNet, 28, 10),
     "wrn_34_10": functools.partial(WideResNet, 34, 10),
     **{f"{name}_cifar": functools.partial(cifar_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
+    "resnet18_w16_cifar": functools.partial(narrow_cifar_resnet18, 16),
     "ra_resnet50": RaResNet50,
     **{name: functools.partial(torchvision_classifier, name) for name in TORCHVISION},
 }

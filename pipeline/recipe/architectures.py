@@ -13,7 +13,7 @@ OWN = (
     *("vgg2_bn_cifar", "vgg4_bn_cifar", "vgg6_bn_cifar", "vgg8_bn_cifar"),
     *("vgg11_bn_cifar", "vgg13_bn_cifar", "vgg16_bn_cifar"),
     *("wrn_28_4", "wrn_28_10", "wrn_34_10"),
-    *("resnet18_cifar", "resnet34_cifar", "resnet50_cifar"),
+    *("resnet18_cifar", "resnet34_cifar", "resnet50_cifar", "resnet18_w16_cifar"),
     "ra_resnet50",
 )
 """Built in `pipeline.models`."""

@@ -54,6 +54,29 @@ def cifar_resnet(name: str, num_classes: int) -> nn.Module:
     """
     network: Any = _classifier(name, num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    _initialise(network.conv1)
     network.maxpool = nn.Identity()
     return network
+
+
+def narrow_cifar_resnet18(width: int, num_classes: int) -> nn.Module:
+    """`cifar_resnet` 18 with stages of width, 2, 4 and 8 x width channels instead of 64 to 512."""
+    from torchvision.models.resnet import BasicBlock
+
+    network: Any = cifar_resnet("resnet18", num_classes)
+    network.inplanes = width
+    network.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+    network.bn1 = nn.BatchNorm2d(width)
+    for index, stride in enumerate((1, 2, 2, 2)):
+        stage = network._make_layer(BasicBlock, width * 2**index, blocks=2, stride=stride)
+        setattr(network, f"layer{index + 1}", stage)
+    network.fc = nn.Linear(8 * width, num_classes)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            _initialise(module)
+    return network
+
+
+def _initialise(conv: nn.Conv2d) -> None:
+    """As torchvision's ResNets."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

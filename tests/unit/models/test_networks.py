@@ -132,6 +132,30 @@ def test_cifar_resnets_have_the_published_sizes(arch: str, parameters: int) -> N
     assert num_parameters(on_meta(arch)) == parameters
 
 
+def test_the_narrow_resnet_has_a_quarter_of_the_channels() -> None:
+    wide, narrow = on_meta("resnet18_cifar"), on_meta("resnet18_w16_cifar")
+    expected = {
+        name: tuple(size if size in (1, 3, 10) else size // 4 for size in tensor.shape)
+        for name, tensor in wide.state_dict().items()
+    }
+    assert {name: tuple(tensor.shape) for name, tensor in narrow.state_dict().items()} == expected
+    by_layer = dict(wide.named_modules())
+    for name, layer in narrow.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            other = by_layer[name]
+            assert isinstance(other, nn.Conv2d)
+            assert (layer.stride, layer.padding) == (other.stride, other.padding)
+
+
+def test_the_narrow_resnet_starts_like_torchvisions() -> None:
+    """Kaiming normal over the outputs: the standard deviation is sqrt(2 / (outputs x k x k))."""
+    network = build_network(Model(arch="resnet18_w16_cifar", num_classes=10), seed=3)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 10_000:
+            expected = (2 / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5
+            assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
 def test_vgg16_has_the_published_trunk() -> None:
     """CIFAR's usual VGG-16 has 14,728,266 parameters, with biases on convolutions and one linear layer of 512 x 10."""
     network = on_meta("vgg16_bn_cifar").backbone
