@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 from pipeline.recipe.attacks import Attack
 from pipeline.recipe.fields import canonical_decimal
 from pipeline.recipe.objective import Objective
+from pipeline.recipe.phase import Phase
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.sections import Baseline, Phase, ScoreInit
+from pipeline.recipe.sections import Baseline, ScoreInit
 
 PhaseName = Literal["pretrain", "prune", "finetune"] | Baseline
 NETWORK_OF_PHASE: dict[PhaseName, str] = {
