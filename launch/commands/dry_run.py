@@ -102,7 +102,7 @@ def _disk_bytes(recipe: Recipe, stages: list[Stage], weights: int) -> int:
     for stage in stages:
         phase = stage.optimisation
         slots = 1 if phase.optimizer == "sgd" else 2
-        tensors = 1 + (stage.keep_fraction is not None) + slots + (phase.ema_decay is not None)
+        tensors = 1 + (stage.keep_fraction is not None) + slots + phase.is_averaged
         total += weights * (tensors * recipe.checkpoint.keep + 1)
     return 4 * total
 

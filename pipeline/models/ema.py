@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state, named_state
 
 PREFIX = "ema/"
+batched: Any = torch
+"""torch, for its multi-tensor functions, which its stubs leave out."""
 
 
 class Ema:
@@ -53,12 +56,10 @@ class Ema:
         if step < 1:
             raise ValueError(f"step {step} must be at least 1; steps count from 1")
         share = (1.0 - self._decay) / (1.0 - self._decay**step)
-        for name, tensor in self._live.items():
-            mean = self._mean[name]
-            if mean.is_floating_point():
-                mean.lerp_(tensor.to(mean.dtype), share)
-            else:
-                mean.copy_(tensor)
+        means = {name: mean for name, mean in self._mean.items() if mean.is_floating_point()}
+        batched._foreach_lerp_(list(means.values()), [self._live[name].float() for name in means], share)
+        for name in self._mean.keys() - means.keys():
+            self._mean[name].copy_(self._live[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

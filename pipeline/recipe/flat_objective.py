@@ -35,6 +35,8 @@ DEFAULTS: dict[str, Any] = {
 """Key -> default, for every key of the flat form except the name. Keys added to techniques later do not belong here."""
 ADDED: dict[str, Any] = {"label_smoothing": 0.0}
 """Keys that techniques got later -> default, at which the hash leaves them out, so that older hashes stay valid."""
+ADDED_TO_PHASES: dict[str, Any] = {"ema_epochs": None}
+"""The same of phases."""
 SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
 """Keys that every flat objective has and no single technique has together: they identify the form."""
 
@@ -49,12 +51,20 @@ def from_flat(recipe: dict[str, Any], of_a_run: bool = False) -> dict[str, Any]:
 
 
 def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A valid recipe's plain values, with every objective in the flat form."""
+    """A valid recipe's plain values, with every objective in the flat form, and without keys that came later."""
+    recipe = _with_objectives(recipe, lambda objective: DEFAULTS | _without(ADDED, objective))
+    phases = recipe.get("phases")
+    if isinstance(phases, dict):
+        shorter = {name: _without(ADDED_TO_PHASES, phase) for name, phase in phases.items()}
+        recipe = {**recipe, "phases": shorter}
+    return recipe
 
-    def flat(objective: dict[str, Any]) -> dict[str, Any]:
-        return DEFAULTS | {key: value for key, value in objective.items() if key not in ADDED or value != ADDED[key]}
 
-    return _with_objectives(recipe, flat)
+def _without(added: dict[str, Any], section: Any) -> Any:
+    """A section without the added keys that have their default; anything else is left alone."""
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in added or value != added[key]}
 
 
 def _own_keys(of_a_run: bool, objective: dict[str, Any]) -> dict[str, Any]:

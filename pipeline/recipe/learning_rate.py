@@ -3,26 +3,74 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, model_validator
 
 from pipeline.recipe.fields import Real, Section
 
+FinalFraction = Annotated[Real, Field(ge=0, lt=1)]
+"""What is left of the phase's learning rate at its end."""
 
-class Cosine(Section):
-    """A cosine that reaches zero after the phase's last step."""
+
+class _Schedule(Section):
+    def check_phase(self, epochs: int, warmup_epochs: float) -> None:
+        """Errors: ValueError if the schedule does not fit a phase of `epochs` with this warm-up."""
+
+
+class Cosine(_Schedule):
+    """A cosine that reaches `final_lr_fraction` of the learning rate one step after the phase's last."""
 
     name: Literal["cosine"] = "cosine"
+    final_lr_fraction: FinalFraction = 0.0
 
 
-class Constant(Section):
+class Hydra(_Schedule):
+    """The cosine of HYDRA's reference code: of a phase of E epochs after the warm-up, epoch e = 0, ..., E - 1 has
+
+        lr * 0.5 * (1 + cos((e - 1) / E * pi)),
+
+    which is `lr` in the second epoch, the same in the first and the third, and far from zero in the last of a few.
+    """
+
+    name: Literal["hydra"] = "hydra"
+
+    def check_phase(self, epochs: int, warmup_epochs: float) -> None:
+        if epochs - warmup_epochs < 2:
+            raise ValueError(
+                f"schedule hydra needs two epochs after the warm-up, as it is zero in the only one of a phase: epochs "
+                f"{epochs}, warmup_epochs {warmup_epochs}; use more epochs or schedule=cosine"
+            )
+
+
+class OneCycle(_Schedule):
+    """From 1/25 of the learning rate up to it, then down to `final_lr_fraction` of it at the last step, by cosines.
+
+    The two phases of Smith and Topin (2019) as in `torch.optim.lr_scheduler.OneCycleLR`.
+    """
+
+    name: Literal["onecycle"] = "onecycle"
+    final_lr_fraction: FinalFraction = 0.0
+
+    first_fraction: ClassVar[float] = 1 / 25
+    """Of the learning rate, at the first step."""
+    rise: ClassVar[float] = 0.3
+    """Fraction of the phase until the learning rate is highest."""
+
+    def check_phase(self, epochs: int, warmup_epochs: float) -> None:
+        if warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs {warmup_epochs}: schedule onecycle has its own warm-up; set warmup_epochs=0"
+            )
+
+
+class Constant(_Schedule):
     """The learning rate of the phase throughout."""
 
     name: Literal["constant"] = "constant"
 
 
-class Step(Section):
+class Step(_Schedule):
     """The learning rate is multiplied by `factor` at every milestone."""
 
     name: Literal["step"] = "step"
@@ -46,9 +94,9 @@ def _section(value: Any) -> Any:
 
 
 def _plain(schedule: Section) -> Any:
-    """A schedule without keys is its name, as in recipes from before there were others."""
+    """A schedule whose keys have their defaults is its name, as in recipes from before it had keys."""
     values = schedule.model_dump(mode="json")
-    return values["name"] if len(values) == 1 else values
+    return values if schedule.model_dump(exclude_defaults=True) else values["name"]
 
 
 def _name(value: Any) -> str | None:
@@ -57,9 +105,13 @@ def _name(value: Any) -> str | None:
 
 
 Schedule = Annotated[
-    Annotated[Cosine, Tag("cosine")] | Annotated[Constant, Tag("constant")] | Annotated[Step, Tag("step")],
+    Annotated[Cosine, Tag("cosine")]
+    | Annotated[Hydra, Tag("hydra")]
+    | Annotated[OneCycle, Tag("onecycle")]
+    | Annotated[Constant, Tag("constant")]
+    | Annotated[Step, Tag("step")],
     Discriminator(_name),
     BeforeValidator(_section),
     PlainSerializer(_plain),
 ]
-"""`cosine`, `constant` or {name: step, milestones: [0.5, 0.75], factor: 0.1}."""
+"""A name, or a section such as {name: step, milestones: [0.5, 0.75], factor: 0.1}."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-from pipeline.recipe.learning_rate import Constant, Step
-from pipeline.recipe.sections import GRAIN, Phase
+from pipeline.recipe.learning_rate import Constant, Cosine, Hydra, OneCycle, Step
+from pipeline.recipe.phase import GRAIN, Phase
 
 
 def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
     """Learning rate of 0-based `step` of a phase.
 
-    Linear warm-up to `lr` over `warmup_epochs`, then the phase's schedule. The cosine reaches zero after the last step
-    (the reference code ties it to nominal epochs, more than it runs, and so hardly anneals on ImageNet).
+    Linear warm-up to `lr` over `warmup_epochs`, then the phase's schedule over the other steps; the milestones of
+    `step` are fractions of all steps.
 
     Errors: ValueError for a step outside the phase.
     """
@@ -23,11 +23,25 @@ def lr_at(phase: Phase, step: int, steps_per_epoch: int) -> float:
     if step < warmup:
         return phase.lr * (step + 1) / warmup
     match phase.schedule:
+        case Cosine(final_lr_fraction=fraction):
+            return _cosine(phase.lr, fraction * phase.lr, step - warmup, total - warmup)
+        case Hydra():
+            epoch, epochs = (step - warmup) // steps_per_epoch, (total - warmup) / steps_per_epoch
+            return phase.lr * 0.5 * (1.0 + math.cos((epoch - 1) / epochs * math.pi))
+        case OneCycle(final_lr_fraction=fraction) as cycle:
+            peak = cycle.rise * total - 1  # it lies between two steps, unless it is a whole number
+            if step <= peak:
+                return _cosine(cycle.first_fraction * phase.lr, phase.lr, step, peak)
+            return _cosine(phase.lr, fraction * phase.lr, step - peak, total - 1 - peak)
         case Constant():
             return phase.lr
         case Step(milestones=milestones, factor=factor):
             return phase.lr * factor ** sum(step >= round(milestone * total) for milestone in milestones)
-    return phase.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def _cosine(start: float, end: float, elapsed: float, steps: float) -> float:
+    """Half a period of a cosine, from `start` to `end` once `elapsed` has grown from 0 to `steps`."""
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * elapsed / steps))
 
 
 def image_size_at(phase: Phase, image_size: int, epoch: int) -> int:

@@ -16,6 +16,7 @@ from pipeline.recipe.deepspeed_options import DeepSpeedOptions
 from pipeline.recipe.errors import explain
 from pipeline.recipe.fields import Section, Seed, divisors
 from pipeline.recipe.objective import Objective
+from pipeline.recipe.phase import Resolution
 from pipeline.recipe.sections import (
     Batch,
     Checkpoint,
@@ -24,7 +25,6 @@ from pipeline.recipe.sections import (
     Evaluation,
     Model,
     Phases,
-    Resolution,
     Tracking,
     Workers,
 )

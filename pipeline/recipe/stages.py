@@ -11,8 +11,8 @@ from pipeline.recipe.attacks import Attack
 from pipeline.recipe.fields import canonical_decimal
 from pipeline.recipe.methods import HYDRA, PRUNING, Allocation, Method, MethodName
 from pipeline.recipe.objective import Objective
+from pipeline.recipe.phase import Phase
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.sections import Phase
 from pipeline.recipe.sparsity import ScoreInit
 
 PhaseName = Literal["pretrain", "prune", "finetune", "magnitude", "random", "snip"]

@@ -22,8 +22,8 @@ from torch.nn.utils import get_total_norm
 
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import trained_parameters
+from pipeline.recipe.phase import Phase
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.sections import Phase
 from pipeline.training.compiled import Compiled
 from pipeline.training.context import RunContext
 

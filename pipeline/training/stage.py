@@ -167,9 +167,10 @@ class StageTrainer:
         train_only(network, stage.trains, recipe.sparsity.batchnorm)
         if scores is not None:
             scores.refresh()  # on the training device, with its rounding
-        engine, decay = Engine(network, scores, stage.optimisation, context), stage.optimisation.ema_decay
+        engine = Engine(network, scores, stage.optimisation, context)
         self._resources.callback(engine.close)
         self._network, self._progress = network, self._position(own)
+        decay = stage.optimisation.ema_decay_per_step(self._progress.steps_per_epoch)
         self._state = StageState(
             network=network_state,
             engine=restored(engine, own),

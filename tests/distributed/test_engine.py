@@ -16,7 +16,7 @@ from pipeline.distributed import Group
 from pipeline.models import build_network
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state, named_state, train_only, trained_parameters
-from pipeline.recipe.sections import Phase
+from pipeline.recipe.phase import Phase
 from pipeline.training.batchnorm import BatchStatistics
 from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine

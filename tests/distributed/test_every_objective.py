@@ -32,7 +32,7 @@ STOPS = (2, 5, 9)
 twice as many, and the last two stops fall between the replays of a batch."""
 ATTACK = {"steps": 2, "step_size": "1/15"}
 LINF, L2 = {"norm": "linf", "eps": "1/10"}, {"norm": "l2", "eps": "1/4"}
-AVERAGED = {phase: {"ema_decay": 0.9} for phase in ("pretrain", "prune", "finetune")}
+AVERAGED = {phase: {"ema_epochs": 5} for phase in ("pretrain", "prune", "finetune")}
 ADAM = {phase: {"optimizer": "adam", "lr": 0.001} for phase in ("pretrain", "prune", "finetune")}
 VARIANTS: dict[str, dict[str, Any]] = {
     "pgd, averaged": {"objective": {"name": "pgd", **ATTACK}, "phases": AVERAGED},

@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.distributed import Group
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import named_state, train_only, trained_parameters
-from pipeline.recipe.sections import Phase
+from pipeline.recipe.phase import Phase
 from pipeline.recipe.threat_model import ThreatModel
 from pipeline.rng import sample_keys
 from pipeline.robustness.objectives import Objective, ObjectiveInput, build_objective

@@ -62,6 +62,19 @@ def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, steps: int) 
         torch.testing.assert_close(mean.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_tensors_are_averaged_at_once_to_the_bits_of_one_at_a_time() -> None:
+    network, decay = small_network(), 0.9
+    ema = Ema(network, decay)
+    means = {name: tensor.detach().clone() for name, tensor in named_state(network).items()}
+    for step, state in enumerate(training(network, None, 8), start=1):
+        ema.update(step)
+        for name, mean in means.items():
+            if mean.is_floating_point():
+                mean.lerp_(state[name], (1 - decay) / (1 - decay**step))
+    average = ema.state()
+    assert all(torch.equal(average[f"ema/{name}"], mean) for name, mean in means.items() if mean.is_floating_point())
+
+
 def test_a_long_average_of_constant_weights_is_those_weights() -> None:
     network = small_network()
     ema = Ema(network, 0.9999)

@@ -320,7 +320,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         ),
         (
             ["phases.prune.schedule=linear"],
-            "phases.prune.schedule.name = 'linear': expected one of cosine, constant, s",
+            "phases.prune.schedule.name = 'linear': expected one of cosine, hydra, onecycle, constant, step",
         ),
         (["phases.prune.schedule={name: step}"], "phases.prune.schedule.milestones: missing; add it, for example [0.5"),
         (
@@ -328,7 +328,29 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             "must be fractions of the phase, between 0 and 1",
         ),
         (["phases.prune.schedule={name: step, milestones: []}"], "phases.prune.schedule.milestones = []: "),
-        (["phases.prune.schedule={name: cosine, factor: 0.1}"], "a key of step, not of cosine, which has none"),
+        (["phases.prune.schedule={name: cosine, factor: 0.1}"], "a key of step, not of cosine, which has final_lr"),
+        (
+            ["phases.prune.schedule={name: hydra, final_lr_fraction: 0.1}"],
+            "cosine, onecycle, not of hydra, which has none",
+        ),
+        (
+            ["phases.prune.schedule={name: cosine, final_lr_fraction: 1}"],
+            "phases.prune.schedule.final_lr_fraction = 1: Input should be less than 1",
+        ),
+        (
+            ["phases.prune.schedule=hydra", "phases.prune.epochs=2", "phases.prune.warmup_epochs=0.5"],
+            "schedule hydra needs two epochs after the warm-up, as it is zero in the only one of a phase: epochs 2, "
+            "warmup_epochs 0.5; use more epochs or schedule=cosine",
+        ),
+        (
+            ["phases.prune.schedule=onecycle", "phases.prune.warmup_epochs=0.5"],
+            "phases.prune: warmup_epochs 0.5: schedule onecycle has its own warm-up; set warmup_epochs=0",
+        ),
+        (
+            ["phases.prune.ema_epochs=0.5", "phases.prune.ema_decay=0.99"],
+            "phases.prune: ema_epochs 0.5 and ema_decay 0.99 are two horizons of one average; remove ema_decay",
+        ),
+        (["phases.prune.ema_epochs=0"], "phases.prune.ema_epochs = 0: Input should be greater than 0"),
         (
             ["objective={name: trades, step_size: 1/10, label_smoothing: 0.1}"],
             "label_smoothing = 0.1: a key of clean, ",
@@ -728,13 +750,24 @@ def test_a_recipe_by_a_yaml_1_1_writer_is_read_as_meant() -> None:
 
 def test_options_that_came_later_leave_the_hash_of_older_recipes() -> None:
     recipe = load_recipe(DEMO)
-    same = ["objective.label_smoothing=0", "phases.prune.schedule={name: cosine}", "phases.prune.optimizer=sgd"]
+    same = ["objective.label_smoothing=0", "phases.prune.optimizer=sgd", "phases.prune.ema_epochs=null"]
+    same += ["phases.prune.schedule={name: cosine}", "phases.finetune.schedule={name: cosine, final_lr_fraction: 0}"]
     assert recipe_hash(load_recipe(DEMO, same)) == recipe_hash(recipe)
-    assert recipe_hash(recipe) == "5cf614e2a44aafa707c4ff36d4646fce98496e6cebfbcae824f7a9fa0d25eb89"
-    step = "phases.prune.schedule={name: step, milestones: [0.5]}"
-    changes = ["objective.label_smoothing=0.1", step, "phases.prune.optimizer=adamw"]
+    earlier = {
+        "5cf614e2a44aafa707c4ff36d4646fce98496e6cebfbcae824f7a9fa0d25eb89": "seed=0",
+        "fba78328471bc76b8c51b0759ce75367e64a1b5c09084590a69b4e25c0a14506": "phases.pretrain.ema_decay=0.999",
+        "a75e4daa28010c5b324c9eaee17e52ae19bd4026f94cb25c0d6e0e5307b61a6c": (
+            "phases.prune.schedule={name: step, milestones: [0.5]}"
+        ),
+        "caa1821d594e8c094f7d75b1c7ef8e51d97f79218ae22831b2a8c77f116e1e2f": "phases.prune.schedule=constant",
+    }
+    """Hash as versions computed it that did not know the later keys -> override."""
+    assert {recipe_hash(load_recipe(DEMO, [override])): override for override in earlier.values()} == earlier
+    changes = ["objective.label_smoothing=0.1", "phases.prune.optimizer=adamw", "phases.prune.ema_epochs=2"]
+    changes += ["phases.prune.schedule=hydra", "phases.prune.schedule=onecycle"]
+    changes += [f"phases.prune.schedule={{name: {name}, final_lr_fraction: 0.1}}" for name in ("cosine", "onecycle")]
     hashes = {recipe_hash(load_recipe(DEMO, [change])) for change in changes}
-    assert len({*hashes, recipe_hash(recipe)}) == 4
+    assert len(hashes | earlier.keys()) == len(changes) + len(earlier)
 
 
 def test_the_hash_covers_what_determines_the_result() -> None:

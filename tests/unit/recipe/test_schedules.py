@@ -6,12 +6,14 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim.lr_scheduler import OneCycleLR
 
 from pipeline.recipe.learning_rate import Constant
+from pipeline.recipe.phase import Phase, Resolution
 from pipeline.recipe.schedules import image_size_at, lr_at, strength_at
-from pipeline.recipe.sections import Phase, Resolution
 
 
 @st.composite
@@ -19,6 +21,11 @@ def phases(draw: st.DrawFn) -> Phase:
     epochs = draw(st.integers(1, 20))
     warmup = round(draw(st.floats(0, epochs - 0.5)), 6)
     return Phase(epochs=epochs, lr=draw(st.floats(1e-4, 1.0)), warmup_epochs=warmup)
+
+
+def scheduled(phase: Phase, **schedule: object) -> Phase:
+    """The phase with another schedule."""
+    return Phase.model_validate({**phase.model_dump(mode="json"), "schedule": schedule})
 
 
 def rates(phase: Phase, steps_per_epoch: int) -> list[float]:
@@ -51,6 +58,55 @@ def test_warm_up_is_linear_and_the_cosine_is_at_half_in_the_middle() -> None:
     assert lr_at(phase, 4 + 8, 2) == pytest.approx(0.2)
 
 
+@given(phases(), st.integers(2, 40), st.just(0.0) | st.floats(1e-6, 0.99))
+def test_a_cosine_may_end_at_a_fraction_of_lr(phase: Phase, steps_per_epoch: int, fraction: float) -> None:
+    """It is the weighted mean of the constant and the cosine that ends at zero, which keeps its numbers to the bit."""
+    total, warmup = phase.epochs * steps_per_epoch, round(phase.warmup_epochs * steps_per_epoch)
+    values = rates(scheduled(phase, name="cosine", final_lr_fraction=fraction), steps_per_epoch)
+    to_zero = rates(phase, steps_per_epoch)
+    assert values[:warmup] == to_zero[:warmup]
+    for step in range(warmup, total):
+        assert to_zero[step] == phase.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        assert values[step] == pytest.approx(fraction * phase.lr + (1 - fraction) * to_zero[step], rel=1e-12)
+
+
+@given(st.integers(2, 30), st.integers(1, 20), st.integers(0, 5), st.floats(1e-4, 1.0))
+def test_hydras_cosine_is_the_references(epochs: int, steps_per_epoch: int, warmup: int, lr: float) -> None:
+    """epoch - 1 with epochs counted from 0, after warm-up epochs: the first and the third have the same rate."""
+    phase = Phase.model_validate({"epochs": warmup + epochs, "lr": lr, "warmup_epochs": warmup, "schedule": "hydra"})
+    reference = [lr * 0.5 * (1 + math.cos((epoch - 1) / epochs * math.pi)) for epoch in range(epochs)]
+    values = rates(phase, steps_per_epoch)[warmup * steps_per_epoch :]
+    assert values == pytest.approx([rate for rate in reference for _ in range(steps_per_epoch)], rel=1e-12)
+    assert values[steps_per_epoch] == lr
+
+
+def test_hydras_cosine_hardly_anneals_over_few_epochs() -> None:
+    phase = Phase.model_validate({"epochs": 5, "lr": 0.1, "schedule": "hydra"})
+    assert rates(phase, 1) == pytest.approx([0.0905, 0.1, 0.0905, 0.0655, 0.0345], abs=5e-5)
+
+
+def test_hydras_cosine_after_a_warm_up_of_part_of_an_epoch() -> None:
+    """Its epochs begin after the warm-up, so the last of its 2.5 is half as long."""
+    phase = Phase.model_validate({"epochs": 3, "lr": 0.1, "warmup_epochs": 0.5, "schedule": "hydra"})
+    first, last = (0.05 * (1 + math.cos(epoch / 2.5 * math.pi)) for epoch in (-1, 1))
+    assert rates(phase, 4) == pytest.approx([0.05, 0.1, *[first] * 4, *[0.1] * 4, *[last] * 2])
+
+
+@given(st.integers(2, 200), st.floats(1e-4, 1.0), st.just(0.0) | st.floats(1e-6, 0.9))
+def test_onecycle_is_torchs(epochs: int, lr: float, fraction: float) -> None:
+    phase = Phase.model_validate(
+        {"epochs": epochs, "lr": lr, "schedule": {"name": "onecycle", "final_lr_fraction": fraction}}
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    divisor = 1 / (25 * fraction) if fraction else math.inf  # of the first rate, which is lr / 25
+    schedule = OneCycleLR(optimizer, lr, total_steps=epochs, cycle_momentum=False, final_div_factor=divisor)
+    for step in range(epochs):
+        assert lr_at(phase, step, 1) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        if step + 1 < epochs:
+            schedule.step()
+
+
 def test_constant_stays_after_the_warm_up() -> None:
     phase = Phase(epochs=3, lr=0.5, warmup_epochs=1, schedule=Constant())
     assert rates(phase, 2) == [0.25, 0.5, 0.5, 0.5, 0.5, 0.5]
@@ -63,12 +119,39 @@ def test_steps_drop_the_rate_at_fractions_of_the_phase() -> None:
     assert phase.model_dump(mode="json")["schedule"] == schedule
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant"])
-def test_a_schedule_without_keys_is_written_as_its_name(name: str) -> None:
+@pytest.mark.parametrize("name", ["cosine", "hydra", "onecycle", "constant"])
+def test_a_schedule_at_its_defaults_is_written_as_its_name(name: str) -> None:
     """As in older recipes, whose hashes depend on it."""
     phase = Phase.model_validate({"epochs": 4, "lr": 0.5, "schedule": name})
     assert phase == Phase.model_validate({"epochs": 4, "lr": 0.5, "schedule": {"name": name}})
     assert phase.model_dump(mode="json")["schedule"] == name
+
+
+@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+def test_a_schedule_with_another_end_is_written_with_it(name: str) -> None:
+    schedule = {"name": name, "final_lr_fraction": 0.1}
+    phase = Phase.model_validate({"epochs": 4, "lr": 0.5, "schedule": schedule})
+    assert phase.model_dump(mode="json")["schedule"] == schedule
+    assert Phase.model_validate(phase.model_dump(mode="json")) == phase
+    default = Phase.model_validate({"epochs": 4, "lr": 0.5, "schedule": {**schedule, "final_lr_fraction": 0}})
+    assert default.model_dump(mode="json")["schedule"] == name
+
+
+@given(st.floats(0.01, 100), st.integers(1, 10**6))
+def test_the_weight_of_a_step_in_an_average_falls_to_1_over_e_within_its_horizon(
+    horizon: float, steps_per_epoch: int
+) -> None:
+    decay = Phase(epochs=2, lr=0.1, ema_epochs=horizon).ema_decay_per_step(steps_per_epoch)
+    assert decay is not None
+    assert decay < 1
+    assert decay ** (horizon * steps_per_epoch) == pytest.approx(1 / math.e, rel=1e-6)
+
+
+def test_an_average_is_given_in_epochs_or_as_decay_per_step_or_there_is_none() -> None:
+    phase = {"epochs": 2, "lr": 0.1}
+    averages = [Phase.model_validate(phase | keys) for keys in ({"ema_epochs": 2}, {"ema_decay": 0.9}, {})]
+    assert [one.is_averaged for one in averages] == [True, True, False]
+    assert [one.ema_decay_per_step(5) for one in averages] == [pytest.approx(math.exp(-0.1)), 0.9, None]
 
 
 @pytest.mark.parametrize("step", [-1, 20, 21])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.recipe.sections import Phase
+from pipeline.recipe.phase import Phase
 from pipeline.training.engine import build_optimizer, slots_of
 
 
