@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,12 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.sampling import CropFunction
 from pipeline.distributed import Group
 from pipeline.recipe.objective import FgsmPgi
+from pipeline.recipe.stages import stages_of
+from pipeline.run.progress import Progress
+from pipeline.training.context import RunContext
 from pipeline.training.perturbation_memory import EPOCHS, VALUES, PerturbationMemory
+from pipeline.training.stage_start import build_perturbations
+from tests.support.small_recipe import small_recipe
 
 GROUP = Group(0, 1, torch.device("cpu"))
 SIZE = 6
@@ -125,3 +131,21 @@ def test_a_state_takes_the_bytes_that_the_recipe_announces() -> None:
     state = memory_of(ids, lambda ids, epoch: np.zeros((len(ids), 5), np.int32)).state()
     announced = FgsmPgi.model_validate({"name": "fgsm_pgi", "step_size": 1}).remembered_bytes(SIZE)
     assert sum(tensor.numel() * tensor.element_size() for tensor in state.values()) == 7 * announced
+
+
+def test_a_stage_remembers_if_its_objective_does_until_it_overfits(fashion_data: Path) -> None:
+    recipe = small_recipe(
+        fashion_data,
+        objective={"name": "fgsm_pgi", "step_size": "1/10"},
+        phases={"prune": {"epochs": 1, "lr": 0.1, "objective": {"name": "clean"}}},
+        evaluation={"validation_steps": 2},
+    )
+    context = RunContext(recipe, fashion_data, "token", GROUP)
+    pretrain, prune = stages_of(recipe)[:2]
+    start = Progress(step=0, steps_per_epoch=20, total_steps=40)
+    memory = build_perturbations(context, pretrain, start)
+    assert memory is not None
+    assert memory.state()[VALUES].shape == (1280, 3, 28, 28)
+    assert build_perturbations(context, pretrain, replace(start, level=1)) is None
+    assert build_perturbations(context, prune, start) is None
+    context.close()
