@@ -39,6 +39,8 @@ def plan_lines(recipe: Recipe, name: str | None, with_torch: bool) -> tuple[list
     weights = checked(run_folder.network_size, recipe) if with_torch and not problems else None
 
     stages = stages_of(recipe)
+    images = _train_images(recipe, manifest) if manifest is not None and per_epoch is not None else 0
+    remembered = [images * stage.objective.remembered_bytes(recipe.data.image_size) for stage in stages]
     done = [stage for stage in stages if is_done(folder, stage)] if RunFolder(folder).recipe.exists() else None
     state = "new" if done is None else f"exists: {len(done)} of {len(stages)} stages are finished"
     lines = [f"{folder} ({state})"]
@@ -46,15 +48,18 @@ def plan_lines(recipe: Recipe, name: str | None, with_torch: bool) -> tuple[list
         lines.append(_data_line(recipe, manifest, per_epoch))
     lines += ["stages, in order:", *(f"  {_stage_line(recipe, stage, per_epoch)}" for stage in stages)]
     labels = ", ".join(dict.fromkeys(label for stage in stages for label in stage.evaluations))
-    images = "all" if recipe.evaluation.images is None else f"{recipe.evaluation.images:,}"
+    tested = "all" if recipe.evaluation.images is None else f"{recipe.evaluation.images:,}"
     lines.append(
-        f"evaluated: {sum(bool(stage.measure) for stage in stages)} networks, by {labels} ({images} test images)"
+        f"evaluated: {sum(bool(stage.measure) for stage in stages)} networks, by {labels} ({tested} test images)"
     )
+    if any(remembered):
+        lines.append(f"memory: {readable(max(remembered))} per worker, for perturbations; they are in checkpoints too")
     if weights is not None:
         free = free_bytes(folder.absolute())
         room = "" if free is None else f" of {readable(free)} that are free"
         lines.append(
-            f"disk: about {readable(_disk_bytes(recipe, stages, weights))}{room}, for checkpoints and networks"
+            f"disk: about {readable(_disk_bytes(recipe, stages, weights, remembered))}{room}, for checkpoints and "
+            "networks"
         )
     left = [stage for stage in stages if stage not in (done or [])]
     if per_epoch is not None and left:
@@ -96,15 +101,15 @@ def _stage_line(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
     return f"{line}; {images // recipe.batch.batch_per_step:,} steps, {images:,} images, {cost} each"
 
 
-def _disk_bytes(recipe: Recipe, stages: list[Stage], weights: int) -> int:
-    """Checkpoints that are kept, with optimizer state, and exported networks, in float32."""
-    total = 0
+def _disk_bytes(recipe: Recipe, stages: list[Stage], weights: int, remembered: list[int]) -> int:
+    """Checkpoints that are kept, with optimizer state in float32 and remembered perturbations; exported networks."""
+    total = sum(remembered) * recipe.checkpoint.keep
     for stage in stages:
         phase = stage.optimisation
         slots = 1 if phase.optimizer == "sgd" else 2
         tensors = 1 + (stage.keep_fraction is not None) + slots + phase.is_averaged
-        total += weights * (tensors * recipe.checkpoint.keep + 1)
-    return 4 * total
+        total += 4 * weights * (tensors * recipe.checkpoint.keep + 1)
+    return total
 
 
 def _time_line(recipe: Recipe, stages: list[Stage], per_epoch: int) -> str:

@@ -38,20 +38,44 @@ class Fgsm(OneStep):
     name: Literal["fgsm"] = "fgsm"
 
 
-class Nfgsm(OneStep):
+class _SignedStep(OneStep):
+    """Takes a signed step, which is the steepest one for linf only."""
+
+    def check_threat_model(self, key: str, threat_model: ThreatModel | None) -> None:
+        super().check_threat_model(key, threat_model)
+        if threat_model is not None and threat_model.norm != "linf":
+            raise ValueError(
+                f"{key}.name {self.name} is defined for linf, and threat_model.norm is {threat_model.norm}; "
+                f"use {key}.name=fgsm"
+            )
+
+
+class Nfgsm(_SignedStep):
     """One step from larger noise, without projection (de Jorge et al. 2022)."""
 
     name: Literal["nfgsm"] = "nfgsm"
     noise_magnitude: Real = Field(default=2.0, gt=0)
     """Largest noise per pixel, in multiples of eps (k in the paper)."""
 
-    def check_threat_model(self, key: str, threat_model: ThreatModel | None) -> None:
-        super().check_threat_model(key, threat_model)
-        if threat_model is not None and threat_model.norm != "linf":
-            raise ValueError(
-                f"{key}.name nfgsm is defined for linf, and threat_model.norm is {threat_model.norm}; "
-                f"use {key}.name=fgsm"
-            )
+
+class FgsmPgi(_SignedStep):
+    """One step from the perturbation that the image had in its last epoch (Jia et al. 2022)."""
+
+    name: Literal["fgsm_pgi"] = "fgsm_pgi"
+    prior_weight: Real = Field(default=10.0, ge=0)
+    """Weight of the squared difference between the logits at the start and at the example, averaged over images and
+    classes (lambda in the paper; averaged over classes as in the authors' code)."""
+    reset_epochs: Count = Field(default=40, ge=1)
+    """Epochs after which all images start from random perturbations again."""
+
+    @property
+    def passes_per_step(self) -> int:
+        """Three: the attack's, and the update's at the start and at the example."""
+        return 3
+
+    def remembered_bytes(self, image_size: int) -> int:
+        """A byte per value of three channels, and the epoch as an int32."""
+        return 3 * image_size**2 + 4
 
 
 class Free(OneStep):
@@ -168,6 +192,7 @@ Objective = Annotated[
     | Annotated[Pgd, Tag("pgd")]
     | Annotated[Fgsm, Tag("fgsm")]
     | Annotated[Nfgsm, Tag("nfgsm")]
+    | Annotated[FgsmPgi, Tag("fgsm_pgi")]
     | Annotated[Free, Tag("free")]
     | Annotated[Trades, Tag("trades")]
     | Annotated[Noise, Tag("noise")]

@@ -15,7 +15,7 @@ from pipeline.recipe.attacks import check_attack
 from pipeline.recipe.deepspeed_options import DeepSpeedOptions
 from pipeline.recipe.errors import explain
 from pipeline.recipe.fields import Section, Seed, divisors
-from pipeline.recipe.objective import Objective
+from pipeline.recipe.objective import FgsmPgi, Objective
 from pipeline.recipe.phase import Resolution
 from pipeline.recipe.sections import (
     Batch,
@@ -120,6 +120,26 @@ class Recipe(Section):
                 raise ValueError(
                     f"{key}: free training carries its perturbation over to the next images, which must have the same "
                     f"size; remove {key}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _perturbations_can_be_remembered(self) -> Recipe:
+        for key, objective in self.objectives.items():
+            if not isinstance(objective, FgsmPgi):
+                continue
+            fix = f"or use {key}.name=fgsm"
+            if self.data.augmentation == "random_resized_crop":
+                raise ValueError(
+                    f"{key}.name {objective.name} starts from the image's perturbation of its last epoch, and "
+                    "data.augmentation random_resized_crop shows another part of it at another scale; use pad_crop, "
+                    f"pad_crop_flip or none, {fix}"
+                )
+            if self.data.extra_fraction is not None:
+                raise ValueError(
+                    f"{key}.name {objective.name} starts from the image's perturbation of its last epoch, and with "
+                    f"data.extra_fraction {self.data.extra_fraction} an extra image may occur twice in an epoch, on "
+                    f"different workers; set data.extra_fraction=null {fix}"
                 )
         return self
 

@@ -51,6 +51,10 @@ class Technique(Section):
         """Whether training is monitored for catastrophic overfitting."""
         return self.smallest_ratio is not None
 
+    def remembered_bytes(self, image_size: int) -> int:
+        """Bytes per training image that each worker and each checkpoint hold from one epoch to the next."""
+        return 0
+
     def check_threat_model(self, key: str, threat_model: ThreatModel | None) -> None:
         """Refuse a threat model that the technique does not support. Errors: ValueError, naming `key`."""
         if threat_model is None:

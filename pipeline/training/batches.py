@@ -18,10 +18,17 @@ from torch import Tensor
 from pipeline.data.loading import sampling
 from pipeline.data.loading.loader import Batch, Loader
 from pipeline.recipe.schedules import image_size_at
+from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.training.context import RunContext
 
 NOISE = "noise/perturbation"
+
+
+def crop_function(recipe: Recipe, loader: Loader) -> sampling.CropFunction:
+    """The crops of training images, by id and epoch of the run. Errors: those of `sampling.training_crops`."""
+    data = recipe.data
+    return sampling.training_crops(data.augmentation, loader.heights, loader.widths, data.image_size, recipe.seed)
 
 
 def micro_batches(
@@ -33,13 +40,10 @@ def micro_batches(
     """
     recipe = context.recipe
     per_epoch = sampling.steps_per_epoch(len(train_ids), recipe.batch.batch_per_step, recipe.extra_per_step)
-    crops = sampling.training_crops(
-        recipe.data.augmentation, loader.heights, loader.widths, recipe.data.image_size, recipe.seed
-    )
     offset = stage.first_epoch * per_epoch
     plan = sampling.training_plan(
         train_ids,
-        crops,
+        crop_function(recipe, loader),
         seed=recipe.seed,
         start_step=offset + start,
         stop_step=offset + stop,
@@ -88,7 +92,7 @@ class FreeNoise:
         shape = (context.local_micro_batches, batch.micro_batch, 3, size, size)
         self._noise = torch.zeros(shape, device=self._group.device)
 
-    def of(self, micro_batch: int) -> Tensor:
+    def of(self, micro_batch: int, *_: object) -> Tensor:
         """The noise [micro_batch, 3, s, s], float32, of this worker's micro-batch of this index; not a copy."""
         return self._noise[micro_batch]
 

@@ -149,17 +149,18 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             )
             return engine.forward(inputs)
 
+        keys = device_keys(batch.ids.numpy(), device, context.recipe.seed, "attack", stage.name, step)
         output = training.objective(
             ObjectiveInput(
                 network=engine.network,
                 forward=forward,
                 x=images,
                 y=labels,
-                keys=device_keys(batch.ids.numpy(), device, context.recipe.seed, "attack", stage.name, step),
+                keys=keys,
                 autocast=engine.autocast,
                 elapsed=step / progress.total_steps,
                 attacking=partial(clock.during, "attack"),
-                noise=None if state.noise is None else state.noise.of(index),
+                noise=None if state.noise is None else state.noise.of(index, batch.ids, keys, step),
             )
         )
         engine.backward(output.loss)

@@ -33,14 +33,14 @@ from pipeline.run.lease import check_token
 from pipeline.run.progress import Progress
 from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker, truncate_rows
-from pipeline.training.batches import FreeNoise, micro_batches, replayed
+from pipeline.training.batches import micro_batches, replayed
 from pipeline.training.context import RunContext
 from pipeline.training.engine import Engine
 from pipeline.training.health import check_worker
 from pipeline.training.loop import Training, train
 from pipeline.training.rollback import roll_back
 from pipeline.training.stage_evaluation import build_validation, check_honesty, evaluate_stage
-from pipeline.training.stage_start import load_start
+from pipeline.training.stage_start import build_perturbations, load_start
 from pipeline.training.stage_state import NetworkState, StageState, restored
 from pipeline.training.stage_tracking import log_finished_parts, stage_tracker, summary_of
 
@@ -171,11 +171,12 @@ class StageTrainer:
         self._resources.callback(engine.close)
         self._network, self._progress = network, self._position(own)
         decay = stage.optimisation.ema_decay_per_step(self._progress.steps_per_epoch)
+        noise = build_perturbations(context, stage, self._progress)
         self._state = StageState(
             network=network_state,
             engine=restored(engine, own),
             ema=restored(Ema(network, decay, scores), own) if decay is not None else None,
-            noise=restored(FreeNoise(context), own) if stage.objective.carries_noise else None,
+            noise=restored(noise, own) if noise is not None else None,
             drift=drift,
         )
 

@@ -1,4 +1,4 @@
-"""The start of a stage: weights of another stage, imported or from the seed, and its initial scores."""
+"""The start of a stage: weights of another stage, imported or from the seed, initial scores and perturbations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from pipeline.models.import_weights import load_foreign
 from pipeline.models.pruning.score_init import FirstScore, first_scores, zero
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state
+from pipeline.recipe.objective import FgsmPgi
 from pipeline.recipe.stages import Stage
 from pipeline.robustness.objectives import build_objective
 from pipeline.run import checkpoint
 from pipeline.run.layout import StageFolder
+from pipeline.run.progress import Progress
 from pipeline.run.records import StageResult
-from pipeline.training.batches import micro_batches
+from pipeline.training.batches import FreeNoise, crop_function, micro_batches
 from pipeline.training.context import RunContext
 from pipeline.training.engine import autocast_of
+from pipeline.training.perturbation_memory import PerturbationMemory
 from pipeline.training.snip import connection_sensitivity
+from pipeline.training.stage_state import Perturbations
 
 
 def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | None:
@@ -60,3 +64,22 @@ def _score_init(context: RunContext, stage: Stage, network: Network) -> FirstSco
         dense, autocast = network.to(group.device), autocast_of(recipe, group.device)
         scores = connection_sensitivity(dense, batches, objective, autocast, group, seed=recipe.seed, stage=stage.name)
     return lambda name, weight: scores[name]
+
+
+def build_perturbations(context: RunContext, stage: Stage, progress: Progress) -> Perturbations | None:
+    """What the stage's objective carries, as at its start; PGD, which overfitting leads to, remembers nothing."""
+    objective, recipe = stage.objective, context.recipe
+    if objective.carries_noise:
+        return FreeNoise(context)
+    if not isinstance(objective, FgsmPgi) or progress.level > 0:
+        return None
+    loader = context.loader(recipe.data.train_file)
+    return PerturbationMemory(
+        context.group,
+        context.training_samples(loader)[0],
+        crop_function(recipe, loader),
+        image_size=recipe.data.image_size,
+        first_epoch=stage.first_epoch,
+        steps_per_epoch=progress.steps_per_epoch,
+        reset_epochs=objective.reset_epochs,
+    )

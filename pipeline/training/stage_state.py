@@ -14,7 +14,6 @@ from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state, named_state
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.progress import Progress
-from pipeline.training.batches import FreeNoise
 from pipeline.training.engine import Engine
 
 
@@ -32,6 +31,18 @@ class Stateful(Protocol):
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned, on any number of workers. Errors: ValueError if it does not fit."""
+        ...
+
+
+class Perturbations(Stateful, Protocol):
+    """The perturbation of training images that an objective carries from step to step."""
+
+    def of(self, micro_batch: int, ids: Tensor, keys: Tensor, step: int, /) -> Tensor:
+        """That of this worker's micro-batch of this index in step `step`: [n, 3, s, s] float32.
+
+        `ids` [n] and `keys` [n], both int64, are those of its images and of their noise. Values written in place
+        persist. May be collective.
+        """
         ...
 
 
@@ -72,8 +83,8 @@ class StageState:
     engine: Engine
     ema: Ema | None = None
     """The moving average of the trained parameters, for phases that have one."""
-    noise: FreeNoise | None = None
-    """For objectives that carry a perturbation from step to step."""
+    noise: Perturbations | None = None
+    """For objectives that carry a perturbation from step to step, or remember it from epoch to epoch."""
     drift: MaskDrift | None = None
     """How far the masks have changed; on rank 0 of phases that train scores."""
 

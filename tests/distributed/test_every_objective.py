@@ -53,6 +53,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "baseline_epochs": "finetune_epochs",
         },
     },
+    "fgsm_pgi, averaged, crops": {
+        "objective": {"name": "fgsm_pgi", "step_size": "1/10"},
+        "phases": AVERAGED,
+        "data": {"augmentation": "pad_crop_flip"},
+    },
     "free, averaged": {
         "objective": {"name": "free", "step_size": "1/10", "replays": 2},
         "phases": AVERAGED,

@@ -17,6 +17,7 @@ from pipeline.run import checkpoint
 from pipeline.run.files import atomic_write_text, read_json
 from pipeline.run.lease import Leases
 from pipeline.training.context import RunContext
+from pipeline.training.perturbation_memory import EPOCHS, VALUES
 from pipeline.training.stage import run_stages
 from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
@@ -49,8 +50,12 @@ def _recipes(data: Path, world: int) -> dict[str, tuple[Recipe, list[str]]]:
     still = {"epochs": 2, "lr": 1e-30, "weight_decay": 0.0}
     crops = {"augmentation": "pad_crop_flip", "train_images": 320}
     unvalidated = {"validation_steps": 0}
-    stands_still = small_recipe(data, phases={"pretrain": still, "prune": still}, data=crops, evaluation=unvalidated)
+    both = {"data": crops, "evaluation": unvalidated}
+    stands_still = small_recipe(data, phases={"pretrain": still, "prune": still}, **both)
     recipes = {"still": (stands_still, PRETRAIN_TO_PRUNE)}
+    remembers = {"name": "fgsm_pgi", "step_size": "1/10", "reset_epochs": 2, "overfitting_guard": None}
+    recipe = small_recipe(data, phases={"pretrain": still | {"epochs": 3}}, objective=remembers, **both)
+    recipes["remembers"] = (recipe, PRETRAIN)
     one_step = {"pretrain": {"epochs": 1, "lr": 0.1, "weight_decay": 1e-4}}
     for name in ("pgd", "trades"):
         recipe = small_recipe(
@@ -113,6 +118,19 @@ def test_every_world_size_feeds_the_same_tensors(trained: tuple[Path, dict[int, 
         other = _final(root, "still", world).model
         for name, tensor in buffers.items():
             assert torch.equal(tensor, other[name]), name
+
+
+def test_every_world_size_remembers_the_same_perturbations(trained: tuple[Path, dict[int, dict[str, Fed]]]) -> None:
+    """Each epoch starts from what other workers have written in the one before."""
+    root, all_fed = trained
+    fed = {world: all_fed[world]["remembers"] for world in WORLDS}
+    assert len(set(fed[1].values())) == len(fed[1]) == 3 * 5 * 4  # epochs, steps, micro-batches
+    assert fed[1] == fed[2] == fed[4]
+    one, *others = [_final(root, "remembers", world).train_state for world in WORLDS]
+    assert len(one[VALUES]) == 320
+    assert float((one[VALUES] != 0).float().mean()) > 0.5
+    for name in (VALUES, EPOCHS):
+        assert all(torch.equal(one[name], other[name]) for other in others), name
 
 
 @pytest.mark.parametrize("objective", ["pgd", "trades"])

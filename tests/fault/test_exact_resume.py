@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.recipe.schema import Recipe
 from pipeline.run import checkpoint
+from pipeline.training.perturbation_memory import VALUES
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.fault.final_state import differences, final_state
 from tests.support.commands import ROOT
@@ -89,3 +90,21 @@ def test_killed_workers_and_runs_go_on_exactly(
     assert restarts.count("Ray's processes ended") == 2
     assert _start(folder, "launch", "resume", str(folder)) == 0
     assert differences(*(final_state(run, STAGES) for run in (undisturbed(recipe), folder))) == []
+
+
+def test_remembered_perturbations_outlive_a_kill(
+    fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path]
+) -> None:
+    """SIGKILL of two workers within the second epoch of FGSM-PGI; checkpoints are within epochs."""
+    recipe = two_worker_recipe(fashion_data)
+    values = recipe.model_dump(mode="json")
+    values["phases"]["pretrain"]["objective"] = {"name": "fgsm_pgi", "step_size": "1/10", "overfitting_guard": None}
+    recipe = Recipe.model_validate(values)
+    folder = new_run(tmp_path / "run", recipe)
+    set_cuts(folder, [("step", "pretrain", 31, "run")])
+    assert _start(folder, "tests.fault.run_observed", str(folder), CUT, "without-ray") == -signal.SIGKILL
+    assert max(checkpoint.committed_steps(folder / "pretrain")) in (18, 27)  # a thread writes them
+    assert _start(folder, "tests.fault.run_observed", str(folder), CUT, "without-ray") == 0
+    states = [final_state(run, STAGES) for run in (undisturbed(recipe), folder)]
+    assert f"pretrain: {VALUES}" in states[0]
+    assert differences(*states) == []

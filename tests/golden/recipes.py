@@ -42,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective": {"name": "nfgsm", **ONE_STEP},
         "sparsity": {"allocation": "learned", "score_init": "kaiming_normal", "score_weight_decay": 0.0},
     },
+    "fgsm_pgi": {"objective": {"name": "fgsm_pgi", **ONE_STEP}},
     "free": {
         "objective": {"name": "free", "replays": EPOCHS, **ONE_STEP},
         "phases": dict.fromkeys(SEARCH, SGD | {"epochs": 1}),

@@ -11,6 +11,7 @@ from pipeline.recipe.objective import (
     Clean,
     CrownIbp,
     Fgsm,
+    FgsmPgi,
     Free,
     Ibp,
     MixTrain,
@@ -25,7 +26,12 @@ from pipeline.recipe.schedules import strength_at
 from pipeline.recipe.technique import Attacking, CrossEntropy, Technique
 from pipeline.recipe.threat_model import ThreatModel
 from pipeline.robustness.attacks import Ball, L2Ball, LinfBall, ball_of
-from pipeline.robustness.objectives.adversarial import adversarial_training, clean_training, nfgsm_training
+from pipeline.robustness.objectives.adversarial import (
+    adversarial_training,
+    clean_training,
+    fgsm_pgi_training,
+    nfgsm_training,
+)
 from pipeline.robustness.objectives.base import Autocast, Forward, Objective, ObjectiveInput, ObjectiveOutput
 from pipeline.robustness.objectives.crown_ibp import certified_training
 from pipeline.robustness.objectives.free import free_training
@@ -81,6 +87,14 @@ def _(objective: Pgd | Fgsm, threat_model: ThreatModel, phase: str, level: int =
 def _(objective: Nfgsm, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
     def train(ball: Ball, step_size: float) -> Objective:
         return nfgsm_training(LinfBall(ball.eps), step_size, objective.noise_magnitude, objective.label_smoothing)
+
+    return _with_attack(objective, threat_model, phase, level, train)
+
+
+@build_objective.register
+def _(objective: FgsmPgi, threat_model: ThreatModel, phase: str, level: int = 0) -> Objective:
+    def train(ball: Ball, step_size: float) -> Objective:
+        return fgsm_pgi_training(LinfBall(ball.eps), step_size, objective.prior_weight, objective.label_smoothing)
 
     return _with_attack(objective, threat_model, phase, level, train)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import Ball, LinfBall, crafting, pgd
+from pipeline.robustness.attacks import TINY, Ball, LinfBall, crafting, pgd
 from pipeline.robustness.noise import uniform_noise
 from pipeline.robustness.objectives.base import (
     Objective,
@@ -59,6 +59,28 @@ def nfgsm_training(ball: LinfBall, step_size: float, magnitude: float, label_smo
     return objective
 
 
+def fgsm_pgi_training(ball: LinfBall, step_size: float, prior_weight: float, label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy on FGSM-PGI examples, and the squared change of the logits that the attack's step makes.
+
+    The step begins at the perturbation that the image had in its last epoch (Jia et al., ECCV 2022: FGSM-EP with their
+    regulariser). CE(f(x_adv)) + prior_weight * mean (f(x_adv) - f(start))^2, over images and classes; the gradient
+    flows through both logits. `batch.noise` is the perturbation in units of eps, so that it grows with eps.
+    """
+
+    def objective(batch: ObjectiveInput) -> ObjectiveOutput:
+        perturbation = batch.noise
+        assert perturbation is not None, "FGSM-PGI remembers the perturbations of images"
+        start = ball.project(batch.x + ball.eps * perturbation, batch.x)
+        x_adv = _examples(batch, ball, 1, step_size, lambda: start)
+        perturbation.copy_((x_adv - batch.x) / max(ball.eps, TINY))  # 0 at an eps of 0
+        at_start, logits = batch.forward(start).float(), batch.forward(x_adv).float()
+        loss = F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
+        loss = loss + prior_weight * F.mse_loss(logits, at_start)
+        return ObjectiveOutput(loss, None, count_correct(logits, batch.y))
+
+    return objective
+
+
 def _loss_under_attack(
     batch: ObjectiveInput,
     ball: Ball,
@@ -67,18 +89,21 @@ def _loss_under_attack(
     start: Callable[[], Tensor],
     label_smoothing: float,
 ) -> ObjectiveOutput:
-    """Cross-entropy on PGD examples; computing `start` counts as part of the attack."""
-    y = batch.y
+    """Cross-entropy on PGD examples."""
+    logits = batch.forward(_examples(batch, ball, steps, step_size, start)).float()
+    loss = F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
+    return ObjectiveOutput(loss, None, count_correct(logits, batch.y))
+
+
+def _examples(batch: ObjectiveInput, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]) -> Tensor:
+    """PGD examples that maximise cross-entropy; computing `start` counts as part of the attack."""
     with batch.attacking(), crafting(batch.network, batch.autocast):
-        x_adv = pgd(
+        return pgd(
             craft_forward(batch.network, batch.autocast),
             batch.x,
-            lambda logits: F.cross_entropy(logits, y, reduction="none"),
+            lambda logits: F.cross_entropy(logits, batch.y, reduction="none"),
             ball=ball,
             steps=steps,
             step_size=step_size,
             start=start(),
         )
-    logits = batch.forward(x_adv).float()
-    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-    return ObjectiveOutput(loss, None, count_correct(logits, y))

@@ -53,8 +53,9 @@ class ObjectiveInput:
     attacking: Callable[[], AbstractContextManager[object]] = nullcontext
     """Context entered around the attack, to time it."""
     noise: Tensor | None = None
-    """Perturbation [n, ...] float32 of this micro-batch's positions in the step, 0 at the start of a stage. Values
-    written in place persist to the next step. None unless the objective carries a perturbation."""
+    """Perturbation [n, ...] float32, for objectives that carry one, else None. Of this micro-batch's positions in the
+    step, 0 at the start of a stage, and values written in place persist to the next step; or, for objectives that
+    remember perturbations, of its images, in units of eps, and written values persist to the next epoch."""
 
 
 class Objective(Protocol):

@@ -51,6 +51,22 @@ def test_the_plan_comes_first_and_the_whole_is_a_recipe(recipe: Recipe, capsys: 
     assert load_recipe("printed.yaml") == recipe
 
 
+def test_the_memory_of_perturbations_is_part_of_the_plan(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """1,280 images of 3 x 28 x 28 bytes, in the pretrain phase alone, which keeps two checkpoints."""
+
+    def disk_mb(out: str) -> float:
+        (line,) = [line for line in out.splitlines() if line.startswith("# disk: about ")]
+        return float(line.split()[3])
+
+    _, plain, _ = dry_run(recipe, capsys)
+    remembers = "phases.pretrain.objective={name: fgsm_pgi, step_size: 1/10, overfitting_guard: null}"
+    code, out, _ = dry_run(recipe, capsys, remembers)
+    assert code == 0
+    assert "# memory: 3.0 MB per worker, for perturbations; they are in checkpoints too\n" in out
+    assert disk_mb(out) - disk_mb(plain) == pytest.approx(2 * 1280 * (3 * 28**2 + 4) / 1e6, abs=0.1)
+    assert "memory: " not in plain
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

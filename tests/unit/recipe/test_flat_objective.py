@@ -19,7 +19,7 @@ from pipeline.run.files import read_json
 
 FLAT = Path(__file__).parent / "flat_recipes"
 HASHES: dict[str, str] = read_json(FLAT / "hashes.json")
-PAIRS = [(name, key) for name, technique in TECHNIQUES.items() for key in DEFAULTS if key not in technique.model_fields]
+PAIRS = [(name, key) for name in HASHES for key in DEFAULTS if key not in TECHNIQUES[name].model_fields]
 
 
 def flat_values(name: str) -> dict[str, Any]:

@@ -167,14 +167,29 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         ),
         (["objective.name=grasp"], f"objective.name = 'grasp': expected one of {', '.join(TECHNIQUES)}"),
         (["phases.prune.objective={name: 3}"], "phases.prune.objective.name = 3: expected one of clean, pgd, fgsm"),
-        (["objective.name=true"], "objective.name = True: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
-        (["objective.name=null"], "objective.name = None: expected one of clean, pgd, fgsm, nfgsm, free, trades"),
-        (["objective={steps: 3}"], "objective.name: missing; add it, one of clean, pgd, fgsm, nfgsm, free, trades"),
+        (["objective.name=true"], "objective.name = True: expected one of clean, pgd, fgsm, nfgsm, fgsm_pgi, free"),
+        (["objective.name=null"], "objective.name = None: expected one of clean, pgd, fgsm, nfgsm, fgsm_pgi, free"),
+        (["objective={steps: 3}"], "objective.name: missing; add it, one of clean, pgd, fgsm, nfgsm, fgsm_pgi, free"),
         (["objective=pgd"], "objective = 'pgd': expected a section whose name is one of clean, pgd, fgsm"),
         (["objective.steps=true"], "objective.steps = True: no key of a recipe takes true or false"),
         (
             ["objective={name: nfgsm, step_size: 1/10}", "threat_model={norm: l2, eps: 1/2}"],
             "nfgsm is defined for linf, and threat_model.norm is l2; use objective.name=fgsm",
+        ),
+        (
+            ["objective={name: fgsm_pgi, step_size: 1/10}", "threat_model={norm: l2, eps: 1/2}"],
+            "fgsm_pgi is defined for linf, and threat_model.norm is l2; use objective.name=fgsm",
+        ),
+        (
+            ["phases.prune.objective={name: fgsm_pgi, step_size: 1/10}", "data.augmentation=random_resized_crop"],
+            "phases.prune.objective.name fgsm_pgi starts from the image's perturbation of its last epoch, and "
+            "data.augmentation random_resized_crop shows another part of it at another scale; use pad_crop, "
+            "pad_crop_flip or none, or use phases.prune.objective.name=fgsm",
+        ),
+        (
+            ["objective={name: fgsm_pgi, step_size: 1/10}", "data.extra_fraction=0.5"],
+            "data.extra_fraction 0.5 an extra image may occur twice in an epoch, on different workers; set "
+            "data.extra_fraction=null or use objective.name=fgsm",
         ),
         (["objective.name=free"], "objective.steps = 3: a key of pgd, trades, smoothadv, not of free, which has"),
         (["objective={name: free}"], "objective.step_size: missing; add it, for example 1/255"),

@@ -119,16 +119,16 @@ def test_a_technique_refuses_threat_models_that_it_does_not_support() -> None:
         else:
             assert linf == "trains"
             assert f"objective.name {name} needs a threat_model" in without
-            assert (l2 == "trains") == (name not in ("nfgsm", "ibp", "crown_ibp", "mixtrain"))
+            assert (l2 == "trains") == (name not in ("nfgsm", "fgsm_pgi", "ibp", "crown_ibp", "mixtrain"))
 
 
 def test_properties_of_the_techniques() -> None:
     def names_with(mixin: type) -> list[str]:
         return [name for name, technique in TECHNIQUES.items() if issubclass(technique, mixin)]
 
-    assert names_with(Attacking) == ["pgd", "fgsm", "nfgsm", "free", "trades", "smoothadv"]
+    assert names_with(Attacking) == ["pgd", "fgsm", "nfgsm", "fgsm_pgi", "free", "trades", "smoothadv"]
     assert names_with(MultiStep) == ["pgd", "trades", "smoothadv"]
-    assert names_with(OneStep) == ["fgsm", "nfgsm", "free"]
+    assert names_with(OneStep) == ["fgsm", "nfgsm", "fgsm_pgi", "free"]
     assert names_with(Smoothing) == ["noise", "stability", "smoothadv"]
     assert names_with(Bounding) == ["ibp", "crown_ibp", "mixtrain"]
     recipes: dict[str, Recipe] = {name: parse_recipe(values_with(name), "here") for name in TECHNIQUES}

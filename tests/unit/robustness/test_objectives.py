@@ -23,14 +23,14 @@ from pipeline.recipe.threat_model import ThreatModel
 from pipeline.robustness.attacks import LinfBall
 from pipeline.robustness.objectives import Objective, ObjectiveInput, ObjectiveOutput, build_objective
 from pipeline.robustness.objectives.trades import kl_divergence as kl_of_log_probabilities
-from tests.support.techniques import objective_of, usual_objective
+from tests.support.techniques import objective_of, own_values, usual_objective
 
-NAMES = ["clean", "pgd", "fgsm", "nfgsm", "free", "trades", "noise", "stability", "smoothadv"]
+NAMES = ["clean", "pgd", "fgsm", "nfgsm", "fgsm_pgi", "free", "trades", "noise", "stability", "smoothadv"]
 SMOOTHING = NAMES[-3:]
 X, Y = torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(8)
 KEYS = torch.from_numpy(rng.sample_keys(np.arange(8), 0, "attack").view(np.int64))
 NOISE = 0.2 * torch.rand(8, 3, 28, 28, generator=torch.Generator().manual_seed(2)) - 0.1
-"""The noise carried over from the previous step."""
+"""The noise carried over from the previous step, or the perturbations of the previous epoch in units of eps."""
 
 
 def objective_named(name: str, norm: str = "linf", phase: str = "pretrain", **values: Any) -> Objective:
@@ -78,10 +78,11 @@ def cross_entropy_reference(logits: Tensor) -> float:
 @pytest.mark.parametrize("name", [name for name in NAMES if "label_smoothing" in TECHNIQUES[name].model_fields])
 def test_label_smoothing_spreads_the_label_over_all_classes(name: str) -> None:
     """And changes nothing else: the examples are those of the plain loss, but for free, whose attack comes after."""
-    smoothed, forward = run(objective_named(name, label_smoothing=0.2), scored_network())
-    plain, plain_forward = run(objective_named(name), scored_network())
+    alone = own_values(name, {"prior_weight": 0})
+    smoothed, forward = run(objective_named(name, label_smoothing=0.2, **alone), scored_network())
+    plain, plain_forward = run(objective_named(name, **alone), scored_network())
     assert torch.equal(forward.inputs[0], plain_forward.inputs[0])
-    log_p = forward.logits[0].detach().double().log_softmax(dim=1)
+    log_p = forward.logits[-1].detach().double().log_softmax(dim=1)
     labels = Y.repeat_interleave(len(log_p) // len(Y))
     target = 0.8 * F.one_hot(labels, 10) + 0.2 / 10
     assert smoothed.loss.item() == pytest.approx(-(target * log_p).sum(dim=1).mean().item(), rel=1e-5)
@@ -149,6 +150,42 @@ def test_nfgsm_steps_from_noise_and_leaves_the_ball() -> None:
     assert outcome.loss.item() == pytest.approx(F.cross_entropy(forward.logits[0], labels).item())
 
 
+def test_fgsm_pgi_steps_from_remembered_perturbations_and_keeps_the_logits_together() -> None:
+    """On a linear network the example has a closed form, and the logits move by W (example - start)."""
+    network, weight = linear_network(classes=2)
+    labels, forward, noise = Y % 2, Recorder(network), 10 * NOISE
+    objective = objective_named("fgsm_pgi", prior_weight=3.0)
+    outcome = objective(ObjectiveInput(network, forward, X, labels, KEYS, noise=noise))
+    towards_the_other = (weight[1] - weight[0]).sign().view_as(X[0]) * torch.where(labels == 0, 1, -1).view(-1, 1, 1, 1)
+    start = (X.double() + 0.1 * 10 * NOISE).clip(0, 1)
+    example = torch.clamp(start + 0.05 * towards_the_other, X - 0.1, X + 0.1).clip(0, 1)
+    for fed, expected in zip(forward.inputs, (start, example), strict=True):
+        torch.testing.assert_close(fed.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(noise.double(), (example - X) / 0.1, rtol=0, atol=1e-5)
+
+    w = weight.double().requires_grad_(True)
+    logits = example.flatten(1) @ w.T
+    picked = logits.log_softmax(dim=1)[torch.arange(8), labels]
+    moved = ((example - start).flatten(1) @ w.T).square().sum() / (8 * 2)
+    expected_loss = -picked.mean() + 3.0 * moved
+    assert outcome.loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert moved.item() > 0.01, "the regulariser is seen"
+    expected_loss.backward()
+    outcome.loss.backward()
+    (parameter,) = network.parameters()
+    assert w.grad is not None
+    assert parameter.grad is not None
+    torch.testing.assert_close(parameter.grad.double(), w.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_at_an_eps_of_zero_fgsm_pgi_remembers_zeros() -> None:
+    network, _ = linear_network(classes=10)
+    noise, forward = NOISE.clone(), Recorder(network)
+    objective_named("fgsm_pgi", eps_warmup=0.5)(ObjectiveInput(network, forward, X, Y, KEYS, elapsed=0.0, noise=noise))
+    assert [torch.equal(fed, X) for fed in forward.inputs] == [True, True]
+    assert not bool(noise.any())
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_free_training_updates_its_noise_with_the_gradient_of_the_same_backward(norm: str) -> None:
     """On a linear network the gradient is known: (p - onehot(y)) W / n, and none where the sum leaves [0, 1]."""
@@ -190,7 +227,7 @@ def test_the_noise_of_free_training_warms_up_with_eps() -> None:
         torch.testing.assert_close(noise, expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["pgd", "fgsm", "nfgsm", "trades", "smoothadv"])
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "nfgsm", "fgsm_pgi", "trades", "smoothadv"])
 def test_eps_warms_up_over_its_fraction_of_pretraining(name: str) -> None:
     """The whole attack is scaled: eps and step_size as in a recipe with smaller values."""
     network, _ = linear_network(classes=10)
@@ -214,7 +251,7 @@ def test_eps_warms_up_over_its_fraction_of_pretraining(name: str) -> None:
         torch.testing.assert_close(update_input(0.0, eps_warmup=0.5), X, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["fgsm", "nfgsm", "free"])
+@pytest.mark.parametrize("name", ["fgsm", "nfgsm", "fgsm_pgi", "free"])
 def test_from_level_one_on_one_step_objectives_are_pgd(name: str) -> None:
     """The same examples from the same random starts: 2^level steps that together can cross the ball."""
     network, _ = linear_network(classes=10)
@@ -301,7 +338,7 @@ def test_the_noise_is_a_function_of_the_keys(name: str) -> None:
 
     first = update_input(KEYS)
     assert torch.equal(first, update_input(KEYS))
-    assert torch.equal(first, update_input(KEYS + 1)) == (name in ("clean", "free"))
+    assert torch.equal(first, update_input(KEYS + 1)) == (name in ("clean", "fgsm_pgi", "free"))
 
 
 @pytest.mark.parametrize("name", NAMES)
