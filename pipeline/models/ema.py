@@ -6,8 +6,9 @@ average does not depend on the number of ranks.
 
 Trainable tensors (weights or scores) are averaged, and so are BatchNorm's running statistics: they then belong to the
 same steps as the weights, and no extra pass over the data is needed. (The statistics of averaged weights are not the
-average of the statistics, but close to it, because the steps that dominate the average are close to each other.) Masks
-are not averaged: they are computed from the averaged scores whenever the average is applied.
+average of the statistics, but close to it, because the steps that dominate the average are close to each other; with a
+horizon that reaches back to the first steps of a pruned network they are not.) Masks are not averaged: they are
+computed from the averaged scores whenever the average is applied.
 """
 
 from __future__ import annotations
