@@ -35,6 +35,8 @@ DEFAULTS: dict[str, Any] = {
 """Key -> default, for every key of the flat form except the name. Keys added to techniques later do not belong here."""
 ADDED: dict[str, Any] = {"label_smoothing": 0.0}
 """Keys that techniques got later -> default, at which the hash leaves them out, so that older hashes stay valid."""
+ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None}}
+"""The same for sections of the recipe."""
 SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
 """Keys that every flat objective has and no single technique has together: they identify the form."""
 
@@ -49,12 +51,19 @@ def from_flat(recipe: dict[str, Any], of_a_run: bool = False) -> dict[str, Any]:
 
 
 def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A valid recipe's plain values, with every objective in the flat form."""
+    """A valid recipe's plain values, with every objective in the flat form, and without later keys at their default."""
 
     def flat(objective: dict[str, Any]) -> dict[str, Any]:
-        return DEFAULTS | {key: value for key, value in objective.items() if key not in ADDED or value != ADDED[key]}
+        return DEFAULTS | _without(ADDED, objective)
 
+    for name, added in ADDED_TO_SECTIONS.items():
+        if isinstance(section := recipe.get(name), dict):
+            recipe = {**recipe, name: _without(added, section)}
     return _with_objectives(recipe, flat)
+
+
+def _without(added: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in added or value != added[key]}
 
 
 def _own_keys(of_a_run: bool, objective: dict[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
                 forward=forward,
                 x=images,
                 y=labels,
-                keys=device_keys(batch.ids.numpy(), device, context.recipe.seed, "attack", stage.name, step),
+                keys=device_keys(batch.ids.numpy(), device, context.recipe.seed, "attack", stage.random_key, step),
                 autocast=engine.autocast,
                 elapsed=step / progress.total_steps,
                 attacking=partial(clock.during, "attack"),
