@@ -75,10 +75,11 @@ def log_finished_parts(context: RunContext, stage: Stage, tracker: Tracker | Non
     result = StageResult.read(StageFolder(folder).result)
     metadata = facts_of(stage) | result.model_dump(include={"steps", "model_sha256", "mask_sha256"})
     files = [StageFolder(folder).network, StageFolder(folder).result]
-    tracker.produces(artifact_of(context.run_folder, stage.name), files, metadata)
     if (trial := result.chosen) is not None:
+        metadata["parent"] = trial.stage
         rates = trial.model_dump(include={"finetune_lr", "prune_lr", "held_out_robust_accuracy"}, exclude_none=True)
         tracker.summary({"tuned": {"trials": len(result.tuned), **rates}})
+    tracker.produces(artifact_of(context.run_folder, stage.name), files, metadata)
     pending = unevaluated(context.run_folder, stage)
     for label in (label for label in stage.evaluations if label not in pending):
         tracker.summary(summary_of(stage, label, EvaluationResult.read(StageFolder(folder).evaluation(label))))
