@@ -223,10 +223,11 @@ def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
             return
         steps, batch = stage.plan.total_steps, stage.plan.batch_per_step
         start = f", from step {step:,}" if (step := stage.newest_checkpoint()) else ""
-        view.print_line(f"{stage.name}  {steps:,} steps of {batch:,} images{start}")
+        plan = f"{steps:,} steps of {batch:,} images{start}"
+        view.print_line(f"{stage.name}  {f'chooses from {trials} trials' if (trials := stage.plan.trials) else plan}")
     # Before the rows, so that none of them is missed.
     result = _read_if_whole(StageFolder(stage.folder).result, StageResult.read)
-    rows, restarted = stage.tail.read()
+    rows, restarted = ([], False) if stage.plan.trials else stage.tail.read()  # a trial's rows were shown
     if restarted:
         view.print_line(f"{stage.name}  resumed, at step {rows[-1].step if rows else 0}")
     else:
@@ -240,7 +241,9 @@ def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
         stage.finished, stage.part_since = True, time.monotonic()
         view.end(stage.name)
         next_part = f"; now evaluated: {', '.join(stage.pending)}" if stage.pending else ""
-        view.print_line(f"{stage.name}  finished after {result.steps or stage.plan.total_steps:,} steps{next_part}")
+        steps = result.steps or stage.plan.total_steps
+        end = f"chosen: {result.chosen.text}" if result.chosen else f"finished after {steps:,} steps"
+        view.print_line(f"{stage.name}  {end}{next_part}")
         _update(stage, view)
 
 

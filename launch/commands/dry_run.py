@@ -86,12 +86,15 @@ def _data_line(recipe: Recipe, manifest: Manifest, per_epoch: int) -> str:
 
 
 def _images(recipe: Recipe, stage: Stage, per_epoch: int) -> int:
-    steps = per_epoch * stage.objective.steps_per_batch * stage.optimisation.epochs
+    steps = per_epoch * stage.objective.steps_per_batch * stage.epochs
     return steps * recipe.batch.batch_per_step
 
 
 def _stage_line(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
     phase, weights = stage.optimisation, recipe.model.weights
+    if stage.trials:
+        images = f"{recipe.data.validation_images:,} held-out images"
+        return f"{stage.name:<22} the best of its {len(stage.trials)} trials, by robust accuracy on {images}"
     start = f"from {stage.starts_from or weights or 'scratch'}"
     line = f"{stage.name:<22} {phase.epochs:>3} epochs  lr {phase.lr:<7g} trains {stage.trains}, {start}"
     if per_epoch is None:
@@ -108,7 +111,7 @@ def _disk_bytes(recipe: Recipe, stages: list[Stage], weights: int, remembered: l
         phase = stage.optimisation
         slots = 1 if phase.optimizer == "sgd" else 2
         tensors = 1 + (stage.keep_fraction is not None) + slots + phase.is_averaged
-        total += 4 * weights * (tensors * recipe.checkpoint.keep + 1)
+        total += 4 * weights * (tensors * (1 if stage.trials else recipe.checkpoint.keep) + 1)
     return total
 
 
@@ -124,7 +127,8 @@ def _time_line(recipe: Recipe, stages: list[Stage], per_epoch: int) -> str:
     if missing:
         return f"time: unknown, as no run in {run_folder.RUNS}/ has measured {', '.join(missing)}"
     seconds = sum(
-        _images(recipe, stage, per_epoch) * measured[keys[stage.name]][0] + measured[keys[stage.name]][1]
+        _images(recipe, stage, per_epoch) * measured[keys[stage.name]][0]
+        + (measured[keys[stage.name]][1] if stage.measure else 0.0)
         for stage in stages
     )
     return f"time: about {timedelta(seconds=round(seconds))}, as measured in {', '.join(runs)}"
@@ -147,7 +151,10 @@ def _measured_runs(recipe: Recipe) -> Iterator[tuple[Path, dict[str, Cost]]]:
             costs = {
                 _cost_key(earlier, stage): cost
                 for stage in stages_of(earlier)
-                if is_done(path.parent, stage) and (cost := _measured_cost(path.parent, stage)) is not None
+                # What a trial took is also known from the stage that chose it, which is evaluated, too.
+                if (stage.trial_of is None or stage.section == "prune")
+                and is_done(path.parent, stage)
+                and (cost := _measured_cost(path.parent, stage)) is not None
             }
         except (OSError, ValueError):  # the run's own commands say what is wrong with it
             continue

@@ -117,7 +117,7 @@ class _Run:
         self.parts = [part for parts in self.parts_by_job.values() for part in parts]
         per_epoch = next((part.total // part.stage.optimisation.epochs for part in self.parts if part.total), 0)
         for part in self.parts:  # every stage has the same images per epoch
-            part.total = part.total or per_epoch * part.stage.optimisation.epochs
+            part.total = part.total or per_epoch * part.stage.epochs
             part.step = part.total if part.trained else part.step
         self.ended = {name: self._how_it_ended(name) for name in self.jobs}
 

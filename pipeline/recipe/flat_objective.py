@@ -37,6 +37,8 @@ ADDED: dict[str, Any] = {"label_smoothing": 0.0}
 """Keys that techniques got later -> default, at which the hash leaves them out, so that older hashes stay valid."""
 ADDED_TO_PHASES: dict[str, Any] = {"ema_epochs": None}
 """The same of phases."""
+ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None}}
+"""The same of sections of the recipe."""
 SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
 """Keys that every flat objective has and no single technique has together: they identify the form."""
 
@@ -51,13 +53,13 @@ def from_flat(recipe: dict[str, Any], of_a_run: bool = False) -> dict[str, Any]:
 
 
 def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A valid recipe's plain values, with every objective in the flat form, and without keys that came later."""
+    """A valid recipe's plain values, with every objective in the flat form, and without later keys at their default."""
     recipe = _with_objectives(recipe, lambda objective: DEFAULTS | _without(ADDED, objective))
+    sections = {name: _without(added, recipe[name]) for name, added in ADDED_TO_SECTIONS.items() if name in recipe}
     phases = recipe.get("phases")
     if isinstance(phases, dict):
-        shorter = {name: _without(ADDED_TO_PHASES, phase) for name, phase in phases.items()}
-        recipe = {**recipe, "phases": shorter}
-    return recipe
+        sections["phases"] = {name: _without(ADDED_TO_PHASES, phase) for name, phase in phases.items()}
+    return recipe | sections
 
 
 def _without(added: dict[str, Any], section: Any) -> Any:

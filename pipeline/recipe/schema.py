@@ -176,6 +176,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _trials_have_accuracies(self) -> Recipe:
+        if self.sparsity.tune is not None and self.phases.finetune is None:
+            raise ValueError(
+                "sparsity.tune chooses among finetuned networks, and phases.finetune is null; set sparsity.tune=null"
+            )
+        if self.sparsity.tune is not None and self.evaluation.validation_steps == 0:
+            raise ValueError(
+                "sparsity.tune chooses by robust accuracy on the held-out images, and evaluation.validation_steps 0 "
+                "measures none; set evaluation.validation_steps=5 or sparsity.tune=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guard_has_accuracies(self) -> Recipe:
         steps = self.evaluation.validation_steps
         for key, objective in self.objectives.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,38 @@ from pipeline.recipe.methods import HYDRA, LEARNED, PRUNING, Allocation, Baselin
 
 BatchNormMode = Literal["trained", "frozen"]
 ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
+
+
+LearningRate = Annotated[Real, Field(gt=0)]
+
+
+class Tune(Section):
+    """Learning rates to choose from. Every method gets the same number of trials; trial i has the rates at i."""
+
+    finetune_lr: tuple[LearningRate, ...] = Field(examples=["[0.01, 0.03, 0.1]"])
+    """Of the finetune phase, and of methods of one stage."""
+    prune_lr: tuple[LearningRate, ...] | None = Field(default=None, examples=["[0.1, 0.1, 0.05]"])
+    """Of the prune phase, for methods that have one; null: phases.prune.lr in every trial."""
+
+    @property
+    def trials(self) -> list[tuple[float, float | None]]:
+        """(finetune_lr, prune_lr), the latter None where phases.prune.lr applies."""
+        return list(zip(self.finetune_lr, self.prune_lr or (None,) * len(self.finetune_lr), strict=True))
+
+    @model_validator(mode="after")
+    def _trials_differ(self) -> Tune:
+        finetune, prune = list(self.finetune_lr), self.prune_lr
+        if len(finetune) < 2:
+            raise ValueError(f"finetune_lr {finetune} is no choice; name at least two, for example [0.01, 0.03, 0.1]")
+        if prune is not None and len(prune) != len(finetune):
+            raise ValueError(
+                f"finetune_lr {finetune} and prune_lr {list(prune)} differ in length; each trial needs one of both, or "
+                "set prune_lr to null"
+            )
+        if len(set(self.trials)) < len(finetune):
+            pairs = finetune if prune is None else self.trials
+            raise ValueError(f"two trials are the same: {pairs}; change or remove one")
+        return self
 
 
 class Sparsity(Section):
@@ -33,6 +65,8 @@ class Sparsity(Section):
     allocation: [magnitude, {name: hydra, allocation: erk}]."""
     baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"
     """Epochs of a baseline: as many as HYDRA's prune and finetune (equal budget), or finetune only (the paper)."""
+    tune: Tune | None = None
+    """Learning rates that every method chooses from, on the held-out images; null: those of the phases."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Sparsity:
@@ -59,4 +93,14 @@ class Sparsity(Section):
                     f"baselines: {method.name} has no prune phase that could learn allocation {method.allocation}; "
                     "use uniform, erk or global"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _every_method_has_as_many_trials(self) -> Sparsity:
+        one_stage = [method.label for method in self.baselines if method.name not in PRUNING]
+        if self.tune is not None and one_stage and len(set(self.tune.finetune_lr)) < len(self.tune.finetune_lr):
+            raise ValueError(
+                f"tune.finetune_lr {list(self.tune.finetune_lr)} has equal values, with which {', '.join(one_stage)}, "
+                "without a prune phase, would repeat a trial and have fewer than HYDRA; give each trial another one"
+            )
         return self

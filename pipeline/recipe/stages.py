@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -13,13 +13,24 @@ from pipeline.recipe.methods import HYDRA, PRUNING, Allocation, Method, MethodNa
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.phase import Phase
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.sparsity import ScoreInit
+from pipeline.recipe.sparsity import ScoreInit, Tune
 
 PhaseName = Literal["pretrain", "prune", "finetune", "magnitude", "random", "snip"]
 """A method of one stage is a phase of its own."""
 DENSE = "dense"
 ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
 BASELINE_SCORES: dict[MethodName, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A complete training of a method with learning rates of `sparsity.tune`."""
+
+    stage: str
+    """Its last stage."""
+    finetune_lr: float
+    prune_lr: float | None
+    """None for methods without a prune phase."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,25 @@ class Stage:
     """How the finished network is evaluated on the test set; None for one that only the next stage uses."""
     attacks: tuple[Attack, ...] = ()
     """Additional attacks on the finished network."""
+    trial_of: str | None = None
+    """For one of several trials: the name that the stage has without them."""
+    trials: tuple[Trial, ...] = ()
+    """What it chooses from, for a stage that trains nothing: its network is that of the best trial."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it trains."""
+        return 0 if self.trials else self.optimisation.epochs
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Stages whose networks it needs."""
+        return tuple(trial.stage for trial in self.trials) or ((self.starts_from,) if self.starts_from else ())
+
+    @property
+    def random_key(self) -> str:
+        """Its random numbers are keyed by it: those of all trials are the same, and differ by their learning rates."""
+        return self.trial_of or self.name
 
     @property
     def section(self) -> str:
@@ -86,7 +116,8 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     """
     dense = _stage(recipe, "pretrain", "pretrain", recipe.phases.pretrain, None, 0, measure=recipe.objective.measure)
     networks = itertools.product(recipe.sparsity.keep_fractions, (HYDRA, *recipe.sparsity.baselines))
-    return [dense, *(stage for keep, method in networks for stage in _sparse(recipe, keep, method))]
+    methods = (_with_trials(_sparse(recipe, keep, method), recipe.sparsity.tune) for keep, method in networks)
+    return [dense, *itertools.chain.from_iterable(methods)]
 
 
 def _stage(
@@ -126,3 +157,32 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     finetune = phases.finetune.model_copy(update={"epochs": extra + phases.finetune.epochs})
     fields = common | {"starts_from": "pretrain", "scores_from": BASELINE_SCORES[method.name], "measure": measure}
     return [_stage(recipe, f"{folder}/{method.label}", method.name, finetune, method, dense, **fields)]
+
+
+def _with_trials(stages: list[Stage], tune: Tune | None) -> list[Stage]:
+    """A method's stages, the last one once per trial, and then, under its name, the stage that chooses the best.
+
+    Trials with the same learning rate of the prune phase share a prune stage.
+    """
+    if tune is None:
+        return stages
+    *earlier, last = stages
+    prunes: dict[float | None, Stage] = {}
+    finetunes: list[Stage] = []
+    trials: list[Trial] = []
+    for number, (finetune_lr, prune_lr) in enumerate(tune.trials, 1):
+        finetune, used_prune_lr = _trial(last, number, finetune_lr, measure=None, attacks=()), None
+        if earlier:
+            (prune,) = earlier
+            prune = prunes.setdefault(prune_lr, prune if prune_lr is None else _trial(prune, number, prune_lr))
+            finetune, used_prune_lr = replace(finetune, starts_from=prune.name), prune.optimisation.lr
+        finetunes.append(finetune)
+        trials.append(Trial(finetune.name, finetune_lr, used_prune_lr))
+    return [*prunes.values(), *finetunes, replace(last, starts_from=None, trials=tuple(trials))]
+
+
+def _trial(stage: Stage, number: int, lr: float, **changes: Any) -> Stage:
+    folder, _, name = stage.name.rpartition("/")
+    optimisation = stage.optimisation.model_copy(update={"lr": lr})
+    name = f"{folder}/trial-{number}/{name}"
+    return replace(stage, name=name, optimisation=optimisation, trial_of=stage.name, **changes)

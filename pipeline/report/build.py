@@ -37,6 +37,7 @@ from pipeline.report.results import (
 )
 from pipeline.report.run_charts import draw_layers
 from pipeline.report.text_table import text_table
+from pipeline.report.tuning import count_passes, tuning_columns, tuning_lines
 from pipeline.run.files import make_folder, replacing
 from pipeline.run.layout import RunFolder
 
@@ -104,6 +105,7 @@ def results_table(runs: list[RunResult], comparisons: Comparisons, classes: Clas
     if comparisons:
         gain = f"percentage points of {claim(runs)} accuracy over the network in that row"
         notes.append(f"HYDRA's lead: {gain}; p: McNemar's exact two-sided test")
+    notes += tuning_lines(runs)
     if classes.majority is not None:
         name, share = classes.majority.name, classes.majority.share
         notes.append(f"majority class: always answering {name!r} is right for {100 * share:.2f} % of the images")
@@ -134,6 +136,7 @@ def _difference_cells(test: McNemar | None) -> tuple[str, str]:
 def _accuracy_rows(runs: list[RunResult], comparisons: Comparisons) -> list[dict[str, Any]]:
     rows = []
     for i, run in enumerate(runs):
+        passes = count_passes(run)
         for network in run.networks:
             row: dict[str, Any] = {
                 "run": run.folder.name,
@@ -155,7 +158,7 @@ def _accuracy_rows(runs: list[RunResult], comparisons: Comparisons) -> list[dict
             row["only_hydra_correct"] = test.only_first if test else None
             row["only_this_correct"] = test.only_second if test else None
             row["mcnemar_p"] = test.p_value if test else None
-            rows.append(row)
+            rows.append(row | tuning_columns(network, passes))
     return rows
 
 

@@ -62,6 +62,21 @@ def read_history(run: RunResult) -> list[History]:
     return histories
 
 
+def without_rejected_trials(histories: list[History]) -> list[History]:
+    """Of a method that has chosen a trial, the stages of that trial alone; and of all others, all."""
+    by_name = {history.stage.name: history for history in histories}
+    rejected: set[str | None] = set()
+    for history in histories:
+        if (trial := history.result and history.result.chosen) is not None:
+            trials = [by_name[name] for name in history.stage.sources if name in by_name]
+            kept = {each.stage.starts_from for each in trials if each.stage.name == trial.stage}
+            rejected |= {
+                each.stage.name for each in trials
+            }  # the chosen one's rows are those of the stage that chose it
+            rejected |= {each.stage.starts_from for each in trials} - kept
+    return [history for history in histories if history.stage.name not in rejected]
+
+
 def passes_per_step(objective: Objective, level: int = 0) -> int | None:
     """Forward-backward passes per training step; from `level` 1 on, one-step training uses PGD (see
     `pipeline.robustness.overfitting`)."""

@@ -22,7 +22,7 @@ from pipeline.report.charts import accuracy_chart, certified_charts, difference_
 from pipeline.report.class_tables import class_tables
 from pipeline.report.comparison import SIGNIFICANT, differences, headline, signed
 from pipeline.report.examples import RunExamples, examples_of
-from pipeline.report.history import History, StageCost, read_history, stage_cost
+from pipeline.report.history import History, StageCost, read_history, stage_cost, without_rejected_trials
 from pipeline.report.per_class import ClassResults, MajorityClass, useless_networks
 from pipeline.report.pictures import example_cards
 from pipeline.report.results import (
@@ -38,6 +38,7 @@ from pipeline.report.results import (
     pruned_text,
 )
 from pipeline.report.run_charts import layer_chart, training_charts
+from pipeline.report.tuning import tuning_lines
 from pipeline.run.files import atomic_write_text
 from pipeline.run.printable import printable
 from pipeline.run.provenance import public_provenance, public_recipe
@@ -104,6 +105,7 @@ def write_page(
             }
             for d in comparison_rows
         ],
+        "tuning": tuning_lines(runs),
         "significant": SIGNIFICANT,
         "honesty": _honesty_groups(runs),
         "runs_in_detail": [_run_details(run, majority) for run in runs],
@@ -170,19 +172,20 @@ def _mean_cells(runs: list[RunResult], network: NetworkResult) -> dict[str, Any]
 def _run_details(run: RunResult, majority: MajorityClass | None) -> dict[str, Any]:
     """Training curves, layers, compute and provenance of one run."""
     histories = read_history(run)
-    keeps = run.recipe.sparsity.keep_fractions
-    costs = [stage_cost(history) for history in histories]
+    keeps, shown = run.recipe.sparsity.keep_fractions, without_rejected_trials(histories)
+    trained = [history for history in histories if not history.stage.trials]
+    costs = [stage_cost(history) for history in trained]
     origin = public_provenance(run.folder)
     return {
         "run": run.folder.name,
         "training": [
-            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, histories, keep, majority))
+            (pruned_text(keep), charts) for keep in keeps if (charts := training_charts(run, shown, keep, majority))
         ],
         "layers": [chart for keep in keeps if (chart := layer_chart(run, keep))],
         "layer_table": _layer_table(run),
-        "costs": [_cost_cells(h, cost, costs) for h, cost in zip(histories, costs, strict=True)],
+        "costs": [_cost_cells(h, cost, costs) for h, cost in zip(trained, costs, strict=True)],
         "total": _total(costs),
-        "parts": [(h.stage.name, _part_cells([cost])) for h, cost in zip(histories, costs, strict=True)],
+        "parts": [(h.stage.name, _part_cells([cost])) for h, cost in zip(trained, costs, strict=True)],
         "total_parts": _part_cells(costs),
         "stages": [_parentage(history) for history in histories],
         "origin": _origin_rows(origin),
@@ -251,7 +254,7 @@ def _parentage(history: History) -> dict[str, str]:
     result = history.result
     return {
         "stage": history.stage.name,
-        "parent": history.stage.starts_from or "",
+        "parent": (result.chosen.stage if result and result.chosen else history.stage.starts_from) or "",
         "selected": "" if result is None or result.selected_step is None else str(result.selected_step),
         "model": "" if result is None else result.model_sha256,
         "mask": "" if result is None else result.mask_sha256 or "",

@@ -21,7 +21,7 @@ from pipeline.recipe.stages import stages_of
 from pipeline.run.files import read_json
 from pipeline.run.layout import RunFolder, StageFolder
 from pipeline.run.provenance import load_run_recipe
-from pipeline.run.records import KeptCount, StageResult
+from pipeline.run.records import KeptCount, StageResult, TrialResult
 
 ATTACK_FACTS = ("attack", "chunk", "images", "data_sha256")
 """Fields that must agree, in addition to the attack's settings, for two accuracies to be comparable."""
@@ -45,6 +45,8 @@ class NetworkResult:
 
     model_sha256: str | None = None
     """Of the exported network; None while the stage is unfinished."""
+    tuned: tuple[TrialResult, ...] = ()
+    """The trials that it was chosen from; empty without `sparsity.tune`, and while the stage is unfinished."""
 
     @property
     def pruned(self) -> str:
@@ -240,8 +242,8 @@ def _read_run(folder: Path) -> RunResult:
                 "delete it and resume the run to evaluate again"
             )
         keep = Decimal(1) if stage.keep_fraction is None else stage.keep_fraction
-        layers, model = (result.layers, result.model_sha256) if result else ((), None)
-        networks.append(NetworkResult(stage_folder, stage.name, stage.title, keep, evaluation, layers, model))
+        layers, model, tuned = (result.layers, result.model_sha256, result.tuned) if result else ((), None, ())
+        networks.append(NetworkResult(stage_folder, stage.name, stage.title, keep, evaluation, layers, model, tuned))
     _check_same_layers([network for network in networks if network.layers])
     return RunResult(folder, recipe, networks)
 

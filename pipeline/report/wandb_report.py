@@ -23,6 +23,7 @@ from pipeline.report.examples import RunExamples, examples_of
 from pipeline.report.extra_evaluations import extra_rows
 from pipeline.report.pictures import amplified, captions, pixels_of
 from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
+from pipeline.report.tuning import count_passes, tuning_columns
 from pipeline.run.files import atomic_write_text, make_folder, read_whole
 from pipeline.run.layout import RunFolder
 from pipeline.run.provenance import config_of
@@ -91,7 +92,7 @@ def accuracy_rows(run: RunResult) -> Rows:
 def report_tables(run: RunResult) -> dict[str, Rows]:
     """Title -> rows: accuracies with their 95 % Wilson intervals and HYDRA's lead, kept connections per layer, honesty
     checks, further attacks. Accuracies and kept shares are fractions."""
-    comparisons = compare_all([run])
+    comparisons, passes = compare_all([run]), count_passes(run)
     tables: dict[str, Rows] = {"accuracies": [], "kept_fractions": [], "honesty_checks": []}
     for network in run.networks:
         labels = {"method": network.name, "sparsity": _sparsity(network), "keep_fraction": float(network.keep_fraction)}
@@ -104,7 +105,7 @@ def report_tables(run: RunResult) -> dict[str, Rows]:
             lead: dict[str, Any] = dict.fromkeys(("hydra_lead", "p", "within_noise"))
             if test is not None:
                 lead = {"hydra_lead": test.difference, "p": test.p_value, "within_noise": within_noise(test)}
-            tables["accuracies"].append(row | lead)
+            tables["accuracies"].append(row | lead | tuning_columns(network, passes))
         for layer in network.layers:
             counts = {"kept": layer.kept, "total": layer.total, "kept_fraction": layer.kept / layer.total}
             tables["kept_fractions"].append(labels | {"layer": layer.name} | counts)

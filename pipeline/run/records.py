@@ -12,6 +12,8 @@ from pipeline.run.files import read_json, read_rows
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+"""A learning rate."""
 
 
 class Record(BaseModel):
@@ -54,6 +56,8 @@ class StagePlan(Record):
     total_steps: Count
     steps_per_epoch: Count | None = None
     batch_per_step: Count = 0
+    trials: Count = 0
+    """Number of trials that it chooses from, for a stage that trains nothing."""
 
 
 class KeptCount(Record):
@@ -70,6 +74,28 @@ class KeptCount(Record):
         return self
 
 
+class TrialResult(Record):
+    """One of the trials that a stage has chosen from."""
+
+    stage: str
+    """Its last stage."""
+    finetune_lr: Rate
+    prune_lr: Rate | None = None
+    """Absent for methods without a prune phase."""
+    held_out_robust_accuracy: Share
+    chosen: bool
+
+    @property
+    def rates(self) -> str:
+        """finetune lr 0.03, prune lr 0.1"""
+        prune = "" if self.prune_lr is None else f", prune lr {self.prune_lr:g}"
+        return f"finetune lr {self.finetune_lr:g}{prune}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.rates} ({100 * self.held_out_robust_accuracy:.1f} % robust on the held-out images)"
+
+
 class StageResult(Record):
     """result.json, which commits a stage."""
 
@@ -80,6 +106,20 @@ class StageResult(Record):
     steps: Count | None = None
     selected_step: Count | None = None
     layers: tuple[KeptCount, ...] = ()
+    held_out_robust_accuracy: Share | None = None
+    """Of the trial of a method, on the held-out images at `selected_step`."""
+    tuned: tuple[TrialResult, ...] = ()
+    """The trials that this stage has chosen from; empty for a stage that was trained."""
+
+    @property
+    def chosen(self) -> TrialResult | None:
+        return next((trial for trial in self.tuned if trial.chosen), None)
+
+    @model_validator(mode="after")
+    def _one_is_chosen(self) -> StageResult:
+        if self.tuned and sum(trial.chosen for trial in self.tuned) != 1:
+            raise ValueError(f"of {len(self.tuned)} tuned trials, {sum(t.chosen for t in self.tuned)} are chosen")
+        return self
 
 
 class Provenance(Record):

@@ -149,7 +149,7 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             )
             return engine.forward(inputs)
 
-        keys = device_keys(batch.ids.numpy(), device, context.recipe.seed, "attack", stage.name, step)
+        keys = device_keys(batch.ids.numpy(), device, context.recipe.seed, "attack", stage.random_key, step)
         output = training.objective(
             ObjectiveInput(
                 network=engine.network,

@@ -43,6 +43,7 @@ from pipeline.training.stage_evaluation import build_validation, check_honesty, 
 from pipeline.training.stage_start import build_perturbations, load_start
 from pipeline.training.stage_state import NetworkState, StageState, restored
 from pipeline.training.stage_tracking import log_finished_parts, stage_tracker, summary_of
+from pipeline.training.trials import choose_trial, held_out_robust_accuracy
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,16 @@ def _run_stage(context: RunContext, stage: Stage) -> None:
     if not to_train and not to_evaluate:
         return
     make_folder(folder)
-    own = _own_checkpoint(folder, context.token) if to_train and context.group.is_first else None
-    # Only now that the rows beyond the checkpoint are removed. One wandb run for training and test.
+    own = None
+    if to_train and stage.trials:
+        choose_trial(context, stage)
+    elif to_train and context.group.is_first:
+        own = _own_checkpoint(folder, context.token)
+    # Only now that the rows are those of the checkpoint. One wandb run for training and test.
     with stage_tracker(context, stage) as tracker:
         if to_train:
-            _train_stage(context, stage, own, tracker)
+            if not stage.trials:
+                _train_stage(context, stage, own, tracker)
             context.observe("stage_finished", {"stage": stage.name})
         log_finished_parts(context, stage, tracker)
         if to_evaluate:
@@ -272,6 +278,8 @@ class StageTrainer:
                 "mask_sha256": facts["mask_sha256"],
                 "layers": layer_counts(network),
             }
+            if stage.trial_of is not None and stage.section == "finetune":
+                result["held_out_robust_accuracy"] = held_out_robust_accuracy(folder, selected)
             atomic_write_json(StageFolder(folder).result, result)
         context.group.barrier()
 

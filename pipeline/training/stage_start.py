@@ -62,7 +62,8 @@ def _score_init(context: RunContext, stage: Stage, network: Network) -> FirstSco
     objective = build_objective(stage.objective, recipe.threat_model, stage.phase)
     with closing(micro_batches(context, stage, loader, train_ids, 0, 1)) as batches:
         dense, autocast = network.to(group.device), autocast_of(recipe, group.device)
-        scores = connection_sensitivity(dense, batches, objective, autocast, group, seed=recipe.seed, stage=stage.name)
+        seed, key = recipe.seed, stage.random_key
+        scores = connection_sensitivity(dense, batches, objective, autocast, group, seed=seed, stage=key)
     return lambda name, weight: scores[name]
 
 

@@ -44,8 +44,8 @@ def stage_tracker(context: RunContext, stage: Stage) -> Iterator[Tracker | None]
         wandb_mode=recipe.tracking.wandb,
         project=recipe.tracking.wandb_project,
     ) as tracker:
-        if stage.starts_from is not None:
-            tracker.uses(artifact_of(run, stage.starts_from))
+        for source in stage.sources:
+            tracker.uses(artifact_of(run, source))
         try:
             yield tracker
         except StopRequested as stop:
@@ -75,6 +75,10 @@ def log_finished_parts(context: RunContext, stage: Stage, tracker: Tracker | Non
     result = StageResult.read(StageFolder(folder).result)
     metadata = facts_of(stage) | result.model_dump(include={"steps", "model_sha256", "mask_sha256"})
     files = [StageFolder(folder).network, StageFolder(folder).result]
+    if (trial := result.chosen) is not None:
+        metadata["parent"] = trial.stage
+        rates = trial.model_dump(include={"finetune_lr", "prune_lr", "held_out_robust_accuracy"}, exclude_none=True)
+        tracker.summary({"tuned": {"trials": len(result.tuned), **rates}})
     tracker.produces(artifact_of(context.run_folder, stage.name), files, metadata)
     pending = unevaluated(context.run_folder, stage)
     for label in (label for label in stage.evaluations if label not in pending):

@@ -115,6 +115,33 @@ def test_plain_lines_of_a_whole_stage(tmp_path: Path) -> None:
     ]
 
 
+def test_a_stage_that_chooses_says_what(tmp_path: Path) -> None:
+    """The rows that it has are of the trial, which was shown when it trained."""
+    name = "keep-0.1/magnitude"
+    stage = Writer(tmp_path, name)
+    stage.folder.mkdir(parents=True)
+    tuned = [
+        {
+            "stage": f"keep-0.1/trial-{n}/magnitude",
+            "finetune_lr": lr,
+            "held_out_robust_accuracy": 0.61 + lr,
+            "chosen": n > 1,
+        }
+        for n, lr in ((1, 0.01), (2, 0.03))
+    ]
+    text = shown(
+        tmp_path,
+        [name],
+        stage.rows(train_row(690) + validation_row(700)),
+        stage.json("stage.json", {**PLAN, "trials": 2}),
+        stage.json("result.json", {**RESULT, "tuned": tuned}),
+    )
+    assert text.splitlines() == [
+        f"{name}  chooses from 2 trials",
+        f"{name}  chosen: finetune lr 0.03 (64.0 % robust on the held-out images); now evaluated: pgd, apgd",
+    ]
+
+
 def test_a_chunk_that_takes_minutes_has_one_line(tmp_path: Path) -> None:
     stage = Writer(tmp_path, "pretrain")
     stage.json("result.json", {"steps": 9})()

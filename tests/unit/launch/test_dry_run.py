@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from launch.commands.dry_run import plan_lines
 from pipeline.models import build_network
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
+from pipeline.recipe.sparsity import Tune
 from pipeline.recipe.stages import stages_of
 from pipeline.run.layout import StageFolder
 from tests.support.small_recipe import small_recipe
@@ -109,8 +111,8 @@ def test_a_name_that_is_taken_is_said(recipe: Recipe) -> None:
     assert "seed: 0 -> 7" in problems[0]
 
 
-def test_time_is_estimated_from_a_run_of_the_same_stages(recipe: Recipe) -> None:
-    """At 0.01 s per image, and no time for evaluations; another seed and number of epochs take the same per image."""
+def measured_run(recipe: Recipe, evaluation_s: float = 0.0) -> None:
+    """runs/earlier, at 0.01 s per image."""
     run = Path("runs/earlier")
     for stage in stages_of(recipe):
         folder = StageFolder(run / stage.name)
@@ -121,7 +123,14 @@ def test_time_is_estimated_from_a_run_of_the_same_stages(recipe: Recipe) -> None
         folder.result.write_text("{}")
         for label in stage.evaluations:
             shutil.copy2(folder.result, folder.evaluation(label))
+            since = folder.result.stat().st_mtime + evaluation_s
+            os.utime(folder.evaluation(label), (since, since))
     (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def test_time_is_estimated_from_a_run_of_the_same_stages(recipe: Recipe) -> None:
+    """No time for evaluations; another seed and number of epochs take the same per image."""
+    measured_run(recipe)
     images = sum(20 * 64 * stage.optimisation.epochs for stage in stages_of(recipe))
     other = recipe.model_copy(update={"seed": 7, "name": "other"})
     lines, problems = plan_lines(other, None, with_torch=False)
@@ -130,3 +139,28 @@ def test_time_is_estimated_from_a_run_of_the_same_stages(recipe: Recipe) -> None
     assert lines[-1] == f"time: about 0:{minutes:02}:{seconds:02}, as measured in runs/earlier"
     slower = other.model_copy(update={"evaluation": other.evaluation.model_copy(update={"restarts": 9})})
     assert plan_lines(slower, None, with_torch=False)[0][-1].startswith("time: unknown")
+
+
+def with_trials(recipe: Recipe, trials: int) -> Recipe:
+    tune = Tune(finetune_lr=tuple(0.01 * (number + 1) for number in range(trials)))
+    return recipe.model_copy(update={"sparsity": recipe.sparsity.model_copy(update={"tune": tune}), "name": "tuned"})
+
+
+@pytest.mark.parametrize("tuned_before", [False, True])
+def test_trials_are_in_the_plan_and_in_its_time(recipe: Recipe, tuned_before: bool) -> None:
+    """Each takes the time of its training; the evaluation, of 100 s, is that of the chosen network."""
+    measured_run(with_trials(recipe, 2) if tuned_before else recipe, evaluation_s=100)
+    lines, problems = plan_lines(with_trials(recipe, 3), None, with_torch=False)
+    assert problems == []
+    assert lines[0] == "runs/tuned (new)"
+    stages = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert len(stages) == 1 + (1 + 3 + 1) + (3 + 1)
+    chosen = "the best of its 3 trials, by robust accuracy on 200 held-out images"
+    assert [name for name, line in stages.items() if chosen in line] == ["keep-0.1/finetune", "keep-0.1/magnitude"]
+    trial = stages["keep-0.1/trial-3/magnitude"]
+    assert "lr 0.03 " in trial
+    assert trial.endswith("trains weights, from pretrain; 80 steps, 5,120 images, 3 passes each")
+    assert "evaluated: 3 networks, by pgd (all test images)" in lines
+    images = 20 * 64 * (2 + 2 + 3 * 2 + 3 * 4)
+    minutes, seconds = divmod(round(images * 0.01) + 3 * 100, 60)
+    assert lines[-1] == f"time: about 0:{minutes:02}:{seconds:02}, as measured in runs/earlier"

@@ -180,6 +180,23 @@ def test_a_run_of_this_machine_trains_one_stage_and_the_others_wait(run: Run) ->
     ]
 
 
+def test_trials_have_rows_and_the_stage_that_chooses_trains_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, "tuned", "sparsity.tune={finetune_lr: [0.01, 0.1]}", "sparsity.baselines=[]")
+    first, second = (f"keep-0.1/trial-{number}/finetune" for number in (1, 2))
+    run.finish(DENSE, PRUNE, first)
+    with run.held(second, FINETUNE):
+        run.begin(second, step=222, held_out=0.5)
+        text = status_text([run.folder])
+        assert "running, 3 of 5 stages finished, about 0:00:19 of training left" in text, (
+            "222 steps of the second trial"
+        )
+        assert row(text, first)[1:] == ["finished", "444/444", "100", "-", "71.0", "held-out", "-"]
+        assert row(text, second)[1:6] == ["training", "222/444", "50", "1,480", "50.0"]
+        assert row(text, FINETUNE)[1:] == ["waiting", *5 * ["-"]]
+    run.finish(second, FINETUNE)
+    assert "finished, 5 of 5 stages finished" in status_text([run.folder])
+
+
 def test_a_run_that_has_just_begun_knows_no_times(run: Run) -> None:
     with run.held(*run.stages):
         text = status_text([run.folder])

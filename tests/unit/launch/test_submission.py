@@ -20,6 +20,7 @@ from pipeline.run.locks import exclusive
 from tests.support.commands import ROOT, require_installed
 from tests.support.small_recipe import small_recipe
 
+TUNE = {"finetune_lr": [0.01, 0.03]}
 SECTION = {"cpus_per_task": 1, "time": 30, "signal_s": 30}
 LOAD = """
 import pickle, sys
@@ -216,3 +217,11 @@ def test_a_report_that_is_always_killed_is_not_requeued_forever(run: Path, monke
     with pytest.raises(JobFailed, match=message) as caught:
         Report(str(run), [])()
     assert last.ended() == {"code": 1, "message": str(caught.value)}
+
+
+def test_trials_are_trained_and_chosen_in_the_job_of_their_method(tmp_path: Path) -> None:
+    jobs = submit.stages_by_job(small_recipe(tmp_path, sparsity={"keep_fractions": ["0.1", "0.01"], "tune": TUNE}))
+    names = {job: [stage.name.removeprefix("keep-0.01/") for stage in stages] for job, stages in jobs.items()}
+    assert list(names) == ["pretrain", "keep-0.1", "keep-0.1-magnitude", "keep-0.01", "keep-0.01-magnitude"]
+    assert names["keep-0.01"] == ["prune", "trial-1/finetune", "trial-2/finetune", "finetune"]
+    assert names["keep-0.01-magnitude"] == ["trial-1/magnitude", "trial-2/magnitude", "magnitude"]

@@ -138,6 +138,38 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["sparsity.baselines=[hydra]"], "hydra is the recipe's own method, which is always trained"),
         (["sparsity.baselines=[{name: hydra, allocation: uniform}]"], "hydra-uniform is the recipe's own method"),
         (["sparsity.baselines=[{name: snip, allocation: learned}]"], "snip has no prune phase that could learn"),
+        (["sparsity.tune={finetune_lr: [0.1]}"], "sparsity.tune: finetune_lr [0.1] is no choice; name at least two"),
+        (["sparsity.tune={finetune_lr: []}"], "sparsity.tune: finetune_lr [] is no choice; name at least two"),
+        (
+            ["sparsity.tune={prune_lr: [0.1, 0.2]}"],
+            "sparsity.tune.finetune_lr: missing; add it, for example [0.01, 0.0",
+        ),
+        (["sparsity.tune=[0.1, 0.2]"], "expected a section with the keys finetune_lr, prune_lr"),
+        (["sparsity.tune={finetune_lr: 0.1}"], "sparsity.tune.finetune_lr = 0.1: expected a list; write [0.1]"),
+        (["sparsity.tune={finetune_lr: [0.1, 0]}"], "sparsity.tune.finetune_lr.1 = 0: Input should be greater than 0"),
+        (
+            ["sparsity.tune={finetune_lr: [0.1, 0.2], prune_lr: [0.1]}"],
+            "sparsity.tune: finetune_lr [0.1, 0.2] and prune_lr [0.1] differ in length; each trial needs one of both, "
+            "or set prune_lr to null",
+        ),
+        (["sparsity.tune={finetune_lr: [0.1, 0.2, 1e-1]}"], "two trials are the same: [0.1, 0.2, 0.1]; change or"),
+        (
+            ["sparsity.tune={finetune_lr: [0.1, 0.2, 0.1], prune_lr: [0.3, 0.3, 0.3]}"],
+            "two trials are the same: [(0.1, 0.3), (0.2, 0.3), (0.1, 0.3)]; change or remove one",
+        ),
+        (
+            ["sparsity.tune={finetune_lr: [0.1, 0.1], prune_lr: [0.3, 0.4]}"],
+            "tune.finetune_lr [0.1, 0.1] has equal values, with which magnitude, without a prune phase, would "
+            "repeat a trial and have fewer than HYDRA",
+        ),
+        (
+            ["sparsity.tune={finetune_lr: [0.1, 0.2]}", "phases.finetune=null", "sparsity.baselines=[]"],
+            "sparsity.tune chooses among finetuned networks, and phases.finetune is null; set sparsity.tune=null",
+        ),
+        (
+            ["sparsity.tune={finetune_lr: [0.1, 0.2]}", "evaluation.validation_steps=0"],
+            "evaluation.validation_steps 0 measures none; set evaluation.validation_steps=5 or sparsity.tune=null",
+        ),
         (["threat_model.eps=4"], "eps 4 lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"),
         (["threat_model.eps=0"], "eps 0 must be positive; use objective={name: clean}"),
         (["threat_model.eps=1/0"], "threat_model.eps = '1/0': expected a number or a fraction such as 4/255"),
@@ -783,6 +815,20 @@ def test_options_that_came_later_leave_the_hash_of_older_recipes() -> None:
     changes += [f"phases.prune.schedule={{name: {name}, final_lr_fraction: 0.1}}" for name in ("cosine", "onecycle")]
     hashes = {recipe_hash(load_recipe(DEMO, [change])) for change in changes}
     assert len(hashes | earlier.keys()) == len(changes) + len(earlier)
+
+
+def test_without_tuning_the_hash_is_as_before_it_and_each_choice_has_its_own() -> None:
+    recipe = load_recipe(DEMO)
+    assert recipe_hash(load_recipe(DEMO, ["sparsity.tune=null"])) == recipe_hash(recipe)
+    tunes = ["{finetune_lr: [0.1, 0.2]}", "{finetune_lr: [0.2, 0.1]}", "{finetune_lr: [0.1, 0.2], prune_lr: [1, 1]}"]
+    recipes = [recipe, *(load_recipe(DEMO, [f"sparsity.tune={tune}"]) for tune in tunes)]
+    assert len({recipe_hash(each) for each in recipes}) == 4
+    for each in recipes:
+        assert parse_recipe(parse_yaml(dump_recipe(each), "the dump"), "there") == each
+    same_rates = "sparsity.tune={finetune_lr: [0.1, 0.1], prune_lr: [0.1, 0.2]}"
+    tuned = load_recipe(DEMO, [same_rates, "sparsity.baselines=[{name: hydra, allocation: erk}]"]).sparsity.tune
+    assert tuned is not None
+    assert tuned.trials == [(0.1, 0.1), (0.1, 0.2)], "for methods with a prune phase they differ"
 
 
 def test_the_hash_covers_what_determines_the_result() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.recipe.file import load_recipe
 from pipeline.recipe.schema import Recipe
-from pipeline.recipe.stages import Stage, stages_of
+from pipeline.recipe.stages import Stage, Trial, stages_of
 from pipeline.run.layout import StageFolder, is_done, unevaluated
 
 DEMO = Path(__file__).parents[3] / "recipes" / "fashion_mnist.yaml"
@@ -153,3 +153,56 @@ def test_contents_of_stage_json() -> None:
     expected: dict[str, Any] = {"stage": "keep-0.01/prune", "phase": "prune", "keep_fraction": "0.01"}
     assert stages["keep-0.01/prune"].describe(11) == {**expected, "total_steps": 33, "steps_per_epoch": 11}
     assert stages["pretrain"].describe(2)["keep_fraction"] is None
+
+
+def test_every_method_has_the_same_number_of_trials_and_a_stage_that_chooses() -> None:
+    baselines = "sparsity.baselines=[magnitude, {name: hydra, allocation: erk}]"
+    tune = "sparsity.tune={finetune_lr: [0.05, 0.1, 0.2]}"
+    plain, stages = by_name(recipe_with(baselines)), by_name(recipe_with(baselines, tune))
+    assert plain.keys() < stages.keys()
+    lasts = {name: stage for name, stage in stages.items() if stage.trials}
+    ends = ("finetune", "magnitude", "hydra-erk/finetune")
+    assert list(lasts) == [f"keep-{keep}/{end}" for keep in ("0.1", "0.01") for end in ends]
+    seen: set[str] = set()
+    for stage in stages.values():
+        assert seen.issuperset(stage.sources), "trained before"
+        seen.add(stage.name)
+    for name, last in lasts.items():
+        folder, _, end = name.rpartition("/")
+        names = [f"{folder}/trial-{number}/{end}" for number in (1, 2, 3)]
+        assert [trial.stage for trial in last.trials] == names
+        assert last == replace(plain[name], starts_from=None, trials=last.trials)
+        assert (last.epochs, last.sources) == (0, tuple(names))
+        for lr, trial in zip((0.05, 0.1, 0.2), names, strict=True):
+            stage, optimisation = stages[trial], plain[name].optimisation.model_copy(update={"lr": lr})
+            expected = replace(plain[name], name=trial, optimisation=optimisation, trial_of=name)
+            assert stage == replace(expected, measure=None, attacks=()), "but for its learning rate, the usual stage"
+            assert stage.random_key == name
+            assert stage.epochs == plain[name].epochs
+    assert {trial.prune_lr for trial in lasts["keep-0.1/finetune"].trials} == {0.2}, "phases.prune.lr"
+    assert {trial.prune_lr for trial in lasts["keep-0.1/magnitude"].trials} == {None}
+    assert stages["keep-0.1/prune"] == plain["keep-0.1/prune"], "shared by all trials"
+
+
+def test_trials_with_the_same_rate_of_the_prune_phase_share_it() -> None:
+    stages = by_name(recipe_with("sparsity.tune={finetune_lr: [0.01, 0.03, 0.1], prune_lr: [0.2, 0.3, 0.2]}"))
+    names = ["trial-1/prune", "trial-2/prune", *(f"trial-{n}/finetune" for n in (1, 2, 3)), "finetune"]
+    names += [*(f"trial-{n}/magnitude" for n in (1, 2, 3)), "magnitude"]
+    assert list(stages) == ["pretrain", *(f"keep-{keep}/{name}" for keep in ("0.1", "0.01") for name in names)]
+    sources = {number: stages[f"keep-0.1/trial-{number}/finetune"].starts_from for number in (1, 2, 3)}
+    assert sources == {n: f"keep-0.1/trial-{source}/prune" for n, source in ((1, 1), (2, 2), (3, 1))}
+    prunes = [stages[f"keep-0.1/trial-{number}/prune"] for number in (1, 2)]
+    assert [(stage.optimisation.lr, stage.random_key) for stage in prunes] == [
+        (0.2, "keep-0.1/prune"),
+        (0.3, "keep-0.1/prune"),
+    ]
+    assert stages["keep-0.1/finetune"].trials[1] == Trial("keep-0.1/trial-2/finetune", 0.03, 0.3)
+    assert stages["keep-0.1/magnitude"].trials[1] == Trial("keep-0.1/trial-2/magnitude", 0.03, None)
+
+
+def test_only_the_chosen_networks_are_evaluated_on_the_test_set() -> None:
+    attacks = "evaluation.attacks=[{name: apgd}]"
+    tune = "sparsity.tune={finetune_lr: [0.01, 0.1], prune_lr: [0.2, 0.3]}"
+    plain, stages = by_name(recipe_with(attacks)), by_name(recipe_with(attacks, tune))
+    evaluated = {name: stage.evaluations for name, stage in stages.items() if stage.evaluations}
+    assert evaluated == {name: stage.evaluations for name, stage in plain.items() if stage.evaluations}

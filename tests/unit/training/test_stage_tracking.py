@@ -177,6 +177,31 @@ def test_the_last_stage_says_that_the_run_is_done(tmp_path: Path) -> None:
     assert alerts == [[], [], [("Run done", "demo: all 3 stages are done", "INFO")]]
 
 
+def test_a_tuned_network_says_what_was_chosen_and_what_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_run(tmp_path, sparsity={"tune": {"finetune_lr": [0.01, 0.03]}, "baselines": []})
+    stage = stage_of(context, "keep-0.1/finetune")
+    sources: list[str] = []
+    produced: dict[str, Any] = {}
+    monkeypatch.setattr(Tracker, "uses", lambda self, artifact: sources.append(artifact))
+    monkeypatch.setattr(Tracker, "produces", lambda self, artifact, files, metadata: produced.update(metadata))
+    tuned = [
+        {"stage": trial.stage, "finetune_lr": trial.finetune_lr, "prune_lr": trial.prune_lr}
+        | {"held_out_robust_accuracy": trial.finetune_lr * 10, "chosen": trial.finetune_lr == 0.03}
+        for trial in stage.trials
+    ]
+    atomic_write_json(context.folder(stage) / "result.json", {"steps": 40, "model_sha256": "m", "tuned": tuned})
+    with stage_tracker(context, stage) as tracker:
+        log_finished_parts(context, stage, tracker)
+    assert sources == ["demo-keep-0.1-trial-1-finetune", "demo-keep-0.1-trial-2-finetune"]
+    assert produced["parent"] == "keep-0.1/trial-2/finetune"
+    (run,) = recorded(context.folder(stage))
+    facts = {key: run.summary[f"tuned/{key}"] for key in ("trials", "finetune_lr", "prune_lr")}
+    assert facts == {"trials": 2, "finetune_lr": 0.03, "prune_lr": 0.05}
+    assert run.summary["tuned/held_out_robust_accuracy"] == pytest.approx(0.3)
+
+
 def test_only_the_first_worker_tracks_and_disabled_is_disabled(tmp_path: Path) -> None:
     context = make_run(tmp_path)
     quiet = context.recipe.model_copy(
