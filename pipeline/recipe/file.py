@@ -187,6 +187,7 @@ def dump_yaml(value: Any) -> str:
     writer, stream = YAML(typ="safe", pure=True), io.StringIO()
     writer.Representer = _Representer
     writer.default_flow_style = writer.allow_unicode = False
+    writer.width = LONGEST_TEXT  # a fold within double quotes may add a space to the text
     writer.representer.sort_base_mapping_type_on_output = False
     writer.dump(value, stream)
     return stream.getvalue()
