@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import Ball, LinfBall, crafting, pgd
+from pipeline.robustness.attacks import Ball, LinfBall, pgd
 from pipeline.robustness.noise import uniform_noise
 from pipeline.robustness.objectives.base import (
     Objective,
@@ -69,8 +69,9 @@ def _loss_under_attack(
 ) -> ObjectiveOutput:
     """Cross-entropy on PGD examples; computing `start` counts as part of the attack."""
     y = batch.y
-    with batch.attacking(), crafting(batch.network, batch.autocast):
-        x_adv = pgd(
+
+    def attack() -> Tensor:
+        return pgd(
             craft_forward(batch.network, batch.autocast),
             batch.x,
             lambda logits: F.cross_entropy(logits, y, reduction="none"),
@@ -79,6 +80,7 @@ def _loss_under_attack(
             step_size=step_size,
             start=start(),
         )
-    logits = batch.forward(x_adv).float()
+
+    logits = batch.forward(batch.craft(attack)).float()
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     return ObjectiveOutput(loss, None, count_correct(logits, y))

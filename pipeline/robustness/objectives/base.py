@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.robustness.attacks import crafting
 
 Autocast = Callable[[], AbstractContextManager[object]]
 """Returns a new mixed-precision context of the engine at every call; nullcontext for fp32."""
@@ -55,6 +57,17 @@ class ObjectiveInput:
     noise: Tensor | None = None
     """Perturbation [n, ...] float32 of this micro-batch's positions in the step, 0 at the start of a stage. Values
     written in place persist to the next step. None unless the objective carries a perturbation."""
+    unrecorded: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Context of training forwards whose batch statistics BatchNorm does not fold in."""
+    examples: list[Tensor] = field(default_factory=list)
+    """What `craft` has made; at most one."""
+
+    def craft(self, attack: Callable[[], Tensor]) -> Tensor:
+        """The adversarial images that `attack` makes on the bare network; made once for all passes over them."""
+        if not self.examples:
+            with self.attacking(), crafting(self.network, self.autocast):
+                self.examples.append(attack())
+        return self.examples[0]
 
 
 class Objective(Protocol):
