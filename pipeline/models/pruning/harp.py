@@ -77,7 +77,7 @@ class BudgetPenalty:
         """To be added to the mean loss of every micro-batch of a step, counted from 0."""
         epoch, excess = step // steps_per_epoch, self.excess()
         starts_epoch = step > 0 and step % steps_per_epoch == 0
-        if self._constant is None and starts_epoch and float(excess) <= MET:
+        if self._constant is None and starts_epoch and float(excess.detach()) <= MET:
             self._constant = GAMMA * epoch  # the weight of the epoch that met it
         return (GAMMA * (epoch + 1) if self._constant is None else self._constant) * excess
 

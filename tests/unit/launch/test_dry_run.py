@@ -51,6 +51,13 @@ def test_the_plan_comes_first_and_the_whole_is_a_recipe(recipe: Recipe, capsys: 
     assert load_recipe("printed.yaml") == recipe
 
 
+def test_the_plan_counts_the_passes_of_s2ap(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = dry_run(recipe, capsys, "sparsity.baselines=[s2ap]")
+    costs = {line.split()[1]: line.split(", ")[-1] for line in out.splitlines() if line.endswith("passes each")}
+    assert costs["keep-0.1/prune"] == costs["keep-0.1/s2ap/finetune"] == "3 passes each"
+    assert costs["keep-0.1/s2ap/prune"] == "4 passes each"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
