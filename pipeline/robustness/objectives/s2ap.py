@@ -12,8 +12,10 @@ from pipeline.models.pruning.scores import Scores
 from pipeline.robustness.objectives.base import Objective, ObjectiveInput, ObjectiveOutput, craft_forward
 
 GAMMA = 0.01
-"""Length of the perturbation of a layer's scores, in multiples of theirs. The paper's constant is not known to us; that
-of AWP, whose perturbation of weights has the same form (Wu, Xia and Wang, NeurIPS 2020), is this one."""
+"""Length of the perturbation of a layer's scores, in multiples of theirs. The paper's constant is not known to us; this
+is that of AWP, whose perturbation of weights has the same form (Wu, Xia and Wang, NeurIPS 2020). On the demo's dense
+network at 99 % pruned it exchanges about 1 % of the kept connections and raises the loss of a micro-batch from 2.18 to
+2.35, and the gradient keeps its direction (cosines of 0.8 to 1); at 0.1, that of most layers is orthogonal."""
 
 
 def sharpness_aware(objective: Objective, scores: Scores) -> Objective:
