@@ -222,8 +222,8 @@ def _log_window(
     if training.rows is None:
         return
     seconds = sum(seconds_in.values())
-    window, recipe, drift = progress.window, training.context.recipe, training.state.drift
-    objective = training.stage.objective
+    window, recipe, objective = progress.window, training.context.recipe, training.stage.objective
+    drift, penalty = training.state.drift, training.state.penalty
     training.rows.log(
         {
             "kind": "train",
@@ -243,6 +243,7 @@ def _log_window(
             **_level(training, progress),
             **_image_size(training, progress),
             **({"mask_drift": drift.measured()} if drift is not None else {}),
+            **({"over_budget": float(penalty.excess().detach())} if penalty is not None else {}),
         }
     )
 
