@@ -100,6 +100,7 @@ def _stage_line(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
     if per_epoch is None:
         return line
     images, passes = _images(recipe, stage, per_epoch), stage.objective.passes_per_step
+    passes = None if passes is None else passes + stage.extra_passes
     cost = "bounds" if passes is None else f"{passes} passes" if passes > 1 else "1 pass"
     return f"{line}; {images // recipe.batch.batch_per_step:,} steps, {images:,} images, {cost} each"
 

@@ -8,18 +8,25 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from pipeline.recipe.fields import Section
 
-Allocation = Literal["uniform", "erk", "global", "learned"]
-LEARNED: tuple[Allocation, ...] = ("learned",)
+Allocation = Literal["uniform", "erk", "global", "learned", "harp"]
+LEARNED: tuple[Allocation, ...] = ("learned", "harp")
 """Allocations that the prune phase learns: for methods that have one."""
-MethodName = Literal["hydra", "magnitude", "random", "snip"]
-PRUNING: tuple[MethodName, ...] = ("hydra",)
+MethodName = Literal["hydra", "s2ap", "magnitude", "random", "snip"]
+PRUNING: tuple[MethodName, ...] = ("hydra", "s2ap")
 """Methods that learn scores in the prune phase, and then finetune. The others are one stage."""
-TITLES: dict[MethodName, str] = {"hydra": "HYDRA", "magnitude": "magnitude", "random": "random", "snip": "SNIP"}
+TITLES: dict[MethodName, str] = {
+    "hydra": "HYDRA",
+    "s2ap": "S2AP",
+    "magnitude": "magnitude",
+    "random": "random",
+    "snip": "SNIP",
+}
 ALLOCATION_TITLES: dict[Allocation, str] = {
     "uniform": "uniform",
     "erk": "ERK",
     "global": "global",
     "learned": "learned",
+    "harp": "HARP",
 }
 
 
@@ -37,8 +44,10 @@ class Method(Section):
 
     @property
     def title(self) -> str:
-        """For tables and charts: magnitude, HYDRA (ERK)."""
+        """For tables and charts: magnitude, HYDRA (ERK). HYDRA with the allocation of HARP is HARP."""
         title = TITLES[self.name]
+        if (self.name, self.allocation) == ("hydra", "harp"):
+            return "HARP"
         return title if self.allocation is None else f"{title} ({ALLOCATION_TITLES[self.allocation]})"
 
 

@@ -108,6 +108,10 @@ class Trades(Attacking, MultiStep):
     def passes_per_step(self) -> int:
         return self.steps + 2
 
+    @property
+    def update_passes(self) -> int:
+        return 2
+
 
 class Noise(CrossEntropy, Smoothing):
     """Gaussian noise augmentation (Cohen et al. 2019)."""
@@ -125,6 +129,10 @@ class Stability(Smoothing):
 
     @property
     def passes_per_step(self) -> int:
+        return self.update_passes
+
+    @property
+    def update_passes(self) -> int:
         return 2
 
 
@@ -138,6 +146,10 @@ class SmoothAdv(CrossEntropy, Smoothing, Attacking, MultiStep):
     @property
     def passes_per_step(self) -> int:
         return (self.steps + 1) * self.noise_samples
+
+    @property
+    def update_passes(self) -> int:
+        return self.noise_samples
 
 
 class _Mixed(Bounding):

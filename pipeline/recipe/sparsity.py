@@ -53,7 +53,8 @@ class Sparsity(Section):
     """How the budget of connections is allocated to layers. uniform: the same fraction of each (the paper). erk:
     Erdos-Renyi-kernel densities (Evci et al. 2020). global: by rank among the scores of all layers, so that the prune
     phase learns the allocation too. learned: global, with one learned factor per layer that multiplies its scores
-    (after Zhao and Wressnegger 2023)."""
+    (after Zhao and Wressnegger 2023). harp: one learned share per layer, with a penalty for the budget (HARP, as its
+    authors have it); the finished network has the exact budget."""
     score_init: ScoreInit = "scaled"
     """Initial scores of the prune phase: scaled weights (the paper), or random."""
     score_weight_decay: Real | None = Field(default=None, ge=0)
@@ -61,8 +62,8 @@ class Sparsity(Section):
     batchnorm: BatchNormMode = "trained"
     """BatchNorm in the prune phase: trained, with running statistics updated, or frozen as in the dense network."""
     baselines: tuple[Baseline, ...] = (Method(name="magnitude"),)
-    """What HYDRA is compared with: the dense network finetuned under a mask that is not learned, or HYDRA with another
-    allocation: [magnitude, {name: hydra, allocation: erk}]."""
+    """What HYDRA is compared with: the dense network finetuned under a mask that is not learned, HYDRA with another
+    allocation, or with sharpness-aware scores: [magnitude, {name: hydra, allocation: harp}, s2ap]."""
     baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"
     """Epochs of a baseline: as many as HYDRA's prune and finetune (equal budget), or finetune only (the paper)."""
     tune: Tune | None = None

@@ -92,6 +92,16 @@ class Stage:
         return DENSE if self.method is None else self.method.title
 
     @property
+    def is_sharpness_aware(self) -> bool:
+        """Whether it trains scores by S2AP."""
+        return self.trains == "scores" and self.method is not None and self.method.name == "s2ap"
+
+    @property
+    def extra_passes(self) -> int:
+        """Forward-backward passes per image and step that its method takes besides the objective's."""
+        return self.objective.update_passes if self.is_sharpness_aware else 0
+
+    @property
     def evaluations(self) -> tuple[str, ...]:
         """Stems of the file names of its evaluations, its measure's first."""
         return () if self.measure is None else (self.measure, *(attack.label for attack in self.attacks))
@@ -152,7 +162,7 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
         fields = common | {"starts_from": prune.name, "scores_from": "source", "measure": measure}
         return [prune, _stage(recipe, f"{folder}/finetune", "finetune", phases.finetune, method, pruned, **fields)]
     assert phases.finetune is not None, "the recipe's validation"
-    assert method.name != "hydra", "it has a prune phase"
+    assert method.name not in ("hydra", "s2ap"), "they have a prune phase"
     extra = phases.prune.epochs if sparsity.baseline_epochs == "same_total_epochs" else 0
     finetune = phases.finetune.model_copy(update={"epochs": extra + phases.finetune.epochs})
     fields = common | {"starts_from": "pretrain", "scores_from": BASELINE_SCORES[method.name], "measure": measure}

@@ -37,6 +37,11 @@ class Technique(Section):
         return 1
 
     @property
+    def update_passes(self) -> int:
+        """Those of the update alone, without the attack's."""
+        return 1
+
+    @property
     def steps_per_batch(self) -> int:
         """Consecutive optimizer steps on the same images."""
         return 1

@@ -41,10 +41,11 @@ _OWN = {
     "magnitude": MethodStyle("#b94e00", "#ff9248", "s", 7.2, (0, (2.8, 1.7))),
     "random": MethodStyle("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
     "SNIP": MethodStyle("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
+    "S2AP": MethodStyle("#4c2a00", "#e8d040", "h", 9.0, (0, (7, 1.7, 1, 1.7, 1, 1.7))),
 }
 """Title of a method -> its style. Hues of Okabe and Ito's colour-blind-safe palette, darkened to a text contrast of
 4.5; markers and dashes remain distinct in greyscale."""
-_MARKS: dict[Allocation, str] = {"uniform": "<", "erk": "P", "global": "X", "learned": "v"}
+_MARKS: dict[Allocation, str] = {"uniform": "<", "erk": "P", "global": "X", "learned": "v", "harp": ">"}
 METHODS = _OWN | {
     Method(name=name, allocation=allocation).title: _OWN[title]._replace(mark=mark)
     for name, title in TITLES.items()

@@ -93,7 +93,7 @@ def stage_cost(history: History) -> StageCost:
     passes: float | None = 0.0
     for row in train_rows:
         each = passes_per_step(objective, row.attack_level)
-        passes = None if passes is None or each is None else passes + each * row.images
+        passes = None if passes is None or each is None else passes + (each + history.stage.extra_passes) * row.images
     in_epoch = (plan.steps_per_epoch or 0) * plan.batch_per_step / objective.steps_per_batch if plan else 0
     return StageCost(
         steps=train_rows[-1].step if train_rows else 0,

@@ -10,6 +10,8 @@ All layers are read and written at once: a network has many small ones, and a ke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,12 +49,24 @@ class BatchStatistics:
         self._sizes = [tensor.numel() for tensor in self._live]
         self._running = [tensor.clone() for tensor in self._live]
         self._recorded: list[torch.Tensor] = []
+        self._recording, self._forwards = True, 0
         self._hook = network.register_forward_hook(self._record)
 
     def _record(self, *_: Any) -> None:
         if self._layers and self._layers[0].training:
-            self._recorded.append(torch.cat(self._live))
+            self._forwards += 1
+            if self._recording:
+                self._recorded.append(torch.cat(self._live))
             batched._foreach_copy_(self._live, self._running)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Training forwards normalise by their batch as ever, and their statistics are not folded in."""
+        self._recording = False
+        try:
+            yield
+        finally:
+            self._recording = True
 
     @torch.no_grad()
     def fold_in(self, sums: torch.Tensor) -> torch.Tensor:
@@ -74,8 +88,9 @@ class BatchStatistics:
         batched._foreach_mul_(self._running, [1.0 - momentum for momentum in momenta])
         batched._foreach_add_(self._running, batches)
         batched._foreach_copy_(self._live, self._running)
-        batched._foreach_sub_(self._counts, len(self._recorded) - 1)  # counts steps, not this rank's forwards
+        batched._foreach_sub_(self._counts, self._forwards - 1)  # counts steps, not this rank's forwards
         self._recorded.clear()
+        self._forwards = 0
 
     def close(self) -> None:
         for layer, momentum in zip(self._layers, self._momenta, strict=True):

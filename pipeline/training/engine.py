@@ -145,9 +145,9 @@ class Engine:
             # With one worker, DeepSpeed would copy every gradient into a buffer and back.
             self._engine.enable_backward_allreduce = group.world > 1
         self._allocate_state()
-        # DeepSpeed divides the loss by this number for a mean; a rate's gradient does not scale with the loss.
-        local = context.local_micro_batches
-        rates = [parameter for name, parameter in parameters.items() if name.startswith("rate/")]
+        # DeepSpeed divides the loss by this number for a mean; a normalised gradient of a rate does not scale with it.
+        local, normalised = context.local_micro_batches, scores is not None and scores.allocation == "learned"
+        rates = [parameter for name, parameter in parameters.items() if normalised and name.startswith("rate/")]
         self._hooks = [rate.register_hook(lambda gradient: gradient / local) for rate in rates]
         self.autocast = autocast_of(recipe, group.device)
         """DeepSpeed's autocast, for attacks, which bypass its forward."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -161,9 +162,13 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
                 elapsed=step / progress.total_steps,
                 attacking=partial(clock.during, "attack"),
                 noise=None if state.noise is None else state.noise.of(index, batch.ids, keys, step),
+                unrecorded=statistics.paused,
             )
         )
-        engine.backward(output.loss)
+        loss = output.loss
+        if state.penalty is not None:
+            loss = loss + state.penalty.at(step, progress.steps_per_epoch)
+        engine.backward(loss)
         output.after_backward()
         sums.add(output, len(labels))
         losses.append((batch.ids, output.loss.detach()))
@@ -218,8 +223,8 @@ def _log_window(
     if training.rows is None:
         return
     seconds = sum(seconds_in.values())
-    window, recipe, drift = progress.window, training.context.recipe, training.state.drift
-    objective = training.stage.objective
+    window, recipe, objective = progress.window, training.context.recipe, training.stage.objective
+    drift, penalty = training.state.drift, training.state.penalty
     training.rows.log(
         {
             "kind": "train",
@@ -239,6 +244,7 @@ def _log_window(
             **_level(training, progress),
             **_image_size(training, progress),
             **({"mask_drift": drift.measured()} if drift is not None else {}),
+            **({"over_budget": float(penalty.excess().detach())} if penalty is not None else {}),
         }
     )
 
@@ -262,8 +268,10 @@ def _validate(training: Training, progress: Progress) -> Progress:
 
     Errors: CatastrophicOverfitting.
     """
-    stage, started = training.stage, time.monotonic()
-    accuracies = training.validate(attack_strength(stage.objective, stage.phase, progress.step / progress.total_steps))
+    stage, started, scores = training.stage, time.monotonic(), training.state.network.scores
+    with nullcontext() if scores is None else scores.within_budget():
+        strength = attack_strength(stage.objective, stage.phase, progress.step / progress.total_steps)
+        accuracies = training.validate(strength)
     position = {"step": progress.step, "epoch": progress.step / progress.steps_per_epoch}
     if training.rows is not None:
         timing = {"seconds": time.monotonic() - started}

@@ -24,6 +24,7 @@ from pipeline.models.state import effective_state, layer_counts, load_state, tra
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.stages import Stage
 from pipeline.robustness.objectives import build_objective
+from pipeline.robustness.objectives.s2ap import sharpness_aware
 from pipeline.robustness.overfitting import CatastrophicOverfitting
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot, Writer
@@ -165,10 +166,12 @@ class StageTrainer:
             scores = None if keep is None else Scores.attach(network, keep, allocation, zero)
         else:
             scores = load_start(context, stage, network)
-        network_state, drift = restored(NetworkState(network, scores), own), None
-        if group.is_first and stage.trains == "scores":
+        network_state, drift, penalty = restored(NetworkState(network, scores), own), None, None
+        if stage.trains == "scores":
             assert scores is not None
-            drift = restored(MaskDrift(scores, first_scores(stage.scores_from, recipe.seed), group.device), own)
+            penalty = scores.follow_shares()
+            if group.is_first:
+                drift = restored(MaskDrift(scores, first_scores(stage.scores_from, recipe.seed), group.device), own)
         network.to(group.device).train()
         train_only(network, stage.trains, recipe.sparsity.batchnorm)
         if scores is not None:
@@ -184,6 +187,7 @@ class StageTrainer:
             ema=restored(Ema(network, decay, scores), own) if decay is not None else None,
             noise=restored(noise, own) if noise is not None else None,
             drift=drift,
+            penalty=None if penalty is None else restored(penalty, own),
         )
 
     def _position(self, own: Snapshot | None) -> Progress:
@@ -217,11 +221,15 @@ class StageTrainer:
         batches = micro_batches(context, stage, loader, train_ids, first, end)
         self._resources.callback(batches.close)
         per_step = context.local_micro_batches
+        objective = build_objective(stage.objective, recipe.threat_model, stage.phase, progress.level)
+        if stage.is_sharpness_aware:
+            assert self._state.network.scores is not None
+            objective = sharpness_aware(objective, self._state.network.scores)
         training = Training(
             stage=stage,
             context=context,
             state=self._state,
-            objective=build_objective(stage.objective, recipe.threat_model, stage.phase, progress.level),
+            objective=objective,
             micro_batches=replayed(batches, per_step, replays, progress.step) if replays > 1 else batches,
             rows=self._tracker,
             validate=build_validation(context, stage, self._network, self._state.ema, loader, held_out_ids),
@@ -256,6 +264,8 @@ class StageTrainer:
             model = overlaid(snapshot.model, snapshot.train_state)
         else:
             model = overlaid(self._state.network.state(), ema.state() if ema is not None else {})
+        if scores is not None:
+            scores.keep_budget()
         load_state(network, model, scores)
         if context.group.is_first:
             recipe, keep = context.recipe, stage.describe(progress.steps_per_epoch)["keep_fraction"]

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor, nn
 
 from pipeline.models.ema import Ema
+from pipeline.models.pruning.harp import BudgetPenalty
 from pipeline.models.pruning.mask_drift import MaskDrift
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state, named_state
@@ -87,11 +88,13 @@ class StageState:
     """For objectives that carry a perturbation from step to step, or remember it from epoch to epoch."""
     drift: MaskDrift | None = None
     """How far the masks have changed; on rank 0 of phases that train scores."""
+    penalty: BudgetPenalty | None = None
+    """For scores that are trained with HARP's allocation."""
 
     def snapshot(self, progress: Progress) -> Snapshot:
         """The contents of a checkpoint. Collective."""
         train_state: dict[str, Tensor] = {}
-        parts: list[Stateful | None] = [self.engine, self.ema, self.noise, self.drift]
+        parts: list[Stateful | None] = [self.engine, self.ema, self.noise, self.drift, self.penalty]
         for part in parts:
             if part is not None:
                 train_state |= part.state()

@@ -29,7 +29,7 @@ from tests.support.techniques import own_values
 pytestmark = pytest.mark.timeout(900)
 STOPS = (2, 5, 9)
 """Steps after which the run is stopped: within an epoch of each phase. A phase has 4, an epoch 2. With free they are
-twice as many, and the last two stops fall between the replays of a batch."""
+twice as many, and the last two stops fall between the replays of a batch. A variant may have stops of its own."""
 ATTACK = {"steps": 2, "step_size": "1/15"}
 LINF, L2 = {"norm": "linf", "eps": "1/10"}, {"norm": "l2", "eps": "1/4"}
 AVERAGED = {phase: {"ema_epochs": 5} for phase in ("pretrain", "prune", "finetune")}
@@ -63,6 +63,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "phases": AVERAGED,
     },
     "trades, global": {"objective": {"name": "trades", **ATTACK}, "sparsity": {"allocation": "global"}},
+    "pgd, harp, averaged": {
+        "objective": {"name": "pgd", **ATTACK},
+        "sparsity": {"allocation": "harp"},
+        "phases": AVERAGED,
+    },
+    "trades, s2ap": {
+        "objective": {"name": "trades", **ATTACK},
+        "sparsity": {"baselines": [{"name": "s2ap", "allocation": "harp"}]},
+        "stops": (13, 14, 18),
+    },
     "noise": {"objective": {"name": "noise", "sigma": "1/4"}, "threat_model": L2},
     "stability, erk": {
         "objective": {"name": "stability", "sigma": "1/4"},
@@ -195,7 +205,7 @@ def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs, leases = [], []
     for name in VARIANTS:
         recipe = variant(fashion_data, name)
-        for way, stops in (("straight", ()), ("stopped", STOPS)):
+        for way, stops in (("straight", ()), ("stopped", VARIANTS[name].get("stops", STOPS))):
             folder = root / name / way
             folder.mkdir(parents=True)
             atomic_write_text(folder / "recipe.yaml", dump_recipe(recipe))

@@ -43,6 +43,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sparsity": {"allocation": "learned", "score_init": "kaiming_normal", "score_weight_decay": 0.0},
     },
     "fgsm_pgi": {"objective": {"name": "fgsm_pgi", **ONE_STEP}},
+    "pgd, harp and s2ap": {
+        "objective": {"name": "pgd", **ATTACK},
+        "phases": dict.fromkeys(PHASES, SGD) | {"prune": SGD | {"lr": 1.0}},  # so that masks change within 20 steps
+        "sparsity": {"baselines": [{"name": "hydra", "allocation": "harp"}, "s2ap"]},
+    },
     "free": {
         "objective": {"name": "free", "replays": EPOCHS, **ONE_STEP},
         "phases": dict.fromkeys(SEARCH, SGD | {"epochs": 1}),

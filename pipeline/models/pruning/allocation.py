@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pipeline.models.pruning.harp import floor_of, shares
 from pipeline.models.pruning.topk import kept_count, kth_largest, topk_mask
 from pipeline.recipe.methods import Allocation
 
@@ -28,9 +29,11 @@ LARGEST_RATE = 30.0
 
 
 def mask_rule(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocation: Allocation) -> MaskRule:
-    """The mask rule of a network whose weights have `shapes`; picklable."""
+    """The mask rule of a network whose weights have `shapes`; picklable. Its masks keep the budget exactly."""
     counts = (erdos_renyi_kernel if allocation == "erk" else uniform)(shapes, keep_fraction)
     budget = total_kept(shapes, keep_fraction)
+    if allocation == "harp":
+        return partial(harp_masks, floor=floor_of(keep_fraction), budget=budget)
     if allocation == "learned":
         return partial(learned_masks, counts=counts, budget=budget)
     if allocation == "global":
@@ -41,7 +44,7 @@ def mask_rule(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocati
 def _by_scores(
     make: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], scores: Mapping[str, Tensor], rates: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    assert not rates, "only the learned allocation has rates"
+    assert not rates, "only learned allocations have rates"
     return make(scores)
 
 
@@ -58,12 +61,17 @@ def total_kept(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> int:
 def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
     """ERK (Evci et al., ICML 2020, section 3): the density of a layer is proportional to the sum of its dimensions
     over their product, at most 1; small layers stay denser.
+    """
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    densities = {name: Fraction(sum(shape), shape.numel()) for name, shape in shapes.items()}
+    return _proportional(densities, sizes, total_kept(shapes, keep_fraction))
+
+
+def _proportional(raw: Mapping[str, Fraction], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Connections kept per layer: densities proportional to `raw`, at most 1, that sum to `budget`.
 
     Counts are rounded by largest remainder, so that the total is exact; ties go to earlier layers.
     """
-    sizes = {name: shape.numel() for name, shape in shapes.items()}
-    raw = {name: Fraction(sum(shape), shape.numel()) for name, shape in shapes.items()}
-    budget = total_kept(shapes, keep_fraction)
     dense: set[str] = set()
     while True:  # a layer whose share exceeds its size stays dense, and the others share the rest
         sparse = [name for name in sizes if name not in dense]
@@ -130,6 +138,22 @@ def _threshold(score: Tensor, kept: int) -> Tensor:
     # With fewer nonzero scores than `kept` the threshold is 0; eps times the largest |score| replaces it.
     limits = torch.finfo(score.dtype)
     return threshold.maximum(magnitude.amax() * limits.eps).clamp_min(limits.tiny)
+
+
+def harp_masks(
+    scores: Mapping[str, Tensor], rates: Mapping[str, Tensor], floor: float, budget: int | None
+) -> dict[str, Tensor]:
+    """The largest |score| of each layer: as many as its share (see `harp`) or, with a `budget`, in proportion to it.
+
+    A share r of n connections is n - floor((1 - r) n) of them, as in the authors' code. Their total is not exact, so a
+    finished network has all shares multiplied by one factor, with which they keep the budget.
+    """
+    kept, sizes = shares(rates, floor), {name: score.numel() for name, score in scores.items()}
+    if budget is None:
+        counts = {name: size - math.floor((1.0 - kept[name]) * size) for name, size in sizes.items()}
+    else:
+        counts = _proportional({name: Fraction(share) for name, share in kept.items()}, sizes, budget)
+    return layer_masks(scores, counts)
 
 
 def layer_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pipeline.models.pruning.harp import share_of
+
 RATE_STEP = 0.1
 """Largest gradient of a rate. With 1.0 and the paper's learning rate, 20 steps reallocated most of the budget."""
 
@@ -24,27 +26,37 @@ class _StraightThrough(torch.autograd.Function):
     |dL/dz z|, which cancels c exp(t): the result, in [-1, 1], measures how far the connections agree in sign, and does
     not shrink with the loss.
 
+    With HARP's shares (`normalised` false), dL/dr of the layer's share r is the sum of dL/dz, as if a larger share
+    raised the mask of all connections alike.
+
     The product may be in half precision under autocast; parameter gradients have the parameter's dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, score: Tensor, rate: Tensor | None, product: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, mask: Tensor, score: Tensor, rate: Tensor | None, product: Tensor, normalised: bool
+    ) -> Tensor:
         ctx.save_for_backward(weight, mask, score, rate)
+        ctx.normalised = normalised
         return product
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
         (grad,) = grad_outputs
         weight, mask, score, rate = ctx.saved_tensors
         grad_weight = grad.to(weight.dtype) * mask if ctx.needs_input_grad[0] else None
         grad_score = grad_rate = None
         if ctx.needs_input_grad[2]:
             grad_score = score.sign().mul_(weight).mul_(grad)  # allocates one tensor of the layer's size
-        if rate is not None and ctx.needs_input_grad[3]:
+        if rate is not None and ctx.needs_input_grad[3] and ctx.normalised:
             terms = grad * weight * score.abs()
             agreement = terms.sum() / terms.abs().sum().clamp_min(torch.finfo(terms.dtype).tiny)
             grad_rate = RATE_STEP * agreement.view(1)
-        return grad_weight, None, grad_score, grad_rate, None
+        elif rate is not None and ctx.needs_input_grad[3]:
+            grad_rate = (grad * weight).sum().view(1)
+        return grad_weight, None, grad_score, grad_rate, None, None
 
 
 class Masked(nn.Module):
@@ -55,11 +67,14 @@ class Masked(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, score: Tensor, rate: Tensor | None = None) -> None:
+    def __init__(self, score: Tensor, rate: Tensor | None = None, floor: float | None = None) -> None:
         super().__init__()
         self.score = nn.Parameter(score)
         self.rate = None if rate is None else nn.Parameter(rate)
-        """[1]: log of the factor on the layer's scores when layers compete for the budget; None unless learned."""
+        """[1]: log of the factor on the layer's scores when layers compete for the budget, or HARP's k; None unless the
+        allocation is learned."""
+        self._floor = floor
+        """Smallest share of the layer under HARP; None with a factor."""
         self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
         self._product = torch.empty(0)
@@ -71,8 +86,10 @@ class Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight * mask, in the same memory at every step: clone it to keep it longer."""
-        product = self._product_of(weight).detach()
-        return _StraightThrough.apply(weight, self.mask, self.score, self.rate, product)  # pyright: ignore[reportReturnType]
+        product, floor, rate = self._product_of(weight).detach(), self._floor, self.rate
+        if rate is not None and floor is not None:
+            rate = share_of(rate, floor)
+        return _StraightThrough.apply(weight, self.mask, self.score, rate, product, floor is None)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def _product_of(self, weight: Tensor) -> Tensor:

@@ -7,19 +7,22 @@ once per optimizer step, however many forwards an attack takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from decimal import Decimal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.models.network import Network
-from pipeline.models.pruning.allocation import MaskRule, mask_rule
+from pipeline.models.pruning.allocation import MaskRule, harp_masks, mask_rule, total_kept
+from pipeline.models.pruning.harp import BudgetPenalty, first_k, floor_of
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
 from pipeline.models.pruning.topk import masks_sha256
-from pipeline.recipe.methods import Allocation
+from pipeline.recipe.methods import LEARNED, Allocation
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 
@@ -54,16 +57,32 @@ def _original(layer: nn.Module) -> Tensor:
     return layer.parametrizations["weight"].original  # pyright: ignore
 
 
+def _first_rate(score: Tensor, keep_fraction: Decimal, allocation: Allocation) -> Tensor | None:
+    if allocation not in LEARNED:
+        return None
+    return score.new_full((1,), first_k(keep_fraction) if allocation == "harp" else 0.0)
+
+
 class Scores:
     """The scores of one network and its mask rule; constructed by `attach`.
 
     The scores are parameters of the network's parametrized layers, so they move with it to its device.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], masked: Mapping[str, Masked], rule: MaskRule) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        masked: Mapping[str, Masked],
+        keep_fraction: Decimal,
+        allocation: Allocation,
+    ) -> None:
         self._layers = layers
         self._masked = masked
-        self._rule = rule
+        self._keep_fraction = keep_fraction
+        self.allocation: Allocation = allocation
+        self._shapes = {name: entry.score.shape for name, entry in masked.items()}
+        self._exact: MaskRule = mask_rule(self._shapes, keep_fraction, allocation)
+        self._rule = self._exact
 
     @classmethod
     def attach(
@@ -76,7 +95,8 @@ class Scores:
         """Add scores, initialised by `init`, and their mask to every maskable weight.
 
         `allocation` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
-        scores, or global ranking with one learned rate per layer. Use `score_init.zero` if scores are loaded next.
+        scores, global ranking with one learned rate per layer, or HARP's learned shares. Use `score_init.zero` if
+        scores are loaded next.
         Errors: ValueError if there is nothing to mask or scores are already attached, and those of `init`.
         """
         layers = maskable(network)
@@ -85,13 +105,13 @@ class Scores:
         if any(parametrization_of(layer) for layer in layers.values()):
             raise ValueError("the network already has scores; attach them once")
         masked: dict[str, Masked] = {}
-        rule = mask_rule({name: _original(layer).shape for name, layer in layers.items()}, keep_fraction, allocation)
+        floor = floor_of(keep_fraction) if allocation == "harp" else None
         for name, layer in layers.items():
             score = init(name, _original(layer))
-            masked[name] = Masked(score, score.new_zeros(1) if allocation == "learned" else None)
+            masked[name] = Masked(score, _first_rate(score, keep_fraction, allocation), floor)
             masked[name].train(layer.training)
             parametrize.register_parametrization(layer, "weight", masked[name])
-        scores = cls(layers, masked, rule)
+        scores = cls(layers, masked, keep_fraction, allocation)
         scores.refresh()
         return scores
 
@@ -101,11 +121,63 @@ class Scores:
 
         Errors: ValueError naming the weight whose scores are NaN.
         """
-        scores = {name: entry.score for name, entry in self._masked.items()}
-        rates = {name: entry.rate for name, entry in self._masked.items() if entry.rate is not None}
-        masks = self._rule(scores, rates)
+        masks = self._rule(self.parameters(), self._rates())
         for name, entry in self._masked.items():
             entry.mask.copy_(masks[name])
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Plain weight name -> its live scores."""
+        return {name: entry.score for name, entry in self._masked.items()}
+
+    def _rates(self) -> dict[str, nn.Parameter]:
+        return {name: entry.rate for name, entry in self._masked.items() if entry.rate is not None}
+
+    def follow_shares(self) -> BudgetPenalty | None:
+        """For a phase that trains scores: from the next refresh on, HARP's masks have the layers' shares, whatever
+        their total; the penalty draws it to the budget. None with other allocations, whose total is always exact."""
+        if self.allocation != "harp":
+            return None
+        floor, budget = floor_of(self._keep_fraction), total_kept(self._shapes, self._keep_fraction)
+        self._rule = partial(harp_masks, floor=floor, budget=None)
+        return BudgetPenalty(self._rates(), {name: s.numel() for name, s in self._shapes.items()}, budget, floor)
+
+    def keep_budget(self) -> None:
+        """From the next refresh on, masks keep the budget exactly, as at first."""
+        self._rule = self._exact
+
+    @contextmanager
+    def within_budget(self) -> Iterator[None]:
+        """Masks that keep the budget exactly, as in the network that the phase results in."""
+        rule = self._rule
+        if rule is self._exact:
+            yield
+            return
+        self.keep_budget()
+        self.refresh()
+        try:
+            yield
+        finally:
+            self._rule = rule
+            self.refresh()
+
+    @torch.no_grad()
+    def shift(self, changes: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Add to the scores in place and recompute the masks; returns what restores both, bit for bit.
+
+        A backward through the shifted scores must come before. Errors: as `refresh`.
+        """
+        before = [(entry, entry.score.clone(), entry.mask.clone()) for entry in self._masked.values()]
+        for name, entry in self._masked.items():
+            entry.score.add_(changes[name])
+        self.refresh()
+
+        @torch.no_grad()
+        def restore() -> None:
+            for entry, score, mask in before:
+                entry.score.copy_(score)
+                entry.mask.copy_(mask)
+
+        return restore
 
     def weights_changed(self) -> None:
         """Invalidate cached masked weights; call it after an optimizer step. Other changes are detected."""
@@ -123,8 +195,8 @@ class Scores:
         Errors: those of `init`.
         """
         scores = {name: init(name, _original(layer)) for name, layer in self._layers.items()}
-        rates = {name: torch.zeros_like(entry.rate) for name, entry in self._masked.items() if entry.rate is not None}
-        return self._rule(scores, rates)
+        rates = {name: _first_rate(score, self._keep_fraction, self.allocation) for name, score in scores.items()}
+        return self._rule(scores, {name: rate for name, rate in rates.items() if rate is not None})
 
     def mask_sha256(self) -> str:
         """See `topk.masks_sha256`."""

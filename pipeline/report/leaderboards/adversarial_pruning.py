@@ -52,6 +52,7 @@ LOCALITY = {
     "erk": "Local Pruning (L)",
     "global": "Global Pruning (G)",
     "learned": "Global Pruning (G)",
+    "harp": "Global Pruning (G)",
 }
 """Allocation -> whether connections compete within a layer or across all layers."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import TINY, Ball, LinfBall, crafting, pgd
+from pipeline.robustness.attacks import TINY, Ball, LinfBall, pgd
 from pipeline.robustness.noise import uniform_noise
 from pipeline.robustness.objectives.base import (
     Objective,
@@ -70,9 +71,14 @@ def fgsm_pgi_training(ball: LinfBall, step_size: float, prior_weight: float, lab
     def objective(batch: ObjectiveInput) -> ObjectiveOutput:
         perturbation = batch.noise
         assert perturbation is not None, "FGSM-PGI remembers the perturbations of images"
-        start = ball.project(batch.x + ball.eps * perturbation, batch.x)
-        x_adv = _examples(batch, ball, 1, step_size, lambda: start)
-        perturbation.copy_((x_adv - batch.x) / max(ball.eps, TINY))  # 0 at an eps of 0
+
+        def attack() -> Tensor:
+            start = ball.project(batch.x + ball.eps * perturbation, batch.x)
+            x_adv = _ascend(batch, ball, 1, step_size, start)
+            perturbation.copy_((x_adv - batch.x) / max(ball.eps, TINY))  # 0 at an eps of 0
+            return torch.cat((start, x_adv))
+
+        start, x_adv = batch.craft(attack).chunk(2)
         at_start, logits = batch.forward(start).float(), batch.forward(x_adv).float()
         loss = F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
         loss = loss + prior_weight * F.mse_loss(logits, at_start)
@@ -89,21 +95,20 @@ def _loss_under_attack(
     start: Callable[[], Tensor],
     label_smoothing: float,
 ) -> ObjectiveOutput:
-    """Cross-entropy on PGD examples."""
-    logits = batch.forward(_examples(batch, ball, steps, step_size, start)).float()
+    """Cross-entropy on PGD examples; computing `start` counts as part of the attack."""
+    logits = batch.forward(batch.craft(lambda: _ascend(batch, ball, steps, step_size, start()))).float()
     loss = F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
     return ObjectiveOutput(loss, None, count_correct(logits, batch.y))
 
 
-def _examples(batch: ObjectiveInput, ball: Ball, steps: int, step_size: float, start: Callable[[], Tensor]) -> Tensor:
-    """PGD examples that maximise cross-entropy; computing `start` counts as part of the attack."""
-    with batch.attacking(), crafting(batch.network, batch.autocast):
-        return pgd(
-            craft_forward(batch.network, batch.autocast),
-            batch.x,
-            lambda logits: F.cross_entropy(logits, batch.y, reduction="none"),
-            ball=ball,
-            steps=steps,
-            step_size=step_size,
-            start=start(),
-        )
+def _ascend(batch: ObjectiveInput, ball: Ball, steps: int, step_size: float, start: Tensor) -> Tensor:
+    """PGD examples that maximise cross-entropy."""
+    return pgd(
+        craft_forward(batch.network, batch.autocast),
+        batch.x,
+        lambda logits: F.cross_entropy(logits, batch.y, reduction="none"),
+        ball=ball,
+        steps=steps,
+        step_size=step_size,
+        start=start,
+    )

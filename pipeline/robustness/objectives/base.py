@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.robustness.attacks import crafting
 
 Autocast = Callable[[], AbstractContextManager[object]]
 """Returns a new mixed-precision context of the engine at every call; nullcontext for fp32."""
@@ -56,6 +58,17 @@ class ObjectiveInput:
     """Perturbation [n, ...] float32, for objectives that carry one, else None. Of this micro-batch's positions in the
     step, 0 at the start of a stage, and values written in place persist to the next step; or, for objectives that
     remember perturbations, of its images, in units of eps, and written values persist to the next epoch."""
+    unrecorded: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Context of training forwards whose batch statistics BatchNorm does not fold in."""
+    examples: list[Tensor] = field(default_factory=list)
+    """What `craft` has made; at most one."""
+
+    def craft(self, attack: Callable[[], Tensor]) -> Tensor:
+        """The adversarial images that `attack` makes on the bare network; made once for all passes over them."""
+        if not self.examples:
+            with self.attacking(), crafting(self.network, self.autocast):
+                self.examples.append(attack())
+        return self.examples[0]
 
 
 class Objective(Protocol):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import L2Ball, crafting, pgd
+from pipeline.robustness.attacks import L2Ball, pgd
 from pipeline.robustness.noise import derived_keys, gaussian_noise
 from pipeline.robustness.objectives.base import (
     Objective,
@@ -77,9 +77,9 @@ def smoothadv_training(
             log_p = logits.log_softmax(dim=1).unflatten(0, (len(x), samples))
             return log_p.logsumexp(dim=1) - math.log(samples)
 
-        with batch.attacking(), crafting(batch.network, batch.autocast):
+        def attack() -> Tensor:
             logits_of = craft_forward(batch.network, batch.autocast)
-            x_adv = pgd(
+            return pgd(
                 lambda images: log_average(logits_of(noisy(images))),
                 x,
                 lambda log_p: F.nll_loss(log_p, y, reduction="none"),
@@ -88,7 +88,8 @@ def smoothadv_training(
                 step_size=step_size,
                 start=x,
             )
-        logits = batch.forward(noisy(x_adv)).float()
+
+        logits = batch.forward(noisy(batch.craft(attack))).float()
         loss = F.cross_entropy(logits, y.repeat_interleave(samples), label_smoothing=label_smoothing)
         return ObjectiveOutput(loss, None, count_correct(log_average(logits.detach()), y))
 

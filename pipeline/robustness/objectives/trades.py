@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.robustness.attacks import Ball, crafting, pgd
+from pipeline.robustness.attacks import Ball, pgd
 from pipeline.robustness.noise import gaussian_noise
 from pipeline.robustness.objectives.base import (
     Objective,
@@ -35,11 +35,12 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
 
     def objective(batch: ObjectiveInput) -> ObjectiveOutput:
         x, y = batch.x, batch.y
-        with batch.attacking(), crafting(batch.network, batch.autocast):
+
+        def attack() -> Tensor:
             logits_of = craft_forward(batch.network, batch.autocast)
             with torch.no_grad():
                 log_p = logits_of(x).log_softmax(dim=1)
-            x_adv = pgd(
+            return pgd(
                 logits_of,
                 x,
                 lambda logits: kl_divergence(log_p, logits.log_softmax(dim=1)),
@@ -48,6 +49,8 @@ def trades_training(ball: Ball, steps: int, step_size: float, beta: float) -> Ob
                 step_size=step_size,
                 start=ball.project(x + START_SIGMA * gaussian_noise(batch.keys, x.shape[1:]), x),
             )
+
+        x_adv = batch.craft(attack)
         clean, adversarial = batch.forward(x).float(), batch.forward(x_adv).float()
         divergence = kl_divergence(clean.log_softmax(dim=1), adversarial.log_softmax(dim=1))
         loss = F.cross_entropy(clean, y) + beta * divergence.mean()

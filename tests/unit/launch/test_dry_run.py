@@ -69,6 +69,13 @@ def test_the_memory_of_perturbations_is_part_of_the_plan(recipe: Recipe, capsys:
     assert "memory: " not in plain
 
 
+def test_the_plan_counts_the_passes_of_s2ap(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = dry_run(recipe, capsys, "sparsity.baselines=[s2ap]")
+    costs = {line.split()[1]: line.split(", ")[-1] for line in out.splitlines() if line.endswith("passes each")}
+    assert costs["keep-0.1/prune"] == costs["keep-0.1/s2ap/finetune"] == "3 passes each"
+    assert costs["keep-0.1/s2ap/prune"] == "4 passes each"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

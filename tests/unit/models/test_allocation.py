@@ -18,7 +18,7 @@ from pipeline.models import build_network
 from pipeline.models.pruning.allocation import erdos_renyi_kernel, global_masks, mask_rule, total_kept, uniform
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import layer_counts, named_state
-from pipeline.recipe.methods import Allocation
+from pipeline.recipe.methods import LEARNED, Allocation
 from pipeline.recipe.sections import Model
 
 dimension = st.integers(1, 12)
@@ -125,7 +125,7 @@ def test_a_global_mask_follows_the_scores_from_layer_to_layer() -> None:
 @pytest.mark.parametrize("allocation", get_args(Allocation))
 def test_a_mask_rule_can_be_pickled(allocation: Allocation) -> None:
     scores = {"a": torch.linspace(-1, 1, 20).view(4, 5), "b": torch.linspace(0, 3, 12).view(3, 4)}
-    rates = {name: torch.zeros(1) for name in scores} if allocation == "learned" else {}
+    rates = {name: torch.zeros(1) for name in scores} if allocation in LEARNED else {}
     rule = mask_rule({name: score.shape for name, score in scores.items()}, Decimal("0.3"), allocation)
     expected, masks = rule(scores, rates), pickle.loads(pickle.dumps(rule))(scores, rates)
     assert all(torch.equal(masks[name], mask) for name, mask in expected.items())

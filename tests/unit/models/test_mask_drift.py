@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from pipeline.recipe.methods import Allocation
 
 CPU = torch.device("cpu")
 KINDS = ("scaled", *DRAWS)
-ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "erk", "global", "learned")
+ALLOCATIONS = get_args(Allocation)
 
 
 def small_network(seed: int = 0) -> nn.Sequential:

@@ -122,6 +122,31 @@ def test_hydra_with_another_allocation_has_stages_of_its_own() -> None:
     assert stages["keep-0.1/magnitude-global"].title == "magnitude (global)"
 
 
+def test_harp_and_s2ap_prune_and_finetune_as_hydra_does() -> None:
+    stages = by_name(
+        recipe_with("sparsity.baselines=[{name: hydra, allocation: harp}, s2ap, {name: s2ap, allocation: harp}]")
+    )
+    titles = {"hydra-harp": "HARP", "s2ap": "S2AP", "s2ap-harp": "S2AP (HARP)"}
+    for label, title in titles.items():
+        for part in ("prune", "finetune"):
+            own, other = stages[f"keep-0.01/{part}"], stages[f"keep-0.01/{label}/{part}"]
+            assert (other.title, other.label) == (title, label)
+            assert other.allocation == ("harp" if "harp" in label else "uniform")
+            source = other.starts_from if part == "prune" else own.starts_from
+            assert replace(other, name=own.name, method=own.method, allocation="uniform", starts_from=source) == own
+        assert stages[f"keep-0.01/{label}/finetune"].starts_from == f"keep-0.01/{label}/prune"
+
+
+@pytest.mark.parametrize(
+    ("objective", "extra"),
+    [("name: pgd, step_size: 1/20", 1), ("name: trades, step_size: 1/20", 2), ("name: clean", 1)],
+)
+def test_s2ap_repeats_the_passes_of_an_update_while_scores_train(objective: str, extra: int) -> None:
+    stages = by_name(recipe_with("sparsity.baselines=[s2ap]", f"objective={{{objective}}}"))
+    passes = {name: stage.extra_passes for name, stage in stages.items() if stage.extra_passes}
+    assert passes == {f"keep-{keep}/s2ap/prune": extra for keep in ("0.1", "0.01")}
+
+
 def test_methods_without_a_further_key_are_written_as_their_name() -> None:
     """As in recipes from before there were others, so that their hashes stay valid."""
     written = [{"name": "magnitude"}, "snip", {"name": "hydra", "allocation": "erk"}]

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
@@ -490,6 +491,17 @@ def test_a_strengthened_attack_costs_more(tmp_path: Path) -> None:
     (run,) = read_runs([folder])
     first = read_history(run)[0]
     assert stage_cost(first).pass_epochs == pytest.approx(3 * 2 + 2 * 3)
+
+
+def test_s2ap_costs_another_update(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "sharp", overrides=("sparsity.baselines=[s2ap]",))
+    write_history(folder)
+    (run,) = read_runs([folder])
+    (hydra,) = (history for history in read_history(run) if history.stage.name == "keep-0.1/prune")
+    sharp = replace(next(stage for stage in stages_of(run.recipe) if stage.name == "keep-0.1/s2ap/prune"), name="any")
+    epochs = PER_STAGE["prune"]
+    assert stage_cost(hydra).pass_epochs == pytest.approx(4 * epochs)
+    assert stage_cost(replace(hydra, stage=sharp)).pass_epochs == pytest.approx(5 * epochs)
 
 
 def test_provenance_parents_and_recipe(tmp_path: Path) -> None:
