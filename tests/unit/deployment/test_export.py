@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,7 @@ class Branching(nn.Module):
         return features if features.sum() > 3 else -features
 
 
-@pytest.mark.parametrize("write", [lambda *to: write_onnx(*to, {}), write_program], ids=["onnx", "torch"])
+@pytest.mark.parametrize("write", [partial(write_onnx, facts={}), write_program], ids=["onnx", "torch"])
 def test_what_cannot_be_exported_is_refused_and_leaves_no_file(
     write: Callable[[Network, int, Path], None], tmp_path: Path
 ) -> None:
