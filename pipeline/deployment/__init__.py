@@ -1,0 +1,1 @@
+"""Finished networks as files for other programs: ONNX in float32 and int8, and torch.export programs."""

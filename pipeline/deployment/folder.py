@@ -1,0 +1,74 @@
+"""The folder of one exported network: its files in every format, each beside a compressed copy."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.deployment.calibration import calibration_batches
+from pipeline.deployment.formats import FILES, Format
+from pipeline.deployment.int8_file import write_int8
+from pipeline.deployment.onnx_file import write_onnx
+from pipeline.deployment.torch_program import write_program
+from pipeline.evaluation.load import LoadedNetwork
+from pipeline.recipe.schema import Recipe
+from pipeline.run.files import make_folder, replacing
+
+COMPRESSION = 9
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    path: Path
+    size: int
+    """Bytes."""
+    compressed: int
+    """Bytes of the copy beside it, <name>.gz."""
+
+
+def export_network(
+    network: LoadedNetwork, recipe: Recipe | None, formats: tuple[Format, ...], folder: Path
+) -> list[ExportedFile]:
+    """Write the network to `folder` in each of `formats`; files that are there are replaced.
+
+    `recipe` is that of its run, whose held-out images calibrate int8. Errors: CannotExport; ValueError for int8
+    without a recipe; DataError.
+    """
+    if "onnx-int8" in formats and recipe is None:
+        raise ValueError(
+            f"{network.file} is not inside a run, whose held-out images would choose the ranges of int8; export the "
+            "run, or use --format onnx torch"
+        )
+    size = network.metadata.get("image_size") or (recipe and recipe.data.image_size)
+    if size is None:
+        raise ValueError(f"{network.file} does not say the size of its images; export the run that it is from")
+    make_folder(folder)
+    float_file = folder / FILES["onnx"]
+    written = []
+    if {"onnx", "onnx-int8"} & set(formats):  # int8 is made from it
+        write_onnx(network, size, float_file, network.metadata)
+    for name in formats:
+        path = folder / FILES[name]
+        if name == "onnx-int8":
+            assert recipe is not None
+            write_int8(float_file, calibration_batches(network, recipe), path)
+        elif name == "torch":
+            write_program(network, size, path)
+        written.append(ExportedFile(path, path.stat().st_size, _compress(path)))
+    if "onnx" not in formats:
+        float_file.unlink(missing_ok=True)
+    return written
+
+
+def _compress(path: Path) -> int:
+    """Write <path>.gz, the same bytes for the same file; returns its size."""
+    with replacing(path.with_name(path.name + ".gz")) as temporary:
+        with (
+            path.open("rb") as source,
+            temporary.open("wb") as raw,
+            gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as stream,
+        ):
+            shutil.copyfileobj(source, stream)
+        return temporary.stat().st_size
