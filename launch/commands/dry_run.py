@@ -46,7 +46,9 @@ def plan_lines(recipe: Recipe, name: str | None, with_torch: bool) -> tuple[list
     lines = [f"{folder} ({state})"]
     if manifest is not None and per_epoch is not None:
         lines.append(_data_line(recipe, manifest, per_epoch))
-    lines += ["stages, in order:", *(f"  {_stage_line(recipe, stage, per_epoch)}" for stage in stages)]
+    width = max(len(stage.name) for stage in stages)
+    lines.append("stages, in order:")
+    lines += [f"  {stage.name:<{width}}  {_stage_text(recipe, stage, per_epoch)}" for stage in stages]
     labels = ", ".join(dict.fromkeys(label for stage in stages for label in stage.evaluations))
     tested = "all" if recipe.evaluation.images is None else f"{recipe.evaluation.images:,}"
     lines.append(
@@ -90,13 +92,13 @@ def _images(recipe: Recipe, stage: Stage, per_epoch: int) -> int:
     return steps * recipe.batch.batch_per_step
 
 
-def _stage_line(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
+def _stage_text(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
     phase, weights = stage.optimisation, recipe.model.weights
     if stage.trials:
         images = f"{recipe.data.validation_images:,} held-out images"
-        return f"{stage.name:<22} the best of its {len(stage.trials)} trials, by robust accuracy on {images}"
+        return f"the best of its {len(stage.trials)} trials, by robust accuracy on {images}"
     start = f"from {stage.starts_from or weights or 'scratch'}"
-    line = f"{stage.name:<22} {phase.epochs:>3} epochs  lr {phase.lr:<7g} trains {stage.trains}, {start}"
+    line = f"{phase.epochs:>3} epochs  lr {phase.lr:<7g} trains {stage.trains}, {start}"
     if per_epoch is None:
         return line
     images, passes = _images(recipe, stage, per_epoch), stage.objective.passes_per_step
