@@ -128,8 +128,8 @@ def load_network(
 
     `run` is a run's folder, or one model.safetensors, which takes no further arguments. In a run, `keep_fraction` is
     one of the recipe's, or 1 for the dense network; it may be omitted if the other arguments leave only one. `method`
-    (hydra, magnitude, random, snip; default hydra) and `stage`, the last part of the stage's name, select among the
-    networks of one keep_fraction: HYDRA's is finetune, if the recipe has that phase, else prune.
+    (its label: hydra, magnitude, gradual and so on; default hydra) and `stage`, the last part of the stage's name,
+    select among the networks of one keep_fraction: HYDRA's is finetune, if the recipe has that phase, else prune.
 
     Errors: ValueError for a missing, unfinished or damaged run, network or file; the message lists what is available.
     """

@@ -11,10 +11,21 @@ from pipeline.recipe.fields import Section
 Allocation = Literal["uniform", "erk", "global", "learned"]
 LEARNED: tuple[Allocation, ...] = ("learned",)
 """Allocations that the prune phase learns: for methods that have one."""
-MethodName = Literal["hydra", "magnitude", "random", "snip"]
+MaskSource = Allocation | Literal["binary"]
+"""How masks follow from scores: by rank within an allocation; or scores are 1 where a connection is kept, and else 0,
+for methods that choose connections otherwise."""
+MethodName = Literal["hydra", "magnitude", "random", "snip", "gradual"]
 PRUNING: tuple[MethodName, ...] = ("hydra",)
 """Methods that learn scores in the prune phase, and then finetune. The others are one stage."""
-TITLES: dict[MethodName, str] = {"hydra": "HYDRA", "magnitude": "magnitude", "random": "random", "snip": "SNIP"}
+DYNAMIC: tuple[MethodName, ...] = ("gradual",)
+"""Methods whose mask changes while weights train."""
+TITLES: dict[MethodName, str] = {
+    "hydra": "HYDRA",
+    "magnitude": "magnitude",
+    "random": "random",
+    "snip": "SNIP",
+    "gradual": "gradual",
+}
 ALLOCATION_TITLES: dict[Allocation, str] = {
     "uniform": "uniform",
     "erk": "ERK",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 from pipeline.recipe.learning_rate import Constant, Step
 from pipeline.recipe.sections import GRAIN, Phase
@@ -40,6 +42,16 @@ def image_size_at(phase: Phase, image_size: int, epoch: int) -> int:
         return image_size
     elapsed = max(epoch - growth.grows_from, 0) / (growth.full_from - growth.grows_from)
     return min(round((growth.smallest + (image_size - growth.smallest) * elapsed) / GRAIN) * GRAIN, image_size)
+
+
+def kept_fraction_at(keep_fraction: Decimal, elapsed: Fraction) -> Fraction:
+    """Fraction of connections that gradual pruning keeps once `elapsed` (in [0, 1]) of its steps is done, exactly.
+
+    The cubic schedule of Zhu and Gupta (2017, section 3), from dense to `keep_fraction`: sparsity is
+    s (1 - (1 - elapsed)^3) for a final sparsity s.
+    """
+    keep = Fraction(keep_fraction)
+    return keep + (1 - keep) * (1 - elapsed) ** 3
 
 
 def strength_at(elapsed: float, warmup: float) -> float:

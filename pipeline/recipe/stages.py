@@ -5,21 +5,27 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal
 
 from pipeline.recipe.attacks import Attack
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.methods import HYDRA, PRUNING, Allocation, Method, MethodName
+from pipeline.recipe.methods import DYNAMIC, HYDRA, LEARNED, PRUNING, Allocation, MaskSource, Method, MethodName
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.sections import Phase
 from pipeline.recipe.sparsity import ScoreInit
 
-PhaseName = Literal["pretrain", "prune", "finetune", "magnitude", "random", "snip"]
+PhaseName = Literal["pretrain", "prune", "finetune", "magnitude", "random", "snip", "gradual"]
 """A method of one stage is a phase of its own."""
 DENSE = "dense"
-ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
-BASELINE_SCORES: dict[MethodName, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
+ScoresFrom = Literal["none", "source", "random", "snip", "ones"] | ScoreInit
+BASELINE_SCORES: dict[MethodName, ScoresFrom] = {
+    "magnitude": "scaled",
+    "random": "random",
+    "snip": "snip",
+    "gradual": "ones",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,10 @@ class Stage:
     starts_from: str | None = None
     """Stage whose selected checkpoint this one starts from."""
     scores_from: ScoresFrom = "none"
-    """Initial scores: none, the source stage's, connection sensitivity (snip), random, or `sparsity.score_init`."""
+    """Initial scores: none, the source stage's, connection sensitivity (snip), random, ones (dense), or
+    `sparsity.score_init`."""
+    prune_share: Fraction | None = None
+    """Share of the stage's steps after which gradual pruning has reached `keep_fraction`."""
     measure: str | None = None
     """How the finished network is evaluated on the test set; None for one that only the next stage uses."""
     attacks: tuple[Attack, ...] = ()
@@ -50,6 +59,15 @@ class Stage:
     def section(self) -> str:
         """The section of `phases` that its optimisation is from."""
         return self.phase if self.phase in ("pretrain", "prune") else "finetune"
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether its mask changes while weights train."""
+        return self.method is not None and self.method.name in DYNAMIC
+
+    @property
+    def mask_source(self) -> MaskSource:
+        return "binary" if self.is_dynamic else self.allocation
 
     @property
     def label(self) -> str:
@@ -82,7 +100,8 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
     A fixed mask comes from the scaled initialisation (magnitude, the paper's LWM), random scores, or connection
     sensitivity (snip); under it, the dense network is finetuned at the finetune phase's learning rate, by default for
-    as many epochs as prune and finetune have together. Without a finetune phase the pruned network itself is evaluated.
+    as many epochs as prune and finetune have together. Gradual pruning does the same under a mask that starts dense,
+    and prunes over prune's share of these epochs. Without a finetune phase the pruned network itself is evaluated.
     """
     dense = _stage(recipe, "pretrain", "pretrain", recipe.phases.pretrain, None, 0, measure=recipe.objective.measure)
     networks = itertools.product(recipe.sparsity.keep_fractions, (HYDRA, *recipe.sparsity.baselines))
@@ -125,4 +144,8 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     extra = phases.prune.epochs if sparsity.baseline_epochs == "same_total_epochs" else 0
     finetune = phases.finetune.model_copy(update={"epochs": extra + phases.finetune.epochs})
     fields = common | {"starts_from": "pretrain", "scores_from": BASELINE_SCORES[method.name], "measure": measure}
+    if method.name in DYNAMIC and common["allocation"] in LEARNED:
+        fields["allocation"] = "uniform"  # from which learned shares start
+    if method.name == "gradual":
+        fields["prune_share"] = Fraction(phases.prune.epochs, phases.prune.epochs + phases.finetune.epochs)
     return [_stage(recipe, f"{folder}/{method.label}", method.name, finetune, method, dense, **fields)]

@@ -184,6 +184,8 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             scores.refresh()
         except ValueError as error:
             raise NonFinite(f"{stage.name}: after step {step}: {error}; {_advice(training)}") from None
+    if state.dynamic_masks is not None:
+        state.dynamic_masks.update(step + 1)
     if state.ema is not None:
         state.ema.update(step + 1)
     return sums
@@ -274,7 +276,9 @@ def _validate(training: Training, progress: Progress) -> Progress:
         if overfits(*counts, smallest):
             raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, counts)
         progress = progress.with_good_step()
-    if training.context.recipe.select == "best_validation_robust":
+    masks = training.state.dynamic_masks
+    has_budget = masks is None or progress.step >= masks.settled_step
+    if training.context.recipe.select == "best_validation_robust" and has_budget:
         return progress.with_best(accuracies["robust_accuracy"])
     return progress
 

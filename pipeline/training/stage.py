@@ -35,6 +35,7 @@ from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker, truncate_rows
 from pipeline.training.batches import FreeNoise, micro_batches, replayed
 from pipeline.training.context import RunContext
+from pipeline.training.dynamic_masks import build_dynamic_masks
 from pipeline.training.engine import Engine
 from pipeline.training.health import check_worker
 from pipeline.training.loop import Training, train
@@ -155,8 +156,8 @@ class StageTrainer:
             check_micro_batch(recipe.model, size, growth.smallest, images)
         if step := group.broadcast(own.progress.step if own else 0):
             own = own or checkpoint.read_checkpoint(checkpoint.folder_of(self._folder, step))
-            keep, allocation = stage.keep_fraction, stage.allocation
-            scores = None if keep is None else Scores.attach(network, keep, allocation, zero)
+            keep, source = stage.keep_fraction, stage.mask_source
+            scores = None if keep is None else Scores.attach(network, keep, source, zero)
         else:
             scores = load_start(context, stage, network)
         network_state, drift = restored(NetworkState(network, scores), own), None
@@ -170,12 +171,17 @@ class StageTrainer:
         engine, decay = Engine(network, scores, stage.optimisation, context), stage.optimisation.ema_decay
         self._resources.callback(engine.close)
         self._network, self._progress = network, self._position(own)
+        dynamic_masks = None
+        if stage.is_dynamic:
+            assert scores is not None
+            dynamic_masks = build_dynamic_masks(stage, scores, engine, self._progress)
         self._state = StageState(
             network=network_state,
             engine=restored(engine, own),
             ema=restored(Ema(network, decay, scores), own) if decay is not None else None,
             noise=restored(FreeNoise(context), own) if stage.objective.carries_noise else None,
             drift=drift,
+            dynamic_masks=dynamic_masks,
         )
 
     def _position(self, own: Snapshot | None) -> Progress:

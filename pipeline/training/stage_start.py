@@ -40,15 +40,15 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
     tensors = overlaid(snapshot.model, snapshot.train_state)
     assert stage.keep_fraction is not None
     if stage.scores_from == "source":
-        scores = Scores.attach(network, stage.keep_fraction, stage.allocation, zero)
+        scores = Scores.attach(network, stage.keep_fraction, stage.mask_source, zero)
         load_state(network, tensors, scores)
         return scores
     load_state(network, tensors)
-    init = _score_init(context, stage, network)
-    return Scores.attach(network, stage.keep_fraction, stage.allocation, init)
+    init = score_init(context, stage, network)
+    return Scores.attach(network, stage.keep_fraction, stage.mask_source, init)
 
 
-def _score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:
+def score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:
     """The initial scores of a stage that has no checkpoint yet. SNIP uses the images of the first step."""
     recipe, group = context.recipe, context.group
     if stage.scores_from != "snip":

@@ -15,6 +15,7 @@ from pipeline.models.state import load_state, named_state
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.progress import Progress
 from pipeline.training.batches import FreeNoise
+from pipeline.training.dynamic_masks import DynamicMasks
 from pipeline.training.engine import Engine
 
 
@@ -76,6 +77,8 @@ class StageState:
     """For objectives that carry a perturbation from step to step."""
     drift: MaskDrift | None = None
     """How far the masks have changed; on rank 0 of phases that train scores."""
+    dynamic_masks: DynamicMasks | None = None
+    """For stages whose masks change while weights train; their scores are the masks."""
 
     def snapshot(self, progress: Progress) -> Snapshot:
         """The contents of a checkpoint. Collective."""

@@ -53,6 +53,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "baseline_epochs": "finetune_epochs",
         },
     },
+    "pgd, averaged, masks that change": {
+        "objective": {"name": "pgd", **ATTACK},
+        "phases": AVERAGED,
+        "sparsity": {"baselines": ["gradual"]},
+    },
     "free, averaged": {
         "objective": {"name": "free", "step_size": "1/10", "replays": 2},
         "phases": AVERAGED,

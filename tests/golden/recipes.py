@@ -32,6 +32,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sparsity": {"baselines": ["magnitude", "random", "snip"], "baseline_epochs": "finetune_epochs"},
         "model": SMALL_CNN,
     },
+    "pgd, masks that change": {
+        "objective": {"name": "pgd", **ATTACK},
+        "phases": dict.fromkeys(PHASES, SGD),
+        "sparsity": {"baselines": ["gradual"], "baseline_epochs": "finetune_epochs"},
+    },
     "fgsm, eps warm-up, averaged, growing images": {
         "objective": {"name": "fgsm", "eps_warmup": 0.5, **ONE_STEP},
         "phases": dict.fromkeys(SEARCH, SLOW | {"ema_decay": 0.9, "resolution": {"smallest": 32, "full_from": 1}}),

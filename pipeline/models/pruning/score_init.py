@@ -39,7 +39,9 @@ def scaled(name: str, weight: Tensor) -> Tensor:
 
 
 def first_scores(kind: str, seed: int) -> FirstScore:
-    """`scaled`, or one of DRAWS."""
+    """`scaled`, ones, or one of DRAWS."""
+    if kind == "ones":
+        return lambda name, weight: torch.ones_like(weight, requires_grad=False)
     return scaled if kind == "scaled" else random_scores(kind, seed)
 
 

@@ -19,7 +19,7 @@ from pipeline.models.pruning.allocation import MaskRule, mask_rule
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
 from pipeline.models.pruning.topk import masks_sha256
-from pipeline.recipe.methods import Allocation
+from pipeline.recipe.methods import MaskSource
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 
@@ -70,13 +70,14 @@ class Scores:
         cls,
         network: nn.Module,
         keep_fraction: Decimal,
-        allocation: Allocation = "uniform",
+        source: MaskSource = "uniform",
         init: FirstScore = scaled,
     ) -> Scores:
         """Add scores, initialised by `init`, and their mask to every maskable weight.
 
-        `allocation` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
-        scores, or global ranking with one learned rate per layer. Use `score_init.zero` if scores are loaded next.
+        `source` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
+        scores, or global ranking with one learned rate per layer. Or scores are binary, and are the masks. Use
+        `score_init.zero` if scores are loaded next.
         Errors: ValueError if there is nothing to mask or scores are already attached, and those of `init`.
         """
         layers = maskable(network)
@@ -85,10 +86,10 @@ class Scores:
         if any(parametrization_of(layer) for layer in layers.values()):
             raise ValueError("the network already has scores; attach them once")
         masked: dict[str, Masked] = {}
-        rule = mask_rule({name: _original(layer).shape for name, layer in layers.items()}, keep_fraction, allocation)
+        rule = mask_rule({name: _original(layer).shape for name, layer in layers.items()}, keep_fraction, source)
         for name, layer in layers.items():
             score = init(name, _original(layer))
-            masked[name] = Masked(score, score.new_zeros(1) if allocation == "learned" else None)
+            masked[name] = Masked(score, score.new_zeros(1) if source == "learned" else None)
             masked[name].train(layer.training)
             parametrize.register_parametrization(layer, "weight", masked[name])
         scores = cls(layers, masked, rule)
@@ -107,10 +108,21 @@ class Scores:
         for name, entry in self._masked.items():
             entry.mask.copy_(masks[name])
 
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace binary scores by `masks` (plain weight name -> bool, of the scores' shapes)."""
+        for name, entry in self._masked.items():
+            entry.score.copy_(masks[name])
+        self.refresh()
+
     def weights_changed(self) -> None:
         """Invalidate cached masked weights; call it after an optimizer step. Other changes are detected."""
         for entry in self._masked.values():
             entry.weight_changed()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Plain weight name -> the live weight before its mask."""
+        return {name: _original(layer).detach() for name, layer in self._layers.items()}
 
     def masks(self) -> dict[str, Tensor]:
         """Plain weight name -> its live bool mask."""

@@ -134,7 +134,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["sparsity.baselines=[magnitude, magnitude]"], "name one twice; remove the duplicate"),
         (["sparsity.baselines=magnitude"], "expected a list; write [magnitude]"),
         (["sparsity.score_weight_decay=-1"], "score_weight_decay = -1: Input should be greater than or equal to 0"),
-        (["sparsity.baselines=[grasp]"], "Input should be 'hydra', 'magnitude', 'random' or 'snip'"),
+        (["sparsity.baselines=[grasp]"], "Input should be 'hydra', 'magnitude', 'random', 'snip' or 'gradual'"),
         (["sparsity.baselines=[hydra]"], "hydra is the recipe's own method, which is always trained"),
         (["sparsity.baselines=[{name: hydra, allocation: uniform}]"], "hydra-uniform is the recipe's own method"),
         (["sparsity.baselines=[{name: snip, allocation: learned}]"], "snip has no prune phase that could learn"),

@@ -39,11 +39,13 @@ from tests.unit.report.test_report import ACCURACY, OTHERS, edit, png_size, writ
 
 STRANGE = "a$b^{c}<script>&$\"]'"
 EVERY = ("sparsity.baselines=[snip, random, magnitude]",)
+DRAWN = ("dense", "HYDRA", "magnitude", "random", "SNIP")
+"""The networks of `run`."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """With all baselines, and an untrusted layer name."""
+    """With several baselines, and an untrusted layer name."""
     folder = write_run(tmp_path_factory.mktemp("charts") / STRANGE, 0, [*ACCURACY, *OTHERS], overrides=EVERY)
     write_history(folder)
     for stage in [*ACCURACY, *OTHERS]:
@@ -83,7 +85,7 @@ def test_png_and_page_share_colours_markers_and_lines(run: RunResult) -> None:
     comparisons = compare_all([run])
     figure = accuracy_figure([run], comparisons)
     root = ET.fromstring(accuracy_chart([run], comparisons, "robust").svg())
-    for name, method in {name: METHODS[name] for name in ("dense", *TITLES.values())}.items():
+    for name, method in {name: METHODS[name] for name in DRAWN}.items():
         (line,) = [line for line in figure.axes[0].lines if line.get_gid() == f'["line {name.lower()}"]']
         assert same_color(line.get_color(), method.colour)
         ((drawn,),) = [group for group in root if group.get("class") == f"line {name.lower()}"]
@@ -141,7 +143,7 @@ def test_charts_share_no_ids_and_make_no_requests(run: RunResult) -> None:
     drawings = [chart.svg() for chart in charts_of(run)]
     drawings += [legend_key(name, place) for name in ("dense", *TITLES.values()) for place in ("results", "layers")]
     drawings += [legend_key("HYDRA", "results", held_out=True)]
-    assert len(drawings) == 3 + 2 * 5 + 2 * 5 + 1
+    assert len(drawings) == 3 + 2 * 5 + 2 * (1 + len(TITLES)) + 1
     roots = [ET.fromstring(svg) for svg in drawings]
     ids = [element.attrib["id"] for root in roots for element in root.iter() if "id" in element.attrib]
     assert len(set(ids)) == len(ids) > 50
