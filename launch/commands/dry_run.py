@@ -86,7 +86,7 @@ def _images(recipe: Recipe, stage: Stage, per_epoch: int) -> int:
 
 
 def _stage_line(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
-    phase, weights = stage.optimisation, recipe.model.weights
+    phase, weights = stage.optimisation, recipe.model.weights if stage.keep_fraction is None else None
     start = f"from {stage.starts_from or weights or 'scratch'}"
     line = f"{stage.name:<22} {phase.epochs:>3} epochs  lr {phase.lr:<7g} trains {stage.trains}, {start}"
     if per_epoch is None:

@@ -54,6 +54,18 @@ def kept_fraction_at(keep_fraction: Decimal, elapsed: Fraction) -> Fraction:
     return keep + (1 - keep) * (1 - elapsed) ** 3
 
 
+LARGEST_DROP, SMALLEST_DROP = 0.5, 0.005
+"""Flying Bird: fractions of a layer's connections that are exchanged at the first and last update."""
+
+
+def drop_fraction_at(elapsed: float) -> float:
+    """Fraction of a layer's connections that Flying Bird exchanges once `elapsed` (in [0, 1]) of the stage is done.
+
+    A cosine from LARGEST_DROP to SMALLEST_DROP (Chen et al., ICLR 2022, in the authors' code).
+    """
+    return SMALLEST_DROP + 0.5 * (LARGEST_DROP - SMALLEST_DROP) * (1.0 + math.cos(math.pi * elapsed))
+
+
 def strength_at(elapsed: float, warmup: float) -> float:
     """Fraction of the full eps once `elapsed` (in [0, 1)) of the phase is done: linear from 0 to 1 over `warmup`.
 

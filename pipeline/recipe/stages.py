@@ -10,13 +10,33 @@ from typing import Any, Literal
 
 from pipeline.recipe.attacks import Attack
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.methods import DYNAMIC, HYDRA, LEARNED, PRUNING, Allocation, MaskSource, Method, MethodName
+from pipeline.recipe.methods import (
+    DYNAMIC,
+    FROM_SCRATCH,
+    HYDRA,
+    LEARNED,
+    PRUNING,
+    Allocation,
+    MaskSource,
+    Method,
+    MethodName,
+)
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.sections import Phase
 from pipeline.recipe.sparsity import ScoreInit
 
-PhaseName = Literal["pretrain", "prune", "finetune", "magnitude", "random", "snip", "gradual"]
+PhaseName = Literal[
+    "pretrain",
+    "prune",
+    "finetune",
+    "magnitude",
+    "random",
+    "snip",
+    "gradual",
+    "flying_bird",
+    "flying_bird_plus",
+]
 """A method of one stage is a phase of its own."""
 DENSE = "dense"
 ScoresFrom = Literal["none", "source", "random", "snip", "ones"] | ScoreInit
@@ -25,6 +45,8 @@ BASELINE_SCORES: dict[MethodName, ScoresFrom] = {
     "random": "random",
     "snip": "snip",
     "gradual": "ones",
+    "flying_bird": "random",
+    "flying_bird_plus": "random",
 }
 
 
@@ -57,7 +79,9 @@ class Stage:
 
     @property
     def section(self) -> str:
-        """The section of `phases` that its optimisation is from."""
+        """The section of `phases` that its optimisation is from, with the schedules of its objective."""
+        if self.method is not None and self.method.name in FROM_SCRATCH:
+            return "pretrain"
         return self.phase if self.phase in ("pretrain", "prune") else "finetune"
 
     @property
@@ -101,7 +125,10 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     A fixed mask comes from the scaled initialisation (magnitude, the paper's LWM), random scores, or connection
     sensitivity (snip); under it, the dense network is finetuned at the finetune phase's learning rate, by default for
     as many epochs as prune and finetune have together. Gradual pruning does the same under a mask that starts dense,
-    and prunes over prune's share of these epochs. Without a finetune phase the pruned network itself is evaluated.
+    and prunes over prune's share of these epochs. Flying Bird trains a
+    sparse network from scratch, with pretrain's optimisation and as many epochs as all phases have.
+
+    Without a finetune phase the pruned network itself is evaluated.
     """
     dense = _stage(recipe, "pretrain", "pretrain", recipe.phases.pretrain, None, 0, measure=recipe.objective.measure)
     networks = itertools.product(recipe.sparsity.keep_fractions, (HYDRA, *recipe.sparsity.baselines))
@@ -130,6 +157,8 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
     folder = f"keep-{canonical_decimal(keep)}"
     common: dict[str, Any] = {"keep_fraction": keep, "allocation": method.allocation or sparsity.allocation}
+    if method.name in DYNAMIC and common["allocation"] in LEARNED:
+        common["allocation"] = "uniform"  # from which learned shares start
     if method.name in PRUNING:
         folder = folder if method == HYDRA else f"{folder}/{method.label}"
         fields = common | {"trains": "scores", "scores_from": sparsity.score_init, "starts_from": "pretrain"}
@@ -141,11 +170,14 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
         return [prune, _stage(recipe, f"{folder}/finetune", "finetune", phases.finetune, method, pruned, **fields)]
     assert phases.finetune is not None, "the recipe's validation"
     assert method.name != "hydra", "it has a prune phase"
+    if method.name in FROM_SCRATCH:
+        epochs, objective = pruned + phases.finetune.epochs, phases.finetune.objective
+        whole = phases.pretrain.model_copy(update={"epochs": epochs, "objective": objective})
+        fields = common | {"scores_from": BASELINE_SCORES[method.name], "measure": measure}
+        return [_stage(recipe, f"{folder}/{method.label}", method.name, whole, method, 0, **fields)]
     extra = phases.prune.epochs if sparsity.baseline_epochs == "same_total_epochs" else 0
     finetune = phases.finetune.model_copy(update={"epochs": extra + phases.finetune.epochs})
     fields = common | {"starts_from": "pretrain", "scores_from": BASELINE_SCORES[method.name], "measure": measure}
-    if method.name in DYNAMIC and common["allocation"] in LEARNED:
-        fields["allocation"] = "uniform"  # from which learned shares start
     if method.name == "gradual":
         fields["prune_share"] = Fraction(phases.prune.epochs, phases.prune.epochs + phases.finetune.epochs)
     return [_stage(recipe, f"{folder}/{method.label}", method.name, finetune, method, dense, **fields)]

@@ -185,6 +185,7 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
         except ValueError as error:
             raise NonFinite(f"{stage.name}: after step {step}: {error}; {_advice(training)}") from None
     if state.dynamic_masks is not None:
+        state.dynamic_masks.count(int(sums.robust_correct), int(sums.images))
         state.dynamic_masks.update(step + 1)
     if state.ema is not None:
         state.ema.update(step + 1)
@@ -264,7 +265,9 @@ def _validate(training: Training, progress: Progress) -> Progress:
     Errors: CatastrophicOverfitting.
     """
     stage, started = training.stage, time.monotonic()
-    accuracies = training.validate(attack_strength(stage.objective, stage.phase, progress.step / progress.total_steps))
+    accuracies = training.validate(
+        attack_strength(stage.objective, stage.section, progress.step / progress.total_steps)
+    )
     position = {"step": progress.step, "epoch": progress.step / progress.steps_per_epoch}
     if training.rows is not None:
         timing = {"seconds": time.monotonic() - started}
@@ -277,6 +280,8 @@ def _validate(training: Training, progress: Progress) -> Progress:
             raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, counts)
         progress = progress.with_good_step()
     masks = training.state.dynamic_masks
+    if masks is not None:
+        masks.validated(accuracies["robust_accuracy"])
     has_budget = masks is None or progress.step >= masks.settled_step
     if training.context.recipe.select == "best_validation_robust" and has_budget:
         return progress.with_best(accuracies["robust_accuracy"])

@@ -174,7 +174,8 @@ class StageTrainer:
         dynamic_masks = None
         if stage.is_dynamic:
             assert scores is not None
-            dynamic_masks = build_dynamic_masks(stage, scores, engine, self._progress)
+            dynamic_masks = build_dynamic_masks(stage, recipe.seed, scores, engine, self._progress)
+            dynamic_masks = restored(dynamic_masks, own)
         self._state = StageState(
             network=network_state,
             engine=restored(engine, own),
@@ -219,7 +220,7 @@ class StageTrainer:
             stage=stage,
             context=context,
             state=self._state,
-            objective=build_objective(stage.objective, recipe.threat_model, stage.phase, progress.level),
+            objective=build_objective(stage.objective, recipe.threat_model, stage.section, progress.level),
             micro_batches=replayed(batches, per_step, replays, progress.step) if replays > 1 else batches,
             rows=self._tracker,
             validate=build_validation(context, stage, self._network, self._state.ema, loader, held_out_ids),

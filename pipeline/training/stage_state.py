@@ -83,7 +83,7 @@ class StageState:
     def snapshot(self, progress: Progress) -> Snapshot:
         """The contents of a checkpoint. Collective."""
         train_state: dict[str, Tensor] = {}
-        parts: list[Stateful | None] = [self.engine, self.ema, self.noise, self.drift]
+        parts: list[Stateful | None] = [self.engine, self.ema, self.noise, self.drift, self.dynamic_masks]
         for part in parts:
             if part is not None:
                 train_state |= part.state()

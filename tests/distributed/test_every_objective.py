@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pgd, averaged, masks that change": {
         "objective": {"name": "pgd", **ATTACK},
         "phases": AVERAGED,
-        "sparsity": {"baselines": ["gradual"]},
+        "sparsity": {"baselines": ["gradual", "flying_bird", {"name": "flying_bird_plus", "allocation": "erk"}]},
     },
     "free, averaged": {
         "objective": {"name": "free", "step_size": "1/10", "replays": 2},

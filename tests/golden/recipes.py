@@ -35,7 +35,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pgd, masks that change": {
         "objective": {"name": "pgd", **ATTACK},
         "phases": dict.fromkeys(PHASES, SGD),
-        "sparsity": {"baselines": ["gradual"], "baseline_epochs": "finetune_epochs"},
+        "sparsity": {
+            "baselines": ["gradual", "flying_bird", "flying_bird_plus"],
+            "baseline_epochs": "finetune_epochs",
+        },
+        "evaluation": {"validation_steps": 1},
     },
     "fgsm, eps warm-up, averaged, growing images": {
         "objective": {"name": "fgsm", "eps_warmup": 0.5, **ONE_STEP},
@@ -112,5 +116,6 @@ def golden_recipe(data: Path, name: str) -> Recipe:
         "honesty_images": 0,
         "validation_steps": 0,
         "attacks": [],
+        **sections.get("evaluation", {}),
     }
     return parse_recipe(values, name)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.recipe.learning_rate import Constant
-from pipeline.recipe.schedules import image_size_at, kept_fraction_at, lr_at, strength_at
+from pipeline.recipe.schedules import drop_fraction_at, image_size_at, kept_fraction_at, lr_at, strength_at
 from pipeline.recipe.sections import Phase, Resolution
 
 
@@ -133,3 +133,7 @@ def test_gradual_sparsity_follows_the_cubic_of_zhu_and_gupta(percent: int, updat
     assert float(sparsity) == pytest.approx(final + (0 - final) * (1 - number / updates) ** 3, abs=1e-12)
     assert kept_fraction_at(keep, Fraction(0)) == 1
     assert kept_fraction_at(keep, Fraction(1)) == keep, "exactly"
+
+
+def test_flying_bird_exchanges_half_at_first_and_little_in_the_end() -> None:
+    assert [drop_fraction_at(elapsed) for elapsed in (0, 0.5, 1)] == pytest.approx([0.5, 0.2525, 0.005])

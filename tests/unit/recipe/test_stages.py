@@ -123,6 +123,23 @@ def test_gradual_pruning_has_a_baselines_epochs_and_prunes_over_prunes_share() -
     assert {stage.mask_source for stage in by_name(recipe_with()).values()} == {"uniform"}
 
 
+@pytest.mark.parametrize("name", ["flying_bird", "flying_bird_plus"])
+def test_flying_bird_needs_no_dense_network_and_has_hydras_epochs(name: str) -> None:
+    """And not the objective of a pretrain phase that is clean, as in searches."""
+    clean = [
+        "phases.pretrain.objective={name: clean}",
+        "phases.finetune.objective={name: trades, steps: 2, step_size: 1/15}",
+    ]
+    for choice in ("same_total_epochs", "finetune_epochs"):
+        recipe = recipe_with(f"sparsity.baseline_epochs={choice}", f"sparsity.baselines=[{name}]", *clean)
+        stage = by_name(recipe)[f"keep-0.01/{name}"]
+        assert (stage.starts_from, stage.scores_from, stage.first_epoch) == (None, "random", 0)
+        assert (stage.trains, stage.mask_source, stage.section) == ("weights", "binary", "pretrain")
+        assert (stage.optimisation.epochs, stage.objective.name) == (7 + 3 + 5, "trades")
+        assert stage.optimisation.lr == 0.3
+        assert stage.measure == "pgd"
+
+
 def test_hydra_with_another_allocation_has_stages_of_its_own() -> None:
     recipe = recipe_with("sparsity.baselines=[{name: hydra, allocation: erk}, {name: magnitude, allocation: global}]")
     stages = by_name(recipe)
