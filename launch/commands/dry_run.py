@@ -93,7 +93,7 @@ def _images(recipe: Recipe, stage: Stage, per_epoch: int) -> int:
 
 
 def _stage_text(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
-    phase, weights = stage.optimisation, recipe.model.weights
+    phase, weights = stage.optimisation, recipe.model.weights if stage.keep_fraction is None else None
     if stage.trials:
         images = f"{recipe.data.validation_images:,} held-out images"
         return f"the best of its {len(stage.trials)} trials, by robust accuracy on {images}"

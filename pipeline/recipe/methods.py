@@ -11,15 +11,25 @@ from pipeline.recipe.fields import Section
 Allocation = Literal["uniform", "erk", "global", "learned", "harp"]
 LEARNED: tuple[Allocation, ...] = ("learned", "harp")
 """Allocations that the prune phase learns: for methods that have one."""
-MethodName = Literal["hydra", "s2ap", "magnitude", "random", "snip"]
+MaskSource = Allocation | Literal["binary"]
+"""How masks follow from scores: by rank within an allocation; or scores are 1 where a connection is kept, and else 0,
+for methods that choose connections otherwise."""
+MethodName = Literal["hydra", "s2ap", "magnitude", "random", "snip", "gradual", "flying_bird", "flying_bird_plus"]
 PRUNING: tuple[MethodName, ...] = ("hydra", "s2ap")
 """Methods that learn scores in the prune phase, and then finetune. The others are one stage."""
+FROM_SCRATCH: tuple[MethodName, ...] = ("flying_bird", "flying_bird_plus")
+"""Methods that need no dense network, and have the epochs of all of HYDRA's phases."""
+DYNAMIC: tuple[MethodName, ...] = ("gradual", *FROM_SCRATCH)
+"""Methods whose mask changes while weights train."""
 TITLES: dict[MethodName, str] = {
     "hydra": "HYDRA",
     "s2ap": "S2AP",
     "magnitude": "magnitude",
     "random": "random",
     "snip": "SNIP",
+    "gradual": "gradual",
+    "flying_bird": "Flying Bird",
+    "flying_bird_plus": "Flying Bird+",
 }
 ALLOCATION_TITLES: dict[Allocation, str] = {
     "uniform": "uniform",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 from pipeline.recipe.learning_rate import Constant, Cosine, Hydra, OneCycle, Step
 from pipeline.recipe.phase import GRAIN, Phase
@@ -54,6 +56,28 @@ def image_size_at(phase: Phase, image_size: int, epoch: int) -> int:
         return image_size
     elapsed = max(epoch - growth.grows_from, 0) / (growth.full_from - growth.grows_from)
     return min(round((growth.smallest + (image_size - growth.smallest) * elapsed) / GRAIN) * GRAIN, image_size)
+
+
+def kept_fraction_at(keep_fraction: Decimal, elapsed: Fraction) -> Fraction:
+    """Fraction of connections that gradual pruning keeps once `elapsed` (in [0, 1]) of its steps is done, exactly.
+
+    The cubic schedule of Zhu and Gupta (2017, section 3), from dense to `keep_fraction`: sparsity is
+    s (1 - (1 - elapsed)^3) for a final sparsity s.
+    """
+    keep = Fraction(keep_fraction)
+    return keep + (1 - keep) * (1 - elapsed) ** 3
+
+
+LARGEST_DROP, SMALLEST_DROP = 0.5, 0.005
+"""Flying Bird: fractions of a layer's connections that are exchanged at the first and last update."""
+
+
+def drop_fraction_at(elapsed: float) -> float:
+    """Fraction of a layer's connections that Flying Bird exchanges once `elapsed` (in [0, 1]) of the stage is done.
+
+    A cosine from LARGEST_DROP to SMALLEST_DROP (Chen et al., ICLR 2022, in the authors' code).
+    """
+    return SMALLEST_DROP + 0.5 * (LARGEST_DROP - SMALLEST_DROP) * (1.0 + math.cos(math.pi * elapsed))
 
 
 def strength_at(elapsed: float, warmup: float) -> float:

@@ -201,6 +201,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _flying_bird_plus_has_accuracies(self) -> Recipe:
+        if all(method.name != "flying_bird_plus" for method in self.sparsity.baselines):
+            return self
+        if self.evaluation.validation_steps == 0:
+            raise ValueError(
+                "sparsity.baselines: flying_bird_plus changes its sparsity by robust accuracy on the held-out images, "
+                "and evaluation.validation_steps 0 measures none; set evaluation.validation_steps=5 or use flying_bird"
+            )
+        objective = (self.phases.finetune and self.phases.finetune.objective) or self.objective
+        if not objective.counts_robust:
+            raise ValueError(
+                "sparsity.baselines: flying_bird_plus changes its sparsity by robust accuracy in training, and "
+                f"objective {objective.name} measures none; use flying_bird"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _workers_divide_a_step(self) -> Recipe:
         total = self.batch.micro_batches_per_step
         if total % self.workers.count:

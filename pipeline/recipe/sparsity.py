@@ -62,8 +62,9 @@ class Sparsity(Section):
     batchnorm: BatchNormMode = "trained"
     """BatchNorm in the prune phase: trained, with running statistics updated, or frozen as in the dense network."""
     baselines: tuple[Baseline, ...] = (Method(name="magnitude"),)
-    """What HYDRA is compared with: the dense network finetuned under a mask that is not learned, HYDRA with another
-    allocation, or with sharpness-aware scores: [magnitude, {name: hydra, allocation: harp}, s2ap]."""
+    """What HYDRA is compared with: the dense network finetuned under a mask that is not learned or becomes sparser, a
+    network that is sparse from the start, HYDRA with another allocation, or with sharpness-aware scores:
+    [magnitude, {name: hydra, allocation: harp}, s2ap]."""
     baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"
     """Epochs of a baseline: as many as HYDRA's prune and finetune (equal budget), or finetune only (the paper)."""
     tune: Tune | None = None

@@ -5,21 +5,49 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal
 
 from pipeline.recipe.attacks import Attack
 from pipeline.recipe.fields import canonical_decimal
-from pipeline.recipe.methods import HYDRA, PRUNING, Allocation, Method, MethodName
+from pipeline.recipe.methods import (
+    DYNAMIC,
+    FROM_SCRATCH,
+    HYDRA,
+    LEARNED,
+    PRUNING,
+    Allocation,
+    MaskSource,
+    Method,
+    MethodName,
+)
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.phase import Phase
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.sparsity import ScoreInit, Tune
 
-PhaseName = Literal["pretrain", "prune", "finetune", "magnitude", "random", "snip"]
+PhaseName = Literal[
+    "pretrain",
+    "prune",
+    "finetune",
+    "magnitude",
+    "random",
+    "snip",
+    "gradual",
+    "flying_bird",
+    "flying_bird_plus",
+]
 """A method of one stage is a phase of its own."""
 DENSE = "dense"
-ScoresFrom = Literal["none", "source", "random", "snip"] | ScoreInit
-BASELINE_SCORES: dict[MethodName, ScoresFrom] = {"magnitude": "scaled", "random": "random", "snip": "snip"}
+ScoresFrom = Literal["none", "source", "random", "snip", "ones"] | ScoreInit
+BASELINE_SCORES: dict[MethodName, ScoresFrom] = {
+    "magnitude": "scaled",
+    "random": "random",
+    "snip": "snip",
+    "gradual": "ones",
+    "flying_bird": "random",
+    "flying_bird_plus": "random",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +79,10 @@ class Stage:
     starts_from: str | None = None
     """Stage whose selected checkpoint this one starts from."""
     scores_from: ScoresFrom = "none"
-    """Initial scores: none, the source stage's, connection sensitivity (snip), random, or `sparsity.score_init`."""
+    """Initial scores: none, the source stage's, connection sensitivity (snip), random, ones (dense), or
+    `sparsity.score_init`."""
+    prune_share: Fraction | None = None
+    """Share of the stage's steps after which gradual pruning has reached `keep_fraction`."""
     measure: str | None = None
     """How the finished network is evaluated on the test set; None for one that only the next stage uses."""
     attacks: tuple[Attack, ...] = ()
@@ -78,8 +109,19 @@ class Stage:
 
     @property
     def section(self) -> str:
-        """The section of `phases` that its optimisation is from."""
+        """The section of `phases` that its optimisation is from, with the schedules of its objective."""
+        if self.method is not None and self.method.name in FROM_SCRATCH:
+            return "pretrain"
         return self.phase if self.phase in ("pretrain", "prune") else "finetune"
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether its mask changes while weights train."""
+        return self.method is not None and self.method.name in DYNAMIC
+
+    @property
+    def mask_source(self) -> MaskSource:
+        return "binary" if self.is_dynamic else self.allocation
 
     @property
     def label(self) -> str:
@@ -122,7 +164,11 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
     A fixed mask comes from the scaled initialisation (magnitude, the paper's LWM), random scores, or connection
     sensitivity (snip); under it, the dense network is finetuned at the finetune phase's learning rate, by default for
-    as many epochs as prune and finetune have together. Without a finetune phase the pruned network itself is evaluated.
+    as many epochs as prune and finetune have together. Gradual pruning does the same under a mask that starts dense,
+    and prunes over prune's share of these epochs. Flying Bird trains a
+    sparse network from scratch, with pretrain's optimisation and as many epochs as all phases have.
+
+    Without a finetune phase the pruned network itself is evaluated.
     """
     dense = _stage(recipe, "pretrain", "pretrain", recipe.phases.pretrain, None, 0, measure=recipe.objective.measure)
     networks = itertools.product(recipe.sparsity.keep_fractions, (HYDRA, *recipe.sparsity.baselines))
@@ -152,6 +198,8 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
     folder = f"keep-{canonical_decimal(keep)}"
     common: dict[str, Any] = {"keep_fraction": keep, "allocation": method.allocation or sparsity.allocation}
+    if method.name in DYNAMIC and common["allocation"] in LEARNED:
+        common["allocation"] = "uniform"  # from which learned shares start
     if method.name in PRUNING:
         folder = folder if method == HYDRA else f"{folder}/{method.label}"
         fields = common | {"trains": "scores", "scores_from": sparsity.score_init, "starts_from": "pretrain"}
@@ -163,9 +211,16 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
         return [prune, _stage(recipe, f"{folder}/finetune", "finetune", phases.finetune, method, pruned, **fields)]
     assert phases.finetune is not None, "the recipe's validation"
     assert method.name not in ("hydra", "s2ap"), "they have a prune phase"
+    if method.name in FROM_SCRATCH:
+        epochs, objective = pruned + phases.finetune.epochs, phases.finetune.objective
+        whole = phases.pretrain.model_copy(update={"epochs": epochs, "objective": objective})
+        fields = common | {"scores_from": BASELINE_SCORES[method.name], "measure": measure}
+        return [_stage(recipe, f"{folder}/{method.label}", method.name, whole, method, 0, **fields)]
     extra = phases.prune.epochs if sparsity.baseline_epochs == "same_total_epochs" else 0
     finetune = phases.finetune.model_copy(update={"epochs": extra + phases.finetune.epochs})
     fields = common | {"starts_from": "pretrain", "scores_from": BASELINE_SCORES[method.name], "measure": measure}
+    if method.name == "gradual":
+        fields["prune_share"] = Fraction(phases.prune.epochs, phases.prune.epochs + phases.finetune.epochs)
     return [_stage(recipe, f"{folder}/{method.label}", method.name, finetune, method, dense, **fields)]
 
 

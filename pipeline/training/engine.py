@@ -16,7 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import nn
 from torch.nn.utils import get_total_norm
 
@@ -146,7 +146,7 @@ class Engine:
             self._engine.enable_backward_allreduce = group.world > 1
         self._allocate_state()
         # DeepSpeed divides the loss by this number for a mean; a normalised gradient of a rate does not scale with it.
-        local, normalised = context.local_micro_batches, scores is not None and scores.allocation == "learned"
+        local, normalised = context.local_micro_batches, scores is not None and scores.source == "learned"
         rates = [parameter for name, parameter in parameters.items() if normalised and name.startswith("rate/")]
         self._hooks = [rate.register_hook(lambda gradient: gradient / local) for rate in rates]
         self.autocast = autocast_of(recipe, group.device)
@@ -178,6 +178,24 @@ class Engine:
         if ends_step and self._scores is not None:
             self._scores.weights_changed()
         return self._zero is None or not self._zero.overflow  # ZeRO checks the norm and skips the step silently
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Set pruned weights and their optimizer state to zero, for a phase that trains weights. Collective."""
+        assert self._scores is not None
+        for name, mask in self._scores.masks().items():
+            parameter, pruned = self._parameters[f"weight/{name}"], ~mask
+            parameter.masked_fill_(pruned, 0.0)
+            if self._zero is None:
+                for slot in self._slots:
+                    self._optimizer.state[parameter][slot].masked_fill_(pruned, 0.0)
+                continue
+            safe_set_full_fp32_param(parameter, parameter)
+            for slot in self._slots:
+                full = safe_get_full_optimizer_state(parameter, slot)
+                assert full is not None, name
+                safe_set_full_optimizer_state(parameter, full.masked_fill(pruned, 0.0), slot)
+        self._scores.weights_changed()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The full optimizer state as fp32 CPU copies; call it after a step. Collective.

@@ -190,6 +190,9 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             scores.refresh()
         except ValueError as error:
             raise NonFinite(f"{stage.name}: after step {step}: {error}; {_advice(training)}") from None
+    if state.dynamic_masks is not None:
+        state.dynamic_masks.count(int(sums.robust_correct), int(sums.images))
+        state.dynamic_masks.update(step + 1)
     if state.ema is not None:
         state.ema.update(step + 1)
     return sums
@@ -270,7 +273,7 @@ def _validate(training: Training, progress: Progress) -> Progress:
     """
     stage, started, scores = training.stage, time.monotonic(), training.state.network.scores
     with nullcontext() if scores is None else scores.within_budget():
-        strength = attack_strength(stage.objective, stage.phase, progress.step / progress.total_steps)
+        strength = attack_strength(stage.objective, stage.section, progress.step / progress.total_steps)
         accuracies = training.validate(strength)
     position = {"step": progress.step, "epoch": progress.step / progress.steps_per_epoch}
     if training.rows is not None:
@@ -283,7 +286,11 @@ def _validate(training: Training, progress: Progress) -> Progress:
         if overfits(*counts, smallest):
             raise CatastrophicOverfitting(stage.name, progress.step, progress.level, progress.good_step, counts)
         progress = progress.with_good_step()
-    if training.context.recipe.select == "best_validation_robust":
+    masks = training.state.dynamic_masks
+    if masks is not None:
+        masks.validated(accuracies["robust_accuracy"])
+    has_budget = masks is None or progress.step >= masks.settled_step
+    if training.context.recipe.select == "best_validation_robust" and has_budget:
         return progress.with_best(accuracies["robust_accuracy"])
     return progress
 

@@ -36,6 +36,7 @@ from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker, truncate_rows
 from pipeline.training.batches import micro_batches, replayed
 from pipeline.training.context import RunContext
+from pipeline.training.dynamic_masks import build_dynamic_masks
 from pipeline.training.engine import Engine
 from pipeline.training.health import check_worker
 from pipeline.training.loop import Training, train
@@ -162,8 +163,8 @@ class StageTrainer:
             check_micro_batch(recipe.model, size, growth.smallest, images)
         if step := group.broadcast(own.progress.step if own else 0):
             own = own or checkpoint.read_checkpoint(checkpoint.folder_of(self._folder, step))
-            keep, allocation = stage.keep_fraction, stage.allocation
-            scores = None if keep is None else Scores.attach(network, keep, allocation, zero)
+            keep, source = stage.keep_fraction, stage.mask_source
+            scores = None if keep is None else Scores.attach(network, keep, source, zero)
         else:
             scores = load_start(context, stage, network)
         network_state, drift, penalty = restored(NetworkState(network, scores), own), None, None
@@ -181,6 +182,11 @@ class StageTrainer:
         self._network, self._progress = network, self._position(own)
         decay = stage.optimisation.ema_decay_per_step(self._progress.steps_per_epoch)
         noise = build_perturbations(context, stage, self._progress)
+        dynamic_masks = None
+        if stage.is_dynamic:
+            assert scores is not None
+            dynamic_masks = build_dynamic_masks(stage, recipe.seed, scores, engine, self._progress)
+            dynamic_masks = restored(dynamic_masks, own)
         self._state = StageState(
             network=network_state,
             engine=restored(engine, own),
@@ -188,6 +194,7 @@ class StageTrainer:
             noise=restored(noise, own) if noise is not None else None,
             drift=drift,
             penalty=None if penalty is None else restored(penalty, own),
+            dynamic_masks=dynamic_masks,
         )
 
     def _position(self, own: Snapshot | None) -> Progress:
@@ -221,7 +228,7 @@ class StageTrainer:
         batches = micro_batches(context, stage, loader, train_ids, first, end)
         self._resources.callback(batches.close)
         per_step = context.local_micro_batches
-        objective = build_objective(stage.objective, recipe.threat_model, stage.phase, progress.level)
+        objective = build_objective(stage.objective, recipe.threat_model, stage.section, progress.level)
         if stage.is_sharpness_aware:
             assert self._state.network.scores is not None
             objective = sharpness_aware(objective, self._state.network.scores)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.models import Network
 from pipeline.models.ema import overlaid
 from pipeline.models.import_weights import load_foreign
+from pipeline.models.pruning.drop_and_grow import first_masks
 from pipeline.models.pruning.score_init import FirstScore, first_scores, zero
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state
@@ -30,36 +31,41 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
     """Load the weights that a stage starts from, and attach its scores. Collective.
 
     The weights are those of the selected checkpoint of the stage that it starts from, else those of `model.weights`,
-    else those initialised from the seed.
+    else those initialised from the seed. A sparse network that trains from scratch has the last.
     """
     recipe = context.recipe
-    if stage.starts_from is None:
+    if stage.keep_fraction is None:
         if recipe.model.weights is not None:
             load_foreign(network, Path(recipe.model.weights), recipe.model)
         return None
+    if stage.starts_from is None:
+        init = score_init(context, stage, network)
+        return Scores.attach(network, stage.keep_fraction, stage.mask_source, init)
     source = context.run_folder / stage.starts_from
     snapshot = checkpoint.read_checkpoint(
         checkpoint.folder_of(source, StageResult.read(StageFolder(source).result).selected_step or 0)
     )
     tensors = overlaid(snapshot.model, snapshot.train_state)
-    assert stage.keep_fraction is not None
     if stage.scores_from == "source":
-        scores = Scores.attach(network, stage.keep_fraction, stage.allocation, zero)
+        scores = Scores.attach(network, stage.keep_fraction, stage.mask_source, zero)
         load_state(network, tensors, scores)
         return scores
     load_state(network, tensors)
-    init = _score_init(context, stage, network)
-    return Scores.attach(network, stage.keep_fraction, stage.allocation, init)
+    init = score_init(context, stage, network)
+    return Scores.attach(network, stage.keep_fraction, stage.mask_source, init)
 
 
-def _score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:
+def score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:
     """The initial scores of a stage that has no checkpoint yet. SNIP uses the images of the first step."""
     recipe, group = context.recipe, context.group
+    if stage.scores_from == "random" and stage.is_dynamic:
+        assert stage.keep_fraction is not None
+        return first_masks(network, stage.keep_fraction, stage.allocation, first_scores("random", recipe.seed))
     if stage.scores_from != "snip":
         return first_scores(stage.scores_from, recipe.seed)
     loader = context.loader(recipe.data.train_file)
     train_ids, _ = context.training_samples(loader)
-    objective = build_objective(stage.objective, recipe.threat_model, stage.phase)
+    objective = build_objective(stage.objective, recipe.threat_model, stage.section)
     with closing(micro_batches(context, stage, loader, train_ids, 0, 1)) as batches:
         dense, autocast = network.to(group.device), autocast_of(recipe, group.device)
         seed, key = recipe.seed, stage.random_key

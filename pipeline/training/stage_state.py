@@ -15,6 +15,7 @@ from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import load_state, named_state
 from pipeline.run.checkpoint import Snapshot
 from pipeline.run.progress import Progress
+from pipeline.training.dynamic_masks import DynamicMasks
 from pipeline.training.engine import Engine
 
 
@@ -90,11 +91,14 @@ class StageState:
     """How far the masks have changed; on rank 0 of phases that train scores."""
     penalty: BudgetPenalty | None = None
     """For scores that are trained with HARP's allocation."""
+    dynamic_masks: DynamicMasks | None = None
+    """For stages whose masks change while weights train; their scores are the masks."""
 
     def snapshot(self, progress: Progress) -> Snapshot:
         """The contents of a checkpoint. Collective."""
         train_state: dict[str, Tensor] = {}
-        parts: list[Stateful | None] = [self.engine, self.ema, self.noise, self.drift, self.penalty]
+        others = (self.ema, self.noise, self.drift, self.penalty, self.dynamic_masks)
+        parts: list[Stateful | None] = [self.engine, *others]
         for part in parts:
             if part is not None:
                 train_state |= part.state()

@@ -58,6 +58,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "phases": AVERAGED,
         "data": {"augmentation": "pad_crop_flip"},
     },
+    "pgd, averaged, masks that change": {
+        "objective": {"name": "pgd", **ATTACK},
+        "phases": AVERAGED,
+        "sparsity": {"baselines": ["gradual", "flying_bird", {"name": "flying_bird_plus", "allocation": "erk"}]},
+    },
     "free, averaged": {
         "objective": {"name": "free", "step_size": "1/10", "replays": 2},
         "phases": AVERAGED,

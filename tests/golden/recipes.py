@@ -32,6 +32,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sparsity": {"baselines": ["magnitude", "random", "snip"], "baseline_epochs": "finetune_epochs"},
         "model": SMALL_CNN,
     },
+    "pgd, masks that change": {
+        "objective": {"name": "pgd", **ATTACK},
+        "phases": dict.fromkeys(PHASES, SGD),
+        "sparsity": {
+            "baselines": ["gradual", "flying_bird", "flying_bird_plus"],
+            "baseline_epochs": "finetune_epochs",
+        },
+        "evaluation": {"validation_steps": 1},
+    },
     "fgsm, eps warm-up, averaged, growing images": {
         "objective": {"name": "fgsm", "eps_warmup": 0.5, **ONE_STEP},
         "phases": dict.fromkeys(SEARCH, SLOW | {"ema_decay": 0.9, "resolution": {"smallest": 32, "full_from": 1}}),
@@ -113,5 +122,6 @@ def golden_recipe(data: Path, name: str) -> Recipe:
         "honesty_images": 0,
         "validation_steps": 0,
         "attacks": [],
+        **sections.get("evaluation", {}),
     }
     return parse_recipe(values, name)

@@ -16,7 +16,7 @@ import torch
 from pipeline.recipe.objective import TECHNIQUES
 from pipeline.recipe.stages import PhaseName, stages_of
 from pipeline.run.files import read_json
-from tests.golden.recipes import RECIPES, STEPS, UNSTEADY, golden_recipe
+from tests.golden.recipes import EPOCHS, RECIPES, STEPS, UNSTEADY, golden_recipe
 from tests.golden.record import DEADLINE_S, FILE, Facts, Golden, processor, replace_section, run_golden_recipes
 
 pytestmark = pytest.mark.timeout(DEADLINE_S + 60)
@@ -94,7 +94,8 @@ def test_every_objective_and_phase_is_recorded_with_all_its_steps(tmp_path: Path
             stages = {stage.name: stage for stage in stages_of(recipe)}
             assert section["recipes"][name].keys() == stages.keys()
             for stage, facts in section["recipes"][name].items():
-                assert len(facts["losses"].split()) == STEPS
+                epochs, replays = stages[stage].optimisation.epochs, stages[stage].objective.steps_per_batch
+                assert len(facts["losses"].split()) == STEPS // EPOCHS * epochs * replays
                 assert ("masks" in facts) == (stages[stage].keep_fraction is not None)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.models.pruning.harp import floor_of, shares
 from pipeline.models.pruning.topk import kept_count, kth_largest, topk_mask
-from pipeline.recipe.methods import Allocation
+from pipeline.recipe.methods import MaskSource
 
 MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 """Scores per layer, and rates if the allocation is learned -> bool masks of the scores' shapes.
@@ -28,15 +28,18 @@ LARGEST_RATE = 30.0
 """Bound on |rate - mean rate|, so that exp does not overflow; such a layer already takes the budget first."""
 
 
-def mask_rule(shapes: Mapping[str, torch.Size], keep_fraction: Decimal, allocation: Allocation) -> MaskRule:
-    """The mask rule of a network whose weights have `shapes`; picklable. Its masks keep the budget exactly."""
-    counts = (erdos_renyi_kernel if allocation == "erk" else uniform)(shapes, keep_fraction)
+def mask_rule(shapes: Mapping[str, torch.Size], keep_fraction: Decimal | Fraction, source: MaskSource) -> MaskRule:
+    """The mask rule of a network whose weights have `shapes`; picklable. Its masks keep the budget exactly, unless
+    scores are binary: then they are what is not 0."""
+    if source == "binary":
+        return partial(_by_scores, binary_masks)
+    counts = (erdos_renyi_kernel if source == "erk" else uniform)(shapes, keep_fraction)
     budget = total_kept(shapes, keep_fraction)
-    if allocation == "harp":
+    if source == "harp":
         return partial(harp_masks, floor=floor_of(keep_fraction), budget=budget)
-    if allocation == "learned":
+    if source == "learned":
         return partial(learned_masks, counts=counts, budget=budget)
-    if allocation == "global":
+    if source == "global":
         return partial(_by_scores, partial(global_masks, budget=budget))
     return partial(_by_scores, partial(layer_masks, counts=counts))
 
@@ -48,17 +51,21 @@ def _by_scores(
     return make(scores)
 
 
-def uniform(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
+def binary_masks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: score != 0 for name, score in scores.items()}
+
+
+def uniform(shapes: Mapping[str, torch.Size], keep_fraction: Decimal | Fraction) -> dict[str, int]:
     """Connections kept per layer: the same fraction of each, as in the paper."""
     return {name: kept_count(shape.numel(), keep_fraction) for name, shape in shapes.items()}
 
 
-def total_kept(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> int:
+def total_kept(shapes: Mapping[str, torch.Size], keep_fraction: Decimal | Fraction) -> int:
     """The budget of the non-uniform allocations: keep_fraction of all connections, at least one per layer."""
     return max(kept_count(sum(shape.numel() for shape in shapes.values()), keep_fraction), len(shapes))
 
 
-def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], keep_fraction: Decimal) -> dict[str, int]:
+def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], keep_fraction: Decimal | Fraction) -> dict[str, int]:
     """ERK (Evci et al., ICML 2020, section 3): the density of a layer is proportional to the sum of its dimensions
     over their product, at most 1; small layers stay denser.
     """

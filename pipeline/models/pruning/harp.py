@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from decimal import Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ MET = 5e-5
 """A penalty up to this is printed as 0.0000 by the authors' code, which then keeps the weight."""
 
 
-def floor_of(keep_fraction: Decimal) -> float:
+def floor_of(keep_fraction: Decimal | Fraction) -> float:
     return FLOOR * float(keep_fraction)
 
 

@@ -39,7 +39,9 @@ def scaled(name: str, weight: Tensor) -> Tensor:
 
 
 def first_scores(kind: str, seed: int) -> FirstScore:
-    """`scaled`, or one of DRAWS."""
+    """`scaled`, ones, or one of DRAWS."""
+    if kind == "ones":
+        return lambda name, weight: torch.ones_like(weight, requires_grad=False)
     return scaled if kind == "scaled" else random_scores(kind, seed)
 
 
@@ -77,22 +79,27 @@ def random_scores(kind: str, seed: int) -> FirstScore:
     def initial_scores(name: str, weight: Tensor) -> Tensor:
         field = weight[0, 0].numel()
         scale = scale_of(weight.shape[1] * field, weight.shape[0] * field)
-        return _draw_scores(name, weight, seed, kind, draw, scale)
+        return _drawn(weight, draw, scale, seed, "score", kind, name)
 
     return initial_scores
 
 
-def _draw_scores(
-    name: str,
+def uniform_draws(weight: Tensor, seed: int, purpose: str, *scope: int | str) -> Tensor:
+    """One number per connection, uniform in [0, 1], of the weight's shape, dtype and device; keyed as in `rng`."""
+    return _drawn(weight, uniforms, 1.0, seed, purpose, *scope)
+
+
+def _drawn(
     weight: Tensor,
-    seed: int,
-    kind: str,
     draw: Callable[[NDArray[np.uint64], int], NDArray[np.float64]],
     scale: float,
+    seed: int,
+    purpose: str,
+    *scope: int | str,
 ) -> Tensor:
     """One number per connection, one stream per output of the layer."""
     outputs, inputs = weight.shape[0], weight[0].numel()
-    keys = sample_keys(np.arange(outputs), seed, "score", kind, name)
+    keys = sample_keys(np.arange(outputs), seed, purpose, *scope)
     score = np.empty((outputs, inputs), np.float32)
     rows = max(BLOCK // inputs, 1)
     for start in range(0, outputs, rows):

@@ -22,7 +22,7 @@ from pipeline.models.pruning.harp import BudgetPenalty, first_k, floor_of
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
 from pipeline.models.pruning.topk import masks_sha256
-from pipeline.recipe.methods import LEARNED, Allocation
+from pipeline.recipe.methods import LEARNED, MaskSource
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 
@@ -57,10 +57,10 @@ def _original(layer: nn.Module) -> Tensor:
     return layer.parametrizations["weight"].original  # pyright: ignore
 
 
-def _first_rate(score: Tensor, keep_fraction: Decimal, allocation: Allocation) -> Tensor | None:
-    if allocation not in LEARNED:
+def _first_rate(score: Tensor, keep_fraction: Decimal, source: MaskSource) -> Tensor | None:
+    if source not in LEARNED:
         return None
-    return score.new_full((1,), first_k(keep_fraction) if allocation == "harp" else 0.0)
+    return score.new_full((1,), first_k(keep_fraction) if source == "harp" else 0.0)
 
 
 class Scores:
@@ -74,14 +74,14 @@ class Scores:
         layers: Mapping[str, nn.Module],
         masked: Mapping[str, Masked],
         keep_fraction: Decimal,
-        allocation: Allocation,
+        source: MaskSource,
     ) -> None:
         self._layers = layers
         self._masked = masked
         self._keep_fraction = keep_fraction
-        self.allocation: Allocation = allocation
+        self.source: MaskSource = source
         self._shapes = {name: entry.score.shape for name, entry in masked.items()}
-        self._exact: MaskRule = mask_rule(self._shapes, keep_fraction, allocation)
+        self._exact: MaskRule = mask_rule(self._shapes, keep_fraction, source)
         self._rule = self._exact
 
     @classmethod
@@ -89,14 +89,14 @@ class Scores:
         cls,
         network: nn.Module,
         keep_fraction: Decimal,
-        allocation: Allocation = "uniform",
+        source: MaskSource = "uniform",
         init: FirstScore = scaled,
     ) -> Scores:
         """Add scores, initialised by `init`, and their mask to every maskable weight.
 
-        `allocation` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
-        scores, global ranking with one learned rate per layer, or HARP's learned shares. Use `score_init.zero` if
-        scores are loaded next.
+        `source` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
+        scores, global ranking with one learned rate per layer, or HARP's learned shares. Or scores are binary, and are
+        the masks. Use `score_init.zero` if scores are loaded next.
         Errors: ValueError if there is nothing to mask or scores are already attached, and those of `init`.
         """
         layers = maskable(network)
@@ -105,13 +105,13 @@ class Scores:
         if any(parametrization_of(layer) for layer in layers.values()):
             raise ValueError("the network already has scores; attach them once")
         masked: dict[str, Masked] = {}
-        floor = floor_of(keep_fraction) if allocation == "harp" else None
+        floor = floor_of(keep_fraction) if source == "harp" else None
         for name, layer in layers.items():
             score = init(name, _original(layer))
-            masked[name] = Masked(score, _first_rate(score, keep_fraction, allocation), floor)
+            masked[name] = Masked(score, _first_rate(score, keep_fraction, source), floor)
             masked[name].train(layer.training)
             parametrize.register_parametrization(layer, "weight", masked[name])
-        scores = cls(layers, masked, keep_fraction, allocation)
+        scores = cls(layers, masked, keep_fraction, source)
         scores.refresh()
         return scores
 
@@ -135,7 +135,7 @@ class Scores:
     def follow_shares(self) -> BudgetPenalty | None:
         """For a phase that trains scores: from the next refresh on, HARP's masks have the layers' shares, whatever
         their total; the penalty draws it to the budget. None with other allocations, whose total is always exact."""
-        if self.allocation != "harp":
+        if self.source != "harp":
             return None
         floor, budget = floor_of(self._keep_fraction), total_kept(self._shapes, self._keep_fraction)
         self._rule = partial(harp_masks, floor=floor, budget=None)
@@ -179,10 +179,21 @@ class Scores:
 
         return restore
 
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace binary scores by `masks` (plain weight name -> bool, of the scores' shapes)."""
+        for name, entry in self._masked.items():
+            entry.score.copy_(masks[name])
+        self.refresh()
+
     def weights_changed(self) -> None:
         """Invalidate cached masked weights; call it after an optimizer step. Other changes are detected."""
         for entry in self._masked.values():
             entry.weight_changed()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Plain weight name -> the live weight before its mask."""
+        return {name: _original(layer).detach() for name, layer in self._layers.items()}
 
     def masks(self) -> dict[str, Tensor]:
         """Plain weight name -> its live bool mask."""
@@ -195,7 +206,7 @@ class Scores:
         Errors: those of `init`.
         """
         scores = {name: init(name, _original(layer)) for name, layer in self._layers.items()}
-        rates = {name: _first_rate(score, self._keep_fraction, self.allocation) for name, score in scores.items()}
+        rates = {name: _first_rate(score, self._keep_fraction, self.source) for name, score in scores.items()}
         return self._rule(scores, {name: rate for name, rate in rates.items() if rate is not None})
 
     def mask_sha256(self) -> str:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 
-def kept_count(n: int, keep_fraction: Decimal) -> int:
-    """Number of connections kept of `n`: n - floor((1 - keep_fraction) n), at least 1, in exact decimal arithmetic.
+def kept_count(n: int, keep_fraction: Decimal | Fraction) -> int:
+    """Number of connections kept of `n`: n - floor((1 - keep_fraction) n), at least 1, in exact arithmetic.
 
     In floats, (1 - 0.9) * 1000 is 99.99..., which keeps 901.
     Errors: ValueError unless 0 < keep_fraction <= 1.

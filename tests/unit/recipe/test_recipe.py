@@ -133,8 +133,20 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["phases.finetune=null"], "phases.finetune is null; set sparsity.baselines=[]"),
         (["sparsity.baselines=[magnitude, magnitude]"], "name one twice; remove the duplicate"),
         (["sparsity.baselines=magnitude"], "expected a list; write [magnitude]"),
+        (
+            ["sparsity.baselines=[flying_bird_plus]", "evaluation.validation_steps=0"],
+            "evaluation.validation_steps 0 measures none; set evaluation.validation_steps=5 or use flying_bird",
+        ),
+        (
+            ["sparsity.baselines=[flying_bird_plus]", "objective={name: clean}"],
+            "objective clean measures none; use flying_bird",
+        ),
         (["sparsity.score_weight_decay=-1"], "score_weight_decay = -1: Input should be greater than or equal to 0"),
-        (["sparsity.baselines=[grasp]"], "Input should be 'hydra', 's2ap', 'magnitude', 'random' or 'snip'"),
+        (
+            ["sparsity.baselines=[grasp]"],
+            "Input should be 'hydra', 's2ap', 'magnitude', 'random', 'snip', 'gradual', 'flying_bird' or "
+            "'flying_bird_plus'",
+        ),
         (["sparsity.baselines=[hydra]"], "hydra is the recipe's own method, which is always trained"),
         (["sparsity.baselines=[{name: hydra, allocation: uniform}]"], "hydra-uniform is the recipe's own method"),
         (["sparsity.baselines=[{name: snip, allocation: learned}]"], "snip has no prune phase that could learn"),

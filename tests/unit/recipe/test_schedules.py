@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -13,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from pipeline.recipe.learning_rate import Constant
 from pipeline.recipe.phase import Phase, Resolution
-from pipeline.recipe.schedules import image_size_at, lr_at, strength_at
+from pipeline.recipe.schedules import drop_fraction_at, image_size_at, kept_fraction_at, lr_at, strength_at
 
 
 @st.composite
@@ -203,3 +205,18 @@ def test_sizes_are_those_of_ffcv_imagenets_88_epochs() -> None:
 
 def test_a_phase_without_resizing_has_full_images() -> None:
     assert {image_size_at(Phase(epochs=3, lr=0.1), 28, epoch) for epoch in range(3)} == {28}
+
+
+@given(st.integers(1, 99), st.integers(1, 500), st.data())
+def test_gradual_sparsity_follows_the_cubic_of_zhu_and_gupta(percent: int, updates: int, data: st.DataObject) -> None:
+    """s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3 with s_i = 0."""
+    keep, final = Decimal(percent) / 100, 1 - percent / 100
+    number = data.draw(st.integers(0, updates))
+    sparsity = 1 - kept_fraction_at(keep, Fraction(number, updates))
+    assert float(sparsity) == pytest.approx(final + (0 - final) * (1 - number / updates) ** 3, abs=1e-12)
+    assert kept_fraction_at(keep, Fraction(0)) == 1
+    assert kept_fraction_at(keep, Fraction(1)) == keep, "exactly"
+
+
+def test_flying_bird_exchanges_half_at_first_and_little_in_the_end() -> None:
+    assert [drop_fraction_at(elapsed) for elapsed in (0, 0.5, 1)] == pytest.approx([0.5, 0.2525, 0.005])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,37 @@ def test_baselines_differ_in_their_scores_alone() -> None:
     ]
     assert others == [first, first]
     assert (first.trains, first.starts_from, first.measure) == ("weights", "pretrain", "pgd")
+
+
+def test_gradual_pruning_has_a_baselines_epochs_and_prunes_over_prunes_share() -> None:
+    for choice, epochs in (("same_total_epochs", 3 + 5), ("finetune_epochs", 5)):
+        baselines = "sparsity.baselines=[gradual, {name: gradual, allocation: erk}]"
+        stages = by_name(recipe_with(f"sparsity.baseline_epochs={choice}", "sparsity.allocation=learned", baselines))
+        own, erk = stages["keep-0.01/gradual"], stages["keep-0.01/gradual-erk"]
+        assert (own.phase, own.trains, own.starts_from, own.scores_from) == ("gradual", "weights", "pretrain", "ones")
+        assert (own.optimisation.epochs, own.section) == (epochs, "finetune")
+        assert own.prune_share == Fraction(3, 3 + 5)
+        assert (own.allocation, erk.allocation) == ("uniform", "erk"), "no shares are learned"
+        assert (own.mask_source, erk.mask_source) == ("binary", "binary")
+        assert (own.title, erk.title) == ("gradual", "gradual (ERK)")
+    assert {stage.mask_source for stage in by_name(recipe_with()).values()} == {"uniform"}
+
+
+@pytest.mark.parametrize("name", ["flying_bird", "flying_bird_plus"])
+def test_flying_bird_needs_no_dense_network_and_has_hydras_epochs(name: str) -> None:
+    """And not the objective of a pretrain phase that is clean, as in searches."""
+    clean = [
+        "phases.pretrain.objective={name: clean}",
+        "phases.finetune.objective={name: trades, steps: 2, step_size: 1/15}",
+    ]
+    for choice in ("same_total_epochs", "finetune_epochs"):
+        recipe = recipe_with(f"sparsity.baseline_epochs={choice}", f"sparsity.baselines=[{name}]", *clean)
+        stage = by_name(recipe)[f"keep-0.01/{name}"]
+        assert (stage.starts_from, stage.scores_from, stage.first_epoch) == (None, "random", 0)
+        assert (stage.trains, stage.mask_source, stage.section) == ("weights", "binary", "pretrain")
+        assert (stage.optimisation.epochs, stage.objective.name) == (7 + 3 + 5, "trades")
+        assert stage.optimisation.lr == 0.3
+        assert stage.measure == "pgd"
 
 
 def test_hydra_with_another_allocation_has_stages_of_its_own() -> None:
