@@ -70,8 +70,12 @@ class FgsmPgi(_SignedStep):
 
     @property
     def passes_per_step(self) -> int:
-        """Three: the attack's, and the update's at the start and at the example."""
-        return 3
+        return 1 + self.update_passes
+
+    @property
+    def update_passes(self) -> int:
+        """At the start and at the example."""
+        return 2
 
     def remembered_bytes(self, image_size: int) -> int:
         """A byte per value of three channels, and the epoch as an int32."""

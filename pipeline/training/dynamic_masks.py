@@ -132,7 +132,7 @@ class FlyingBird(DynamicMasks):
             kept = int(mask.count_nonzero())
             fewer, more = self._change(step, name, kept, mask.numel(), fraction)
             drop, grow = exchange_counts(kept, mask.numel(), fraction, fewer, more)
-            draws = uniform_draws(weight, self._seed, "grow", self._stage.name, name, step)
+            draws = uniform_draws(weight, self._seed, "grow", self._stage.random_key, name, step)
             result[name] = drop_and_grow(weight, mask, drop, grow, draws)
         return result
 

@@ -29,12 +29,9 @@ from pipeline.run.progress import Progress, Window
 from pipeline.training.batchnorm import BatchStatistics
 from pipeline.training.context import RunContext
 from pipeline.training.hardware import NodeUsage
+from pipeline.training.non_finite import NonFinite, advice, non_finite_loss
 from pipeline.training.stage_state import StageState
 from pipeline.training.stopwatch import Stopwatch
-
-
-class NonFinite(RuntimeError):
-    """A loss, gradient, weight, score or momentum is NaN or infinite; raised on all ranks, and never checkpointed."""
 
 
 class Rows(Protocol):
@@ -176,37 +173,26 @@ def _step(training: Training, statistics: BatchStatistics, progress: Progress, c
             sums.stops.fill_(float(context.stop_requested()))
             sums = StepSums.of(statistics.fold_in(sums.values).cpu())
             if not math.isfinite(float(sums.loss)):
-                raise NonFinite(_non_finite_message(training, step, losses))
+                raise non_finite_loss(stage, context.group, step, losses)
         if not engine.advance():
             ids = [i for ids, _ in losses for i in ids.tolist()]
             reason = (
                 f"a gradient of step {step} is not finite, although every loss is: samples {ids} and other workers'"
             )
-            raise NonFinite(f"{stage.name}: {reason}; {_advice(training)}")
+            raise NonFinite(f"{stage.name}: {reason}; {advice(stage)}")
     if stage.trains == "scores":
         scores = state.network.scores
         assert scores is not None
         try:
             scores.refresh()
         except ValueError as error:
-            raise NonFinite(f"{stage.name}: after step {step}: {error}; {_advice(training)}") from None
+            raise NonFinite(f"{stage.name}: after step {step}: {error}; {advice(stage)}") from None
     if state.dynamic_masks is not None:
         state.dynamic_masks.count(int(sums.robust_correct), int(sums.images))
         state.dynamic_masks.update(step + 1)
     if state.ema is not None:
         state.ema.update(step + 1)
     return sums
-
-
-def _non_finite_message(training: Training, step: int, losses: list[tuple[Tensor, Tensor]]) -> str:
-    """Names the samples of all micro-batches with a non-finite loss. Collective: the same message on every rank."""
-    local = [f"{float(loss)} for samples {ids.tolist()}" for ids, loss in losses if not math.isfinite(float(loss))]
-    where = "; ".join(part for parts in training.context.group.gather(local) for part in parts)
-    return f"{training.stage.name}: the loss of step {step} is not finite: {where}; {_advice(training)}"
-
-
-def _advice(training: Training) -> str:
-    return f"lower phases.{training.stage.section}.lr or lengthen its warm-up"
 
 
 def _add_sums(window: Window, sums: StepSums) -> Window:

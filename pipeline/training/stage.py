@@ -9,26 +9,21 @@ import logging
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.loading import sampling
-from pipeline.data.loading.preprocessing import Preprocessing
-from pipeline.data.manifest import read_manifest
 from pipeline.models import build_network, check_micro_batch, check_size
 from pipeline.models.ema import Ema, overlaid
-from pipeline.models.export import write_model
 from pipeline.models.pruning.mask_drift import MaskDrift
 from pipeline.models.pruning.score_init import first_scores, zero
 from pipeline.models.pruning.scores import Scores
-from pipeline.models.state import effective_state, layer_counts, load_state, train_only
-from pipeline.recipe.file import recipe_hash
+from pipeline.models.state import load_state, train_only
 from pipeline.recipe.stages import Stage
 from pipeline.robustness.objectives import build_objective
 from pipeline.robustness.objectives.s2ap import sharpness_aware
 from pipeline.robustness.overfitting import CatastrophicOverfitting
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import Snapshot, Writer
-from pipeline.run.files import atomic_write_json, make_folder, sha256_of
+from pipeline.run.files import atomic_write_json, make_folder
 from pipeline.run.layout import StageFolder, unevaluated
 from pipeline.run.lease import check_token
 from pipeline.run.progress import Progress
@@ -42,10 +37,11 @@ from pipeline.training.health import check_worker
 from pipeline.training.loop import Training, train
 from pipeline.training.rollback import roll_back
 from pipeline.training.stage_evaluation import build_validation, check_honesty, evaluate_stage
+from pipeline.training.stage_export import write_result
 from pipeline.training.stage_start import build_perturbations, load_start
 from pipeline.training.stage_state import NetworkState, StageState, restored
 from pipeline.training.stage_tracking import log_finished_parts, stage_tracker, summary_of
-from pipeline.training.trials import choose_trial, held_out_robust_accuracy
+from pipeline.training.trials import choose_trial
 
 log = logging.getLogger(__name__)
 
@@ -115,19 +111,6 @@ def _train_stage(context: RunContext, stage: Stage, own: Snapshot | None, tracke
             return _attempt(StageTrainer(context, stage, tracker, level), own)
         except CatastrophicOverfitting as overfitting:
             own, level = roll_back(context, stage, overfitting, tracker)
-
-
-def usage_metadata(context: RunContext) -> dict[str, Any]:
-    """What one needs beside the weights to use an exported network, for its metadata; a function of recipe and data.
-
-    Accuracies are not known yet, and the file must not change after its hash is in result.json.
-    """
-    recipe, manifest = context.recipe, read_manifest(context.recipe.data.test_file)
-    return {
-        "class_names": context.loader(recipe.data.train_file).class_names,
-        "threat_model": recipe.threat_model.model_dump(mode="json") if recipe.threat_model else None,
-        "preprocessing": Preprocessing.of(manifest, recipe.data.image_size, recipe.data.augmentation).to_json(),
-    }
 
 
 def _attempt(trainer: StageTrainer, own: Snapshot | None) -> None:
@@ -275,29 +258,7 @@ class StageTrainer:
             scores.keep_budget()
         load_state(network, model, scores)
         if context.group.is_first:
-            recipe, keep = context.recipe, stage.describe(progress.steps_per_epoch)["keep_fraction"]
-            facts = {
-                "keep_fraction": keep,
-                "mask_sha256": scores.mask_sha256() if scores is not None else None,
-                "recipe_sha256": recipe_hash(recipe),
-                "image_size": recipe.data.image_size,
-                **usage_metadata(context),
-            }
-            write_model(StageFolder(folder).network, effective_state(network), recipe.model, facts)
-            check_token(folder, context.token)
-            result = {
-                "stage": stage.name,
-                "phase": stage.phase,
-                "keep_fraction": keep,
-                "steps": progress.step,
-                "selected_step": selected,
-                "model_sha256": sha256_of(StageFolder(folder).network),
-                "mask_sha256": facts["mask_sha256"],
-                "layers": layer_counts(network),
-            }
-            if stage.trial_of is not None and stage.section == "finetune":
-                result["held_out_robust_accuracy"] = held_out_robust_accuracy(folder, selected)
-            atomic_write_json(StageFolder(folder).result, result)
+            write_result(context, stage, network, scores, progress, selected)
         context.group.barrier()
 
     def close(self) -> None:

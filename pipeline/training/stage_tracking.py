@@ -16,7 +16,7 @@ from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker
 from pipeline.training.context import RunContext
 from pipeline.training.hardware import hardware_of
-from pipeline.training.loop import NonFinite
+from pipeline.training.non_finite import NonFinite
 
 GROUPED_BY = ("method", "phase", "keep_fraction", "sparsity")
 """Facts shown beside a stage's accuracies in wandb's table of runs."""

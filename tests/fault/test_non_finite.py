@@ -19,7 +19,7 @@ from pipeline.distributed import Group
 from pipeline.recipe.schema import Recipe
 from pipeline.robustness.objectives import ObjectiveInput, ObjectiveOutput
 from pipeline.run import checkpoint
-from pipeline.training.loop import NonFinite
+from pipeline.training.non_finite import NonFinite
 from tests.bench.real_step import RealStep, recipe_of
 from tests.fault.final_state import unlike
 from tests.fault.poison import poisoned_samples, set_doses

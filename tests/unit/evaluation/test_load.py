@@ -33,7 +33,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.files import atomic_write_json, sha256_of
 from pipeline.training.context import RunContext
-from pipeline.training.stage import usage_metadata
+from pipeline.training.stage_export import usage_metadata
 from tests.support.small_recipe import small_recipe
 from tests.unit.report.test_report import evaluation
 

@@ -18,7 +18,7 @@ from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker
 from pipeline.training.context import RunContext
 from pipeline.training.hardware import hardware_of
-from pipeline.training.loop import NonFinite
+from pipeline.training.non_finite import NonFinite
 from pipeline.training.stage import run_stages
 from pipeline.training.stage_tracking import log_finished_parts, stage_tracker, summary_of
 from tests.support.small_recipe import small_recipe
