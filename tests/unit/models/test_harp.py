@@ -14,16 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models import build_network
 from pipeline.models.ema import Ema
 from pipeline.models.pruning.harp import BudgetPenalty
 from pipeline.models.pruning.score_init import zero
 from pipeline.models.pruning.scores import Scores
 from pipeline.models.state import effective_state, layer_counts, load_state, named_state, train_only
+from pipeline.recipe.methods import Allocation
+from pipeline.recipe.sections import Model
 
 KEEP = Decimal("0.2")
 FLOOR = 0.02
 NAMES = ("0.weight", "2.weight")
 SIZES = (30, 15)
+ALLOCATIONS: tuple[Allocation, Allocation] = ("harp", "uniform")
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6).sin()
 
 
@@ -216,6 +220,19 @@ def test_a_finished_network_keeps_the_exact_budget(
     scores.keep_budget()
     scores.refresh()
     assert [entry["kept"] for entry in layer_counts(network)] == counts
+
+
+def test_masks_that_stay_have_the_uniform_allocation() -> None:
+    """Their rates do not learn, so that all shares are equal: magnitude under `sparsity.allocation: harp`."""
+    networks = [build_network(Model(arch="small_cnn", num_classes=10), 0) for _ in ALLOCATIONS]
+    for network, allocation in zip(networks, ALLOCATIONS, strict=True):
+        Scores.attach(network, Decimal("0.01"), allocation)
+    harp, uniform = (layer_counts(network) for network in networks)
+    assert all(abs(one["kept"] - other["kept"]) <= 1 for one, other in zip(harp, uniform, strict=True))
+    state, uniform_state = (effective_state(network) for network in networks)
+    for entry in harp:
+        both = ((state[entry["name"]] != 0) & (uniform_state[entry["name"]] != 0)).sum()
+        assert entry["kept"] - 1 <= int(both), "the largest weights of each layer"
 
 
 def test_shares_are_scaled_by_one_factor() -> None:
