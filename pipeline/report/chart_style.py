@@ -41,7 +41,7 @@ _OWN = {
     "magnitude": MethodStyle("#b94e00", "#ff9248", "s", 7.2, (0, (2.8, 1.7))),
     "random": MethodStyle("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
     "SNIP": MethodStyle("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
-    "S2AP": MethodStyle("#4c2a00", "#e8d040", "p", 9.0, (0, (7, 1.7, 1, 1.7, 1, 1.7))),
+    "S2AP": MethodStyle("#0d0d12", "#8dff8f", "p", 9.0, (0, (7, 1.7, 1, 1.7, 1, 1.7))),
     "gradual": MethodStyle("#9500f5", "#778bb9", "*", 11.0, (0, (7, 1.5))),
     "Flying Bird": MethodStyle("#800f03", "#f74e14", "H", 9.0, (0, (4, 1, 1, 1, 1, 1))),
     "Flying Bird+": MethodStyle("#771091", "#ab8273", "h", 9.0, (0, (2, 3))),
