@@ -37,7 +37,7 @@ def selected(method: str, steps: int, per_epoch: int) -> tuple[int, list[int | N
     training: Any = SimpleNamespace(
         stage=stage,
         context=SimpleNamespace(recipe=recipe),
-        state=SimpleNamespace(dynamic_masks=dynamic),
+        state=SimpleNamespace(dynamic_masks=dynamic, network=SimpleNamespace(scores=scores)),
         validate=lambda strength: {"robust_accuracy": 1 - progress.step / steps},
         rows=None,
     )
