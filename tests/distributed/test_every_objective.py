@@ -26,7 +26,7 @@ from tests.support.processes import run_group
 from tests.support.small_recipe import small_recipe
 from tests.support.techniques import own_values
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1900)
 STOPS = (2, 5, 9)
 """Steps after which the run is stopped: within an epoch of each phase. A phase has 4, an epoch 2. With free they are
 twice as many, and the last two stops fall between the replays of a batch. A variant may have stops of its own."""
@@ -224,7 +224,7 @@ def runs(fashion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append((recipe, folder, leases[-1].token, ()))
     try:
         with ThreadPoolExecutor(2) as pool:
-            halves = pool.map(lambda half: run_group(1, _run_all, half, deadline_s=800)[0], (jobs[::2], jobs[1::2]))
+            halves = pool.map(lambda half: run_group(1, _run_all, half, deadline_s=1800)[0], (jobs[::2], jobs[1::2]))
             stopped = [count for pair in zip_longest(*halves) for count in pair if count is not None]
     finally:
         for lease in leases:
