@@ -83,8 +83,8 @@ def training_cost(stage: Stage, recipe: Recipe) -> Cost:
     passes = passes_per_step(stage.objective)
     if passes is None:
         raise ValueError(f"objective.name={stage.objective.name} propagates bounds; the model counts passes")
-    area, epochs = mean_area(stage, recipe.data.image_size), stage.optimisation.epochs
-    each = (1 + (passes - 1) * ATTACK_PASS) * stage.objective.steps_per_batch
+    area, epochs = mean_area(stage, recipe.data.image_size), stage.epochs
+    each = (1 + (passes - 1) * ATTACK_PASS + stage.extra_passes) * stage.objective.steps_per_batch
     images = (recipe.data.train_images or TRAIN_IMAGES - recipe.data.validation_images) * epochs
     return Cost(stage.phase, epochs, area, images * each * area)
 
@@ -106,7 +106,7 @@ def costs(recipe: Recipe) -> list[Cost]:
     for stage in stages:
         each = pgd_passes(evaluation.validation_steps, 1) if evaluation.validation_steps else 0.0
         each += attack_passes(2, 1) if stage.objective.guarded else 0.0
-        validation += stage.optimisation.epochs * each * recipe.data.validation_images
+        validation += stage.epochs * each * recipe.data.validation_images
     parts.append(Cost("held-out images", 0, None, slower * validation))
     networks = sum(stage.measure is not None for stage in stages)
     pgd = networks * (evaluation.images or TEST_IMAGES) * pgd_passes(evaluation.steps, evaluation.restarts)
