@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,20 +46,20 @@ def export_network(
     if size is None:
         raise ValueError(f"{network.file} does not say the size of its images; export the run that it is from")
     make_folder(folder)
-    float_file = folder / FILES["onnx"]
     written = []
-    if {"onnx", "onnx-int8"} & set(formats):  # int8 is made from it
-        write_onnx(network, size, float_file, network.metadata)
-    for name in formats:
-        path = folder / FILES[name]
-        if name == "onnx-int8":
-            assert recipe is not None
-            write_int8(float_file, calibration_batches(network, recipe), path)
-        elif name == "torch":
-            write_program(network, size, path)
-        written.append(ExportedFile(path, path.stat().st_size, _compress(path)))
-    if "onnx" not in formats:
-        float_file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
+        # int8 is made from the float file, which is kept only if it is asked for.
+        float_file = (folder if "onnx" in formats else Path(temporary)) / FILES["onnx"]
+        if {"onnx", "onnx-int8"} & set(formats):
+            write_onnx(network, size, float_file, network.metadata)
+        for name in formats:
+            path = folder / FILES[name]
+            if name == "onnx-int8":
+                assert recipe is not None
+                write_int8(float_file, calibration_batches(network, recipe), path)
+            elif name == "torch":
+                write_program(network, size, path)
+            written.append(ExportedFile(path, path.stat().st_size, _compress(path)))
     return written
 
 
