@@ -9,7 +9,6 @@ from typing import Any
 from launch import run_folder
 from pipeline.deployment.formats import FORMATS, Format
 from pipeline.report.text_table import text_table
-from pipeline.run.layout import RunFolder
 from pipeline.run.printable import printable_line
 from pipeline.run.provenance import load_run_recipe
 
@@ -52,10 +51,9 @@ def _export(arguments: argparse.Namespace) -> int:
     path = Path(arguments.target)
     target = path if path.suffix == ".safetensors" else run_folder.find_run(arguments.target)
     network = load_network(target, arguments.keep, method=arguments.method)
-    run = next((folder for folder in network.file.resolve().parents if RunFolder(folder).recipe.is_file()), None)
     folder = arguments.out or network.file.parent / "export"
     formats: tuple[Format, ...] = tuple(name for name in FORMATS if name in arguments.format)
-    files = export_network(network, load_run_recipe(run) if run else None, formats, folder)
+    files = export_network(network, load_run_recipe(network.run) if network.run else None, formats, folder)
     source = network.file.stat().st_size
     rows = [["file", "bytes", "compressed", "of the safetensors file"]]
     for file in files:

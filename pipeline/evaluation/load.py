@@ -60,9 +60,9 @@ class LoadedNetwork(Network):
     @cached_property
     def threat_model(self) -> dict[str, str] | None:
         """norm and eps that it was trained for; None without one, or if neither the file nor its run says."""
-        if "threat_model" in self.metadata or self._run is None:
+        if "threat_model" in self.metadata or self.run is None:
             return self.metadata.get("threat_model")
-        threat_model = load_run_recipe(self._run).threat_model
+        threat_model = load_run_recipe(self.run).threat_model
         return threat_model.model_dump(mode="json") if threat_model else None
 
     @cached_property
@@ -75,12 +75,12 @@ class LoadedNetwork(Network):
 
         if "preprocessing" in self.metadata:
             return Preprocessing.model_validate(self.metadata["preprocessing"])
-        if self._run is None or self._test_manifest is None:
+        if self.run is None or self._test_manifest is None:
             raise ValueError(
                 f"{self.file} does not say how images are prepared, as older versions exported it, and "
                 "the test file of its run is not there; put it back into its run, and bring that file back"
             )
-        data = load_run_recipe(self._run).data
+        data = load_run_recipe(self.run).data
         return Preprocessing.of(self._test_manifest, data.image_size, data.augmentation)
 
     @cached_property
@@ -95,7 +95,8 @@ class LoadedNetwork(Network):
         return next((result for result in results if result.model_sha256 == sha256), None)
 
     @cached_property
-    def _run(self) -> Path | None:
+    def run(self) -> Path | None:
+        """The folder of the run that the file lies in; None if it lies in none."""
         return next((f for f in self.file.resolve().parents if RunFolder(f).recipe.is_file()), None)
 
     @cached_property
@@ -103,13 +104,13 @@ class LoadedNetwork(Network):
         """The manifest of the run's test file, if that is still the file with which the run was started."""
         from pipeline.data.manifest import DataError, read_manifest
 
-        if self._run is None:
+        if self.run is None:
             return None
         try:
-            manifest = read_manifest(Path(load_run_recipe(self._run).data.test_file))
+            manifest = read_manifest(Path(load_run_recipe(self.run).data.test_file))
         except DataError:
             return None
-        provenance = Provenance.read_if_there(RunFolder(self._run).provenance)
+        provenance = Provenance.read_if_there(RunFolder(self.run).provenance)
         hashes = (provenance and provenance.data_sha256) or {}
         return manifest if manifest.sha256 == hashes.get("data.test_file", manifest.sha256) else None
 

@@ -34,6 +34,18 @@ class Section(BaseModel):
         return value
 
 
+def section_of_name(value: Any) -> Any:
+    """A section's plain values; its name alone stands for {name: ...}."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def name_if_default(section: Section) -> Any:
+    """The section's plain values, or its name alone if its other keys have their defaults, as in recipes from before it
+    had keys."""
+    values = section.model_dump(mode="json")
+    return values if section.model_dump(exclude={"name"}, exclude_defaults=True) else values["name"]
+
+
 DIGITS = 28
 """Significant digits that decimal arithmetic keeps."""
 EXPONENT = 30

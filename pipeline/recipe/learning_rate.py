@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, model_validator
 
-from pipeline.recipe.fields import Real, Section
+from pipeline.recipe.fields import Real, Section, name_if_default, section_of_name
 
 FinalFraction = Annotated[Real, Field(ge=0, lt=1)]
 """What is left of the phase's learning rate at its end."""
@@ -89,16 +89,6 @@ class Step(_Schedule):
         return self
 
 
-def _section(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _plain(schedule: Section) -> Any:
-    """A schedule whose keys have their defaults is its name, as in recipes from before it had keys."""
-    values = schedule.model_dump(mode="json")
-    return values if schedule.model_dump(exclude_defaults=True) else values["name"]
-
-
 def _name(value: Any) -> str | None:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     return None if name is None else str(name)
@@ -111,7 +101,7 @@ Schedule = Annotated[
     | Annotated[Constant, Tag("constant")]
     | Annotated[Step, Tag("step")],
     Discriminator(_name),
-    BeforeValidator(_section),
-    PlainSerializer(_plain),
+    BeforeValidator(section_of_name),
+    PlainSerializer(name_if_default),
 ]
 """A name, or a section such as {name: step, milestones: [0.5, 0.75], factor: 0.1}."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from pipeline.recipe.fields import Section
+from pipeline.recipe.fields import Section, name_if_default, section_of_name
 
 Allocation = Literal["uniform", "erk", "global", "learned", "harp"]
 LEARNED: tuple[Allocation, ...] = ("learned", "harp")
@@ -61,15 +61,6 @@ class Method(Section):
         return title if self.allocation is None else f"{title} ({ALLOCATION_TITLES[self.allocation]})"
 
 
-def _section(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _plain(method: Method) -> Any:
-    """A method without further keys is its name, as in recipes from before there were any."""
-    return method.name if method.allocation is None else method.model_dump(mode="json")
-
-
-Baseline = Annotated[Method, BeforeValidator(_section), PlainSerializer(_plain)]
+Baseline = Annotated[Method, BeforeValidator(section_of_name), PlainSerializer(name_if_default)]
 HYDRA = Method(name="hydra")
 """The recipe's own."""

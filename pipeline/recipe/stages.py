@@ -140,7 +140,7 @@ class Stage:
 
     @property
     def extra_passes(self) -> int:
-        """Forward-backward passes per image and step that its method takes besides the objective's."""
+        """Forward-backward passes per image and step that its method takes in addition to the objective's."""
         return self.objective.update_passes if self.is_sharpness_aware else 0
 
     @property

@@ -21,7 +21,7 @@ network at 99 % pruned it exchanges about 1 % of the kept connections and raises
 def sharpness_aware(objective: Objective, scores: Scores) -> Objective:
     """The objective at scores that are shifted to where its loss is higher: min over s of max over z of L(s + z).
 
-    On the adversarial images of a micro-batch, z is one step of `ascent`. Masks are ranked anew for s + z, and the
+    On the adversarial images of a micro-batch, z is one step of `ascent`. Masks are ranked again for s + z, and the
     gradient there, on the same images, is applied to s, which `after_backward` restores. z belongs to one micro-batch
     and never leaves its worker, so results do not depend on the number of workers (the m-sharpness of Foret et al.,
     ICLR 2021). BatchNorm's statistics are those of the first pass, as s is the network that is kept.
