@@ -37,7 +37,7 @@ def write_onnx(network: Network, image_size: int, path: Path, facts: dict[str, A
 
     The file is read back and compared with the network before it replaces `path`. Errors: CannotExport.
     """
-    example = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    example = random_images(2, image_size, seed=0)
     with replacing(path) as temporary:
         with _quiet():
             try:
@@ -56,9 +56,14 @@ def write_onnx(network: Network, image_size: int, path: Path, facts: dict[str, A
         model = _without_origin(program.model_proto)
         model.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts, sort_keys=True))
         onnx.save(model, temporary)
-        images = torch.rand(CHECKED, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+        images = random_images(CHECKED, image_size, seed=1)
         check_same(network, images, logits_of(temporary, images.numpy()), "the ONNX file")
         settle_file(temporary)
+
+
+def random_images(count: int, image_size: int, seed: int) -> torch.Tensor:
+    """[count, 3, image_size, image_size] float32, uniform in [0, 1]."""
+    return torch.rand(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
 
 
 def session_of(path: Path, threads: int = 1) -> onnxruntime.InferenceSession:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.deployment.onnx_file import CHECKED, CannotExport, check_same
+from pipeline.deployment.onnx_file import CHECKED, CannotExport, check_same, random_images
 from pipeline.models import Network
 from pipeline.run.files import replacing, settle_file
 
@@ -15,7 +15,7 @@ from pipeline.run.files import replacing, settle_file
 def write_program(network: Network, image_size: int, path: Path) -> None:
     """Write `network` (in eval mode, on the CPU) for any batch size; compared with the network before it replaces
     `path`. Errors: CannotExport."""
-    example = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    example = random_images(2, image_size, seed=0)
     with replacing(path) as temporary:
         try:
             program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
@@ -27,7 +27,7 @@ def write_program(network: Network, image_size: int, path: Path) -> None:
                 node.meta.pop("stack_trace", None)  # names files of this machine
         with temporary.open("wb") as stream:
             torch.export.save(program, stream)
-        images = torch.rand(CHECKED, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+        images = random_images(CHECKED, image_size, seed=1)
         with torch.inference_mode(), temporary.open("rb") as stream, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch's own reading
             logits = torch.export.load(stream).module()(images).numpy()
