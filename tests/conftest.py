@@ -44,8 +44,10 @@ os.environ |= {
 }
 
 
-# How long an example takes depends on what else runs.
-hypothesis.settings.register_profile("tests", deadline=None)
+# No deadline: the time of an example depends on what else runs. The same examples every time: a failure comes of the
+# change. `pytest --hypothesis-profile=explore` tries others.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("tests")
 
 

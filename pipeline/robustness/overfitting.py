@@ -7,12 +7,12 @@ Comparing both accuracies on the held-out images detects it. Does not import tor
 
 from __future__ import annotations
 
-import math
+from scipy.special import bdtr
 
 STRONGEST = 4
 """The last level, PGD of 16 steps. A network that still overfits has another problem, and training stops."""
-NUM_STANDARD_ERRORS = 2.0
-"""How far the count must be below the allowed one, so that chance in a few images does not trigger a rollback."""
+SIGNIFICANCE = 0.02
+"""How rarely chance alone may give so low a count, so that a few images do not trigger a rollback."""
 
 
 class CatastrophicOverfitting(RuntimeError):
@@ -34,10 +34,12 @@ class StillOverfitting(ValueError):
 def overfits(right_under_pgd: int, right_under_one_step: int, smallest: float) -> bool:
     """Whether robust accuracy under PGD is below the fraction `smallest` of that under one step.
 
-    The difference must exceed chance: `NUM_STANDARD_ERRORS` of a binomial count with probability `smallest`.
+    The difference must exceed chance: a binomial count of `right_under_one_step` images with probability `smallest` is
+    this low with a probability of at most `SIGNIFICANCE`.
     """
-    allowed = smallest * right_under_one_step
-    return right_under_pgd < allowed - NUM_STANDARD_ERRORS * math.sqrt(allowed * (1.0 - smallest))
+    if right_under_pgd >= smallest * right_under_one_step:
+        return False
+    return bool(bdtr(right_under_pgd, right_under_one_step, smallest) <= SIGNIFICANCE)
 
 
 def stronger(level: int, eps: float, step_size: float) -> tuple[int, float]:

@@ -2,7 +2,8 @@
 
 `cut.json`: [[event, stage, step or null, victim], ...]. Each fires once, after the one before it. Victims that are
 killed: "worker"; "run", the driver, or the process that started the workers where there is no Ray; "command", which
-waits for the driver; "raylet" and "gcs_server". For "exception", one is raised in a worker.
+waits for the driver; "raylet" and "gcs_server", in whose absence the worker goes no further, until it is ended as well.
+For "exception", one is raised in a worker.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,5 +67,5 @@ def cut(event: str, facts: dict[str, Any]) -> None:
             os.kill(driver.ppid(), signal.SIGKILL)
         else:
             next(process for process in driver.children() if process.name() == victim).kill()
-            return
+            threading.Event().wait()
     os.kill(os.getpid(), signal.SIGKILL)

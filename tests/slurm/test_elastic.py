@@ -19,7 +19,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.run.files import read_json
 from tests.slurm.faults import Victim
 from tests.slurm.struck import cancel, job_of
-from tests.slurm.throttle import FOLDER
+from tests.slurm.throttle import FOLDER, SLOWLY
 from tests.support.commands import Command, launch, wait_until
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.small_recipe import small_recipe, small_values
@@ -75,10 +75,12 @@ def test_two_then_one_then_four_nodes_and_back(
             jobs.append(job_of(folder, "pretrain"))
             victim = Victim(slurm, folder, jobs[-1], "pretrain")
             victim.wait_for_step(victim.step() + 8)
+            (tmp_path / SLOWLY).touch()  # the stage must not be finished before it is cancelled
             if len(jobs) == 1:
                 _refuses_others(folder)
                 _can_be_watched(folder, jobs[0])
             cancel(folder)
+            (tmp_path / SLOWLY).unlink()
     assert (tmp_path / "set-up").read_text().splitlines() == [
         f"{job} {count}" for job, count in zip(jobs, NODES.values(), strict=True)
     ]

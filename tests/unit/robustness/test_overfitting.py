@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binom
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.evaluation.measures.overfitting_probe import WithOverfittingProbe
 from pipeline.evaluation.measures.pgd import Pgd
 from pipeline.recipe.objective import ThreatModel
-from pipeline.robustness.overfitting import STRONGEST, CatastrophicOverfitting, overfits, stronger
+from pipeline.robustness.overfitting import SIGNIFICANCE, STRONGEST, CatastrophicOverfitting, overfits, stronger
 
 counts = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -27,15 +27,13 @@ counts = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.
 @example(right=(0, 0), smallest=0.5)
 @example(right=(1, 3), smallest=0.5)
 @example(right=(14, 49), smallest=0.5)
+@example(right=(0, 1), smallest=0.8125)
 def test_it_is_detected_when_chance_cannot_explain_the_ratio(right: tuple[int, int], smallest: float) -> None:
     """Against the exact binomial probability of so few among those robust to one step."""
     pgd, one_step = right
     probability = float(binom.cdf(pgd, one_step, smallest))
-    if overfits(pgd, one_step, smallest):
-        assert pgd < smallest * one_step
-        assert probability < 0.15
-    else:
-        assert probability > 1e-3
+    assume(abs(probability - SIGNIFICANCE) > 1e-9)
+    assert overfits(pgd, one_step, smallest) == (pgd < smallest * one_step and probability < SIGNIFICANCE)
 
 
 @pytest.mark.parametrize(
