@@ -26,15 +26,12 @@ from tests.support.commands import wait_until
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.undisturbed_run import calm_run, new_run
 
-AT_LEAST = 3
-"""How often every kind strikes."""
-
 
 def drawn(count: int, seed: int) -> list[str]:
-    """`count` kinds in random order, each at least AT_LEAST times."""
+    """`count` kinds in random order, all equally often but for the rest of the division."""
     chance = random.Random(seed)
-    kinds = [*KINDS] * AT_LEAST
-    kinds += chance.choices(KINDS, k=max(0, count - len(kinds)))
+    rounds, rest = divmod(count, len(KINDS))
+    kinds = [*KINDS] * rounds + chance.sample(KINDS, rest)
     chance.shuffle(kinds)
     return kinds
 

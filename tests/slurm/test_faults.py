@@ -13,6 +13,7 @@ from launch.slurm.submit import active_jobs, read_jobs
 from pipeline.recipe.schema import Recipe
 from tests.fault.final_state import unlike
 from tests.slurm.faults import KINDS, as_row
+from tests.slurm.soak import drawn
 from tests.slurm.struck import cancel, job_of, strike_in_turn, two_node_recipe
 from tests.slurm.throttle import FOLDER
 from tests.support.commands import launch, wait_until
@@ -28,6 +29,13 @@ pytestmark = pytest.mark.timeout(1800)
 
 def test_all_kinds_of_faults_strike() -> None:
     assert {*WORKERS_AND_STEPS, *NODES_AND_JOBS, "requeue"} == set(KINDS)  # that test_races has
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 12, 13, 50])
+def test_the_soak_draws_any_number_of_faults(count: int) -> None:
+    kinds = drawn(count, seed=1)
+    assert len(kinds) == count
+    assert all(kinds.count(kind) - count // len(KINDS) in (0, 1) for kind in KINDS)
 
 
 @pytest.mark.parametrize(
