@@ -26,7 +26,7 @@ class Spread(Record):
 
 
 class Speed(Record):
-    """How long one batch takes."""
+    """How long one batch takes: CPU time on one thread, wall-clock time on several."""
 
     batch: Annotated[int, Field(gt=0)]
     """Images."""
@@ -106,6 +106,11 @@ class Benchmark(Record):
     reference: str
     """To what `times_smaller` and `times_as_fast` compare, in words."""
     entries: tuple[BenchmarkEntry, ...]
+
+    @property
+    def files(self) -> tuple[BenchmarkEntry, ...]:
+        """One entry per file: several runtimes may have measured it."""
+        return tuple({(entry.network, entry.file): entry for entry in reversed(self.entries)}.values())[::-1]
 
     def of_network(self, model_sha256: str | None) -> tuple[BenchmarkEntry, ...]:
         """The entries that were made from this model.safetensors."""
