@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from google.protobuf.message import DecodeError
 from torch import nn
 
 from pipeline.deployment.file_cost import QUANTISED, onnx_cost, program_cost
-from pipeline.deployment.folder import COMPRESSION
-from pipeline.deployment.formats import FILES
+from pipeline.deployment.formats import COMPRESSION, FILES
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.onnx_file import random_images, write_onnx
 from pipeline.deployment.runtimes import (
@@ -141,6 +141,8 @@ def onnx_subjects(path: Path, origin: Origin) -> list[Subject]:
 
 def program_subject(path: Path, origin: Origin) -> Subject:
     """A torch.export program. Errors: ValueError naming the file."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a torch.export program")
     try:
         with path.open("rb") as stream, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch's own reading

@@ -1,7 +1,7 @@
 """A ResNet-50 with random weights, and with the 1 % of each layer that is largest in magnitude, as files to benchmark.
 
-    python -m tests.bench.pruned_resnet50 FOLDER
-    python -m launch benchmark FOLDER/dense.safetensors FOLDER/pruned.safetensors
+python -m tests.bench.pruned_resnet50 FOLDER
+python -m launch benchmark FOLDER/dense.safetensors FOLDER/pruned.safetensors
 """
 
 from __future__ import annotations
