@@ -1,4 +1,4 @@
-"""Charts of a benchmark: size of files and latency per runtime, each method in its colour."""
+"""Charts of a benchmark: size of files and latency per runtime, and robust accuracy against both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from pipeline.report.benchmark_table import number_text
 from pipeline.report.chart_style import OTHER, Chart, Mark, figure_of, plot_marks, plot_rule, write_png
-from pipeline.report.results import pruned_text
+from pipeline.report.results import NetworkResult, RunResult, attack_text, claim, pruned_text
+from pipeline.report.size_and_speed import measured_entries
 from pipeline.run.benchmark import Benchmark, BenchmarkEntry
 
 Entries = Sequence[BenchmarkEntry]
@@ -48,6 +49,58 @@ def latency_chart(benchmark: Benchmark) -> Chart:
 
     measured = [entry for entry in benchmark.entries if entry.speed(1, 1) is not None]
     return _chart("One image on one thread, ms", measured, lambda entry: entry.title.replace(", ", "\n"), values)
+
+
+def draw_accuracy_against_cost(runs: list[RunResult], path: Path) -> None:
+    """Write robust accuracy against size and latency as a PNG; see `accuracy_against_cost`."""
+    names = ["dense", "HYDRA", *runs[0].baselines]
+    write_png(figure_of(accuracy_against_cost(runs), names, attack_text(runs), 4.8, shared=True), path)
+
+
+def accuracy_against_cost(runs: list[RunResult]) -> list[Chart]:
+    """Robust accuracy of networks against their compressed size, and against their latency; empty without a benchmark.
+
+    Of the ONNX files in float32, which compute what the evaluated networks compute. An int8 file is another
+    classifier, whose accuracy is not the network's.
+    """
+    found = [
+        (network, entry, latency)
+        for _, network, entry in measured_entries(runs)
+        if (entry.runtime, entry.precision) == ("onnxruntime", "float32")
+        and network.evaluation is not None
+        and (latency := entry.speed(1, 1)) is not None
+    ]
+    if not found:
+        return []
+    by_size = [(network, entry.compressed / 1e6) for network, entry, _ in found]
+    by_latency = [(network, latency.milliseconds) for network, _, latency in found]
+    word = claim(runs)
+    return [
+        _against(f"{word.capitalize()} accuracy, %, and size", "compressed ONNX file, float32, MB", by_size),
+        _against(
+            f"{word.capitalize()} accuracy, %, and latency", "one image, one thread, ONNX Runtime, ms", by_latency
+        ),
+    ]
+
+
+def _against(title: str, label: str, points: list[tuple[NetworkResult, float]]) -> Chart:
+    marks: dict[str, list[Mark]] = {}
+    for network, x in points:
+        assert network.evaluation is not None
+        accuracy = network.evaluation.accuracy("robust")
+        value, low, high = (100 * share for share in (accuracy.value, accuracy.low, accuracy.high))
+        note = f"{network.label}: {value:.2f} % [{low:.2f}, {high:.2f}], {number_text(x)}"
+        marks.setdefault(network.name, []).append(Mark(x, value, note, low, high))
+    notes = [mark.note for of_method in marks.values() for mark in of_method]
+
+    def paint(axes: Axes) -> None:
+        log_scale(axes, "x")
+        for name, of_method in marks.items():
+            plot_marks(axes, name, of_method)
+        axes.set_xlabel(label)
+        axes.margins(x=0.12, y=0.12)
+
+    return Chart(title, f"{label}: {'; '.join(notes)}.", paint)
 
 
 def log_scale(axes: Axes, which: str) -> None:

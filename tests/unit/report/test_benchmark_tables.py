@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from pipeline.report.benchmark_chart import draw_benchmark, latency_chart, size_chart
+from pipeline.report.benchmark_chart import accuracy_against_cost, draw_benchmark, latency_chart, size_chart
 from pipeline.report.benchmark_table import benchmark_tables, number_text
+from pipeline.report.build import build_report
+from pipeline.report.results import read_runs
+from pipeline.report.wandb_report import report_tables
 from pipeline.run.benchmark import Benchmark, BenchmarkEntry, Runtime, Speed, Spread
 from pipeline.run.files import atomic_write_json
+from tests.unit.report.test_report import no_pictures, read_csv, write_run
+
+assert no_pictures  # a fixture
 
 
 def made_up_entry(network: str, method: str | None, keep: str | None, file: str, runtime: Runtime) -> BenchmarkEntry:
@@ -102,3 +110,69 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read == RUN
     assert [entry.runtime for entry in read.of_network("dense")] == ["torch", "onnxruntime", "openvino"]
     assert read.of_network(None) == read.of_network("another") == ()
+
+
+@pytest.fixture
+def measured_run(tmp_path: Path) -> Path:
+    """A finished run that was benchmarked, but for one network that was trained again since."""
+    folder = write_run(tmp_path / "first")
+    networks = [
+        (network.label, network.name, str(network.keep_fraction), network.model_sha256)
+        for network in read_runs([folder])[0].networks
+    ]
+    benchmark = made_up_benchmark(*(network[:3] for network in networks))
+    sha256_of = {label: sha256 for label, _, _, sha256 in networks} | {"magnitude, 90 % pruned": "of another"}
+    entries = tuple(e.model_copy(update={"model_sha256": sha256_of[e.network]}) for e in benchmark.entries)
+    atomic_write_json(folder / "benchmark.json", benchmark.model_copy(update={"entries": entries}).to_json())
+    return folder
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_report_has_size_and_speed_of_the_networks_as_they_are(measured_run: Path) -> None:
+    table = build_report([measured_run])
+    assert re.search(r"HYDRA +99 % +ONNX Runtime, int8 +1.00e-05 +400 +2.50 +0.0250 +0.500 +8.00\n", table)
+    rows = read_csv(measured_run / "report" / "deployment.csv")
+    measured = {(row["network"], row["keep_fraction"]) for row in rows}
+    assert measured == {("dense", "1"), ("HYDRA", "0.1"), ("HYDRA", "0.01"), ("magnitude", "0.01")}
+    assert len(rows) == 3 * len(measured)
+    assert (rows[-1]["runtime"], rows[-1]["latency_ms"]) == ("openvino", "0.5")
+    assert (measured_run / "report" / "deployment.png").exists()
+    page = (measured_run / "report" / "report.html").read_text()
+    assert 'id="deployment"' in page
+    assert "<td>ONNX Runtime, int8</td><td class=n>1.00e-05</td>" in page
+    tables = report_tables(read_runs([measured_run])[0])
+    assert len(tables["deployment"]) == len(rows)
+    assert tables["deployment"][0]["keep_fraction"] == 1.0
+
+
+def test_robust_accuracy_is_drawn_against_size_and_latency_of_float32_files(measured_run: Path) -> None:
+    benchmark = Benchmark.read(measured_run / "benchmark.json")
+    as_float = [e.model_copy(update={"precision": "float32"}) for e in benchmark.entries if e.runtime == "onnxruntime"]
+    atomic_write_json(
+        measured_run / "benchmark.json", benchmark.model_copy(update={"entries": tuple(as_float)}).to_json()
+    )
+    runs = read_runs([measured_run])
+    by_size, by_latency = accuracy_against_cost(runs)
+    network = runs[0].find("HYDRA", Decimal("0.01"))
+    assert network is not None
+    assert network.evaluation is not None
+    accuracy = network.evaluation.accuracy("robust")
+    value, low, high = (100 * share for share in (accuracy.value, accuracy.low, accuracy.high))
+    assert f"HYDRA, 99 % pruned: {value:.2f} % [{low:.2f}, {high:.2f}], 1.00e-05" in by_size.words
+    assert f"HYDRA, 99 % pruned: {value:.2f} % [{low:.2f}, {high:.2f}], 0.500" in by_latency.words
+    assert "magnitude, 90 % pruned" not in by_size.words
+    assert "mark dense" in by_size.svg()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_a_benchmark_a_report_says_nothing_of_speed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "first")
+    assert "million MACs" not in build_report([run])
+    assert not (run / "report" / "deployment.csv").exists()
+    assert 'id="deployment"' not in (run / "report" / "report.html").read_text()
+
+
+def test_a_damaged_benchmark_is_named(measured_run: Path) -> None:
+    (measured_run / "benchmark.json").write_text('{"processor": "A processor"}')
+    with pytest.raises(ValueError, match=r"benchmark.json is damaged: .*; measure again, or delete it"):
+        build_report([measured_run])
