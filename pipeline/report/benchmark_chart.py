@@ -19,6 +19,8 @@ from pipeline.run.benchmark import Benchmark, BenchmarkEntry
 Entries = Sequence[BenchmarkEntry]
 GAP = 1.5
 """Between groups of marks, in marks."""
+NARROWEST = 4.0
+"""Largest / smallest value on an axis of sizes or times, at least: noise does not fill it."""
 
 
 def draw_benchmark(benchmark: Benchmark, path: Path) -> None:
@@ -98,7 +100,10 @@ def _against(title: str, label: str, points: list[tuple[NetworkResult, float]]) 
         for name, of_method in marks.items():
             plot_marks(axes, name, of_method)
         axes.set_xlabel(label)
-        axes.margins(x=0.12, y=0.12)
+        axes.margins(y=0.12)
+        low, high = min(x for _, x in points), max(x for _, x in points)
+        room = max(NARROWEST / (high / low), (high / low) ** 0.24) ** 0.5
+        axes.set_xlim(low / room, high * room)
 
     return Chart(title, f"{label}: {'; '.join(notes)}.", paint)
 

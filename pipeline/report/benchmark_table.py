@@ -12,7 +12,8 @@ def benchmark_tables(benchmark: Benchmark) -> str:
     cores = f"{benchmark.cores} core{'s' if benchmark.cores > 1 else ''}"
     rounds = sorted({speed.rounds for entry in benchmark.entries for speed in entry.speeds})
     notes = [
-        f"times smaller, times as fast: than {benchmark.reference}, not compressed; median [lowest, highest] of "
+        f"times smaller: gzip, than the file of {benchmark.reference}, as it is",
+        f"times as fast: than {benchmark.reference}; median [lowest, highest] of "
         f"{' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds, in which all ran in turn",
         f"MACs: multiply-accumulates per image of {benchmark.image_size} pixels; kept: of weights that are not zero",
         "one thread: CPU time, which other load disturbs less; several: wall-clock time",
