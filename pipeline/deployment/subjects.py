@@ -75,7 +75,7 @@ class Subject:
     image_size: int
     """Pixels."""
     opener: Opener
-    metadata: dict[str, Any] | None = None
+    model: Model | None = None
     """Architecture and so on, if the file says."""
 
 
@@ -108,7 +108,7 @@ def network_subjects(network: LoadedNetwork, origin: Origin, folder: Path) -> li
 def torch_subject(network: LoadedNetwork, origin: Origin) -> Subject:
     size = image_size_of(network)
     cost, sizes = network_cost(network, size), Sizes.of(network.file)
-    return Subject(origin, "torch", "float32", sizes, cost, size, torch_opener(network), network.metadata)
+    return Subject(origin, "torch", "float32", sizes, cost, size, torch_opener(network), _model_of(network.metadata))
 
 
 def image_size_of(network: LoadedNetwork) -> int:
@@ -126,12 +126,11 @@ def onnx_subjects(path: Path, origin: Origin) -> list[Subject]:
     """
     model = _read_onnx(path)
     cost, size, sizes = onnx_cost(model, path), _onnx_image_size(model, path), Sizes.of(path)
-    metadata = _metadata(model)
     quantised = any(node.op_type in QUANTISED for node in model.graph.node)
 
     def subject(runtime: Runtime, rest: str, opener: Opener) -> Subject:
         precision = rest if not quantised else "int8" if rest == "float32" else f"int8, rest {rest}"
-        return Subject(origin, runtime, precision, sizes, cost, size, opener, metadata)
+        return Subject(origin, runtime, precision, sizes, cost, size, opener, _model_in(model))
 
     subjects = [subject("onnxruntime", "float32", onnxruntime_opener(path))]
     if (openvino := load_openvino()) is not None:
@@ -162,9 +161,7 @@ def dense_reference(subjects: list[Subject], folder: Path) -> Subject | None:
     None if none does, as files of other programs. It is written to `folder`, for its size.
     """
     for subject in subjects:
-        metadata = subject.metadata
-        if metadata is not None:
-            model = Model.model_validate({key: metadata[key] for key in MODEL_KEYS})
+        if (model := subject.model) is not None:
             network = build_network(model, seed=0, image_size=subject.image_size)
             file = folder / "dense.safetensors"
             write_model(file, network.backbone.state_dict(), model, {"image_size": subject.image_size})
@@ -172,12 +169,20 @@ def dense_reference(subjects: list[Subject], folder: Path) -> Subject | None:
     return None
 
 
-def _metadata(model: onnx.ModelProto) -> dict[str, Any] | None:
-    """What `export` wrote; None for a file of another program."""
+def _model_of(metadata: dict[str, Any]) -> Model:
+    """The model section in metadata that `models.export` wrote."""
+    return Model.model_validate({key: metadata[key] for key in metadata.keys() & MODEL_KEYS})
+
+
+def _model_in(model: onnx.ModelProto) -> Model | None:
+    """What `export` wrote to an ONNX file; None for a file of another program."""
     for prop in model.metadata_props:
         if prop.key == METADATA_KEY:
-            facts = parse_json(prop.value)
-            return facts if isinstance(facts, dict) and facts.keys() >= MODEL_KEYS else None
+            try:
+                facts = parse_json(prop.value)
+                return _model_of(facts) if isinstance(facts, dict) else None
+            except ValueError:
+                return None
     return None
 
 

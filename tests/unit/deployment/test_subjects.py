@@ -105,7 +105,10 @@ def test_the_reference_is_the_dense_network_of_the_first_architecture_that_is_na
     folder: Path, tmp_path: Path
 ) -> None:
     program, float_file = only(folder / "model.pt2"), only(folder / "model.onnx")
-    assert dense_reference([program], tmp_path) is None
+    foreign = onnx.load(folder / "model.onnx")
+    foreign.metadata_props[0].value = "no JSON"
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert dense_reference([program, only(tmp_path / "foreign.onnx")], tmp_path) is None
     reference = dense_reference([program, float_file], tmp_path)
     assert reference is not None
     assert (reference.origin.network, reference.runtime) == ("dense small_cnn", "torch")
