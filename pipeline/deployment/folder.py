@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.deployment.calibration import calibration_batches
-from pipeline.deployment.formats import FILES, Format
+from pipeline.deployment.formats import COMPRESSION, FILES, Format
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.onnx_file import write_onnx
 from pipeline.deployment.torch_program import write_program
 from pipeline.evaluation.load import LoadedNetwork
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import make_folder, replacing
-
-COMPRESSION = 9
 
 
 @dataclass(frozen=True)

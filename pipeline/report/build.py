@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.evaluation.result import KINDS, Accuracy
 from pipeline.evaluation.statistics import McNemar
+from pipeline.report.benchmark_chart import draw_accuracy_against_cost
 from pipeline.report.charts import draw_accuracy, draw_certified
 from pipeline.report.comparison import NOISE, within_noise
 from pipeline.report.extra_evaluations import corruption_table, extra_rows, extra_table
@@ -36,6 +37,7 @@ from pipeline.report.results import (
     read_runs,
 )
 from pipeline.report.run_charts import draw_layers
+from pipeline.report.size_and_speed import size_and_speed_rows, size_and_speed_table
 from pipeline.report.text_table import text_table
 from pipeline.report.tuning import count_passes, tuning_columns, tuning_lines
 from pipeline.run.files import make_folder, replacing
@@ -50,6 +52,7 @@ def build_report(run_folders: list[Path]) -> str:
     into the first run's report/; return the table. Runs evaluated by certificates also have
     certified_accuracy.{png,csv}.
 
+    Where `launch benchmark` has measured networks, their sizes and speeds have a table and deployment.{png,csv}.
     Evaluations by further attacks have a separate table and further_attacks.csv; corruptions add another table.
 
     Several runs are seeds of one recipe: accuracies are means, differences and p-values are per seed. Networks that are
@@ -76,8 +79,13 @@ def build_report(run_folders: list[Path]) -> str:
     further = extra_rows(runs)
     if further:
         _write_csv(folder / "further_attacks.csv", tuple(further[0]), further)
+    sizes = size_and_speed_rows(runs)
+    if sizes:
+        _write_csv(folder / "deployment.csv", tuple(sizes[0]), sizes)
+        draw_accuracy_against_cost(runs, folder / "deployment.png")
     write_page(runs, comparisons, curves, classes, folder / PAGE)
-    tables = [results_table(runs, comparisons, classes), extra_table(further), corruption_table(further)]
+    tables = [results_table(runs, comparisons, classes), size_and_speed_table(runs)]
+    tables += [extra_table(further), corruption_table(further)]
     return "\n\n".join(filter(None, tables))
 
 

@@ -56,7 +56,10 @@ METHODS = _OWN | {
     for allocation, mark in _MARKS.items()
 }
 """And of a method with an allocation of its own: the method's colour and dashes, the allocation's marker."""
+OTHER = "other"
+"""A network whose method is not known."""
 TEXT, SOFT, GRID, CARD = "#1b2129", "#5a6572", "#dfe3e8", "#ffffff"
+METHODS[OTHER] = MethodStyle(SOFT, SOFT, "d", 8.0, "-")
 
 
 def css_name(name: str) -> str:
@@ -252,7 +255,7 @@ def plot_marks(axes: Axes, name: str, marks: Sequence[Mark], *, faint: bool = Fa
             [m.x for m in group],
             [m.y for m in group],
             None if math.isnan(group[0].low) else bounds,
-            **_mark(name, scale) | fill,
+            **_mark(name, scale) | ({} if METHODS[name].mark else DOT) | fill,
             elinewidth=1.3,
             capsize=3,
             capthick=1.3,

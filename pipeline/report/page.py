@@ -17,6 +17,7 @@ from markupsafe import Markup
 from pipeline.evaluation.result import KINDS
 from pipeline.recipe.file import dump_yaml
 from pipeline.recipe.technique import Attacking
+from pipeline.report.benchmark_chart import accuracy_against_cost
 from pipeline.report.chart_style import legend_key, method_colours
 from pipeline.report.charts import accuracy_chart, certified_charts, difference_chart
 from pipeline.report.class_tables import class_tables
@@ -38,6 +39,7 @@ from pipeline.report.results import (
     pruned_text,
 )
 from pipeline.report.run_charts import layer_chart, training_charts
+from pipeline.report.size_and_speed import NOTE, size_and_speed_cells
 from pipeline.report.tuning import tuning_lines
 from pipeline.run.files import atomic_write_text
 from pipeline.run.printable import printable
@@ -87,6 +89,9 @@ def write_page(
         "accuracy": [accuracy_chart(runs, comparisons, kind, majority) for kind in reversed(KINDS)],
         "lead": difference_chart(comparison_rows, runs),
         "certified": certified_charts(runs, curves, majority),
+        "against_cost": accuracy_against_cost(runs),
+        "sizes": size_and_speed_cells(runs),
+        "sizes_note": NOTE,
         "majority": majority,
         "useless": useless_networks(runs, majority),
         "classes": class_tables(runs, classes, claim(runs)),

@@ -23,6 +23,7 @@ from pipeline.report.examples import RunExamples, examples_of
 from pipeline.report.extra_evaluations import extra_rows
 from pipeline.report.pictures import amplified, captions, pixels_of
 from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
+from pipeline.report.size_and_speed import size_and_speed_rows
 from pipeline.report.tuning import count_passes, tuning_columns
 from pipeline.run.files import atomic_write_text, make_folder, read_whole
 from pipeline.run.layout import RunFolder
@@ -91,7 +92,7 @@ def accuracy_rows(run: RunResult) -> Rows:
 
 def report_tables(run: RunResult) -> dict[str, Rows]:
     """Title -> rows: accuracies with their 95 % Wilson intervals and HYDRA's lead, kept connections per layer, honesty
-    checks, further attacks. Accuracies and kept shares are fractions."""
+    checks, sizes and speeds, further attacks. Accuracies and kept shares are fractions."""
     comparisons, passes = compare_all([run]), count_passes(run)
     tables: dict[str, Rows] = {"accuracies": [], "kept_fractions": [], "honesty_checks": []}
     for network in run.networks:
@@ -112,7 +113,8 @@ def report_tables(run: RunResult) -> dict[str, Rows]:
         for check in honesty_checks(network):
             tables["honesty_checks"].append(labels | check)
     further = [{**row, "keep_fraction": float(row["keep_fraction"])} for row in extra_rows([run])]
-    return {title: rows for title, rows in {**tables, "further_attacks": further}.items() if rows}
+    sizes = [{**row, "keep_fraction": float(row["keep_fraction"])} for row in size_and_speed_rows([run])]
+    return {title: rows for title, rows in {**tables, "deployment": sizes, "further_attacks": further}.items() if rows}
 
 
 def _digest(text: str) -> str:

@@ -38,6 +38,11 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report"
 
+    @property
+    def benchmark(self) -> Path:
+        """What `launch benchmark` has measured of the run's networks (`pipeline.run.benchmark.Benchmark`)."""
+        return self.path / "benchmark.json"
+
 
 @dataclass(frozen=True)
 class StageFolder:
