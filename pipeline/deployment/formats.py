@@ -1,4 +1,4 @@
-"""The formats of exported networks. Imports no torch."""
+"""The formats of exported networks, the files beside them, and how strongly they are attacked. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,3 +8,11 @@ Format = Literal["onnx", "onnx-int8", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 FILES: dict[Format, str] = {"onnx": "model.onnx", "onnx-int8": "model-int8.onnx", "torch": "model.pt2"}
 """Format -> name of its file."""
+CARD, MODEL_CARD = "card.json", "README.md"
+CHECK_IMAGES = "check.npz"
+"""Images, and the logits of the network and of every file for them."""
+VERDICTS = "verdicts.parquet"
+"""Of the attack on a file, one row per image."""
+
+AttackStrength = Literal["standard", "reduced"]
+STRENGTHS: tuple[AttackStrength, ...] = get_args(AttackStrength)
