@@ -16,6 +16,7 @@ from pipeline.deployment.attacked_file import AttackedFile
 from pipeline.deployment.file_attack import BLACK_BOX, GRADIENT, FileAttack
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.onnx_file import write_onnx
+from pipeline.evaluation.measures.autoattack import Ensemble
 from pipeline.evaluation.result import EvaluationHeader
 from pipeline.models import Network
 from pipeline.recipe.threat_model import ThreatModel
@@ -92,6 +93,16 @@ def test_the_same_network_with_fitting_ranges_is_stamped(tmp_path: Path) -> None
     assert result.broken_by is not None
     assert result.broken_by["gradient"] == COUNT
     assert result.doubts == ()
+
+
+def test_the_standard_strength_is_autoattacks(tmp_path: Path) -> None:
+    write_onnx(steep_network(), SIDE, tmp_path / "model.onnx", {})
+    file, threat_model = AttackedFile(tmp_path / "model.onnx"), ThreatModel(norm="linf", eps=EPS)
+    settings = FileAttack(file, "0" * 64, "standard", threat_model, 10, seed=0).settings
+    expected = Ensemble("autoattack", threat_model, 10, seed=0).settings
+    assert settings["network_attacks"] == expected["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    for name in ("iterations", "targets", "queries", "norm", "eps"):
+        assert settings[name] == expected[name]
 
 
 def verdicts_of(**columns: list[bool] | np.ndarray) -> dict[str, np.ndarray]:
