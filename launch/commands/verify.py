@@ -10,8 +10,9 @@ from launch.exit_codes import print_error
 
 EXAMPLE = """\
 Check a folder that `export` wrote, on any machine: hashes of all files, that the compressed copies unpack to them, that
-pruned connections are zero, that the files answer to a few stored images as they did when they were exported, and that
-the card's robust accuracy is that of the verdicts beside it.
+pruned connections are zero, that the ONNX files answer to a few stored images as they did when they were exported, and
+that the card's robust accuracy is that of the verdicts beside it. Nothing that a file holds is run as code: a torch
+program is compared by its hash alone.
 
   %(prog)s runs/demo/keep-0.01/finetune/export
 
