@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from launch.commands import benchmark, data, evaluate, export, leaderboard, logs, predict, report, run, status
+from launch.commands import benchmark, data, evaluate, export, leaderboard, logs, predict, report, run, status, verify
 from launch.exit_codes import exit_code_of, raise_interrupt, show_warnings
 
 DESCRIPTION = """\
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_parser(commands)
     predict.add_parser(commands)
     export.add_parser(commands)
+    verify.add_parser(commands)
     benchmark.add_parser(commands)
     leaderboard.add_parser(commands)
     data.add_parser(commands)

@@ -5,35 +5,35 @@ from __future__ import annotations
 import gzip
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
+from pipeline.deployment.attack_result import FileAttackResult
 from pipeline.deployment.calibration import calibration_batches
-from pipeline.deployment.formats import COMPRESSION, FILES, Format
+from pipeline.deployment.card import Card, ExportedFile, write_card
+from pipeline.deployment.check_images import write_check_images
+from pipeline.deployment.description import describe
+from pipeline.deployment.formats import CARD, CHECK_IMAGES, COMPRESSION, FILES, MODEL_CARD, VERDICTS, Format
 from pipeline.deployment.int8_file import write_int8
+from pipeline.deployment.model_card import model_card
 from pipeline.deployment.onnx_file import write_onnx
 from pipeline.deployment.torch_program import write_program
+from pipeline.deployment.verification import nonzero_weights
+from pipeline.evaluation.chunks import write_verdicts
+from pipeline.evaluation.honesty.exported_file import mask_check
 from pipeline.evaluation.load import LoadedNetwork
+from pipeline.evaluation.measures.base import Verdicts
 from pipeline.recipe.schema import Recipe
-from pipeline.run.files import make_folder, replacing
+from pipeline.run.files import atomic_write_text, make_folder, replacing, sha256_of
 
 
-@dataclass(frozen=True)
-class ExportedFile:
-    path: Path
-    size: int
-    """Bytes."""
-    compressed: int
-    """Bytes of the copy beside it, <name>.gz."""
+def export_network(network: LoadedNetwork, recipe: Recipe | None, formats: tuple[Format, ...], folder: Path) -> Card:
+    """Write the network to `folder` in each of `formats`, and its card; files that are there are replaced.
 
-
-def export_network(
-    network: LoadedNetwork, recipe: Recipe | None, formats: tuple[Format, ...], folder: Path
-) -> list[ExportedFile]:
-    """Write the network to `folder` in each of `formats`; files that are there are replaced.
-
-    `recipe` is that of its run, whose held-out images calibrate int8. Errors: CannotExport; ValueError for int8
-    without a recipe; DataError.
+    `recipe` is that of its run, whose held-out images calibrate int8. The result of an attack on the same file, from
+    an earlier export, is kept. Errors: CannotExport; ValueError for int8 without a recipe, or a mask that was not
+    applied; DataError.
     """
     if "onnx-int8" in formats and recipe is None:
         raise ValueError(
@@ -43,6 +43,8 @@ def export_network(
     size = network.metadata.get("image_size") or (recipe and recipe.data.image_size)
     if size is None:
         raise ValueError(f"{network.file} does not say the size of its images; export the run that it is from")
+    if network.metadata.get("keep_fraction") and (check := mask_check(network.file)).status != "pass":
+        raise ValueError(f"{network.file} is not exported: {check.figure}. {check.meaning}")
     make_folder(folder)
     written = []
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
@@ -57,8 +59,48 @@ def export_network(
                 write_int8(float_file, calibration_batches(network, recipe), path)
             elif name == "torch":
                 write_program(network, size, path)
-            written.append(ExportedFile(path, path.stat().st_size, _compress(path)))
-    return written
+            written.append(_described(name, path))
+    answers = {file.name: folder / file.name for file in written if file.format != "torch"}
+    write_check_images(folder / CHECK_IMAGES, network, size, answers)
+    card = describe(network, recipe, size, written, {CHECK_IMAGES: sha256_of(folder / CHECK_IMAGES)})
+    attack = _earlier_attack(folder, card)
+    return _write(folder, card if attack is None else _with_attack(folder, card, attack))
+
+
+def write_attack(folder: Path, card: Card, attack: FileAttackResult, verdicts: Verdicts) -> Card:
+    """Add the result of an attack on one of the card's files."""
+    write_verdicts(folder / VERDICTS, verdicts)
+    return _write(folder, _with_attack(folder, card, attack))
+
+
+def _write(folder: Path, card: Card) -> Card:
+    write_card(folder, card)
+    atomic_write_text(folder / MODEL_CARD, model_card(card))
+    return card
+
+
+def _with_attack(folder: Path, card: Card, attack: FileAttackResult) -> Card:
+    others = card.others_sha256 | {VERDICTS: sha256_of(folder / VERDICTS)}
+    return card.model_copy(update={"attack": attack, "others_sha256": others})
+
+
+def _earlier_attack(folder: Path, card: Card) -> FileAttackResult | None:
+    """The attack of the card that is there, if it was on a file that is the same now."""
+    try:
+        earlier = Card.read_if_there(folder / CARD)
+    except ValueError:
+        return None
+    attack = earlier.attack if earlier is not None else None
+    verdicts = earlier.others_sha256.get(VERDICTS) if earlier is not None else None
+    if attack is None or card.file(attack.file_sha256) is None or not (folder / VERDICTS).is_file():
+        return None
+    return attack if sha256_of(folder / VERDICTS) == verdicts else None
+
+
+def _described(name: Format, path: Path) -> ExportedFile:
+    count = None if name == "torch" else nonzero_weights(onnx.load(path))
+    size, compressed = path.stat().st_size, _compress(path)
+    return ExportedFile(format=name, size=size, compressed=compressed, sha256=sha256_of(path), nonzero_weights=count)
 
 
 def _compress(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The formats of exported networks. Imports no torch."""
+"""The formats of exported networks, the files beside them, and how strongly they are attacked. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,3 +10,11 @@ FILES: dict[Format, str] = {"onnx": "model.onnx", "onnx-int8": "model-int8.onnx"
 """Format -> name of its file."""
 COMPRESSION = 9
 """Level of gzip."""
+CARD, MODEL_CARD = "card.json", "README.md"
+CHECK_IMAGES = "check.npz"
+"""Images, and the logits of the network and of every file for them."""
+VERDICTS = "verdicts.parquet"
+"""Of the attack on a file, one row per image."""
+
+AttackStrength = Literal["standard", "reduced"]
+STRENGTHS: tuple[AttackStrength, ...] = get_args(AttackStrength)

@@ -27,16 +27,18 @@ from pipeline.rng import scope_key
 
 log = logging.getLogger(__name__)
 
-EnsembleName = Literal["autoattack", "apgd", "square"]
+EnsembleName = Literal["autoattack", "apgd", "apgd-ce", "square"]
 ENSEMBLES: dict[EnsembleName, tuple[str, ...]] = {
     "autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "apgd": ("apgd-ce", "apgd-t"),
+    "apgd-ce": ("apgd-ce",),
     "square": ("square",),
 }
-"""Attacks in the standard version's order: all; the two strongest; the gradient-free one."""
+"""Attacks in the standard version's order: all; the two strongest; one of them; the gradient-free one."""
 TITLES: dict[EnsembleName, str] = {
     "autoattack": "AutoAttack (standard)",
     "apgd": "APGD-CE and targeted APGD-DLR",
+    "apgd-ce": "APGD-CE",
     "square": "Square attack",
 }
 TARGETS, ITERATIONS, QUERIES = 9, 100, 5000
@@ -74,14 +76,13 @@ class _FlagHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.flags: set[str] = set()
+        self.flags: dict[str, str] = {}
+        """Flag -> the first message that raises it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         flag = next((name for words, name in FLAGS.items() if words in message), OTHER)
-        if flag not in self.flags:
-            log.warning("AutoAttack: %s", message)
-        self.flags.add(flag)
+        self.flags.setdefault(flag, message)
 
 
 @contextmanager
@@ -136,10 +137,11 @@ class Ensemble:
     seed: int
     iterations: int = ITERATIONS
     queries: int = QUERIES
+    most_targets: int = TARGETS
 
     @property
     def targets(self) -> int:
-        return min(TARGETS, self.classes - 1)
+        return min(self.most_targets, self.classes - 1)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -175,17 +177,31 @@ class Ensemble:
         library.square.n_queries = self.queries
         return library
 
-    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        x = x.contiguous()  # the library takes views
+    def examples(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> Tensor:
+        """Images x with each of those that an attack breaks replaced by its adversarial example."""
+        with _isolated(network, x.device):
+            return self._attack(network, x.contiguous(), y, ids)[1]
+
+    def _attack(
+        self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]
+    ) -> tuple[_RecordingAutoAttack, Tensor, Tensor, dict[str, str]]:
+        """The library after its attacks, the images that it returns, the network's answers to them, flags raised."""
         handler, logger = _FlagHandler(), logging.Logger("auto-attack")
         logger.addHandler(handler)
+        library = self.library(network, x.device, self.seed_of(ids))
+        library.logger = library.apgd.logger = library.apgd_targeted.logger = logger
+        examples, answers = library.run_standard_evaluation(x, y, batch_size=len(x))
+        return library, examples, answers, handler.flags
+
+    def verdicts(self, network: nn.Module, x: Tensor, y: Tensor, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        x = x.contiguous()  # the library takes views
         with _isolated(network, x.device):
             with torch.no_grad():
                 clean = ranked(network(x))
             top1, top5 = hits(clean, y)
-            library = self.library(network, x.device, self.seed_of(ids))
-            library.logger = library.apgd.logger = library.apgd_targeted.logger = logger
-            _, answers = library.run_standard_evaluation(x, y, batch_size=len(x))
+            library, _, answers, flags = self._attack(network, x, y, ids)
+        for message in flags.values():
+            log.warning("AutoAttack: %s", message)
         broken, left = _broken_by(ENSEMBLES[self.name], library.predictions, y)
         if not torch.equal(left, answers == y):
             raise RuntimeError("AutoAttack's verdicts differ from those of its attacks; install pyautoattack 0.2.0")
@@ -193,5 +209,5 @@ class Ensemble:
         columns["robust_correct"] = left & top1
         columns |= {f"broken_{attack}": images for attack, images in broken.items()}
         for flag in (*FLAGS.values(), OTHER):
-            columns[f"flag_{flag}"] = torch.full_like(top1, flag in handler.flags)
+            columns[f"flag_{flag}"] = torch.full_like(top1, flag in flags)
         return columns

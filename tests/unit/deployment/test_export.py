@@ -20,6 +20,7 @@ from torch import nn
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.onnx_file import CannotExport, logits_of, write_onnx
 from pipeline.deployment.torch_program import write_program
+from pipeline.deployment.twin import Twin
 from pipeline.models import Network, build_network
 from pipeline.models.export import METADATA_KEY
 from pipeline.models.pruning.scores import Scores
@@ -71,6 +72,10 @@ def test_every_format_computes_the_networks_logits(arch: str, tmp_path: Path) ->
     quantised = logits_of(tmp_path / "int8.onnx", images.numpy())
     spread = expected.max() - expected.min()
     assert np.abs(quantised - expected).max() < 0.25 * spread, "8 bits lose something, not the answer"
+    for name, answers, tolerance in (("model.onnx", got, 1e-4), ("int8.onnx", quantised, 0.02)):
+        with torch.no_grad():
+            twin = Twin(tmp_path / name)(images).numpy()
+        np.testing.assert_allclose(twin, answers, atol=tolerance * np.abs(answers).max(), rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("arch", ["small_cnn", "resnet18_w16_cifar"])

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from launch.__main__ import main
+from launch.run_folder import check_data
 from pipeline.deployment.calibration import BATCH, IMAGES, calibration_batches
+from pipeline.deployment.card import Card
 from pipeline.deployment.onnx_file import logits_of
+from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.load import load_network
 from pipeline.models import build_network
 from pipeline.models.export import METADATA_KEY, write_model
@@ -38,15 +41,18 @@ def run(fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         write_model(file, state, recipe.model, {"image_size": 28, "class_names": ["shirt"]})
         atomic_write_json(file.with_name("result.json"), {"model_sha256": sha256_of(file)})
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    atomic_write_json(folder / "provenance.json", {"data_sha256": check_data(recipe)})
     return folder
 
 
 def test_a_runs_network_is_exported_in_every_format(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "demo", "--keep", "0.1"]) == 0
+    command = ["export", "demo", "--keep", "0.1", "--attack", "reduced", "--images", "60"]
+    assert main(command) == 0
     out = capsys.readouterr().out
     folder = run / "keep-0.1" / "finetune" / "export"
     names = ["model.onnx", "model-int8.onnx", "model.pt2"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, *(f"{name}.gz" for name in names)])
+    others = {"README.md", "card.json", "check.npz", "verdicts.parquet"}
+    assert {path.name for path in folder.iterdir()} == {*names, *(f"{name}.gz" for name in names), *others}
     for name in names:
         whole, packed = (folder / name).read_bytes(), (folder / f"{name}.gz").read_bytes()
         assert gzip.decompress(packed) == whole
@@ -58,6 +64,57 @@ def test_a_runs_network_is_exported_in_every_format(run: Path, capsys: pytest.Ca
     np.testing.assert_allclose(logits_of(folder / "model.onnx", images.numpy()), expected, atol=1e-5)
     facts = {prop.key: json.loads(prop.value) for prop in onnx.load(folder / "model.onnx").metadata_props}
     assert facts == {METADATA_KEY: network.metadata}
+    check_card(folder, out)
+    attack = Card.read(folder / "card.json").attack
+    assert main([*command[:4], "--format", "onnx-int8", "--attack", "reduced", "--images", "60"]) == 0
+    assert Card.read(folder / "card.json").attack == attack
+    assert main(["verify", str(folder)]) == 0
+    claim_more(folder)
+    capsys.readouterr()
+    assert main(["verify", str(folder)]) == 1
+    assert "card.json says robust_correct" in capsys.readouterr().err
+
+
+def check_card(folder: Path, out: str) -> None:
+    """The card has the verdicts' counts, and what was printed."""
+    card = Card.read(folder / "card.json")
+    attack, verdicts = card.attack, read_verdicts(folder / "verdicts.parquet")
+    assert attack is not None
+    assert attack.images == len(verdicts["sample_id"]) == 60
+    for column in ("clean_correct", "robust_correct", "network_clean_correct", "network_robust_correct"):
+        assert getattr(attack, column) == verdicts[column].sum()
+        assert not (verdicts["robust_correct"] & ~verdicts["clean_correct"]).any()
+    assert attack.file_sha256 == sha256_of(folder / "model-int8.onnx")
+    assert card.stamped == (attack.doubts == ()) == out.endswith("stamped\n")
+    text = (folder / "README.md").read_text()
+    assert f"| model-int8.onnx | {100 * attack.clean_accuracy.value:.1f} % (" in text
+    assert "objective pgd" in text
+
+
+def claim_more(folder: Path) -> None:
+    """A robust accuracy that the verdicts do not have."""
+    values = json.loads((folder / "card.json").read_text())
+    attack = values["attack"]
+    attack["robust_correct"] += 1
+    attack["robust_accuracy"]["value"] = attack["robust_correct"] / attack["images"]
+    attack["robust_accuracy"]["high"] = 1.0
+    (folder / "card.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "5"], "--images 5 is for --attack"),
+        (["--attack", "reduced", "--images", "some"], "--images some: expected all or a number"),
+        (["--attack", "reduced", "--format", "torch"], "--attack is for ONNX files"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_refused_before_anything_is_written(
+    options: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "demo", "--keep", "0.1", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (run / "keep-0.1" / "finetune" / "export").exists()
 
 
 def test_int8_alone_keeps_an_earlier_float_file(run: Path, tmp_path: Path) -> None:
@@ -67,7 +124,8 @@ def test_int8_alone_keeps_an_earlier_float_file(run: Path, tmp_path: Path) -> No
     (out / "model.onnx").write_text("mine")
     command = ["export", "demo", "--keep", "0.1", "--method", "magnitude", "--format", "onnx-int8", "--out", str(out)]
     assert main(command) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["model-int8.onnx", "model-int8.onnx.gz", "model.onnx"]
+    assert {path.name for path in out.glob("model*")} == {"model-int8.onnx", "model-int8.onnx.gz", "model.onnx"}
+    assert [file.name for file in Card.read(out / "card.json").files] == ["model-int8.onnx"]
     assert (out / "model.onnx").read_text() == "mine"
 
 
