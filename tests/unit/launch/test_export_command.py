@@ -24,6 +24,7 @@ from pipeline.models.export import METADATA_KEY, write_model
 from pipeline.models.state import effective_state
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.stages import stages_of
+from pipeline.run.benchmark import Benchmark, BenchmarkEntry, Speed, Spread
 from pipeline.run.files import atomic_write_json, sha256_of
 from tests.support.small_recipe import small_recipe
 
@@ -73,6 +74,48 @@ def test_a_runs_network_is_exported_in_every_format(run: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["verify", str(folder)]) == 1
     assert "card.json says robust_correct" in capsys.readouterr().err
+
+
+def test_the_card_has_the_speeds_that_were_measured_of_this_network(run: Path) -> None:
+    """And not those of another network of the run."""
+    seconds = Spread(median=0.004, low=0.003, high=0.01)
+    speeds = tuple(
+        Speed(batch=batch, threads=1, rounds=9, seconds=seconds, times_as_fast=Spread(median=3.0, low=2.0, high=4.0))
+        for batch in (1, 32)
+    )
+    dense = BenchmarkEntry(
+        network="dense",
+        model_sha256=sha256_of(run / "pretrain" / "model.safetensors"),
+        file="model.onnx",
+        sha256="0",
+        runtime="onnxruntime",
+        precision="float32",
+        size=4000,
+        compressed=4000,
+        times_smaller=1.0,
+        parameters=1000,
+        kept_parameters=1000,
+        multiply_accumulates=1000,
+        kept_multiply_accumulates=1000,
+        speeds=speeds,
+    )
+    pruned_sha256 = sha256_of(run / "keep-0.1" / "finetune" / "model.safetensors")
+    pruned = dense.model_copy(update={"model_sha256": pruned_sha256, "file": "model-int8.onnx", "precision": "int8"})
+    benchmark = Benchmark(
+        created="2026-11-30T12:00:00+00:00",
+        processor="A processor",
+        cores=2,
+        versions={},
+        image_size=28,
+        reference="dense in torch",
+        entries=(dense, pruned),
+    )
+    (run / "benchmark.json").write_text(benchmark.model_dump_json(exclude_none=True))
+    assert main(["export", "demo", "--keep", "0.1", "--format", "torch"]) == 0
+    folder = run / "keep-0.1" / "finetune" / "export"
+    (speed,) = Card.read(folder / "card.json").speeds
+    assert (speed.name, speed.milliseconds, speed.times_as_fast) == ("model-int8.onnx, ONNX Runtime, int8", 4.0, 3.0)
+    assert "A processor, beside dense in torch" in (folder / "README.md").read_text()
 
 
 def check_card(folder: Path, out: str) -> None:
