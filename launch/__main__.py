@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from launch.commands import data, evaluate, export, leaderboard, logs, predict, report, run, status
+from launch.commands import data, doctor, evaluate, export, leaderboard, logs, predict, report, run, status
 from launch.exit_codes import exit_code_of, raise_interrupt, show_warnings
 
 DESCRIPTION = """\
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_parser(commands)
     leaderboard.add_parser(commands)
     data.add_parser(commands)
+    doctor.add_parser(commands)
     status.add_parser(commands)
     logs.add_parser(commands)
     return parser
