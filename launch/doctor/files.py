@@ -46,10 +46,10 @@ def check_ffcv(subject: Subject, progress: ProgressCallback) -> Outcome:
         with Loader(files[0].path, image_size=SIDE, threads=1) as loader:
             crops = whole_image_crops(loader.heights, loader.widths)
             image = loader.read(np.arange(1), crops).images[0].numpy()
-    return judge_image(image)
+    return compare_image(image)
 
 
-def judge_image(image: NDArray[np.uint8]) -> Outcome:
+def compare_image(image: NDArray[np.uint8]) -> Outcome:
     """Compare what was decoded, [3, SIDE, SIDE], with what was written."""
     rows = image[:, SIDE // 4].astype(int), image[:, 3 * SIDE // 4].astype(int)
     error = max(int(abs(row - level).max()) for row, level in zip(rows, LEVELS, strict=True))

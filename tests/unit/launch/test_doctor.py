@@ -139,7 +139,7 @@ def test_ffcv_writes_and_decodes_an_image(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert list(tmp_path.iterdir()) == []
 
     shape = (3, files.SIDE, files.SIDE)
-    assert_says(files.judge_image(np.full(shape, 40, np.uint8)), "fail", "differs by 160 of 255", "make setup")
+    assert_says(files.compare_image(np.full(shape, 40, np.uint8)), "fail", "differs by 160 of 255", "make setup")
 
 
 def test_damaged_data_is_found_by_the_node_that_reads_it(fashion_data: Path, tmp_path: Path) -> None:
