@@ -96,7 +96,7 @@ def run_on_nodes(recipe: Recipe, subject: Subject, show: Show, progress: Callabl
     Waits for the job as long as it is queued; an interrupt cancels it. Errors: ValueError if SLURM refuses the job.
     """
     slurm = section_of(recipe)
-    limits = {"time": min(slurm.time, MINUTES), "signal_s": min(slurm.signal_s, 10), "mail_user": None, "mail_type": None}
+    limits = {"time": min(slurm.time, MINUTES), "signal_s": 10, "mail_user": None, "mail_type": None}
     recipe = recipe.model_copy(update={"slurm": slurm.model_copy(update=limits)})
     with _shared_folder() as folder:
         token = os.urandom(16).hex()
