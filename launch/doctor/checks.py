@@ -9,14 +9,14 @@ MACHINE = (
     Check("shared memory", "launch.doctor.machine:check_shared_memory", 30.0),
     Check("temporary folder", "launch.doctor.machine:check_temporary_folder", 60.0),
     Check("open files", "launch.doctor.machine:check_open_files", 30.0),
-    Check("disk", "launch.doctor.files:check_disk", 180.0),
-    Check("GPUs", "launch.doctor.gpus:check_gpus", 300.0),
-    Check("FFCV", "launch.doctor.files:check_ffcv", 300.0),
-    Check("Ray", "launch.doctor.services:check_ray", 240.0),
+    Check("disk", "launch.doctor.files:check_disk", 300.0),
+    Check("GPUs", "launch.doctor.gpus:check_gpus", 450.0),
+    Check("FFCV", "launch.doctor.files:check_ffcv", 450.0),
+    Check("Ray", "launch.doctor.services:check_ray", 450.0),
     Check("wandb", "launch.doctor.services:check_wandb", 90.0),
 )
 RECIPE = (
-    Check("network", "launch.doctor.files:check_network", 180.0),
+    Check("network", "launch.doctor.files:check_network", 300.0),
     Check("data", "launch.doctor.files:check_data", 180.0),
 )
 """Of a recipe or run."""

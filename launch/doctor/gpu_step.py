@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.distributed import Group, make_deterministic
 from pipeline.training.process_group import GroupConfig, join_group
 
-GROUP_S = 180
+GROUP_S = 300
 IMAGES, SIDE, CLASSES = 16, 32, 10
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.doctor.outcome import Outcome, ProgressCallback, Subject
 from pipeline.run.tracking.wandb_mode import asked_mode
 
-RAY_S = 200.0
+RAY_S = 400.0
 
 
 def check_ray(subject: Subject, progress: ProgressCallback) -> Outcome:
