@@ -79,6 +79,5 @@ def check_open_files(subject: Subject, progress: ProgressCallback) -> Outcome:
     if not enough[0]:
         text = f"{soft} may be open at once; Ray needs {OPEN_FILES}"
         line = f"ulimit -n {OPEN_FILES * 2 if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES * 2)}"
-        where = "before the command" if not subject.on_slurm else f"in slurm.setup: ['{line}']"
-        return Outcome("warn", text, f"{line} {where}")
+        return Outcome("warn", text, f"slurm.setup: ['{line}']" if subject.on_slurm else f"{line} before the command")
     return Outcome("pass", f"{'any number' if soft == resource.RLIM_INFINITY else soft} may be open at once")
