@@ -14,7 +14,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf 
 COPY Makefile pyproject.toml requirements.txt constraints.txt ./
 COPY .ci/setup.sh .ci/
 RUN make setup && rm -rf /var/lib/apt/lists/*
-# slurm.container_image needs this: python3 is the one that has the project installed.
+# A task of slurm.container_image starts python3: this has it be the one with the project, and not Debian's.
 ENV PATH=/hydra/.venv/bin:$PATH
 COPY . .
 ENTRYPOINT ["hydra-pipeline"]

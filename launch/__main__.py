@@ -14,7 +14,20 @@ import signal
 import sys
 from pathlib import Path
 
-from launch.commands import benchmark, data, evaluate, export, leaderboard, logs, predict, report, run, status, verify
+from launch.commands import (
+    benchmark,
+    data,
+    doctor,
+    evaluate,
+    export,
+    leaderboard,
+    logs,
+    predict,
+    report,
+    run,
+    status,
+    verify,
+)
 from launch.exit_codes import exit_code_of, raise_interrupt, show_warnings
 
 DESCRIPTION = """\
@@ -55,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_parser(commands)
     leaderboard.add_parser(commands)
     data.add_parser(commands)
+    doctor.add_parser(commands)
     status.add_parser(commands)
     logs.add_parser(commands)
     return parser

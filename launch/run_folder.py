@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.agreement import check_agreement, check_data_files, open_data_files
+from pipeline.data.loading import sampling
 from pipeline.data.manifest import Manifest
 from pipeline.recipe.file import deciding_values, dump_recipe, load_resolved_recipe, recipe_hash
 from pipeline.recipe.schema import NAME, Recipe
-from pipeline.recipe.stages import stages_of
+from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.failures import FAILURES
 from pipeline.run.files import PRIVATE, atomic_write_json, atomic_write_text, read_json, sha256_of
 from pipeline.run.layout import RunFolder, StageFolder
@@ -45,8 +46,8 @@ def _differences(old: Recipe, new: Recipe) -> list[str]:
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys]
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """A restart may have another working folder, and so do Ray's workers."""
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: a restart may have another working folder, and so do Ray's workers."""
     data = recipe.data
     files = {"train_file": str(Path(data.train_file).absolute()), "test_file": str(Path(data.test_file).absolute())}
     recipe = recipe.model_copy(update={"data": data.model_copy(update=files)})
@@ -63,7 +64,7 @@ def check_start(recipe: Recipe, name: str | None) -> Path:
     what differs; LeaseHeld while a process runs it, as its workers read recipe.yaml whenever they restart.
     """
     check_name(name)
-    recipe = _with_absolute_paths(recipe)
+    recipe = with_absolute_paths(recipe)
     folder = RUNS / (name or recipe.name)
     path = RunFolder(folder).recipe
     if path.exists():
@@ -96,7 +97,7 @@ def begins_anew(folder: Path, recipe: Recipe, data_sha256: dict[str, str]) -> bo
         old = Provenance.read_if_there(RunFolder(folder).provenance)
     except ValueError:  # of an earlier version, which accepted what this one refuses
         return True
-    other_recipe = recipe_hash(old_recipe) != recipe_hash(_with_absolute_paths(recipe))
+    other_recipe = recipe_hash(old_recipe) != recipe_hash(with_absolute_paths(recipe))
     return other_recipe or old is None or old.data_sha256 != data_sha256
 
 
@@ -110,7 +111,7 @@ def open_or_create(recipe: Recipe, name: str | None, data_sha256: dict[str, str]
     folder = check_start(recipe, name)
     if begins_anew(folder, recipe, data_sha256):
         _forget_first_try(folder)
-    write_run_folder(folder, _with_absolute_paths(recipe), data_sha256)
+    write_run_folder(folder, with_absolute_paths(recipe), data_sha256)
     return folder
 
 
@@ -173,6 +174,23 @@ def network_size(recipe: Recipe) -> int:
     if recipe.model.weights is not None:
         load_foreign(network, Path(recipe.model.weights), recipe.model)
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def train_images(recipe: Recipe, manifest: Manifest) -> int:
+    """Number of images that are trained on: neither held out nor extra."""
+    own = manifest.num_samples - manifest.num_extra
+    return sampling.num_train_images(own, recipe.data.validation_images, recipe.data.train_images)
+
+
+def disk_bytes(recipe: Recipe, stages: list[Stage], weights: int, remembered: list[int]) -> int:
+    """Checkpoints that are kept, with optimizer state in float32 and remembered perturbations; exported networks."""
+    total = sum(remembered) * recipe.checkpoint.keep
+    for stage in stages:
+        phase = stage.optimisation
+        slots = 1 if phase.optimizer == "sgd" else 2
+        tensors = 1 + (stage.keep_fraction is not None) + slots + phase.is_averaged
+        total += 4 * weights * (tensors * (1 if stage.trials else recipe.checkpoint.keep) + 1)
+    return total
 
 
 def check_same_data(folder: Path) -> None:

@@ -39,7 +39,7 @@ def plan_lines(recipe: Recipe, name: str | None, with_torch: bool) -> tuple[list
     weights = checked(run_folder.network_size, recipe) if with_torch and not problems else None
 
     stages = stages_of(recipe)
-    images = _train_images(recipe, manifest) if manifest is not None and per_epoch is not None else 0
+    images = run_folder.train_images(recipe, manifest) if manifest is not None and per_epoch is not None else 0
     remembered = [images * stage.objective.remembered_bytes(recipe.data.image_size) for stage in stages]
     done = [stage for stage in stages if is_done(folder, stage)] if RunFolder(folder).recipe.exists() else None
     state = "new" if done is None else f"exists: {len(done)} of {len(stages)} stages are finished"
@@ -59,30 +59,23 @@ def plan_lines(recipe: Recipe, name: str | None, with_torch: bool) -> tuple[list
     if weights is not None:
         free = free_bytes(folder.absolute())
         room = "" if free is None else f" of {readable(free)} that are free"
-        lines.append(
-            f"disk: about {readable(_disk_bytes(recipe, stages, weights, remembered))}{room}, for checkpoints and "
-            "networks"
-        )
+        needed = readable(run_folder.disk_bytes(recipe, stages, weights, remembered))
+        lines.append(f"disk: about {needed}{room}, for checkpoints and networks")
     left = [stage for stage in stages if stage not in (done or [])]
     if per_epoch is not None and left:
         lines.append(_time_line(recipe, left, per_epoch))
     return lines, problems
 
 
-def _train_images(recipe: Recipe, manifest: Manifest) -> int:
-    own = manifest.num_samples - manifest.num_extra
-    return sampling.num_train_images(own, recipe.data.validation_images, recipe.data.train_images)
-
-
 def _steps_per_epoch(recipe: Recipe, manifest: Manifest) -> int:
     """Steps of one pass over the data; replays make more."""
-    images = _train_images(recipe, manifest)
+    images = run_folder.train_images(recipe, manifest)
     return sampling.steps_per_epoch(images, recipe.batch.batch_per_step, recipe.extra_per_step)
 
 
 def _data_line(recipe: Recipe, manifest: Manifest, per_epoch: int) -> str:
     return (
-        f"{_train_images(recipe, manifest):,} training images, {recipe.data.validation_images:,} held out, "
+        f"{run_folder.train_images(recipe, manifest):,} training images, {recipe.data.validation_images:,} held out, "
         f"{manifest.num_classes} classes; {per_epoch:,} steps of {recipe.batch.batch_per_step:,} images per epoch"
     )
 
@@ -105,17 +98,6 @@ def _stage_text(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
     passes = None if passes is None else passes + stage.extra_passes
     cost = "bounds" if passes is None else f"{passes} passes" if passes > 1 else "1 pass"
     return f"{line}; {images // recipe.batch.batch_per_step:,} steps, {images:,} images, {cost} each"
-
-
-def _disk_bytes(recipe: Recipe, stages: list[Stage], weights: int, remembered: list[int]) -> int:
-    """Checkpoints that are kept, with optimizer state in float32 and remembered perturbations; exported networks."""
-    total = sum(remembered) * recipe.checkpoint.keep
-    for stage in stages:
-        phase = stage.optimisation
-        slots = 1 if phase.optimizer == "sgd" else 2
-        tensors = 1 + (stage.keep_fraction is not None) + slots + phase.is_averaged
-        total += 4 * weights * (tensors * (1 if stage.trials else recipe.checkpoint.keep) + 1)
-    return total
 
 
 def _time_line(recipe: Recipe, stages: list[Stage], per_epoch: int) -> str:

@@ -73,17 +73,24 @@ def _check_devices(recipe: Recipe) -> None:
 
 @contextmanager
 def local_cluster(recipe: Recipe, scratch: Path) -> Iterator[Cluster]:
+    """A private Ray cluster for a recipe's workers on this machine; see `ray_on_this_machine`."""
+    _check_devices(recipe)
+    with ray_on_this_machine(scratch, cpus=recipe.workers.count * recipe.workers.threads, gpu=uses_gpu(recipe)):
+        yield Cluster(recipe.workers.count, scratch)
+
+
+@contextmanager
+def ray_on_this_machine(scratch: Path, *, cpus: int, gpu: bool) -> Iterator[None]:
     """A private Ray cluster on this machine, protected by a random token in `scratch`, a reaper's folder.
 
     The process ends with `RAY_ENDED` when Ray's raylet or GCS dies: what it does may then wait for ever, and Ray's own
     code may end it at any time.
     """
-    _check_devices(recipe)
     write_token(scratch / "token")
-    with environment_set(ray_environment(scratch / "token", scratch, uses_gpu(recipe))):
+    with environment_set(ray_environment(scratch / "token", scratch, gpu)):
         connect_to_ray(
             address="local",
-            num_cpus=recipe.workers.count * recipe.workers.threads,
+            num_cpus=cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(scratch / RAY),
@@ -91,7 +98,7 @@ def local_cluster(recipe: Recipe, scratch: Path) -> Iterator[Cluster]:
         shut_down = threading.Event()
         threading.Thread(target=_end_with_ray, args=(shut_down,), name="ray-watch", daemon=True).start()
         try:
-            yield Cluster(recipe.workers.count, scratch)
+            yield
         finally:
             shut_down.set()
             ray.shutdown()

@@ -29,15 +29,20 @@ MARKER = ".hydra-pipeline-scratch"
 """The file that makes a folder ours to delete, locked while the cluster lives."""
 
 
-def new_scratch() -> tuple[Path, int]:
-    """A new folder that only this user can enter, and the descriptor of its marker file, which is locked.
-
-    It is in TMPDIR if that path is short enough and has no spaces, else in /tmp. Abandoned folders of this user are
-    removed.
-    """
+def scratch_parent() -> Path:
+    """Where clusters' folders are: TMPDIR if that path is short enough and has no spaces, else /tmp."""
     parent = Path(tempfile.gettempdir())
     if len(str(parent / PREFIX)) + 8 > LONGEST or re.search(r"\s", str(parent)):
         parent = Path("/tmp")
+    return parent
+
+
+def new_scratch() -> tuple[Path, int]:
+    """A new folder that only this user can enter, and the descriptor of its marker file, which is locked.
+
+    Abandoned folders of this user are removed.
+    """
+    parent = scratch_parent()
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):  # another user's, not a cluster's, or removed at this moment
             if _is_abandoned(folder):

@@ -101,7 +101,7 @@ def _require(program: str) -> None:
         raise ValueError(f"{program} was not found: is this machine in a SLURM cluster? --on local needs none")
 
 
-def _run_client(*command: str) -> str:
+def run_client(*command: str) -> str:
     """Output of a SLURM command. Errors: ValueError with its error output."""
     _require(command[0])
     try:
@@ -117,7 +117,7 @@ def active_jobs(jobs: list[SubmittedJob]) -> list[SubmittedJob]:
     """The jobs that are still queued or running in SLURM."""
     if not jobs:
         return []
-    queued = {line.strip() for line in _run_client("squeue", "-h", "-r", "-o", "%i", "--me").splitlines()}
+    queued = {line.strip() for line in run_client("squeue", "-h", "-r", "-o", "%i", "--me").splitlines()}
     return [job for job in jobs if job.id in queued]
 
 
@@ -132,8 +132,8 @@ def describe_jobs(recipe: Recipe, run_folder: Path, after: str | None) -> list[s
     ]
 
 
-def _submit(recipe: Recipe, run_folder: Path, name: str, work: list[Any], dependency: str | None) -> list[str]:
-    """One job, or an array of several; returns their ids."""
+def submit_work(recipe: Recipe, run_folder: Path, name: str, work: list[Any], dependency: str | None) -> list[str]:
+    """One job, or an array of several; returns their ids. Errors: ValueError with SLURM's reason if it refuses them."""
     import submitit
     from submitit.core.utils import FailedJobError
 
@@ -209,7 +209,7 @@ def _submit_unfinished(run_folder: Path, after: str | None, observer: str | None
     new: list[SubmittedJob] = []
 
     def add(names: list[str], title: str, work: list[Any], dependency: str | None) -> None:
-        ids = _submit(recipe, run_folder, title, work, dependency)
+        ids = submit_work(recipe, run_folder, title, work, dependency)
         for number, (job_name, job) in enumerate(zip(names, ids, strict=True)):
             new.append(SubmittedJob(job, job_name, work[number].stages, time.time()))
         atomic_write_json(run_folder / "jobs.json", {"jobs": [job.row() for job in [*submitted, *new]]})
@@ -233,5 +233,5 @@ def cancel_jobs(run_folder: Path) -> list[SubmittedJob]:
     """Cancel all active jobs of a run, and return them; its checkpoints stay."""
     jobs = active_jobs(read_jobs(run_folder))
     if jobs:
-        _run_client("scancel", *[job.id for job in jobs])
+        run_client("scancel", *[job.id for job in jobs])
     return jobs

@@ -48,7 +48,7 @@ def collect_provenance(recipe: Recipe, data_sha256: dict[str, str]) -> dict[str,
         "machine": platform.machine(),
         "processor": processor_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": _gpus(),
+        "gpus": gpu_models(),
         "python": platform.python_version(),
         "commit": _commit(),
         "recipe_sha256": recipe_hash(recipe),
@@ -80,7 +80,7 @@ def processor_model() -> str:
     return next(models, platform.machine())
 
 
-def _gpus() -> list[str]:
+def gpu_models() -> list[str]:
     """Model and driver of each GPU of this machine; empty if no NVIDIA driver responds. Does not import torch."""
     command = shutil.which("nvidia-smi")
     if command is None:

@@ -255,6 +255,17 @@ def choose_mode() -> Mode:
     return "online" if credentials else "offline"
 
 
+def ask_server() -> str:
+    """The address of wandb's server, once it has accepted the key. Errors: wandb's, of many types."""
+    import wandb
+
+    try:
+        wandb.Api(timeout=int(INIT_SECONDS))  # asks it who owns the key
+        return wandb.setup().settings.base_url
+    finally:
+        wandb.teardown()
+
+
 def _settings() -> wandb.Settings:
     import wandb
 

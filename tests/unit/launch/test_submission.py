@@ -189,6 +189,30 @@ def test_a_warning_before_submitit_is_ready_does_not_end_the_task(run: Path) -> 
     assert done.stdout.split() == ["lives", "warned"]
 
 
+def test_python3_of_our_own_image_has_the_project(tmp_path: Path) -> None:
+    """The image's PATH, with this checkout in the place of its folder; a container's task starts `python3`."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    (place,) = [line.removeprefix("WORKDIR ") for line in lines if line.startswith("WORKDIR ")]
+    (path,) = [line.removeprefix("ENV PATH=") for line in lines if line.startswith("ENV PATH=")]
+    assert lines.index(f"ENV PATH={path}") > lines.index("FROM debian:bookworm-slim")
+    assert path.split(":")[-1] == "$PATH", "Debian's own programs are found after it"
+    path = path.replace(f"{place}/", f"{ROOT}/").replace("$PATH", os.defpath)
+    command = sbatch.python_of(small_recipe(tmp_path, slurm={**SECTION, "container_image": "hydra.sqsh"}))
+    assert command.endswith(" python3")
+    code = "import sys, launch, submitit; print(sys.prefix); print(launch.__file__)"
+    environment = {"PATH": path, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", f'{command} -c "$1"', "sh", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(ROOT / ".venv"), str(ROOT / "launch" / "__init__.py")]
+
+
 class Killed(BaseException):
     """Simulates the kill of a task."""
 

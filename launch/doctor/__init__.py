@@ -1,0 +1,1 @@
+"""Checks of a machine, and of a recipe's files on it, before a long run: `python -m launch doctor`."""
