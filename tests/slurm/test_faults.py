@@ -32,7 +32,7 @@ def test_all_kinds_of_faults_strike() -> None:
 
 @pytest.mark.parametrize(
     ("kinds", "keep_fractions"),
-    [(WORKERS_AND_STEPS, (0.1,)), (NODES_AND_JOBS, (0.5, 0.1, 0.05))],
+    [(WORKERS_AND_STEPS, (0.1,)), (NODES_AND_JOBS, (0.5, 0.1))],
     ids=["workers and steps", "nodes and jobs"],
 )
 def test_faults_are_survived(
