@@ -34,8 +34,9 @@ STEPS = {"pretrain": 160, "keep-0.1/prune": 160, "keep-0.1/finetune": 40}
 def write_recipe(place: Path, data: Path) -> str:
     """Two workers, 20 steps an epoch, a checkpoint every 5 steps, no baseline."""
     values = small_values(data)
-    values["data"] |= {"validation_images": 100, "train_images": 640}
-    values["batch"] = {"batch_per_step": 32, "micro_batch": 16}
+    values["data"] |= {"validation_images": 100, "train_images": 320}
+    values["batch"] = {"batch_per_step": 16, "micro_batch": 8}
+    values["model"]["arch"] = "cnn_small"
     values["sparsity"] = {"keep_fractions": [0.1], "baselines": []}
     for phase in ("pretrain", "prune"):
         values["phases"][phase] = {**values["phases"][phase], "epochs": 8}

@@ -1,9 +1,8 @@
 """Interrupts a run at an exact place: an observer inside the workers, configured by a file in the run directory.
 
 `cut.json`: [[event, stage, step or null, victim], ...]. Each fires once, after the one before it. Victims that are
-killed: "worker"; "run", the driver, or the process that started the workers where there is no Ray; "command", which
-waits for the driver; "raylet" and "gcs_server", in whose absence the worker goes no further, until it is ended as well.
-For "exception", one is raised in a worker.
+killed: "worker"; "run", the driver and a worker; "command", which waits for the driver; "raylet" and "gcs_server", in
+whose absence the worker goes no further, until it is ended as well. For "exception", one is raised in a worker.
 """
 
 from __future__ import annotations

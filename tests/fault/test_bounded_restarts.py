@@ -10,7 +10,7 @@ from pipeline.run import checkpoint
 from pipeline.run.failures import read_failures
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.support.commands import Command
-from tests.support.small_recipe import small_recipe
+from tests.support.small_recipe import two_worker_recipe
 from tests.support.undisturbed_run import new_run
 
 DEADLINE_S = 600
@@ -27,8 +27,7 @@ CUTS: list[Cut] = [
 def test_a_checkpoint_resets_the_count_and_the_same_exception_twice_stops_the_run(
     fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers, checkpoints = {"count": 2, "restarts_without_progress": 1}, {"every_steps": 9}
-    folder = new_run(tmp_path / "run", small_recipe(fashion_data, workers=workers, checkpoint=checkpoints))
+    folder = new_run(tmp_path / "run", two_worker_recipe(fashion_data, restarts_without_progress=1))
     set_cuts(folder, CUTS)
     monkeypatch.setenv("HYDRA_TEST_RUN", str(folder))
     command = Command(tmp_path, str(folder), "tests.fault.cuts:cut", module="tests.fault.run_observed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pipeline.run import checkpoint
 from pipeline.training.perturbation_memory import VALUES
 from tests.fault.cuts import Cut, done_cuts, set_cuts
 from tests.fault.final_state import differences, final_state
+from tests.fault.without_ray import start
 from tests.support.commands import ROOT
 from tests.support.small_recipe import two_worker_recipe
 from tests.support.undisturbed_run import new_run
@@ -27,10 +27,9 @@ CUT = "tests.fault.cuts:cut"
 STEPS = 40  # of every stage; an epoch has 20
 
 
-def _start(folder: Path, *module: str) -> int:
-    """Run or resume in a process of its own; returns its exit code once it and all that it started have ended."""
-    environment = {**os.environ, "HYDRA_TEST_RUN": str(folder)}
-    process = subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, env=environment)
+def _start_on_ray(folder: Path) -> int:
+    """Run or resume with `CUT`; returns the command's exit code once it and all that it started have ended."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.fault.run_observed", str(folder), CUT], cwd=ROOT)
     descendants: set[psutil.Process] = set()
     watched = psutil.Process(process.pid)
     deadline = DEADLINE_S
@@ -71,15 +70,16 @@ where it has a part in what comes next; a run may change between the two."""
 
 @pytest.mark.timeout(1800)
 def test_killed_workers_and_runs_go_on_exactly(
-    fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path]
+    fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL of a worker, of a raylet and of a GCS, which are replaced, and of the whole run, which is resumed."""
     recipe = two_worker_recipe(fashion_data)
     folder = new_run(tmp_path / "run", recipe)
     set_cuts(folder, [cut for _, cuts in STARTS for cut in cuts])
+    monkeypatch.setenv("HYDRA_TEST_RUN", str(folder))
     for number, (where, cuts) in enumerate(STARTS):
-        module = ("tests.fault.run_observed", str(folder), CUT, *(() if where == "ray" else (where,)))
-        assert _start(folder, *module) == -signal.SIGKILL, cuts
+        ended = _start_on_ray(folder) if where == "ray" else start(folder, recipe, CUT)
+        assert ended == -signal.SIGKILL, cuts
         assert done_cuts(folder) == sum(len(cuts) for _, cuts in STARTS[: number + 1])
         if cuts[0][0] == "before_manifest":
             unfinished = checkpoint.folder_of(folder / cuts[0][1], 9)
@@ -88,12 +88,12 @@ def test_killed_workers_and_runs_go_on_exactly(
     restarts = (folder / "logs" / "restarts.log").read_text()
     assert " failed: " in restarts
     assert restarts.count("Ray's processes ended") == 2
-    assert _start(folder, "launch", "resume", str(folder)) == 0
+    assert start(folder, recipe, CUT) == 0
     assert differences(*(final_state(run, STAGES) for run in (undisturbed(recipe), folder))) == []
 
 
 def test_remembered_perturbations_outlive_a_kill(
-    fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path]
+    fashion_data: Path, tmp_path: Path, undisturbed: Callable[[Recipe], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL of two workers within the second epoch of FGSM-PGI; checkpoints are within epochs."""
     recipe = two_worker_recipe(fashion_data)
@@ -102,9 +102,10 @@ def test_remembered_perturbations_outlive_a_kill(
     recipe = Recipe.model_validate(values)
     folder = new_run(tmp_path / "run", recipe)
     set_cuts(folder, [("step", "pretrain", 31, "run")])
-    assert _start(folder, "tests.fault.run_observed", str(folder), CUT, "without-ray") == -signal.SIGKILL
+    monkeypatch.setenv("HYDRA_TEST_RUN", str(folder))
+    assert start(folder, recipe, CUT) == -signal.SIGKILL
     assert max(checkpoint.committed_steps(folder / "pretrain")) in (18, 27)  # a thread writes them
-    assert _start(folder, "tests.fault.run_observed", str(folder), CUT, "without-ray") == 0
+    assert start(folder, recipe, CUT) == 0
     states = [final_state(run, STAGES) for run in (undisturbed(recipe), folder)]
     assert f"pretrain: {VALUES}" in states[0]
     assert differences(*states) == []

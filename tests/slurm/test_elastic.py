@@ -39,7 +39,7 @@ def recipe_on(data: Path, place: Path, nodes: str) -> Recipe:
         data,
         threat_model={"norm": "l2", "eps": 0.25},
         objective={"name": "noise", "sigma": 0.25},
-        evaluation={"steps": 1, "step_size": None, "images": 400, "n0": 10, "n": 100},
+        evaluation={"steps": 1, "step_size": None, "images": 200, "n0": 10, "n": 100},
         phases={"pretrain": {"epochs": EPOCHS, "lr": 0.05}, "prune": phase, "finetune": phase},
         data={**small_values(data)["data"], "stage_to": str(place / "local")},
         sparsity={"baselines": []},

@@ -40,7 +40,7 @@ def test_the_soak_draws_any_number_of_faults(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("kinds", "keep_fractions"),
-    [(WORKERS_AND_STEPS, (0.1,)), (NODES_AND_JOBS, (0.5, 0.1, 0.05))],
+    [(WORKERS_AND_STEPS, (0.1,)), (NODES_AND_JOBS, (0.5, 0.1))],
     ids=["workers and steps", "nodes and jobs"],
 )
 def test_faults_are_survived(

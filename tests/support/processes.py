@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -26,9 +27,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _context(fresh: bool) -> SpawnContext | ForkServerContext:
-    if fresh:
-        return multiprocessing.get_context("spawn")
+def warm_context() -> ForkServerContext:
+    """Its processes are forked from the session's server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([WARM])
     return context
@@ -85,7 +85,7 @@ def run_group(
 
     `fresh` starts new interpreters, for settings that must precede an interpreter's start, such as LD_PRELOAD.
     """
-    context = _context(fresh)
+    context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn") if fresh else warm_context()
     out = context.Queue()
     port = _free_port()
     workers = [
@@ -98,11 +98,19 @@ def run_group(
         worker.start()
     try:
         results: dict[int, Any] = {}
+        end = time.monotonic() + deadline_s
         while len(results) < world:
             try:
-                rank, succeeded, result = out.get(timeout=deadline_s)
+                rank, succeeded, result = out.get(timeout=1)
             except Empty:
-                raise AssertionError(f"{world - len(results)} of {world} processes returned no result") from None
+                killed = [
+                    f"rank {rank} by signal {-(worker.exitcode or 0)}"
+                    for rank, worker in enumerate(workers)
+                    if rank not in results and (worker.exitcode or 0) < 0
+                ]
+                assert not killed, f"ended: {killed}"
+                assert time.monotonic() < end, f"{world - len(results)} of {world} processes returned no result"
+                continue
             assert succeeded, f"rank {rank}:\n{result}"
             results[rank] = pickle.loads(result)
         for worker in workers:

@@ -50,12 +50,15 @@ def small_recipe(folder: Path, /, **sections: Any) -> Recipe:
     return parse_recipe(values, "small")
 
 
-def two_worker_recipe(data: Path) -> Recipe:
-    """For runs with faults: two workers, hence ZeRO 1, and checkpoints every 9 steps, never at an epoch's end."""
+def two_worker_recipe(data: Path, **workers: Any) -> Recipe:
+    """For runs with faults: two workers, hence ZeRO 1, and checkpoints every 9 steps, never at an epoch's end, which is
+    after 20."""
     return small_recipe(
         data,
         sparsity={"baselines": []},
-        data={"augmentation": "pad_crop_flip"},
-        workers={"count": 2},
+        data={"augmentation": "pad_crop_flip", "train_images": 640, "validation_images": 100},
+        batch={"batch_per_step": 32, "micro_batch": 8},
+        evaluation={"images": 200, "chunk": 50},
+        workers={"count": 2, **workers},
         checkpoint={"every_steps": 9, "keep": 2},
     )

@@ -34,12 +34,13 @@ def finish(folder: Path, recipe: Recipe, observer: str | None = None) -> None:
     """Start or resume a run and complete it. `observer`, 'module:function', observes every worker."""
     leases = Leases([folder / stage.name for stage in stages_of(recipe)])
     try:
-        run_group(recipe.workers.count, _run_stages, recipe, folder, leases.token, observer, deadline_s=DEADLINE_S)
+        run_group(recipe.workers.count, all_stages, recipe, folder, leases.token, observer, deadline_s=DEADLINE_S)
     finally:
         leases.release()
 
 
-def _run_stages(group: Group, recipe: Recipe, folder: Path, token: str, observer: str | None) -> None:
+def all_stages(group: Group, recipe: Recipe, folder: Path, token: str, observer: str | None) -> None:
+    """One worker's part of a run."""
     # Imported here: it takes seconds, and the process that starts the workers does not need it.
     from pipeline.training.context import RunContext
     from pipeline.training.stage import run_stages

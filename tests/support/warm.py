@@ -1,6 +1,6 @@
-"""Imports and compiles what the tests' workers need; `processes` forks them from a process that has done so once.
+"""Imports and loads what the tests' workers need; `processes` forks them from a process that has done so once.
 
-Nearly all of a worker's start, about nine seconds of CPU time, is imports and numba's compilation of the decoder.
+Nearly all of a worker's start, about five seconds of CPU time, is imports and loading the compiled decoder.
 """
 
 from __future__ import annotations

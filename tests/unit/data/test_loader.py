@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.loading import sampling
-from pipeline.data.loading.decoder import libffcv
+from pipeline.data.loading.decoder import compiled_decoder, decoder_folder, libffcv
 from pipeline.data.loading.loader import CorruptSample, Loader, LoaderError
 from pipeline.data.manifest import DataError, check_structure, read_index
 from pipeline.data.writing.write import WriteOptions, write_dataset
@@ -447,3 +447,25 @@ def test_importing_the_loader_leaves_torch_threads_and_numba_alone():
         "assert torch.get_num_threads() == 3; assert not numba.config.DISABLE_JIT"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_compiled_decoder_is_kept_for_other_processes_and_made_again_if_damaged(files, tmp_path, monkeypatch):
+    """`__wrapped__` does what a new process does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, second = compiled_decoder.__wrapped__(), compiled_decoder.__wrapped__()
+    assert [sum(decoder.stats.cache_hits.values()) for decoder in (first, second)] == [0, 1]
+    ids = np.arange(40)
+    with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
+        crops = sampling.random_resized_crops(ids, loader.heights, loader.widths, 0, 0)
+        expected = loader.read(ids, crops).images
+        monkeypatch.setattr(loader, "_decoder", second)
+        assert torch.equal(loader.read(ids, crops).images, expected)
+    for path in decoder_folder().rglob("*.nbc"):
+        path.write_bytes(b"damaged")
+    assert sum(compiled_decoder.__wrapped__().stats.cache_hits.values()) == 0
+
+
+def test_a_decoder_that_cannot_be_kept_is_compiled_in_every_process(tmp_path, monkeypatch):
+    (tmp_path / "hydra-pipeline").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert decoder_folder() is None
