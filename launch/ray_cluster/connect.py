@@ -61,14 +61,20 @@ def connect_to_ray(**arguments: Any) -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
-def _check_devices(recipe: Recipe) -> None:
-    """Errors: ValueError if workers need more GPUs than this machine has; Ray would wait for them."""
-    devices = torch.cuda.device_count()
-    if uses_gpu(recipe) and recipe.workers.count > devices:
-        raise ValueError(
-            f"workers.count {recipe.workers.count}: this machine has {devices} GPUs, and every worker takes one; "
-            "lower workers.count, or set workers.device=cpu"
-        )
+def _workers_here(recipe: Recipe) -> int:
+    """Number of workers to start on this machine: with `device: auto`, no more than it has GPUs, if it has any.
+
+    Errors: ValueError if `device: cuda` needs more GPUs than it has; Ray would wait for them.
+    """
+    count, gpus = recipe.workers.count, torch.cuda.device_count()
+    if not uses_gpu(recipe) or count <= gpus:
+        return count
+    has = f"this machine has {gpus} GPU{'s' * (gpus != 1)}, and every worker takes one"
+    if recipe.workers.device == "cuda":
+        raise ValueError(f"workers.count {count}: {has}; lower workers.count, or set workers.device=cpu")
+    fewer = recipe.batch.largest_workers(gpus)
+    log.warning("workers.count %d: %s; using %d. Results do not depend on it", count, has, fewer)
+    return fewer
 
 
 @contextmanager
@@ -78,12 +84,12 @@ def local_cluster(recipe: Recipe, scratch: Path) -> Iterator[Cluster]:
     The process ends with `RAY_ENDED` when Ray's raylet or GCS dies: what it does may then wait for ever, and Ray's own
     code may end it at any time.
     """
-    _check_devices(recipe)
+    workers = _workers_here(recipe)
     write_token(scratch / "token")
     with environment_set(ray_environment(scratch / "token", scratch, uses_gpu(recipe))):
         connect_to_ray(
             address="local",
-            num_cpus=recipe.workers.count * recipe.workers.threads,
+            num_cpus=workers * recipe.workers.threads,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(scratch / RAY),
@@ -91,7 +97,7 @@ def local_cluster(recipe: Recipe, scratch: Path) -> Iterator[Cluster]:
         shut_down = threading.Event()
         threading.Thread(target=_end_with_ray, args=(shut_down,), name="ray-watch", daemon=True).start()
         try:
-            yield Cluster(recipe.workers.count, scratch)
+            yield Cluster(workers, scratch)
         finally:
             shut_down.set()
             ray.shutdown()

@@ -35,10 +35,9 @@ def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     if not gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return environment
 
 

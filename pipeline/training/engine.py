@@ -48,8 +48,10 @@ def deepspeed_config(context: RunContext, trained: int) -> dict[str, Any]:
     recipe, batch = context.recipe, context.recipe.batch
     config: dict[str, Any] = dict(recipe.deepspeed)
     config.setdefault("steps_per_print", 10**9)
-    # DeepSpeed allocates a whole bucket at every step, 2 GB by default, even for a small network.
-    bucket = min(trained, LARGEST_BUCKET)
+    # Throughput is measured by the stopwatch; DeepSpeed's timer waits for the GPU before every forward.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
+    # DeepSpeed allocates a whole bucket at every step, 2 GB by default, even for a small network. ZeRO wants it even.
+    bucket = min(trained + trained % 2, LARGEST_BUCKET)
     buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     config |= {
         "train_batch_size": batch.batch_per_step,

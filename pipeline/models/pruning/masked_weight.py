@@ -12,6 +12,9 @@ from torch.nn.utils import parametrize
 
 from pipeline.models.pruning.harp import share_of
 
+CHANNELS_LAST_ON = ("cuda",)
+"""Devices on which the product of a convolution has the channels last whatever the weight has: images have, and cuDNN
+would transpose a weight that differs at every call. Sums of a CPU depend on it."""
 RATE_STEP = 0.1
 """Largest gradient of a rate. With 1.0 and the paper's learning rate, 20 steps reallocated most of the budget."""
 
