@@ -62,9 +62,10 @@ def pick_device(choice: str) -> torch.device:
     device = torch.device("cuda", torch.cuda.current_device())
     own, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if torch.version.cuda is not None and not any(_runs(architecture, own) for architecture in built_for):
-        gpu = f"{torch.cuda.get_device_name(device)} (sm_{own[0]}{own[1]})"
+        gpu, code = f"{torch.cuda.get_device_name(device)} (sm_{own[0]}{own[1]})", ", ".join(built_for)
         raise ValueError(
-            f"workers.device = {choice}: torch has no code for {gpu}, only for {', '.join(built_for)}; {OTHER_WHEELS}, or use workers.device=cpu"
+            f"workers.device = {choice}: torch has no code for {gpu}, only for {code}; {OTHER_WHEELS}, or use "
+            "workers.device=cpu"
         )
     return device
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import nn
@@ -74,6 +75,8 @@ def prepare_deepspeed(device: torch.device) -> None:
     """Attach DeepSpeed to the existing process group. On CPU its inference-only shared-memory op is not built."""
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would ask NVML for free memory by CUDA_VISIBLE_DEVICES' numbers, and raise for names (GPU-..., MIG-...).
+    cuda_accelerator.pynvml = None
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
@@ -258,6 +261,9 @@ class Engine:
         """Remove the hooks on the network, so that the next phase can build its own engine."""
         for hook in self._hooks:
             hook.remove()
+        # DeepSpeed leaves these, and through them its engine, with the optimizer's state, lives as long as the network.
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
         if self._compiled is not None:
             self._compiled.close()

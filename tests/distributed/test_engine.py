@@ -313,6 +313,8 @@ def _odd(group: Group) -> dict[int, tuple[int, int]]:
                 assert engine.advance()
         results[zero] = sum(p.numel() for p in trained_parameters(network).values()), waits[0]
         engine.close()
+        hooks = [h for m in network.modules() for h in (m._forward_hooks, m._forward_pre_hooks) if h]
+        assert hooks == [], "the network would keep a finished engine alive"
     return results
 
 
