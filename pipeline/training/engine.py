@@ -259,11 +259,11 @@ class Engine:
 
     def close(self) -> None:
         """Remove the hooks on the network, so that the next phase can build its own engine."""
-        for hook in self._hooks:
-            hook.remove()
-        # DeepSpeed leaves these, and through them its engine, with the optimizer's state, lives as long as the network.
-        self._engine.module_forward_pre_hook.remove()
-        self._engine.module_forward_post_hook.remove()
+        # DeepSpeed leaves its own, and through them its engine, with the optimizer's state, lives as long as the network.
+        engine = self._engine
+        for hook in (*self._hooks, engine.module_forward_pre_hook, engine.module_forward_post_hook):
+            if hook is not None:
+                hook.remove()
         self._engine.destroy()
         if self._compiled is not None:
             self._compiled.close()
