@@ -259,7 +259,7 @@ class Engine:
 
     def close(self) -> None:
         """Remove the hooks on the network, so that the next phase can build its own engine."""
-        # DeepSpeed leaves its own, and through them its engine, with the optimizer's state, lives as long as the network.
+        # DeepSpeed leaves its own, through which its engine, with the optimizer's state, lives as long as the network.
         engine = self._engine
         for hook in (*self._hooks, engine.module_forward_pre_hook, engine.module_forward_post_hook):
             if hook is not None:
