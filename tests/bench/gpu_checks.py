@@ -198,6 +198,7 @@ def _masked_gradients(where: torch.device) -> str:
         bias = layer.bias.detach().double().cpu()  # pyright: ignore[reportOptionalMemberAccess]
         F.conv2d(images.double().cpu().contiguous(), effective, bias).square().sum().backward()
         assert effective.grad is not None
+        assert score.grad is not None
         relative = 1e-5 if precision == torch.float32 else 0.03
         name = f"{precision}, channels last: {last}"
         original = layer.parametrizations["weight"].original  # pyright: ignore
@@ -233,7 +234,7 @@ def _bounds(where: torch.device) -> str:
         with torch.no_grad():
             bounds = interval_bounds(trace(network), linf_box(random_images(8, 32, place), 1 / 255))
             margins.append(torch.cat([bounds.interval_margins(labels), bounds.linear_margins(labels)]))
-    worst = assert_close(*margins, "margins", 1e-3)
+    worst = assert_close(margins[0], margins[1], "margins", 1e-3)
     smoothing = Smoothing(0.25, 20, 400, 0.01, 100)
     for image, key in zip(random_images(2, 32, CPU), device_keys(IDS[:2], CPU, 0, "check"), strict=True):
         votes = [

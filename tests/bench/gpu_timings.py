@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def _determinism(where: torch.device) -> str:
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [setting.allow_tf32 for setting in settings]
     for setting in settings:
         setting.allow_tf32 = allowed

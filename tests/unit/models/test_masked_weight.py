@@ -152,5 +152,6 @@ def test_products_with_channels_last_are_the_same(monkeypatch: pytest.MonkeyPatc
         plain, other = original.detach().clone().requires_grad_(), images.contiguous()
         torch.nn.functional.conv2d(other, plain * masked.mask, layer.bias).square().sum().backward()
         torch.testing.assert_close(original.grad, plain.grad)
+        assert original.grad is not None
         assert original.grad.stride() == original.stride()
         original.grad = masked.score.grad = None
