@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 import os
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,7 +26,8 @@ from pipeline.recipe.schema import Recipe
 from pipeline.robustness.noise import device_keys
 from pipeline.robustness.objectives import ObjectiveInput, build_objective
 from pipeline.training.batchnorm import BatchStatistics
-from tests.bench.gpu_checks import IDS, Check, labels_of, random_images
+from tests.bench.alternate import alternate, ratio
+from tests.bench.gpu_checks import Check, labels_of, random_images
 from tests.support.small_recipe import small_recipe
 
 State = dict[str, Tensor]
@@ -59,40 +61,44 @@ def engine_recipe(zero: int, precision: str, parts: int = 2, micro: int = MICRO,
 
 
 class Trainer:
-    """Prune steps by PGD-2 on random images, as the training loop takes them: each call is one step."""
+    """Steps of prune, or of pretrain, by PGD-2 on random images, as the training loop takes them."""
 
-    def __init__(self, where: torch.device, recipe: Recipe, start: tuple[State, State] | None = None) -> None:
+    def __init__(
+        self, where: torch.device, recipe: Recipe, start: tuple[State, State] | None = None, prunes: bool = True
+    ) -> None:
         from pipeline.training.context import RunContext
         from pipeline.training.engine import Engine
 
         group = group_of(where)
         self.network = build_network(recipe.model, 0)
-        self.scores = Scores.attach(self.network, recipe.sparsity.keep_fractions[0])
+        self.scores = Scores.attach(self.network, recipe.sparsity.keep_fractions[0]) if prunes else None
         if start is not None:
             load_state(self.network, start[0], self.scores)
         self.network.to(where).train()
-        train_only(self.network, "scores")
-        self.scores.refresh()
+        train_only(self.network, "scores" if prunes else "weights")
+        if self.scores is not None:
+            self.scores.refresh()
         self.engine = Engine(self.network, self.scores, PHASE, RunContext(recipe, Path("."), "token", group))
         if start is not None:
             self.engine.load(start[1])
         self._statistics = BatchStatistics(self.engine.network, group)
         self._objective = build_objective(recipe.objective, recipe.threat_model, "prune")
-        self._parts, self._where = recipe.batch.micro_batches_per_step, where
+        self._recipe, self._where = recipe, where
 
     def batches(self, number: int) -> list[ObjectiveInput]:
         """The micro-batches of a step, on the device."""
-        labels, engine = labels_of(MICRO, self._where), self.engine
+        batch, size, engine = self._recipe.batch, self._recipe.data.image_size, self.engine
+        labels, ids = labels_of(batch.micro_batch, self._where), np.arange(batch.micro_batch)
         return [
             ObjectiveInput(
                 engine.network,
                 engine.forward,
-                random_images(MICRO, 28, self._where, seed=100 * number + part),
+                random_images(batch.micro_batch, size, self._where, seed=100 * number + part),
                 labels,
-                device_keys(IDS + part, self._where, 0, "attack", number),
+                device_keys(ids + part, self._where, 0, "attack", number),
                 engine.autocast,
             )
-            for part in range(self._parts)
+            for part in range(batch.micro_batches_per_step)
         ]
 
     def step(self, batches: list[ObjectiveInput], spoiled: bool = False) -> bool:
@@ -101,7 +107,7 @@ class Trainer:
         for part, batch in enumerate(batches):
             loss = self._objective(batch).loss
             handle = None
-            if spoiled and part == self._parts - 1:
+            if spoiled and part == len(batches) - 1:
                 first = next(iter(trained_parameters(self.network).values()))
                 handle = first.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
             self.engine.backward(loss)
@@ -109,7 +115,8 @@ class Trainer:
                 handle.remove()
             moved = self.engine.advance()
         self._statistics.fold_in(torch.zeros(1, dtype=torch.float64, device=self._where))
-        self.scores.refresh()
+        if self.scores is not None:
+            self.scores.refresh()
         return moved
 
     def state(self) -> tuple[State, State]:
@@ -155,10 +162,10 @@ def _nan(where: torch.device) -> str:
     for zero in (0, 1, 2):
         trainer = Trainer(where, engine_recipe(zero, "fp32"))
         assert trainer.step(trainer.batches(0))
-        before = {name: score.detach().clone() for name, score in trainer.scores.parameters().items()}
+        before, _ = trainer.state()
         assert not trainer.step(trainer.batches(1), spoiled=True), f"ZeRO {zero}: the step says that all is well"
-        after = trainer.scores.parameters()
-        assert all(torch.equal(score, after[name]) for name, score in before.items()), f"ZeRO {zero}: scores moved"
+        after, _ = trainer.state()
+        assert all(torch.equal(after[name], score) for name, score in before.items() if name.startswith("score/")), zero
         trainer.close()
     return "a NaN gradient moves nothing and is reported, at ZeRO 0, 1 and 2"
 
@@ -184,7 +191,7 @@ def _waits(where: torch.device) -> str:
 
 
 def _memory(where: torch.device) -> str:
-    used = functools.partial(torch.cuda.memory_allocated, where)
+    used = partial(torch.cuda.memory_allocated, where)
     gc.collect()
     before = used()
     trainer, after = Trainer(where, engine_recipe(1, "bf16")), []
@@ -217,10 +224,31 @@ def _closed(where: torch.device) -> str:
     return "a finished network does not keep its engine alive"
 
 
+def _zero_stages(where: torch.device) -> str:
+    """ZeRO has weights in flat tensors in the usual memory format; at stage 0 they have their channels last."""
+    gpu = where.type == "cuda"
+    sections = {
+        "model": {"arch": "resnet50" if gpu else "resnet18", "num_classes": 10},
+        "data": {"image_size": 224 if gpu else 32, "augmentation": "none"},
+    }
+    micro, rounds = (64, 5) if gpu else (4, 1)
+    ratios = []
+    for name, prunes in (("pretrain", False), ("prune", True)):
+        recipes = {f"ZeRO {zero}": engine_recipe(zero, "bf16", 2, micro, **sections) for zero in (0, 1)}
+        trainers = {label: Trainer(where, recipe, None, prunes) for label, recipe in recipes.items()}
+        steps = {label: partial(trainer.step, trainer.batches(0)) for label, trainer in trainers.items()}
+        seconds = alternate(steps, rounds, where)
+        ratios.append(f"{ratio(name, seconds, 'ZeRO 1', 'ZeRO 0').median:.2f} times in {name}")
+        for trainer in trainers.values():
+            trainer.close()
+    return f"stage 1 takes {' and '.join(ratios)} as long as stage 0, with nothing to share"
+
+
 ENGINE_CHECKS: list[Check] = [
     ("engine, and resume", ("deepspeed",), _resume),
     ("NaN gradient", ("deepspeed",), _nan),
     ("waiting for the device", ("deepspeed",), _waits),
     ("closed engine", ("deepspeed",), _closed),
     ("memory", ("cuda", "deepspeed"), _memory),
+    ("ZeRO's stages", ("deepspeed",), _zero_stages),
 ]
