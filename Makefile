@@ -1,6 +1,6 @@
 # `make` alone lists the targets. The set-up itself is .ci/setup.sh.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test lint bench soak clean
+.PHONY: help setup demo check test lint bench gpu-check soak clean
 PY := .venv/bin/python
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo '  make test    every test'
 	@echo '  make lint    ruff (lint and format), import contracts, spelling, white space; basedpyright (types)'
 	@echo '  make bench   measurements as ratios, into docs/benchmarks/: about 30 minutes, on a quiet machine'
+	@echo '  make gpu-check  whether one GPU computes as it should, and how fast, into docs/benchmarks/: 8 minutes'
 	@echo '  make soak    50 random faults on one run, on a real SLURM on this machine: about an hour'
 	@echo '  make setup   system packages (apt, as root or with sudo), and .venv with this project in it'
 	@echo '  make clean   remove .venv and caches; runs/ and data/ stay'
@@ -53,6 +54,9 @@ bench: setup
 	$(PY) -m tests.bench.sizes
 	$(PY) -m tests.bench.workers
 	$(PY) -m tests.bench.evaluation
+
+gpu-check: setup
+	$(PY) -m tests.bench.gpu_check
 
 soak: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist

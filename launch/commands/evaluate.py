@@ -131,6 +131,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     except LoaderError as error:  # not a usage error: no ValueError
         print_error(f"{error}; {KEPT}")
         return 1
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        from pipeline.distributed import failure_text
+
+        print_error(f"{failure_text(error)}; {KEPT}")
+        return 1
     return 0
 
 

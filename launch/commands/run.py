@@ -87,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.cluster)
     if arguments.dry_run:
         return _print_plan(recipe, arguments)
+    if arguments.on == "slurm":
+        section_of(recipe)
     data_sha256 = run_folder.check_data(recipe)
     _refuse_jobs_of_another_recipe(run_folder.check_start(recipe, arguments.name), recipe, data_sha256)
     folder = run_folder.open_or_create(recipe, arguments.name, data_sha256)

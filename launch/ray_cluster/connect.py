@@ -61,22 +61,28 @@ def connect_to_ray(**arguments: Any) -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
-def _check_devices(recipe: Recipe) -> None:
-    """Errors: ValueError if workers need more GPUs than this machine has; Ray would wait for them."""
-    devices = torch.cuda.device_count()
-    if uses_gpu(recipe) and recipe.workers.count > devices:
-        raise ValueError(
-            f"workers.count {recipe.workers.count}: this machine has {devices} GPUs, and every worker takes one; "
-            "lower workers.count, or set workers.device=cpu"
-        )
+def _workers_here(recipe: Recipe) -> int:
+    """Number of workers to start on this machine: with `device: auto`, no more than it has GPUs, if it has any.
+
+    Errors: ValueError if `device: cuda` needs more GPUs than it has; Ray would wait for them.
+    """
+    count, gpus = recipe.workers.count, torch.cuda.device_count()
+    if not uses_gpu(recipe) or count <= gpus:
+        return count
+    has = f"this machine has {gpus} GPU{'s' * (gpus != 1)}, and every worker takes one"
+    if recipe.workers.device == "cuda":
+        raise ValueError(f"workers.count {count}: {has}; lower workers.count, or set workers.device=cpu")
+    fewer = recipe.batch.largest_workers(gpus)
+    log.warning("workers.count %d: %s; using %d. Results do not depend on it", count, has, fewer)
+    return fewer
 
 
 @contextmanager
 def local_cluster(recipe: Recipe, scratch: Path) -> Iterator[Cluster]:
     """A private Ray cluster for a recipe's workers on this machine; see `ray_on_this_machine`."""
-    _check_devices(recipe)
-    with ray_on_this_machine(scratch, cpus=recipe.workers.count * recipe.workers.threads, gpu=uses_gpu(recipe)):
-        yield Cluster(recipe.workers.count, scratch)
+    workers = _workers_here(recipe)
+    with ray_on_this_machine(scratch, cpus=workers * recipe.workers.threads, gpu=uses_gpu(recipe)):
+        yield Cluster(workers, scratch)
 
 
 @contextmanager

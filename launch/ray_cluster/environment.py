@@ -35,11 +35,24 @@ def ray_environment(token: Path, scratch: Path, gpu: bool) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+    if (cache := _compiled_code()) is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = cache
     if not gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return environment
+
+
+def _compiled_code() -> str | None:
+    """Folder for what torch.compile compiles, which outlives the cluster: torch's own lies in TMPDIR.
+
+    None if the user has named one, or has no home to write to.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    writable = os.access(cache if cache.is_dir() else cache.parent, os.W_OK)
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ or not writable:
+        return None
+    return str(cache / "hydra-pipeline" / "compiled")
 
 
 def write_token(path: Path) -> None:

@@ -129,7 +129,7 @@ class _Task:
 
     def _start_child(self, reaper: Reaper, *command: str) -> subprocess.Popen[bytes]:
         """Start a child with the reaper's mark, which ignores the signals that SLURM sends to the job."""
-        gpu = self.recipe.workers.device != "cpu"
+        gpu = self.recipe.workers.device != "cpu" and self.slurm.asks_for_gpus
         environment = {
             **os.environ,
             **ray_environment(self.control.token, reaper.folder, gpu),
@@ -140,7 +140,7 @@ class _Task:
 
     def _start_ray(self, reaper: Reaper, *where: str) -> subprocess.Popen[bytes]:
         workers = self.slurm.workers_of_a_node(self.recipe.workers.threads)
-        gpus = workers if self.slurm.gpus_per_node or self.slurm.gres else 0
+        gpus = workers if self.slurm.asks_for_gpus else 0
         return self._start_child(
             reaper,
             *("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *where),

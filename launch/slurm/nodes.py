@@ -14,8 +14,7 @@ from pipeline.recipe.slurm import Slurm
 
 def workers_for(recipe: Recipe, nodes: int) -> int:
     """The largest legal number of workers on this many nodes. Errors: ValueError if there is room for none."""
-    capacity = _capacity(recipe, nodes)
-    return max(count for count in divisors(recipe.batch.micro_batches_per_step) if count <= capacity)
+    return recipe.batch.largest_workers(_capacity(recipe, nodes))
 
 
 def unused_workers(recipe: Recipe, nodes: int) -> str | None:

@@ -55,11 +55,13 @@ def sbatch_parameters(recipe: Recipe, run_folder: Path, job_name: str, dependenc
 
 
 def section_of(recipe: Recipe) -> Slurm:
+    """The slurm section. Errors: ValueError if there is none, or if its nodes have no room for the workers."""
     if recipe.slurm is None:
         raise ValueError(
             "--on slurm needs a slurm: section in the recipe, a profile (--cluster FILE), or at least one "
             "slurm.key=value, for example slurm.time=12:00:00"
         )
+    recipe.slurm.check_room(recipe.workers.device, recipe.workers.threads)
     return recipe.slurm
 
 

@@ -198,7 +198,7 @@ def submit_run(run_folder: Path, after: str | None = None, observer: str | None 
 def _submit_unfinished(run_folder: Path, after: str | None, observer: str | None) -> list[SubmittedJob]:
     recipe = load_run_recipe(run_folder)
     settle_mode(recipe.tracking.wandb)
-    section_of(recipe).workers_of_a_node(recipe.workers.threads)
+    section_of(recipe)
     submitted = read_jobs(run_folder)
     active = {job.job_name: job for job in active_jobs(submitted)}
     unfinished = {

@@ -59,8 +59,8 @@ class Ema:
         share = (1.0 - self._decay) / (1.0 - self._decay**step)
         means = {name: mean for name, mean in self._mean.items() if mean.is_floating_point()}
         batched._foreach_lerp_(list(means.values()), [self._live[name].float() for name in means], share)
-        for name in self._mean.keys() - means.keys():
-            self._mean[name].copy_(self._live[name])
+        if counts := self._mean.keys() - means.keys():
+            batched._foreach_copy_([self._mean[name] for name in counts], [self._live[name] for name in counts])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

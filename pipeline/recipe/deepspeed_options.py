@@ -101,6 +101,9 @@ def _check_deepspeed(options: dict[str, Any], info: ValidationInfo) -> dict[str,
     if not was_accepted:
         _refuse_unknown(zero, ZERO_OPTIONS, "zero_optimization.")
     _check_numbers("", options)
+    bucket = zero.get("allgather_bucket_size", 0)
+    if not was_accepted and isinstance(bucket, int) and bucket % 2:
+        raise ValueError(f"zero_optimization.allgather_bucket_size = {bucket}: ZeRO expects an even number of elements")
     return json.loads(json.dumps(options))  # drops the number types of recipe.file
 
 

@@ -106,6 +106,10 @@ class Batch(Section):
     def micro_batches_per_step(self) -> int:
         return self.batch_per_step // self.micro_batch
 
+    def largest_workers(self, room: int) -> int:
+        """The largest legal number of workers for which there is `room`, which is at least 1."""
+        return max(count for count in divisors(self.micro_batches_per_step) if count <= room)
+
     @model_validator(mode="after")
     def _divides(self) -> Batch:
         if self.batch_per_step % self.micro_batch:

@@ -118,6 +118,27 @@ class Slurm(Section):
                 raise ValueError(f"options.{name} = {value!r}: write the long name of an sbatch option, without --")
         return self
 
+    @property
+    def asks_for_gpus(self) -> bool:
+        return self.gpus_per_node is not None or "gpu" in (self.gres or "")
+
+    def check_room(self, device: str, threads: int) -> None:
+        """Refuse jobs that would wait for GPUs that they did not ask for, or whose workers would share cores.
+
+        `device` and `threads` are those of `workers`. Errors: ValueError.
+        """
+        if device == "cuda" and not self.asks_for_gpus:
+            raise ValueError(
+                "workers.device cuda: the job asks for no GPU, and its workers would wait for one; add "
+                "slurm.gpus_per_node=N, or slurm.gres and slurm.workers_per_node where GPUs are offered as gres"
+            )
+        workers = self.workers_of_a_node(threads)
+        if self.asks_for_gpus and self.cpus_per_task < (needed := workers * threads):
+            raise ValueError(
+                f"slurm.cpus_per_task {self.cpus_per_task}: a node's {workers} workers, one per GPU, with "
+                f"workers.threads {threads} each, would share cores; set slurm.cpus_per_task={needed} or more"
+            )
+
     def workers_of_a_node(self, threads: int) -> int:
         """Number of workers with `threads` CPU threads each that a node runs. Errors: ValueError if none fits."""
         if self.workers_per_node is not None:

@@ -9,19 +9,20 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.loading import sampling
-from pipeline.data.loading.loader import Loader
-from pipeline.data.loading.node_copy import NodeCopyFailed, NodeCopyLoader, copy_to_node
 from pipeline.data.manifest import DataError
 from pipeline.distributed import Group
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage
 from pipeline.run.stop import StopRequested
+
+if TYPE_CHECKING:
+    from pipeline.data.loading.loader import Loader
 
 STAGING_POLL_S = 1.0
 """Interval at which the workers exchange the progress of their nodes' copies."""
@@ -63,6 +64,9 @@ class RunContext:
 
         Its `path` is that of the original. Errors: DataError, ValueError; NodeCopyFailed; StopRequested while copying.
         """
+        from pipeline.data.loading.loader import Loader  # imports FFCV, which an engine without images does not need
+        from pipeline.data.loading.node_copy import NodeCopyLoader
+
         if path not in self._loaders:
             data, threads = self.recipe.data, self.recipe.workers.threads
             if data.stage_to is None:
@@ -79,6 +83,8 @@ class RunContext:
         Nodes may be minutes apart, longer than a collective or the watchdog waits. So a thread copies, and the workers
         exchange their progress; while any copy advances, no worker counts as hung. All fail together.
         """
+        from pipeline.data.loading.node_copy import NodeCopyFailed, copy_to_node
+
         cancelled = threading.Event()
         last_status = ""
 

@@ -22,6 +22,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
+from pipeline.distributed import unusable_gpus
 from pipeline.recipe.file import recipe_hash
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, stages_of
@@ -98,6 +99,8 @@ def run_driver(request: RunRequest, connect: Connect) -> None:
         # Ray's own deadlines, for workers that do not answer (such as frozen ones), and for starting workers.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.workers.hang_timeout_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKERS_START_S)
+        if recipe.workers.device == "auto" and (reason := unusable_gpus()) is not None:
+            log.warning("training on the CPU, as %s", reason)
         with connect(recipe) as cluster:
             _fit_until_done(request, recipe, leases.token, cluster)
     except SystemExit:

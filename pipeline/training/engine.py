@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import nn
@@ -48,8 +49,10 @@ def deepspeed_config(context: RunContext, trained: int) -> dict[str, Any]:
     recipe, batch = context.recipe, context.recipe.batch
     config: dict[str, Any] = dict(recipe.deepspeed)
     config.setdefault("steps_per_print", 10**9)
-    # DeepSpeed allocates a whole bucket at every step, 2 GB by default, even for a small network.
-    bucket = min(trained, LARGEST_BUCKET)
+    # Throughput is measured by the stopwatch; DeepSpeed's timer waits for the GPU before every forward.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
+    # DeepSpeed allocates a whole bucket at every step, 2 GB by default, even for a small network. ZeRO wants it even.
+    bucket = min(trained + trained % 2, LARGEST_BUCKET)
     buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     config |= {
         "train_batch_size": batch.batch_per_step,
@@ -72,6 +75,8 @@ def prepare_deepspeed(device: torch.device) -> None:
     """Attach DeepSpeed to the existing process group. On CPU its inference-only shared-memory op is not built."""
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would ask NVML for free memory by CUDA_VISIBLE_DEVICES' numbers, and raise for names (GPU-..., MIG-...).
+    cuda_accelerator.pynvml = None
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
@@ -254,8 +259,11 @@ class Engine:
 
     def close(self) -> None:
         """Remove the hooks on the network, so that the next phase can build its own engine."""
-        for hook in self._hooks:
-            hook.remove()
+        # DeepSpeed leaves its own, through which its engine, with the optimizer's state, lives as long as the network.
+        engine = self._engine
+        for hook in (*self._hooks, engine.module_forward_pre_hook, engine.module_forward_post_hook):
+            if hook is not None:
+                hook.remove()
         self._engine.destroy()
         if self._compiled is not None:
             self._compiled.close()

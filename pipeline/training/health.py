@@ -36,6 +36,8 @@ def check_device(device: torch.device) -> None:
     values = torch.arange(SIDE * SIDE, dtype=torch.float32).reshape(SIDE, SIDE) % 7
     try:
         product = (values.to(device) @ values.T.to(device)).cpu()
+    except torch.OutOfMemoryError:
+        raise  # something else uses the GPU, or did until a moment ago
     except RuntimeError as error:
         raise Unhealthy(f"{host}: {device} does not compute ({error}); exclude this node (slurm.exclude)") from error
     expected = (values.long() @ values.T.long()).float()

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray.train
 
-from pipeline.distributed import Group, make_deterministic, pick_device
+from pipeline.distributed import Group, failure_text, make_deterministic, pick_device
 from pipeline.recipe.stages import stages_of
 from pipeline.run.failures import Failure, record_failure
 from pipeline.run.files import make_folder, open_to_append
@@ -52,10 +52,10 @@ def run_worker(
     """
     folder = Path(run_folder)
     recipe = load_run_recipe(folder)
-    device = pick_device(recipe.workers.device)
     train_context = ray.train.get_context()
+    log_to_file(folder, train_context.get_world_rank())
+    device = pick_device(recipe.workers.device)
     group = Group(train_context.get_world_rank(), train_context.get_world_size(), device)
-    log_to_file(folder, group.rank)
     prepare_deepspeed(device)
     make_deterministic(recipe.workers.threads)
     selected = [stage for stage in stages_of(recipe) if stage.name in stages]
@@ -77,8 +77,7 @@ def run_worker(
         logging.getLogger(__name__).info("worker %d of %d: %s", group.rank, group.world, stop_request)
     except Exception as error:
         logging.getLogger(__name__).exception("worker %d of %d stops", group.rank, group.world)
-        message = f"{type(error).__name__}: {error}"
-        record_failure(folder, Failure(attempt, group.rank, position["stage"], position["step"], message))
+        record_failure(folder, Failure(attempt, group.rank, position["stage"], position["step"], failure_text(error)))
         raise
     finally:
         watchdog.close()

@@ -98,7 +98,7 @@ def hardware(where: torch.device) -> str:
     return torch.cuda.get_device_name(where) if where.type == "cuda" else processor_model()
 
 
-def _facts(where: torch.device, setting: str) -> dict[str, str]:
+def facts_of(where: torch.device, setting: str) -> dict[str, str]:
     packages = [p for p in ("torch", "torchvision", "deepspeed", "ffcv", "numba") if find_spec(p)]
     return {
         "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
@@ -107,6 +107,12 @@ def _facts(where: torch.device, setting: str) -> dict[str, str]:
         "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
         "setting": setting,
     }
+
+
+def file_stem(where: torch.device) -> str:
+    """`<date>-<hardware>`, with which the names of results begin."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in hardware(where).lower()).split())
+    return f"{time.strftime('%Y-%m-%d')}-{slug}"
 
 
 def _format_ratio(value: float) -> str:
@@ -131,7 +137,7 @@ def write_results(
 
     If the unit is MiB, `seconds` are bytes.
     """
-    facts = _facts(where, setting)
+    facts = facts_of(where, setting)
     rows = [
         f"| ratio of {'times' if unit == 'ms' else 'bytes'} | median | smallest to largest | bound | holds |",
         "|---|---|---|---|---|",
@@ -145,8 +151,7 @@ def write_results(
     times = "\n".join([f"| what | median {unit} |", "|---|---|", *rows])
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     text = f"# {what.capitalize()} on {hardware(where)}\n\n{head}\n\n{table}\n\n{times}\n"
-    slug = "-".join("".join(c if c.isalnum() else " " for c in hardware(where).lower()).split())
-    name = f"{facts['date']}-{slug}-{what}"
+    name = f"{file_stem(where)}-{what}"
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / f"{name}.md", text)
     lines = [{**vars(r), "holds": r.holds} for r in ratios]

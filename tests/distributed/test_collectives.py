@@ -52,11 +52,11 @@ def test_collectives_of_a_step() -> None:
             assert sent == OWN + ZERO[zero], (zero, step)
 
 
-def _elements(group: Group) -> dict[str, list[int]]:
+def _elements(group: Group, trains: Trains = "weights") -> dict[str, list[int]]:
     """precision -> how many elements each collective of a step takes from this worker."""
     sizes = {}
     for precision in ("fp32", "bf16"):
-        step = RealStep(recipe_of("small_cnn", "clean", MICRO, PARTS, precision), group, _batch(), "weights")
+        step = RealStep(recipe_of("small_cnn", "clean", MICRO, PARTS, precision), group, _batch(), trains)
         step()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             step()
@@ -76,3 +76,10 @@ def test_the_scaling_models_bytes_are_those_of_a_step() -> None:
             assert sum(n * b for n, b in zip(gradients, bytes_each, strict=True)) == sent.gradients
             assert 4 * (statistics - own_sums) == PARTS // world * sent.statistics
             assert 4 * weights * world == sent.weights
+
+
+def test_masked_layers_send_fp32_whatever_the_precision() -> None:
+    """DeepSpeed sends bf16 for layers of the classes that it lists, and a layer with a mask is of another class."""
+    for trains in ("scores", "kept weights"):
+        for sizes in run_group(2, _elements, trains):
+            assert sizes["bf16"] == sizes["fp32"], trains

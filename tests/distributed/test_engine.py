@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.nn import functional as F
 
 from pipeline.distributed import Group
@@ -289,6 +290,38 @@ def test_neither_buckets_nor_sending_during_backward_change_two_workers_step() -
             for number, other in enumerate(others):
                 for name, tensor in whole.items():
                     assert torch.equal(other[name], tensor), (zero, number, name)
+
+
+def _odd(group: Group) -> dict[int, tuple[int, int]]:
+    """ZeRO stage -> the number of trained parameters, and how often DeepSpeed waited for the device in four steps."""
+    accelerator, waits = get_accelerator(), [0]
+
+    def synchronize(*_: Any) -> None:
+        waits[0] += 1
+
+    accelerator.synchronize = synchronize  # the process is this test's own
+    results = {}
+    for zero in (0, 1, 2):
+        batch = {"batch_per_step": MICRO * COUNT, "micro_batch": MICRO}
+        recipe = small_recipe(Path("."), batch=batch, engine={"zero_stage": zero}, model={"num_classes": 11})
+        network, _ = _network(recipe, "weights")
+        engine = Engine(network, None, PHASES["sgd"], RunContext(recipe, Path("."), "token", group))
+        waits[0] = 0
+        for step in range(4):  # the timer would begin with the third
+            for images, labels in _batches(step)[: COUNT // group.world]:
+                engine.backward(F.cross_entropy(engine.forward(images).float(), labels))
+                assert engine.advance()
+        results[zero] = sum(p.numel() for p in trained_parameters(network).values()), waits[0]
+        engine.close()
+        hooks = [h for m in network.modules() for h in (m._forward_hooks, m._forward_pre_hooks) if h]
+        assert hooks == [], "the network would keep a finished engine alive"
+    return results
+
+
+def test_an_odd_number_of_parameters_trains_and_nothing_waits_for_the_device() -> None:
+    for results in run_group(2, _odd, deadline_s=DEADLINE_S):
+        assert [waits for _, waits in results.values()] == [0, 0, 0]
+        assert all(trained % 2 for trained, _ in results.values())
 
 
 def _poisoned(group: Group, zero: int, precision: str, odd: float) -> tuple[list[bool], bool]:

@@ -53,7 +53,8 @@ def test_sbatch_accepts_it(slurm: SlurmCluster, tmp_path: Path, shape: str) -> N
 
 
 @pytest.mark.parametrize(
-    "impossible", [["slurm.gpus_per_node=99"], ["slurm.constraint=quantum"], ["slurm.partition=none"]]
+    "impossible",
+    [["slurm.gpus_per_node=99", "slurm.workers_per_node=1"], ["slurm.constraint=quantum"], ["slurm.partition=none"]],
 )
 def test_sbatch_can_refuse(slurm: SlurmCluster, tmp_path: Path, impossible: list[str]) -> None:
     """Otherwise the acceptance above would mean nothing."""
@@ -65,7 +66,9 @@ def test_sbatch_can_refuse(slurm: SlurmCluster, tmp_path: Path, impossible: list
 
 def test_options_say_what_the_recipe_says(tmp_path: Path) -> None:
     text = sbatch_text(
-        recipe_with("slurm.nodes=1-4", "slurm.gpus_per_node=8", "slurm.signal_s=90"), tmp_path, "pretrain"
+        recipe_with("slurm.nodes=1-4", "slurm.gpus_per_node=8", "slurm.workers_per_node=2", "slurm.signal_s=90"),
+        tmp_path,
+        "pretrain",
     )
     options = options_of(text)
     assert options["nodes"] == "1-4"
@@ -155,7 +158,7 @@ test "$restart" != 0
 
 
 def test_the_report_needs_one_node_and_no_gpu(tmp_path: Path) -> None:
-    options = options_of(sbatch_text(recipe_with("slurm.nodes=4", "slurm.gpus_per_node=8"), tmp_path, REPORT))
+    options = options_of(sbatch_text(recipe_with("slurm.nodes=4", "slurm.gpus_per_node=2"), tmp_path, REPORT))
     assert options["nodes"] == "1"
     assert "gpus-per-node" not in options
 

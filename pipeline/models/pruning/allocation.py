@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.pruning.harp import floor_of, shares
-from pipeline.models.pruning.topk import kept_count, kth_largest, topk_mask
+from pipeline.models.pruning.topk import ScoreError, kept_count, kth_largest, topk_mask, topk_masks
 from pipeline.recipe.methods import MaskSource
 
 MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
@@ -113,7 +113,7 @@ def global_masks(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]
     Every layer keeps its strongest connection. Ties go to earlier layers and lower row-major indices.
     Errors: ValueError for NaN, naming the layer, or a budget larger than the layers.
     """
-    strongest = {name: _mask(name, score, 1) for name, score in scores.items()}
+    strongest = layer_masks(scores, dict.fromkeys(scores, 1))
     magnitudes = [
         score.detach().abs().masked_fill(strongest[name], math.inf).reshape(-1) for name, score in scores.items()
     ]
@@ -165,11 +165,8 @@ def harp_masks(
 
 def layer_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """The `counts` largest |score| of each layer separately. Errors: ValueError for NaN, naming the layer."""
-    return {name: _mask(name, score, counts[name]) for name, score in scores.items()}
-
-
-def _mask(name: str, score: Tensor, kept: int) -> Tensor:
     try:
-        return topk_mask(score, kept)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        masks = topk_masks(list(scores.values()), [counts[name] for name in scores])
+    except ScoreError as error:
+        raise ValueError(f"{list(scores)[error.number]}: {error}") from None
+    return dict(zip(scores, masks, strict=True))

@@ -12,6 +12,12 @@ from torch.nn.utils import parametrize
 
 from pipeline.models.pruning.harp import share_of
 
+CHANNELS_LAST_ON = ("cuda",)
+"""Devices on which the product of a convolution has the channels last whatever the weight has: images have, and cuDNN
+would transpose a weight that differs at every call. Sums of a CPU depend on it."""
+CHANNELS_LAST_ON = ("cuda",)
+"""Where products have their channels last, whatever the weight has: ZeRO's weights have not, images have, and cuDNN
+would rearrange the weight in every convolution. On a CPU the order of sums, and so their last bits, depend on it."""
 RATE_STEP = 0.1
 """Largest gradient of a rate. With 1.0 and the paper's learning rate, 20 steps reallocated most of the budget."""
 
@@ -78,6 +84,8 @@ class Masked(nn.Module):
         self.register_buffer("mask", torch.zeros_like(score, dtype=torch.bool), persistent=False)
 
         self._product = torch.empty(0)
+        self._layout: tuple[Any, ...] = ()
+        """Shape, strides, device and dtype of the weight that the product was allocated for."""
         self._cache_key: tuple[Any, ...] = ()
 
     def weight_changed(self) -> None:
@@ -100,8 +108,11 @@ class Masked(nn.Module):
         if self._cache_key != cache_key:
             # On a CPU, allocating memory costs more than the product.
             layout = (weight.shape, weight.stride(), weight.device, dtype)
-            if (self._product.shape, self._product.stride(), self._product.device, self._product.dtype) != layout:
-                self._product = torch.empty_like(weight, dtype=dtype)
+            if self._layout != layout:
+                last = weight.dim() == 4 and device in CHANNELS_LAST_ON
+                memory_format = torch.channels_last if last else torch.preserve_format
+                self._product = torch.empty_like(weight, dtype=dtype, memory_format=memory_format)
+                self._layout = layout
             torch.mul(weight, self.mask, out=self._product)
             self._cache_key = cache_key
         return self._product

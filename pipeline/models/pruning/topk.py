@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 
@@ -37,26 +38,44 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 
 
 def topk_mask(score: Tensor, kept: int) -> Tensor:
-    """The `kept` entries of largest |score|, as a bool mask of score's shape; ties go to the lower row-major index.
-
-    Row-major refers to the logical index, so that memory formats and devices agree. Linear time.
-    Errors: ValueError for NaN, or a `kept` outside [0, n].
-    """
-    magnitude = score.detach().abs()
-    if not 0 <= kept <= magnitude.numel():
-        raise ValueError(f"cannot keep {kept} of {magnitude.numel()} scores")
-    # Flattened in memory order, which copies nothing.
-    dims = sorted(range(magnitude.dim()), key=magnitude.stride, reverse=True)
-    values = magnitude.permute(dims).reshape(-1)
-    threshold = kth_largest(values, kept) if kept else values.new_tensor(math.inf)
-    mask = magnitude >= threshold
-    surplus = int(mask.count_nonzero()) - kept
-    if surplus < 0:  # the threshold is NaN, and comparisons with it are false
-        raise ValueError("scores contain NaN; lower the learning rate of the prune phase")
-    if surplus:
-        ties = (magnitude == threshold).nonzero()
-        mask[tuple(ties[-surplus:].T)] = False
+    """`topk_masks` of one tensor."""
+    (mask,) = topk_masks([score], [kept])
     return mask
+
+
+def topk_masks(scores: Sequence[Tensor], kept: Sequence[int]) -> list[Tensor]:
+    """The `kept` entries of largest |score| of each tensor, as bool masks of the scores' shapes.
+
+    Ties go to the lower row-major index. Row-major refers to the logical index, so that memory formats and devices
+    agree. Linear time; the device is waited for once, however many tensors there are, unless some have ties.
+    Errors: ScoreError for NaN, or a `kept` outside [0, n].
+    """
+    masks, thresholds = [], []
+    for number, (score, count) in enumerate(zip(scores, kept, strict=True)):
+        magnitude = score.detach().abs()
+        if not 0 <= count <= magnitude.numel():
+            raise ScoreError(f"cannot keep {count} of {magnitude.numel()} scores", number)
+        # Flattened in memory order, which copies nothing.
+        dims = sorted(range(magnitude.dim()), key=magnitude.stride, reverse=True)
+        values = magnitude.permute(dims).reshape(-1)
+        thresholds.append(kth_largest(values, count) if count else values.new_tensor(math.inf))
+        masks.append(magnitude >= thresholds[-1])
+    totals = torch.stack([mask.count_nonzero() for mask in masks]).tolist() if masks else []
+    for number, (mask, total, count) in enumerate(zip(masks, totals, kept, strict=True)):
+        if total < count:  # the threshold is NaN, and comparisons with it are false
+            raise ScoreError("scores contain NaN; lower the learning rate of the prune phase", number)
+        if total > count:
+            ties = (scores[number].detach().abs() == thresholds[number]).nonzero()
+            mask[tuple(ties[count - total :].T)] = False
+    return masks
+
+
+class ScoreError(ValueError):
+    """Scores that cannot be ranked: those of tensor `number`."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def masks_sha256(masks: dict[str, Tensor]) -> str:

@@ -402,3 +402,23 @@ def test_listed_images_that_do_not_fit_the_network_are_refused(
     code, _, err = evaluate(capsys, run, *listed[1])
     assert code == 2
     assert "--folder gives images of 224 x 224 pixels, and the network was trained on 28" in err
+
+
+def test_out_of_gpu_memory_is_one_line_that_says_what_to_lower(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By then cuBLAS has the workspace without which torch refuses a product under deterministic algorithms."""
+
+    def full(*_: object) -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    monkeypatch.setattr(evaluation_cache.EvaluationCache, "evaluate", full)
+    code, rows, err = evaluate(capsys, run)
+    assert (code, rows) == (1, [])
+    assert (
+        err.strip().splitlines()[-1].startswith("error: OutOfMemoryError: the GPU is out of memory; lower batch.micro")
+    )
+    assert "finished chunks are kept" in err

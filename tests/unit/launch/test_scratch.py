@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.ray_cluster.environment import ray_environment
 from launch.ray_cluster.scratch import LONGEST, MARKER, PREFIX, RAY, new_scratch, python_for_ray
 from tests.support.commands import ROOT
 
@@ -113,3 +114,24 @@ def test_rays_sockets_fit_wherever_tmpdir_leads(short: Path, monkeypatch: pytest
     finally:
         os.close(lock)
         shutil.rmtree(folder)
+
+
+def test_compiled_code_outlives_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user names a folder, or has no home: then it is torch's own, in TMPDIR."""
+    name, scratch = "TORCHINDUCTOR_CACHE_DIR", tmp_path / "scratch"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment = ray_environment(scratch / "token", scratch, gpu=True)
+    assert environment["TMPDIR"] == str(scratch)
+    assert environment[name] == str(tmp_path / "hydra-pipeline" / "compiled")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none/cache")
+    assert name not in ray_environment(scratch / "token", scratch, gpu=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(name, "/mine")
+    assert name not in ray_environment(scratch / "token", scratch, gpu=True)
+
+
+def test_a_cluster_without_gpus_sees_none(tmp_path: Path) -> None:
+    """Or its workers would take one that its job has not asked for."""
+    assert ray_environment(tmp_path / "token", tmp_path, gpu=False)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in ray_environment(tmp_path / "token", tmp_path, gpu=True)

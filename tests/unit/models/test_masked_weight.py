@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models import Network, build_network
+from pipeline.models.pruning import masked_weight
 from pipeline.models.pruning.scores import Scores, maskable
 from pipeline.models.state import load_state, named_state, train_only, trained_parameters
 from pipeline.recipe.sections import Model
@@ -133,3 +134,24 @@ def test_half_precision_gives_the_gradients_of_a_cast_by_autocast(network: Netwo
         assert grad is not None
         assert grad.dtype == torch.float32
         assert torch.equal(grad, expected), name
+
+
+def test_products_with_channels_last_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the weight's own layout is kept for its gradient."""
+    monkeypatch.setattr(masked_weight, "CHANNELS_LAST_ON", ("cpu",))
+    layer = torch.nn.Conv2d(3, 4, 3)
+    Scores.attach(layer, Decimal("0.5"))
+    original, masked = layer.parametrizations["weight"].original, masked_weight.parametrization_of(layer)  # pyright: ignore
+    assert masked is not None
+    for _ in range(2):
+        images = torch.rand(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        product = layer.weight
+        assert product.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(product, original * masked.mask)
+        layer(images).square().sum().backward()
+        plain, other = original.detach().clone().requires_grad_(), images.contiguous()
+        torch.nn.functional.conv2d(other, plain * masked.mask, layer.bias).square().sum().backward()
+        torch.testing.assert_close(original.grad, plain.grad)
+        assert original.grad is not None
+        assert original.grad.stride() == original.stride()
+        original.grad = masked.score.grad = None

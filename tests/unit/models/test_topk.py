@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from decimal import Decimal
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.models.pruning.topk import kept_count, topk_mask
+from pipeline.models.pruning.allocation import layer_masks
+from pipeline.models.pruning.topk import kept_count, topk_mask, topk_masks
 
 TENTH = Decimal("0.1")
 
@@ -83,6 +86,33 @@ def test_topk_mask_is_the_brute_force_one(score: Tensor, data: st.DataObject) ->
 def test_topk_mask_is_the_same_on_a_gpu(kept: int) -> None:
     score = torch.randn(100, 1000).round(decimals=2)
     assert torch.equal(topk_mask(score.cuda(), kept).cpu(), topk_mask(score, kept))
+
+
+class _Waits(TorchDispatchMode):
+    """Counts operations for which a GPU is waited for: each moves a number, or finds out a size."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        self.count += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_waited_for_once_whatever_the_number_of_layers() -> None:
+    """The one transfer is of all counts, as a list, which on a CPU is no operation."""
+    scores = [torch.randn(4, 5, generator=torch.Generator().manual_seed(n)) for n in range(9)]
+    with _Waits() as waits:
+        masks = topk_masks(scores, [3] * 9)
+    assert waits.count == 0
+    for score, mask in zip(scores, masks, strict=True):
+        assert torch.equal(mask, brute_force_mask(score, 3))
+
+
+def test_the_layer_that_cannot_be_ranked_is_named() -> None:
+    scores = {"first": torch.ones(4), "second": torch.tensor([1.0, math.nan])}
+    with pytest.raises(ValueError, match=r"^second: scores contain NaN"):
+        layer_masks(scores, {"first": 2, "second": 1})
 
 
 def test_topk_mask_of_infinities_keeps_them_first() -> None:

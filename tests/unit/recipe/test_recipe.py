@@ -318,6 +318,7 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         (["deepspeed.bf16.enabled=true"], "bf16 = {'enabled': True}: engine.precision decides it; remove this key"),
         (["deepspeed.gradient_clipping=1.0"], "gradient_clipping = 1.0: gradients are not clipped here"),
         (["deepspeed.zero_optimization.stage=2"], "stage 2 contradicts engine.zero_stage 1; set engine.zero_stage"),
+        (["deepspeed.zero_optimization.allgather_bucket_size=7"], "allgather_bucket_size = 7: ZeRO expects an even"),
         (["deepspeed.zero_optimization=true"], "zero_optimization = True: expected a section"),
         (
             ["select=best_validation_robust", "evaluation.validation_steps=0"],

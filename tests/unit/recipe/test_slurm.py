@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from launch.run_folder import write_run_folder
 from launch.slurm.nodes import workers_for
-from launch.slurm.submit import stages_by_job
+from launch.slurm.sbatch import section_of
+from launch.slurm.submit import stages_by_job, submit_run
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.slurm import Slurm
+from tests.support.small_recipe import small_recipe
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "recipes" / "fashion_mnist.yaml"
@@ -121,6 +124,37 @@ def test_workers_of_a_node_follow_gpus_then_cpus() -> None:
     assert Slurm(workers_per_node=3, gpus_per_node=8).workers_of_a_node(1) == 3
     with pytest.raises(ValueError, match=r"slurm\.cpus_per_task 1 is less than the workers\.threads 4"):
         Slurm().workers_of_a_node(4)
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        (
+            {"gpus_per_node": 8},
+            r"slurm.cpus_per_task 1: a node's 8 workers, .* share cores; set slurm.cpus_per_task=16",
+        ),
+        ({"gres": "gpu:a100:4", "workers_per_node": 4, "cpus_per_task": 7}, r"slurm.cpus_per_task=8 or more"),
+        ({"cpus_per_task": 8}, r"workers.device cuda: the job asks for no GPU, .* add slurm.gpus_per_node=N"),
+        ({"cpus_per_task": 8, "gres": "disk:1"}, r"the job asks for no GPU"),
+    ],
+)
+def test_jobs_whose_workers_would_wait_or_share_cores_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: dict[str, Any], message: str
+) -> None:
+    recipe = small_recipe(tmp_path, slurm=slurm, workers={"device": "cuda", "threads": 2})
+    with pytest.raises(ValueError, match=message):
+        section_of(recipe)
+    folder = tmp_path / "run"
+    write_run_folder(folder, recipe, {})
+    with pytest.raises(ValueError, match=message):
+        submit_run(folder)
+    assert not (folder / "jobs").exists()
+
+
+def test_jobs_with_a_core_per_thread_are_not() -> None:
+    Slurm(gpus_per_node=8, cpus_per_task=16).check_room("cuda", 2)
+    Slurm(gres="gpu:8", workers_per_node=8, cpus_per_task=8).check_room("auto", 1)
+    Slurm(workers_per_node=4).check_room("auto", 1)  # without GPUs, it is the user's own number
 
 
 def test_jobs_hold_every_stage_once_and_baselines_have_their_own() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
@@ -18,6 +20,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
+from pipeline.distributed import failure_text
 from pipeline.recipe.file import dump_recipe, load_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import stages_of
@@ -37,7 +40,7 @@ def says(error: Exception, *others: Exception) -> Attempt:
     """The first worker raises an exception of its own, and writes it down; Ray reports the fate of the others."""
 
     def attempt(folder: Path, name: str) -> None:
-        record_failure(folder, Failure(name, 0, "pretrain", STEP, f"{type(error).__name__}: {error}"))
+        record_failure(folder, Failure(name, 0, "pretrain", STEP, failure_text(error)))
         raise WorkerGroupError("why", dict(enumerate([UserExceptionWithTraceback(error, "where"), *others])))
 
     return attempt
@@ -94,8 +97,12 @@ def run_script(folder: Path, monkeypatch: pytest.MonkeyPatch, limit: int, *attem
         assert not left, "it gave up too soon"
 
 
+ALLOCATED = itertools.count(1)
+
+
 def oom() -> RuntimeError:
-    return RuntimeError("out of memory")
+    """What torch raises; its numbers differ from one time to the next."""
+    return torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {next(ALLOCATED)}.00 MiB. GPU 0 has a total")
 
 
 @pytest.mark.parametrize("limit", [0, 2])
@@ -113,7 +120,10 @@ def test_a_new_checkpoint_resets_the_count(tmp_path: Path, monkeypatch: pytest.M
 def test_the_same_exception_at_the_same_step_twice_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = f"pretrain failed twice in the same way at step {STEP}, .* cannot fix it: RuntimeError: out of memory"
+    words = (
+        f"pretrain failed twice in the same way at step {STEP}, .* cannot fix it: OutOfMemoryError: the GPU is out of "
+        "memory; lower batch.micro_batch"
+    )
     with pytest.raises(RunFailed, match=words):
         run_script(tmp_path, monkeypatch, 9, says(oom()), says(oom()))
 

@@ -67,6 +67,17 @@ def test_a_device_that_is_not_there_is_named() -> None:
         check_device(torch.device("meta"))
 
 
+def test_a_device_without_room_is_not_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node need not be excluded: something else uses it."""
+
+    def full(*_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_device(CPU)
+
+
 def test_equal_workers_may_begin(fashion_data: Path) -> None:
     check_worker(context_among(fashion_data, like, like))
 
