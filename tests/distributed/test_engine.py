@@ -294,7 +294,8 @@ def test_neither_buckets_nor_sending_during_backward_change_two_workers_step() -
 
 def _odd(group: Group) -> dict[int, tuple[int, int]]:
     """ZeRO stage -> the number of trained parameters, and how often DeepSpeed waited for the device in four steps."""
-    accelerator, waits = get_accelerator(), [0]
+    accelerator: Any = get_accelerator()
+    waits = [0]
 
     def synchronize(*_: Any) -> None:
         waits[0] += 1

@@ -450,9 +450,9 @@ def test_importing_the_loader_leaves_torch_threads_and_numba_alone():
 
 
 def test_the_compiled_decoder_is_kept_for_other_processes_and_made_again_if_damaged(files, tmp_path, monkeypatch):
-    """`__wrapped__` does what a new process does."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first, second = compiled_decoder.__wrapped__(), compiled_decoder.__wrapped__()
+    decoder_in_a_new_process: Any = compiled_decoder.__wrapped__
+    first, second = decoder_in_a_new_process(), decoder_in_a_new_process()
     assert [sum(decoder.stats.cache_hits.values()) for decoder in (first, second)] == [0, 1]
     ids = np.arange(40)
     with Loader(files["raw"], image_size=SIDE, threads=1) as loader:
@@ -460,9 +460,11 @@ def test_the_compiled_decoder_is_kept_for_other_processes_and_made_again_if_dama
         expected = loader.read(ids, crops).images
         monkeypatch.setattr(loader, "_decoder", second)
         assert torch.equal(loader.read(ids, crops).images, expected)
-    for path in decoder_folder().rglob("*.nbc"):
+    folder = decoder_folder()
+    assert folder is not None
+    for path in folder.rglob("*.nbc"):
         path.write_bytes(b"damaged")
-    assert sum(compiled_decoder.__wrapped__().stats.cache_hits.values()) == 0
+    assert sum(decoder_in_a_new_process().stats.cache_hits.values()) == 0
 
 
 def test_a_decoder_that_cannot_be_kept_is_compiled_in_every_process(tmp_path, monkeypatch):
