@@ -224,7 +224,11 @@ def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
         steps, batch = stage.plan.total_steps, stage.plan.batch_per_step
         start = f", from step {step:,}" if (step := stage.newest_checkpoint()) else ""
         plan = f"{steps:,} steps of {batch:,} images{start}"
-        view.print_line(f"{stage.name}  {f'chooses from {trials} trials' if (trials := stage.plan.trials) else plan}")
+        if stage.plan.trials:
+            plan = f"chooses from {stage.plan.trials} trials"
+        elif stage.plan.weights is not None:
+            plan = f"takes the weights of {stage.plan.weights}"
+        view.print_line(f"{stage.name}  {plan}")
     # Before the rows, so that none of them is missed.
     result = _read_if_whole(StageFolder(stage.folder).result, StageResult.read)
     rows, restarted = ([], False) if stage.plan.trials else stage.tail.read()  # a trial's rows were shown
@@ -242,7 +246,8 @@ def _update_training(stage: _Stage, view: _Lines | _Bars) -> None:
         view.end(stage.name)
         next_part = f"; now evaluated: {', '.join(stage.pending)}" if stage.pending else ""
         steps = result.steps or stage.plan.total_steps
-        end = f"chosen: {result.chosen.text}" if result.chosen else f"finished after {steps:,} steps"
+        end = f"finished after {steps:,} steps" if steps else "finished"
+        end = f"chosen: {result.chosen.text}" if result.chosen else end
         view.print_line(f"{stage.name}  {end}{next_part}")
         _update(stage, view)
 

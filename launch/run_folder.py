@@ -14,6 +14,7 @@ from pipeline.recipe.schema import NAME, Recipe
 from pipeline.recipe.stages import Stage, stages_of
 from pipeline.run.failures import FAILURES
 from pipeline.run.files import PRIVATE, atomic_write_json, atomic_write_text, read_json, sha256_of
+from pipeline.run.initial_weights import weights_file
 from pipeline.run.layout import RunFolder, StageFolder
 from pipeline.run.lease import LEASE, refuse_if_held
 from pipeline.run.provenance import collect_provenance, load_run_recipe
@@ -153,9 +154,7 @@ def check_data(recipe: Recipe) -> dict[str, str]:
 def _hashes(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, str]:
     hashes = {key: manifest.sha256 for key, manifest in manifests.items()}
     if recipe.model.weights is not None:
-        weights = Path(recipe.model.weights)
-        if not weights.is_file():
-            raise ValueError(f"model.weights = {weights} does not exist; name a file, or leave the key out")
+        weights = weights_file(Path(recipe.model.weights))
         try:
             hashes["model.weights"] = sha256_of(weights)
         except OSError as error:
@@ -172,7 +171,7 @@ def network_size(recipe: Recipe) -> int:
     network = build_network(recipe.model, recipe.seed, size)
     check_micro_batch(recipe.model, size, size, recipe.batch.micro_batch)
     if recipe.model.weights is not None:
-        load_foreign(network, Path(recipe.model.weights), recipe.model)
+        load_foreign(network, Path(recipe.model.weights), recipe.model, recipe.data.image_size)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -186,10 +185,10 @@ def disk_bytes(recipe: Recipe, stages: list[Stage], weights: int, remembered: li
     """Checkpoints that are kept, with optimizer state in float32 and remembered perturbations; exported networks."""
     total = sum(remembered) * recipe.checkpoint.keep
     for stage in stages:
-        phase = stage.optimisation
-        slots = 1 if phase.optimizer == "sgd" else 2
-        tensors = 1 + (stage.keep_fraction is not None) + slots + phase.is_averaged
-        total += 4 * weights * (tensors * (1 if stage.trials else recipe.checkpoint.keep) + 1)
+        phase, tensors = stage.trained_by, 1 + (stage.keep_fraction is not None)
+        if phase is not None:
+            tensors += (1 if phase.optimizer == "sgd" else 2) + phase.is_averaged
+        total += 4 * weights * (tensors * (recipe.checkpoint.keep if stage.epochs else 1) + 1)
     return total
 
 

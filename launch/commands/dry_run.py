@@ -86,11 +86,15 @@ def _images(recipe: Recipe, stage: Stage, per_epoch: int) -> int:
 
 
 def _stage_text(recipe: Recipe, stage: Stage, per_epoch: int | None) -> str:
-    phase, weights = stage.optimisation, recipe.model.weights if stage.keep_fraction is None else None
+    phase, weights = stage.trained_by, recipe.model.weights if stage.keep_fraction is None else None
     if stage.trials:
         images = f"{recipe.data.validation_images:,} held-out images"
         return f"the best of its {len(stage.trials)} trials, by robust accuracy on {images}"
+    if phase is None:
+        return f"the weights of {weights}, as they are"
     start = f"from {stage.starts_from or weights or 'scratch'}"
+    if weights is not None and recipe.model.weights_head == "new":
+        start += " with a new last layer"
     line = f"{phase.epochs:>3} epochs  lr {phase.lr:<7g} trains {stage.trains}, {start}"
     if per_epoch is None:
         return line
@@ -122,9 +126,9 @@ def _time_line(recipe: Recipe, stages: list[Stage], per_epoch: int) -> str:
 def _cost_key(recipe: Recipe, stage: Stage) -> str:
     """What the time per image of a stage depends on."""
     values = recipe.model_dump(mode="json", include={"threat_model", "batch", "workers", "engine", "evaluation"})
-    model = {"arch": recipe.model.arch, "classes": recipe.model.num_classes}
-    size = [recipe.data.image_size, recipe.data.dataset, stage.optimisation.resolution]
-    return repr((values, model, size, stage.phase, stage.objective, stage.optimisation.optimizer))
+    model, phase = {"arch": recipe.model.arch, "classes": recipe.model.num_classes}, stage.trained_by
+    training = None if phase is None else (phase.resolution, stage.objective, phase.optimizer)
+    return repr((values, model, recipe.data.image_size, recipe.data.dataset, stage.phase, training))
 
 
 def _measured_runs(recipe: Recipe) -> Iterator[tuple[Path, dict[str, Cost]]]:
@@ -149,11 +153,13 @@ def _measured_runs(recipe: Recipe) -> Iterator[tuple[Path, dict[str, Cost]]]:
 def _measured_cost(run: Path, stage: Stage) -> Cost | None:
     folder = StageFolder(run / stage.name)
     try:
-        rows = read_rows(folder.metrics)
+        rows = read_rows(folder.metrics) if stage.trained_by else []
         images = sum(row["images"] for row in rows if row["kind"] == "train")
         seconds = sum(row["timing"]["seconds"] for row in rows)
     except (KeyError, TypeError):
         return None
     written = [folder.evaluation(label).stat().st_mtime for label in stage.evaluations]
     evaluation = max(written) - folder.result.stat().st_mtime if written else 0.0
+    if stage.trained_by is None:
+        return 0.0, max(evaluation, 0.0)
     return (seconds / images, max(evaluation, 0.0)) if images else None

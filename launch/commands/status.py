@@ -115,7 +115,8 @@ class _Run:
         stages = stages_by_job(recipe)
         self.parts_by_job = {name: [self._part(stage) for stage in job] for name, job in stages.items()}
         self.parts = [part for parts in self.parts_by_job.values() for part in parts]
-        per_epoch = next((part.total // part.stage.optimisation.epochs for part in self.parts if part.total), 0)
+        trained = [(part, part.stage.trained_by) for part in self.parts]
+        per_epoch = next((part.total // phase.epochs for part, phase in trained if part.total and phase), 0)
         for part in self.parts:  # every stage has the same images per epoch
             part.total = part.total or per_epoch * part.stage.epochs
             part.step = part.total if part.trained else part.step

@@ -23,7 +23,7 @@ from pipeline.run.files import parse_json, replacing, settle_file
 
 METADATA_KEY = "network"
 """Architecture, mean, std, keep_fraction and hashes, as one JSON object."""
-ORIGIN = {"weights", "weights_keep_fraction"}
+ORIGIN = {"weights", "weights_keep_fraction", "weights_head"}
 """Keys of the recipe's model section that name the initial weights; not part of the exported network."""
 
 

@@ -1,36 +1,32 @@
 """Initial weights from third-party checkpoints: torchvision, timm, RobustBench, HYDRA's reference code.
 
-A file is safetensors, or a pickled state dict that is read with `weights_only`, so that no code in it runs. Its names
-are mapped to the network's by the `LAYOUTS` entry that fits best; then every name and shape must match. Otherwise all
-mismatches are listed and nothing is loaded. A normalisation stored in the file must equal the recipe's; most files
-store none, and then model.mean and model.std are not checked.
+The names of a file's state dict are mapped to the network's by the prefix and the `LAYOUTS` entry that fit best; then
+every name, shape and kind of number must match. Otherwise all mismatches are listed and nothing is loaded. A
+normalisation stored in the file must equal the recipe's; most files store none, and then model.mean and model.std are
+not checked.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.models import Network
-from pipeline.models.export import METADATA_KEY
+from pipeline.models import Network, head_names
 from pipeline.models.pruning.topk import topk_mask
-from pipeline.models.torch_file import RefusedFile, check_tensor, check_torch_file
+from pipeline.models.state_dict_file import read_state_dict
 from pipeline.recipe.sections import Model
+from pipeline.run.initial_weights import weights_file
 
-CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training programs store the state dict."""
-WRAPPERS = ("module.", "model.", "backbone.", "1.")
-"""Name prefixes added by DataParallel, by a wrapper module, and by a Sequential of normalisation and network."""
+TRANSPARENT = re.compile(r"(?<![^.])(_orig_mod\.|attacker\.(?=model\.))")
+"""Components of names that name no other tensor: torch.compile's wrapper, and the second reference to the network that
+MadryLab's robustness stores, as the attacker's."""
 MEANS = ("mean", "mu", "new_mean")
 STDS = ("std", "sigma", "new_std")
 """Last components of the names of a normalisation's tensors."""
@@ -46,6 +42,12 @@ LAYOUTS: dict[str, tuple[tuple[str, str | None], ...]] = {
 """Source of the names -> (pattern, replacement) in order; None drops a tensor that no forward pass uses."""
 
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Of counters and tables of indices, never of weights."""
+FLOATS_ONLY = "weights must be float32, float64, float16 or bfloat16: convert them, and save the state dict again"
+
+
 class _Mismatch(NamedTuple):
     missing: list[str]
     unexpected: list[str]
@@ -56,105 +58,62 @@ class _Mismatch(NamedTuple):
         return len(self.missing) + len(self.unexpected) + len(self.shapes)
 
 
-def load_foreign(network: Network, path: Path, model: Model) -> None:
+@torch.no_grad()
+def load_foreign(network: Network, path: Path, model: Model, image_size: int | None = None) -> None:
     """Load the weights of `path` into a freshly built network without scores, in place, cast to the network's dtypes.
 
-    With model.weights_keep_fraction, weights are multiplied by the mask of the file's own scores at that keep fraction,
-    rounded as in HYDRA's reference code (`models/layers.py`). Without it, scores are ignored.
-    num_batches_tracked may be missing, as in files from before PyTorch 0.4.1: it is never read.
+    `path` may be a run's folder (`weights_file`). With model.weights_keep_fraction, weights are multiplied by the mask
+    of the file's own scores at that keep fraction, rounded as in HYDRA's reference code (`models/layers.py`). Without
+    it, scores are ignored. With model.weights_head "new", the last layer stays as built; networks of one size need
+    `image_size` for that. num_batches_tracked may be missing, as in files from before PyTorch 0.4.1: it is never read.
     Errors: ValueError naming the file and every mismatch; then nothing was loaded.
     """
-    tensors = _read(path)
+    path = weights_file(path)
+    tensors = _without_wrappers(path, read_state_dict(path))
     normalisation = {name: tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] in MEANS + STDS}
     _check_normalisation(path, normalisation, model)
-    bare = _strip_wrappers({name: tensor for name, tensor in tensors.items() if name not in normalisation})
+    bare = {name: tensor for name, tensor in tensors.items() if name not in normalisation}
     scores = {name.removesuffix(SCORES): tensor for name, tensor in bare.items() if name.endswith(SCORES)}
     weights = {name: tensor for name, tensor in bare.items() if not name.endswith(SCORES)}
     if model.weights_keep_fraction is not None:
         weights = _apply_masks(path, weights, scores, model.weights_keep_fraction)
 
-    expected = network.backbone.state_dict()
-    candidates = {layout: _rename(weights, table) for layout, table in LAYOUTS.items()}
-    mismatches = {layout: _compare(expected, candidate) for layout, candidate in candidates.items()}
-    layout = min(mismatches, key=lambda name: mismatches[name].size)
-    if mismatches[layout].size:
-        missing, unexpected, shapes = mismatches[layout]
+    head = head_names(network, model, image_size) if model.weights_head == "new" else frozenset[str]()
+    expected = {name: tensor for name, tensor in network.backbone.state_dict().items() if name not in head}
+    layout, names, mismatch = _closest(expected, weights, head)
+    if mismatch.size:
         raise ValueError(
             f"{path} does not fit model.arch {model.arch} with num_classes {model.num_classes}, read as {layout}: "
-            f"missing {missing}, unexpected {unexpected}, shape mismatch {shapes}; "
-            "set model.arch to the file's architecture, or give another file"
+            f"missing {mismatch.missing}, unexpected {mismatch.unexpected}, shape mismatch {mismatch.shapes}; "
+            f"{_remedy(network, model, image_size, mismatch)}"
         )
-    tensors = candidates[layout]
-    nonfinite = sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+    for name, source in names.items():
+        if expected[name].is_floating_point() and not weights[source].is_floating_point():
+            raise ValueError(f"{path}: {source} is {_dtype(weights[source])}; {FLOATS_ONLY}")
+    nonfinite = sorted(name for name, source in names.items() if not bool(weights[source].isfinite().all()))
     if nonfinite:
         raise ValueError(f"{path} holds NaN or infinity in {nonfinite}; use another checkpoint of that training run")
-    for name, tensor in expected.items():
-        if name in tensors:
-            tensor.copy_(tensors[name])
+    for name, source in names.items():
+        expected[name].copy_(weights[source])
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"model.weights {path} does not exist")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        check_torch_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except RefusedFile:
-        raise
-    except PermissionError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a damaged archive or pickle may raise anything
-        if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
+def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove TRANSPARENT components of names. Errors: ValueError for kinds of numbers that no weight is, and for two
+    tensors of one name that differ."""
+    sources: dict[str, str] = {}
+    for source, tensor in tensors.items():
+        if tensor.dtype not in (*FLOATS, *INTEGERS):
+            raise ValueError(f"{path}: {source} is {_dtype(tensor)}; {FLOATS_ONLY}")
+        first = sources.setdefault(TRANSPARENT.sub("", source), source)
+        if first != source and not torch.equal(tensors[first], tensor):
             raise ValueError(
-                f"{path} was not read: it refers to {match[1]}, and loading anything but tensors could run code. If "
-                "you trust the file, load it elsewhere and save its state dict alone, preferably as .safetensors"
-            ) from None
-        # torch's message recommends loading without weights_only, so it is not shown.
-        raise ValueError(
-            f"{path} is damaged or not a weights file ({type(error).__name__}); download it again"
-        ) from None
-    return _state_dict_of(path, content)
+                f"{path}: {first} and {source} should be the same tensor and differ; save the state dict of one network"
+            )
+    return {name: tensors[source] for name, source in sources.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as stream:
-            metadata = json.loads((stream.metadata() or {}).get(METADATA_KEY, "{}"))
-        # Networks exported by this project store their normalisation in the metadata.
-        normalisation = {f"metadata.{key}": torch.tensor(metadata[key]) for key in ("mean", "std") if key in metadata}
-    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # a RecursionError is a RuntimeError
-        raise ValueError(f"{path} is damaged or not safetensors: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    return tensors | normalisation
-
-
-def _state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:
-    if isinstance(content, Mapping):
-        if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-            for name, tensor in content.items():
-                check_tensor(path, name, tensor)
-            return dict(content)
-        for container in CONTAINERS:
-            if isinstance(content.get(container), Mapping):
-                return _state_dict_of(path, content[container])
-        content_kind = f"a mapping with the keys {sorted(str(key) for key in content)}"
-    else:
-        content_kind = type(content).__name__
-    raise ValueError(
-        f"{path} holds {content_kind}; expected a state dict, alone or under one of {', '.join(CONTAINERS)}"
-    )
-
-
-def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip wrapper prefixes that all names share."""
-    for prefix in WRAPPERS:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return _strip_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-    return tensors
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _check_normalisation(path: Path, normalisation: dict[str, Tensor], model: Model) -> None:
@@ -200,24 +159,71 @@ def _apply_masks(
     return masked_weights
 
 
-def _rename(tensors: dict[str, Tensor], table: tuple[tuple[str, str | None], ...]) -> dict[str, Tensor]:
-    tensors_by_name: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        new: str | None = name
+def _closest(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], head: frozenset[str]
+) -> tuple[str, dict[str, str], _Mismatch]:
+    """(layout, the network's name -> the file's, mismatch) of the prefix and layout with the fewest mismatches.
+
+    The prefix is that of all names, or one below which the whole network is. Tensors named in `head` are left out.
+    """
+    best: tuple[str, dict[str, str], _Mismatch] | None = None
+    for prefix in _prefixes(list(tensors)):
+        others = [name for name in tensors if not name.startswith(prefix)]
+        for layout, table in LAYOUTS.items():
+            names = _rename([name for name in tensors if name.startswith(prefix)], prefix, table)
+            names = {name: source for name, source in names.items() if name not in head}
+            mismatch = _compare(expected, names, tensors, others)
+            if others and mismatch.missing:  # a part of another network
+                continue
+            if best is None or mismatch.size < best[2].size:
+                best = layout, names, mismatch
+    assert best is not None
+    return best
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """No prefix, and those that wrappers may have put before most names: "module.", "module.model." and so on.
+
+    They are added by DataParallel, by Lightning (an attribute's name), by a Sequential of normalisation and network.
+    """
+    prefixes = [""]
+    while components := Counter(name.split(".", 1)[0] + "." for name in names if "." in name):
+        ((first, _),) = components.most_common(1)
+        prefixes.append(prefixes[-1] + first)
+        names = [name.removeprefix(first) for name in names if name.startswith(first)]
+    return prefixes
+
+
+def _rename(sources: list[str], prefix: str, table: tuple[tuple[str, str | None], ...]) -> dict[str, str]:
+    """The network's name -> the file's."""
+    names: dict[str, str] = {}
+    for source in sources:
+        new: str | None = source.removeprefix(prefix)
         for pattern, replacement in table:
             if new is not None and re.search(pattern, new):
                 new = None if replacement is None else re.sub(pattern, replacement, new)
         if new is not None:
-            tensors_by_name[new] = tensor
-    return tensors_by_name
+            names[new] = source
+    return names
 
 
-def _compare(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> _Mismatch:
-    missing = [name for name in expected if name not in actual and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in actual if name not in expected]
+def _compare(
+    expected: Mapping[str, Tensor], names: Mapping[str, str], tensors: Mapping[str, Tensor], others: list[str]
+) -> _Mismatch:
+    """`others` are names of the file that have no counterpart."""
+    missing = [name for name in expected if name not in names and not name.endswith("num_batches_tracked")]
+    unexpected = [*(source for name, source in names.items() if name not in expected), *others]
     shapes = [
-        f"{name} ({tuple(actual[name].shape)} in the file, {tuple(tensor.shape)} in the network)"
+        f"{name} ({tuple(tensors[names[name]].shape)} in the file, {tuple(tensor.shape)} in the network)"
         for name, tensor in expected.items()
-        if name in actual and actual[name].shape != tensor.shape
+        if name in names and tensors[names[name]].shape != tensor.shape
     ]
     return _Mismatch(missing, unexpected, shapes)
+
+
+def _remedy(network: Network, model: Model, image_size: int | None, mismatch: _Mismatch) -> str:
+    names = {shape.partition(" ")[0] for shape in mismatch.shapes}
+    only_shapes = image_size is not None and not mismatch.missing and not mismatch.unexpected
+    if only_shapes and names <= head_names(network, model, image_size):
+        return "if the file is of other classes, set model.weights_head=new, which trains a new last layer"
+    return "set model.arch to the file's architecture, or give another file"

@@ -83,6 +83,19 @@ def _build_backbone(arch: str, num_classes: int, image_size: int | None) -> nn.M
     return BACKBONES[arch](num_classes)
 
 
+def head_names(network: Network, model: Model, image_size: int | None) -> frozenset[str]:
+    """Names of the backbone's tensors whose shapes depend on the number of classes: those of the last layer.
+
+    `network` is that of `build_network`; `image_size` as there. Errors: ValueError if it is needed and None.
+    """
+    if image_size is None and model.arch in BACKBONES_OF_ONE_SIZE:
+        raise ValueError(f"{model.arch} is built for images of one size; give image_size")
+    with torch.random.fork_rng(devices=[]):
+        other = _build_backbone(model.arch, model.num_classes + 1, image_size).state_dict()
+    own = network.backbone.state_dict().items()
+    return frozenset(name for name, tensor in own if other[name].shape != tensor.shape)
+
+
 def check_size(model: Model, built_for: int, image_size: int, key: str) -> None:
     """Check that the network of `model`, built for images of `built_for` pixels, takes images of `image_size` pixels.
 

@@ -37,7 +37,7 @@ ADDED: dict[str, Any] = {"label_smoothing": 0.0}
 """Keys that techniques got later -> default, at which the hash leaves them out, so that older hashes stay valid."""
 ADDED_TO_PHASES: dict[str, Any] = {"ema_epochs": None}
 """The same of phases."""
-ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None}}
+ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None}, "model": {"weights_head": "file"}}
 """The same of sections of the recipe."""
 SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
 """Keys that every flat objective has and no single technique has together: they identify the form."""

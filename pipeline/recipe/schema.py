@@ -15,6 +15,7 @@ from pipeline.recipe.attacks import check_attack
 from pipeline.recipe.deepspeed_options import DeepSpeedOptions
 from pipeline.recipe.errors import explain
 from pipeline.recipe.fields import Section, Seed, divisors
+from pipeline.recipe.methods import FROM_SCRATCH
 from pipeline.recipe.objective import FgsmPgi, Objective
 from pipeline.recipe.phase import Resolution
 from pipeline.recipe.sections import (
@@ -91,6 +92,27 @@ class Recipe(Section):
             raise ValueError(
                 f"sparsity.baselines {labels}: a baseline is a finetuned network, and "
                 "phases.finetune is null; set sparsity.baselines=[]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dense_network_comes_from_somewhere(self) -> Recipe:
+        if self.phases.pretrain is not None:
+            return self
+        if self.model.weights is None:
+            raise ValueError(
+                "phases.pretrain is null, so that no dense network is trained, and model.weights is null; set "
+                "model.weights to a file of weights or to a run's folder, or give phases.pretrain"
+            )
+        if self.model.weights_head == "new":
+            raise ValueError(
+                "model.weights_head new: a new last layer must be trained, and phases.pretrain is null; give "
+                "phases.pretrain, or set model.weights_head=file"
+            )
+        if labels := [method.label for method in self.sparsity.baselines if method.name in FROM_SCRATCH]:
+            raise ValueError(
+                f"sparsity.baselines {labels} train from scratch as phases.pretrain says, which is null; remove them, "
+                "or give phases.pretrain"
             )
         return self
 

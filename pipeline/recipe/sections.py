@@ -71,7 +71,10 @@ class Model(Section):
     mean: tuple[Real, Real, Real] = (0.485, 0.456, 0.406)
     std: tuple[Real, Real, Real] = (0.229, 0.224, 0.225)
     weights: FilePath | None = None
-    """File of weights that pretrain starts from; null: random initialisation from the seed."""
+    """File of weights, or a run's folder for its dense network, that pretrain starts from; without a pretrain phase it
+    is the dense network. null: random initialisation from the seed."""
+    weights_head: Literal["file", "new"] = "file"
+    """The last layer: the file's, or a new one from the seed, for another number of classes (transfer learning)."""
     weights_keep_fraction: KeepFraction | None = None
     """Keep this fraction of a masked checkpoint of HYDRA's reference code, by its scores; null keeps all weights."""
 
@@ -82,14 +85,17 @@ class Model(Section):
         return self
 
     @model_validator(mode="after")
-    def _keep_fraction_needs_weights(self) -> Model:
-        if self.weights_keep_fraction is not None and self.weights is None:
-            raise ValueError("weights_keep_fraction is set without weights; name the file or remove it")
+    def _weights_have_a_file(self) -> Model:
+        if self.weights is None:
+            for key in ("weights_keep_fraction", "weights_head"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} is set without weights; name the file or remove it")
         return self
 
 
 class Phases(Section):
-    pretrain: Phase
+    pretrain: Phase | None
+    """null: the dense network is that of model.weights, as it is."""
     prune: Phase
     finetune: Phase | None
     """null: the pruned networks are the result, as in the search for robust sub-networks (HYDRA, section 5.2)."""

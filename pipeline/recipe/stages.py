@@ -67,7 +67,8 @@ class Stage:
 
     name: str
     phase: PhaseName
-    optimisation: Phase
+    trained_by: Phase | None
+    """How it is optimised; None for the dense network of a recipe that trains none: that of `model.weights`."""
     objective: Objective
     method: Method | None
     """What makes its sparse network; None for the dense network."""
@@ -93,9 +94,15 @@ class Stage:
     """What it chooses from, for a stage that trains nothing: its network is that of the best trial."""
 
     @property
+    def optimisation(self) -> Phase:
+        """How it is optimised, for a stage whose network is not that of `model.weights`."""
+        assert self.trained_by is not None, f"{self.name} trains nothing"
+        return self.trained_by
+
+    @property
     def epochs(self) -> int:
         """Epochs that it trains."""
-        return 0 if self.trials else self.optimisation.epochs
+        return 0 if self.trials or self.trained_by is None else self.trained_by.epochs
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -154,7 +161,7 @@ class Stage:
             "stage": self.name,
             "phase": self.phase,
             "keep_fraction": None if self.keep_fraction is None else canonical_decimal(self.keep_fraction),
-            "total_steps": self.optimisation.epochs * steps_per_epoch,
+            "total_steps": (self.trained_by.epochs if self.trained_by else 0) * steps_per_epoch,
             "steps_per_epoch": steps_per_epoch,
         }
 
@@ -168,7 +175,8 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     and prunes over prune's share of these epochs. Flying Bird trains a
     sparse network from scratch, with pretrain's optimisation and as many epochs as all phases have.
 
-    Without a finetune phase the pruned network itself is evaluated.
+    Without a pretrain phase the dense network is that of `model.weights`. Without a finetune phase the pruned network
+    itself is evaluated.
     """
     dense = _stage(recipe, "pretrain", "pretrain", recipe.phases.pretrain, None, 0, measure=recipe.objective.measure)
     networks = itertools.product(recipe.sparsity.keep_fractions, (HYDRA, *recipe.sparsity.baselines))
@@ -180,22 +188,23 @@ def _stage(
     recipe: Recipe,
     name: str,
     phase: PhaseName,
-    optimisation: Phase,
+    trained_by: Phase | None,
     method: Method | None,
     first_epoch: int,
     **fields: Any,
 ) -> Stage:
-    objective = optimisation.objective or recipe.objective
+    objective = (trained_by and trained_by.objective) or recipe.objective
     attacks = recipe.evaluation.attacks if fields.get("measure") else ()
     if phase == "pretrain":  # it is the source of transferred examples
         attacks = tuple(attack for attack in attacks if attack.name != "transfer")
-    return Stage(name, phase, optimisation, objective, method, first_epoch, attacks=attacks, **fields)
+    return Stage(name, phase, trained_by, objective, method, first_epoch, attacks=attacks, **fields)
 
 
 def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     """The stages of one method at one sparsity. The recipe's own HYDRA has no folder of its own."""
     phases, sparsity, measure = recipe.phases, recipe.sparsity, recipe.objective.measure
-    dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
+    dense = phases.pretrain.epochs if phases.pretrain else 0
+    pruned = dense + phases.prune.epochs
     folder = f"keep-{canonical_decimal(keep)}"
     common: dict[str, Any] = {"keep_fraction": keep, "allocation": method.allocation or sparsity.allocation}
     if method.name in DYNAMIC and common["allocation"] in LEARNED:
@@ -212,6 +221,7 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     assert phases.finetune is not None, "the recipe's validation"
     assert method.name not in ("hydra", "s2ap"), "they have a prune phase"
     if method.name in FROM_SCRATCH:
+        assert phases.pretrain is not None, "the recipe's validation"
         epochs, objective = pruned + phases.finetune.epochs, phases.finetune.objective
         whole = phases.pretrain.model_copy(update={"epochs": epochs, "objective": objective})
         fields = common | {"scores_from": BASELINE_SCORES[method.name], "measure": measure}
@@ -250,4 +260,4 @@ def _trial(stage: Stage, number: int, lr: float, **changes: Any) -> Stage:
     folder, _, name = stage.name.rpartition("/")
     optimisation = stage.optimisation.model_copy(update={"lr": lr})
     name = f"{folder}/trial-{number}/{name}"
-    return replace(stage, name=name, optimisation=optimisation, trial_of=stage.name, **changes)
+    return replace(stage, name=name, trained_by=optimisation, trial_of=stage.name, **changes)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from pipeline.evaluation.result import KINDS
 from pipeline.recipe.file import dump_yaml
+from pipeline.recipe.stages import DENSE
 from pipeline.recipe.technique import Attacking
 from pipeline.report.benchmark_chart import accuracy_against_cost
 from pipeline.report.chart_style import legend_key, method_colours
@@ -178,7 +179,7 @@ def _run_details(run: RunResult, majority: MajorityClass | None) -> dict[str, An
     """Training curves, layers, compute and provenance of one run."""
     histories = read_history(run)
     keeps, shown = run.recipe.sparsity.keep_fractions, without_rejected_trials(histories)
-    trained = [history for history in histories if not history.stage.trials]
+    trained = [history for history in histories if history.stage.epochs]
     costs = [stage_cost(history) for history in trained]
     origin = public_provenance(run.folder)
     return {
@@ -192,7 +193,7 @@ def _run_details(run: RunResult, majority: MajorityClass | None) -> dict[str, An
         "total": _total(costs),
         "parts": [(h.stage.name, _part_cells([cost])) for h, cost in zip(trained, costs, strict=True)],
         "total_parts": _part_cells(costs),
-        "stages": [_parentage(history) for history in histories],
+        "stages": [_parentage(history, run.recipe.model.weights) for history in histories],
         "origin": _origin_rows(origin),
         "versions": origin.get("versions", {}),
         "recipe": dump_yaml(public_recipe(run.recipe)),
@@ -255,11 +256,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.2f} h"
 
 
-def _parentage(history: History) -> dict[str, str]:
-    result = history.result
+def _parentage(history: History, weights: str | None) -> dict[str, str]:
+    """`weights`: the file that the dense network has its weights from."""
+    result, stage = history.result, history.stage
+    parent = weights if stage.label == DENSE else stage.starts_from
     return {
-        "stage": history.stage.name,
-        "parent": (result.chosen.stage if result and result.chosen else history.stage.starts_from) or "",
+        "stage": stage.name,
+        "parent": (result.chosen.stage if result and result.chosen else parent) or "",
         "selected": "" if result is None or result.selected_step is None else str(result.selected_step),
         "model": "" if result is None else result.model_sha256,
         "mask": "" if result is None else result.mask_sha256 or "",

@@ -58,6 +58,8 @@ class StagePlan(Record):
     batch_per_step: Count = 0
     trials: Count = 0
     """Number of trials that it chooses from, for a stage that trains nothing."""
+    weights: str | None = None
+    """Whose weights it takes, for another stage that trains nothing."""
 
 
 class KeptCount(Record):

@@ -1,4 +1,4 @@
-"""Runs the stages of a recipe: restore or start, train, export, evaluate.
+"""Runs the stages of a recipe: restore, start or import, train, export, evaluate.
 
 Works inside any process group: Ray's (`pipeline.training.worker`), or one of a test or benchmark.
 """
@@ -34,6 +34,7 @@ from pipeline.training.context import RunContext
 from pipeline.training.dynamic_masks import build_dynamic_masks
 from pipeline.training.engine import Engine
 from pipeline.training.health import check_worker
+from pipeline.training.imported_network import import_network
 from pipeline.training.loop import Training, train
 from pipeline.training.rollback import roll_back
 from pipeline.training.stage_evaluation import build_validation, check_honesty, evaluate_stage
@@ -67,14 +68,14 @@ def _run_stage(context: RunContext, stage: Stage) -> None:
         return
     make_folder(folder)
     own = None
-    if to_train and stage.trials:
-        choose_trial(context, stage)
+    if to_train and not stage.epochs:
+        (choose_trial if stage.trials else import_network)(context, stage)
     elif to_train and context.group.is_first:
         own = _own_checkpoint(folder, context.token)
     # Only now that the rows are those of the checkpoint. One wandb run for training and test.
     with stage_tracker(context, stage) as tracker:
         if to_train:
-            if not stage.trials:
+            if stage.epochs:
                 _train_stage(context, stage, own, tracker)
             context.observe("stage_finished", {"stage": stage.name})
         log_finished_parts(context, stage, tracker)

@@ -36,7 +36,7 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
     recipe = context.recipe
     if stage.keep_fraction is None:
         if recipe.model.weights is not None:
-            load_foreign(network, Path(recipe.model.weights), recipe.model)
+            load_foreign(network, Path(recipe.model.weights), recipe.model, recipe.data.image_size)
         return None
     if stage.starts_from is None:
         init = score_init(context, stage, network)

@@ -94,7 +94,7 @@ def costs(recipe: Recipe) -> list[Cost]:
     if recipe.objective.measure != "pgd":
         raise ValueError(f"objective.name={recipe.objective.name} is not evaluated by PGD; the model supports only PGD")
     stages, evaluation = stages_of(recipe), recipe.evaluation
-    stage_costs = [training_cost(stage, recipe) for stage in stages]
+    stage_costs = [training_cost(stage, recipe) for stage in stages if stage.trained_by is not None]
     parts = []
     for name in dict.fromkeys(cost.part for cost in stage_costs):
         same = [cost for cost in stage_costs if cost.part == name]

@@ -109,7 +109,7 @@ def _taxonomy(recipe: Recipe, paper: Paper, key: str) -> dict[str, str]:
         "link_to_paper": paper.link,
         "ap_key": key,
         "Type of Pipeline:": "A-Methods Pruning After Training",
-        "A: Pretraining ": words["pretrain"],
+        "A: Pretraining ": words["pretrain"] if recipe.phases.pretrain else "unknown (weights of others)",
         "A: Finetuning": words.get("finetune", "None"),
         "A: OneShot (1S) vs Iterative (IT)": "1S",
         "Pruning structure": "Unstructured (US)",

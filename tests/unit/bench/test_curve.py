@@ -52,7 +52,7 @@ def test_an_objective_that_is_not_evaluated_by_pgd_is_refused() -> None:
 def test_the_page_holds_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "scaling.md").read_text().replace("\\\n", " ")
     commands = [line for line in page.splitlines() if line.startswith("python -m tests.bench.curve recipes/")]
-    assert len(commands) == 4
+    assert len(commands) == 6
     for command in commands:
         words = shlex.split(command)[3:]
         assert main([str(ROOT / words[0]), *words[1:]]) == 0

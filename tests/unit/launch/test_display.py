@@ -142,6 +142,21 @@ def test_a_stage_that_chooses_says_what(tmp_path: Path) -> None:
     ]
 
 
+def test_a_stage_that_takes_weights_says_whose(tmp_path: Path) -> None:
+    stage = Writer(tmp_path, "pretrain")
+    stage.folder.mkdir(parents=True)
+    text = shown(
+        tmp_path,
+        ["pretrain"],
+        stage.json("stage.json", {**PLAN, "total_steps": 0, "weights": "models/robust.pt"}),
+        stage.json("result.json", {**RESULT, "steps": 0}),
+    )
+    assert text.splitlines() == [
+        "pretrain  takes the weights of models/robust.pt",
+        "pretrain  finished; now evaluated: pgd, apgd",
+    ]
+
+
 def test_a_chunk_that_takes_minutes_has_one_line(tmp_path: Path) -> None:
     stage = Writer(tmp_path, "pretrain")
     stage.json("result.json", {"steps": 9})()

@@ -171,3 +171,37 @@ def test_trials_are_in_the_plan_and_in_its_time(recipe: Recipe, tuned_before: bo
     images = 20 * 64 * (2 + 2 + 3 * 2 + 3 * 4)
     minutes, seconds = divmod(round(images * 0.01) + 3 * 100, 60)
     assert lines[-1] == f"time: about 0:{minutes:02}:{seconds:02}, as measured in runs/earlier"
+
+
+def test_a_dense_network_that_is_there_takes_the_time_of_its_evaluation(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(build_network(recipe.model, 0, 28).backbone.state_dict(), "fits.pt")
+    imported = ["phases.pretrain=null", "model.weights=fits.pt"]
+    code, out, _ = dry_run(recipe, capsys, *imported)
+    assert code == 0
+    assert "pretrain            the weights of fits.pt, as they are\n" in out
+    assert "evaluated: 3 networks" in out
+    code, _, err = dry_run(recipe, capsys, "phases.pretrain=null")
+    assert code == 2
+    assert "phases.pretrain is null, so that no dense network is trained, and model.weights is null" in err
+
+    Path("recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    recipe = load_recipe("recipe.yaml", [*imported, f"model.weights={Path('fits.pt').absolute()}"])
+    measured_run(recipe, evaluation_s=100)
+    (Path("runs/earlier/pretrain") / "metrics.jsonl").write_text("")
+    lines, problems = plan_lines(recipe.model_copy(update={"name": "other"}), None, with_torch=False)
+    assert problems == []
+    minutes, seconds = divmod(round(20 * 64 * (2 + 2 + 4) * 0.01) + 3 * 100, 60)
+    assert lines[-1] == f"time: about 0:{minutes:02}:{seconds:02}, as measured in runs/earlier"
+
+
+def test_weights_of_other_classes_need_a_new_last_layer(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    other = recipe.model.model_copy(update={"num_classes": 7})
+    torch.save(build_network(other, 0, 28).backbone.state_dict(), "seven.pt")
+    code, _, err = dry_run(recipe, capsys, "model.weights=seven.pt")
+    assert code == 2
+    assert "set model.weights_head=new, which trains a new last layer" in err
+    code, out, _ = dry_run(recipe, capsys, "model.weights=seven.pt", "model.weights_head=new")
+    assert code == 0
+    assert "trains weights, from seven.pt with a new last layer; 40 steps" in out

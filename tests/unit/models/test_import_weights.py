@@ -415,7 +415,7 @@ def test_a_mask_needs_scores_that_fit(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "absent.pth").startswith(f"model.weights {tmp_path / 'absent.pth'} does not exist")
+    assert refusal(tmp_path / "absent.pth").startswith(f"model.weights = {tmp_path / 'absent.pth'} does not exist")
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])

@@ -118,6 +118,7 @@ def test_the_search_prunes_half_of_a_clean_network_and_does_not_finetune(name: s
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.sparsity.keep_fractions == (Decimal("0.5"),)
     assert recipe.phases.finetune is None
+    assert recipe.phases.pretrain is not None
     assert recipe.phases.pretrain.objective is not None
     assert recipe.phases.pretrain.objective.name == "clean"
     assert recipe.objective.name != "clean"

@@ -232,7 +232,7 @@ def test_every_method_has_the_same_number_of_trials_and_a_stage_that_chooses() -
         assert (last.epochs, last.sources) == (0, tuple(names))
         for lr, trial in zip((0.05, 0.1, 0.2), names, strict=True):
             stage, optimisation = stages[trial], plain[name].optimisation.model_copy(update={"lr": lr})
-            expected = replace(plain[name], name=trial, optimisation=optimisation, trial_of=name)
+            expected = replace(plain[name], name=trial, trained_by=optimisation, trial_of=name)
             assert stage == replace(expected, measure=None, attacks=()), "but for its learning rate, the usual stage"
             assert stage.random_key == name
             assert stage.epochs == plain[name].epochs
