@@ -20,7 +20,7 @@ from pipeline.models.pruning.allocation import MaskRule, binary_masks, total_kep
 from pipeline.models.pruning.harp import BudgetPenalty, first_k, floor_of
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
-from pipeline.models.pruning.structure import build_structure
+from pipeline.models.pruning.structure import Structure, build_structure
 from pipeline.models.pruning.topk import masks_sha256
 from pipeline.recipe.methods import LEARNED, MaskSource
 from pipeline.recipe.methods import Structure as StructureName
@@ -69,10 +69,14 @@ def _original(layer: nn.Module) -> Tensor:
     return layer.parametrizations["weight"].original  # pyright: ignore
 
 
-def _first_rate(score: Tensor, keep_fraction: Decimal, source: MaskSource) -> Tensor | None:
+def _first_rates(
+    scores: Mapping[str, Tensor], keep_fraction: Decimal, source: MaskSource, structure: Structure
+) -> dict[str, Tensor]:
+    """Plain weight name -> rate [1], of the layers whose share is learned."""
     if source not in LEARNED:
-        return None
-    return score.new_full((1,), first_k(keep_fraction) if source == "harp" else 0.0)
+        return {}
+    first = first_k(keep_fraction) if source == "harp" else 0.0
+    return {name: score.new_full((1,), first) for name, score in scores.items() if name in structure.shapes}
 
 
 class Scores:
@@ -87,14 +91,13 @@ class Scores:
         masked: Mapping[str, Masked],
         keep_fraction: Decimal,
         source: MaskSource,
-        structure: StructureName,
+        structure: Structure,
     ) -> None:
         self._layers = layers
         self._masked = masked
         self._keep_fraction = keep_fraction
         self.source: MaskSource = source
-        self._shapes = {name: entry.score.shape for name, entry in masked.items()}
-        self.structure = build_structure(structure, self._shapes)
+        self.structure = structure
         self._exact: MaskRule = binary_masks if source == "binary" else self.structure.mask_rule(keep_fraction, source)
         self._rule = self._exact
 
@@ -122,12 +125,14 @@ class Scores:
             raise ValueError("the network already has scores; attach them once")
         masked: dict[str, Masked] = {}
         floor = floor_of(keep_fraction) if source == "harp" else None
+        built = build_structure(structure, {name: _original(layer).shape for name, layer in layers.items()})
         for name, layer in layers.items():
             score = init(name, _original(layer))
-            masked[name] = Masked(score, _first_rate(score, keep_fraction, source), floor)
+            rates = _first_rates({name: score}, keep_fraction, source, built)
+            masked[name] = Masked(score, rates.get(name), floor)
             masked[name].train(layer.training)
             parametrize.register_parametrization(layer, "weight", masked[name])
-        scores = cls(layers, masked, keep_fraction, source, structure)
+        scores = cls(layers, masked, keep_fraction, source, built)
         scores.refresh()
         return scores
 
@@ -153,9 +158,10 @@ class Scores:
         their total; the penalty draws it to the budget. None with other allocations, whose total is always exact."""
         if self.source != "harp":
             return None
-        floor, budget = floor_of(self._keep_fraction), total_kept(self._shapes, self._keep_fraction)
+        units = self.structure.unit_shapes
+        floor, budget = floor_of(self._keep_fraction), total_kept(units, self._keep_fraction)
         self._rule = self.structure.mask_rule(self._keep_fraction, self.source, exact=False)
-        return BudgetPenalty(self._rates(), {name: s.numel() for name, s in self._shapes.items()}, budget, floor)
+        return BudgetPenalty(self._rates(), {name: shape.numel() for name, shape in units.items()}, budget, floor)
 
     def keep_budget(self) -> None:
         """From the next refresh on, masks keep the budget exactly, as at first."""
@@ -222,8 +228,7 @@ class Scores:
         Errors: those of `init`.
         """
         scores = {name: init(name, _original(layer)) for name, layer in self._layers.items()}
-        rates = {name: _first_rate(score, self._keep_fraction, self.source) for name, score in scores.items()}
-        return self._rule(scores, {name: rate for name, rate in rates.items() if rate is not None})
+        return self._rule(scores, _first_rates(scores, self._keep_fraction, self.source, self.structure))
 
     def mask_sha256(self) -> str:
         """See `topk.masks_sha256`."""

@@ -1,8 +1,9 @@
 """Structures: which connections are kept or pruned together, and how masks follow from scores under each.
 
 A unit is what is kept or pruned as a whole: a connection, or a block of them. Allocations count and rank units by the
-sum of |score| over their connections. A structure that ranks otherwise has a mask rule of its own. Layers that a
-structure does not fit are unstructured, with a budget of their own, so that all totals are exact.
+sum of |score| over their connections. A structure that ranks otherwise has a mask rule of its own. A layer that a
+structure does not fit is unstructured, and keeps the same fraction whatever the allocation: its connections are not
+compared with units of another size, so that all totals are exact.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Structure:
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = {name: shape for name, shape in shapes.items() if self.fits(shape)}
-        """Of the layers that have the structure."""
+        """Of the layers that have the structure; allocations are among them."""
         self.others = {name: shape for name, shape in shapes.items() if name not in self.shapes}
         """Of those that are unstructured instead."""
 
@@ -43,12 +44,17 @@ class Structure:
         if self.shapes:
             parts[tuple(self.shapes)] = self._own_rule(keep_fraction, allocation, exact)
         if self.others:
-            parts[tuple(self.others)] = mask_rule(self.others, keep_fraction, allocation, exact=exact)
+            parts[tuple(self.others)] = mask_rule(self.others, keep_fraction, "uniform")
         return next(iter(parts.values())) if len(parts) == 1 else partial(_join, parts)
 
     def _own_rule(self, keep_fraction: Decimal | Fraction, allocation: Allocation, exact: bool) -> MaskRule:
         """The rule of the layers that have the structure."""
         return mask_rule(self.shapes, keep_fraction, allocation, exact=exact)
+
+    @property
+    def unit_shapes(self) -> Shapes:
+        """Of the units of the layers that have the structure."""
+        return self.shapes
 
     def units(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Plain weight name -> one value per unit, of the tensor's dtype: the sum of |value| over its connections.
@@ -73,8 +79,11 @@ class Blocks(Structure):
         return shape[0] % self._rows == 0 and shape[1:].numel() % self._columns == 0
 
     def _own_rule(self, keep_fraction: Decimal | Fraction, allocation: Allocation, exact: bool) -> MaskRule:
-        units = {name: self._unit_shape(shape) for name, shape in self.shapes.items()}
-        return partial(self._masks, mask_rule(self.shapes, keep_fraction, allocation, units, exact))
+        return partial(self._masks, mask_rule(self.shapes, keep_fraction, allocation, self.unit_shapes, exact))
+
+    @property
+    def unit_shapes(self) -> Shapes:
+        return {name: self._unit_shape(shape) for name, shape in self.shapes.items()}
 
     def _unit_shape(self, shape: torch.Size) -> torch.Size:
         return torch.Size([shape[0] // self._rows, shape[1:].numel() // self._columns])

@@ -25,7 +25,7 @@ from pipeline.models.pruning.scores import Scores, check_structures
 from pipeline.models.pruning.structure import build_structure
 from pipeline.models.pruning.topk import n_of_m_mask
 from pipeline.models.state import layer_counts, named_state, train_only
-from pipeline.recipe.methods import Allocation, Structure, density_of, n_of_m
+from pipeline.recipe.methods import LEARNED, Allocation, Structure, density_of, n_of_m
 from pipeline.recipe.sections import Model
 
 N_OF_M: list[Structure] = ["2:4", "1:4", "4:8"]
@@ -123,7 +123,7 @@ def test_the_blocks_of_largest_sums_stay(seed: int, keep: Fraction, structure: S
 @pytest.mark.parametrize("structure", BLOCKS)
 @pytest.mark.parametrize("allocation", get_args(Allocation))
 def test_blocks_have_every_allocations_budget(structure: Structure, allocation: Allocation) -> None:
-    """Blocks compete with blocks, and the connections of layers that have none with one another."""
+    """Layers that have blocks share a budget of blocks; the others keep the same fraction of their connections."""
     layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3), nn.Linear(96, 32), nn.Linear(32, 10)
     network, keep = nn.Sequential(*layers), Decimal("0.1")
     scores = Scores.attach(network, keep, allocation, first_scores("random", 0), structure)
@@ -140,13 +140,15 @@ def test_blocks_have_every_allocations_budget(structure: Structure, allocation: 
             counts[True][name] = int(whole.all(1).sum()), len(parts)
     assert counts[True]
     assert counts[False], "the first convolution has 27 inputs, the last layer 10 outputs"
-    for group in counts.values():
-        assert all(kept >= 1 for kept, _ in group.values())
-        if allocation == "uniform":
-            assert all(kept == kept_of(units, keep) for kept, units in group.values())
-        else:
-            total = kept_of(sum(units for _, units in group.values()), keep)
-            assert sum(kept for kept, _ in group.values()) == max(total, len(group))
+    assert all(kept == kept_of(size, keep) for kept, size in counts[False].values())
+    assert all(kept >= 1 for kept, _ in counts[True].values())
+    if allocation == "uniform":
+        assert all(kept == kept_of(units, keep) for kept, units in counts[True].values())
+    else:
+        total = kept_of(sum(units for _, units in counts[True].values()), keep)
+        assert sum(kept for kept, _ in counts[True].values()) == max(total, len(counts[True]))
+    learned = {key.removeprefix("rate/") for key in named_state(network) if key.startswith("rate/")}
+    assert learned == (set(counts[True]) if allocation in LEARNED else set())
     if allocation == "erk":
         names = counts[True]
         units = {name: torch.Size([names[name][1]]) for name in names}
