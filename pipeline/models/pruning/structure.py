@@ -154,9 +154,9 @@ def _n_of_m_masks(n: int, m: int, scores: Mapping[str, Tensor], rates: Mapping[s
 
 
 def _fold(values: Tensor) -> Tensor:
-    """Sums over the last dimension, by halves: in one order, whatever the device and the number of threads."""
-    while (size := values.shape[-1]) > 1:
-        half = size // 2
-        folded = values[..., :half] + values[..., half : 2 * half]
-        values = torch.cat([folded, values[..., 2 * half :]], -1) if size % 2 else folded
+    """Sums over the last dimension, whose size is a power of 2: by halves, which is one order on every device and for
+    any number of threads."""
+    while values.shape[-1] > 1:
+        first, second = values.chunk(2, -1)
+        values = first + second
     return values.squeeze(-1)
