@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from pipeline.report.benchmark_table import number_text
-from pipeline.report.chart_style import OTHER, Chart, Mark, figure_of, plot_marks, plot_rule, write_png
+from pipeline.report.chart_style import Chart, Mark, figure_of, plot_marks, plot_rule, write_png
+from pipeline.report.method_style import OTHER
 from pipeline.report.results import NetworkResult, RunResult, attack_text, claim, pruned_text
 from pipeline.report.size_and_speed import measured_entries
 from pipeline.run.benchmark import Benchmark, BenchmarkEntry

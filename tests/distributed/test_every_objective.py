@@ -61,13 +61,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pgd, averaged, masks that change": {
         "objective": {"name": "pgd", **ATTACK},
         "phases": AVERAGED,
-        "sparsity": {"baselines": ["gradual", "flying_bird", {"name": "flying_bird_plus", "allocation": "erk"}]},
+        "sparsity": {
+            "baselines": [
+                "gradual",
+                "flying_bird",
+                {"name": "flying_bird_plus", "allocation": "erk", "structure": "1x4"},
+            ]
+        },
     },
     "free, averaged": {
         "objective": {"name": "free", "step_size": "1/10", "replays": 2},
         "phases": AVERAGED,
     },
-    "trades, global": {"objective": {"name": "trades", **ATTACK}, "sparsity": {"allocation": "global"}},
+    "trades, global, blocks": {
+        "objective": {"name": "trades", **ATTACK},
+        "sparsity": {"allocation": "global", "structure": "16x16"},
+    },
     "pgd, harp, averaged": {
         "objective": {"name": "pgd", **ATTACK},
         "sparsity": {"allocation": "harp"},
@@ -84,9 +93,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "threat_model": L2,
         "sparsity": {"allocation": "erk"},
     },
-    "smoothadv": {
+    "smoothadv, 2:4": {
         "objective": {"name": "smoothadv", "sigma": "1/4", "noise_samples": 2, **ATTACK},
         "threat_model": L2,
+        "sparsity": {"keep_fractions": [0.5], "structure": "2:4"},
     },
     "crown_ibp": {"objective": {"name": "crown_ibp"}},
     "mixtrain, adam": {"objective": {"name": "mixtrain"}, "phases": ADAM},
@@ -95,7 +105,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "phases": {"pretrain": {"objective": {"name": "clean"}}, "finetune": None},
     },
 }
-WITH_HONESTY = ("pgd, averaged", "smoothadv")
+WITH_HONESTY = ("pgd, averaged", "smoothadv, 2:4")
 """One per norm: these checks do not depend on how a network was trained, and take a quarter of the time."""
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

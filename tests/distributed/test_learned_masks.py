@@ -1,4 +1,4 @@
-"""HARP and S2AP on 1, 2 and 4 workers: the same masks, and of HARP the exact budget."""
+"""HARP, and S2AP with blocks, on 1, 2 and 4 workers: the same masks, and of HARP the exact budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.support.small_recipe import small_recipe
 pytestmark = pytest.mark.timeout(900)
 WORLDS = (1, 2, 4)
 FOLDER = "keep-0.05"
-PRUNE = {"hydra": f"{FOLDER}/prune", "harp": f"{FOLDER}/hydra-harp/prune", "s2ap": f"{FOLDER}/s2ap/prune"}
+PRUNE = {"hydra": f"{FOLDER}/prune", "harp": f"{FOLDER}/hydra-harp/prune", "s2ap": f"{FOLDER}/s2ap-1x4/prune"}
+BASELINES = [{"name": "hydra", "allocation": "harp"}, {"name": "s2ap", "structure": "1x4"}]
 FINETUNE = f"{FOLDER}/hydra-harp/finetune"
 
 
@@ -35,7 +36,7 @@ def recipe_of(data: Path) -> Recipe:
         objective={"name": "pgd", "steps": 2, "step_size": "1/5"},
         threat_model={"norm": "l2", "eps": "1/4"},
         phases={"pretrain": phase | {"lr": 1e-30, "weight_decay": 0.0}, "prune": phase, "finetune": phase},
-        sparsity={"keep_fractions": [0.05], "baselines": [{"name": "hydra", "allocation": "harp"}, "s2ap"]},
+        sparsity={"keep_fractions": [0.05], "baselines": BASELINES},
         data={"train_images": 128, "validation_images": 50},
         evaluation={"images": 20, "chunk": 20, "honesty_images": 0, "validation_steps": 1},
         tracking={"log_every_steps": 1},

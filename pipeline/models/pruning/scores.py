@@ -1,28 +1,29 @@
 """Importance scores of a network and the masks computed from them (HYDRA: Sehwag et al., NeurIPS 2020).
 
 Every Conv2d and Linear gets one score per weight. The effective weight is weight * mask, the mask is the top-k of
-|score| per layer or across all layers, and the gradient is straight-through. Masks change only in `Scores.refresh`,
-once per optimizer step, however many forwards an attack takes.
+|score| per layer or across all layers, of connections or of a structure's units, and the gradient is straight-through.
+Masks change only in `Scores.refresh`, once per optimizer step, however many forwards an attack takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.models.network import Network
-from pipeline.models.pruning.allocation import MaskRule, harp_masks, mask_rule, total_kept
+from pipeline.models.pruning.allocation import MaskRule, binary_masks, total_kept
 from pipeline.models.pruning.harp import BudgetPenalty, first_k, floor_of
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
+from pipeline.models.pruning.structure import Structure, build_structure
 from pipeline.models.pruning.topk import masks_sha256
 from pipeline.recipe.methods import LEARNED, MaskSource
+from pipeline.recipe.methods import Structure as StructureName
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 
@@ -50,6 +51,17 @@ def maskable(network: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def check_structures(network: nn.Module, structures: Iterable[StructureName]) -> None:
+    """Errors: ValueError naming a structure that no layer of the network has."""
+    shapes = {name: _original(layer).shape for name, layer in maskable(network).items()}
+    for structure in structures:
+        if not build_structure(structure, shapes).shapes:
+            raise ValueError(
+                f"sparsity: structure {structure} divides no Conv2d and no Linear of the network; use a smaller one or "
+                "unstructured"
+            )
+
+
 def _original(layer: nn.Module) -> Tensor:
     """The weight before its mask."""
     if parametrization_of(layer) is None:
@@ -57,10 +69,14 @@ def _original(layer: nn.Module) -> Tensor:
     return layer.parametrizations["weight"].original  # pyright: ignore
 
 
-def _first_rate(score: Tensor, keep_fraction: Decimal, source: MaskSource) -> Tensor | None:
+def _first_rates(
+    scores: Mapping[str, Tensor], keep_fraction: Decimal, source: MaskSource, structure: Structure
+) -> dict[str, Tensor]:
+    """Plain weight name -> rate [1], of the layers whose share is learned."""
     if source not in LEARNED:
-        return None
-    return score.new_full((1,), first_k(keep_fraction) if source == "harp" else 0.0)
+        return {}
+    first = first_k(keep_fraction) if source == "harp" else 0.0
+    return {name: score.new_full((1,), first) for name, score in scores.items() if name in structure.shapes}
 
 
 class Scores:
@@ -75,13 +91,14 @@ class Scores:
         masked: Mapping[str, Masked],
         keep_fraction: Decimal,
         source: MaskSource,
+        structure: Structure,
     ) -> None:
         self._layers = layers
         self._masked = masked
         self._keep_fraction = keep_fraction
         self.source: MaskSource = source
-        self._shapes = {name: entry.score.shape for name, entry in masked.items()}
-        self._exact: MaskRule = mask_rule(self._shapes, keep_fraction, source)
+        self.structure = structure
+        self._exact: MaskRule = binary_masks if source == "binary" else self.structure.mask_rule(keep_fraction, source)
         self._rule = self._exact
 
     @classmethod
@@ -91,12 +108,14 @@ class Scores:
         keep_fraction: Decimal,
         source: MaskSource = "uniform",
         init: FirstScore = scaled,
+        structure: StructureName = "unstructured",
     ) -> Scores:
         """Add scores, initialised by `init`, and their mask to every maskable weight.
 
         `source` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
         scores, global ranking with one learned rate per layer, or HARP's learned shares. Or scores are binary, and are
-        the masks. Use `score_init.zero` if scores are loaded next.
+        the masks. `structure` says which connections are kept or pruned together. Use `score_init.zero` if scores are
+        loaded next.
         Errors: ValueError if there is nothing to mask or scores are already attached, and those of `init`.
         """
         layers = maskable(network)
@@ -106,12 +125,14 @@ class Scores:
             raise ValueError("the network already has scores; attach them once")
         masked: dict[str, Masked] = {}
         floor = floor_of(keep_fraction) if source == "harp" else None
+        built = build_structure(structure, {name: _original(layer).shape for name, layer in layers.items()})
         for name, layer in layers.items():
             score = init(name, _original(layer))
-            masked[name] = Masked(score, _first_rate(score, keep_fraction, source), floor)
+            rates = _first_rates({name: score}, keep_fraction, source, built)
+            masked[name] = Masked(score, rates.get(name), floor)
             masked[name].train(layer.training)
             parametrize.register_parametrization(layer, "weight", masked[name])
-        scores = cls(layers, masked, keep_fraction, source)
+        scores = cls(layers, masked, keep_fraction, source, built)
         scores.refresh()
         return scores
 
@@ -137,9 +158,10 @@ class Scores:
         their total; the penalty draws it to the budget. None with other allocations, whose total is always exact."""
         if self.source != "harp":
             return None
-        floor, budget = floor_of(self._keep_fraction), total_kept(self._shapes, self._keep_fraction)
-        self._rule = partial(harp_masks, floor=floor, budget=None)
-        return BudgetPenalty(self._rates(), {name: s.numel() for name, s in self._shapes.items()}, budget, floor)
+        units = self.structure.unit_shapes
+        floor, budget = floor_of(self._keep_fraction), total_kept(units, self._keep_fraction)
+        self._rule = self.structure.mask_rule(self._keep_fraction, self.source, exact=False)
+        return BudgetPenalty(self._rates(), {name: shape.numel() for name, shape in units.items()}, budget, floor)
 
     def keep_budget(self) -> None:
         """From the next refresh on, masks keep the budget exactly, as at first."""
@@ -206,8 +228,7 @@ class Scores:
         Errors: those of `init`.
         """
         scores = {name: init(name, _original(layer)) for name, layer in self._layers.items()}
-        rates = {name: _first_rate(score, self._keep_fraction, self.source) for name, score in scores.items()}
-        return self._rule(scores, {name: rate for name, rate in rates.items() if rate is not None})
+        return self._rule(scores, _first_rates(scores, self._keep_fraction, self.source, self.structure))
 
     def mask_sha256(self) -> str:
         """See `topk.masks_sha256`."""

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NAN = "scores contain NaN; lower the learning rate of the prune phase"
+
 
 def kept_count(n: int, keep_fraction: Decimal | Fraction) -> int:
     """Number of connections kept of `n`: n - floor((1 - keep_fraction) n), at least 1, in exact arithmetic.
@@ -63,7 +65,7 @@ def topk_masks(scores: Sequence[Tensor], kept: Sequence[int]) -> list[Tensor]:
     totals = torch.stack([mask.count_nonzero() for mask in masks]).tolist() if masks else []
     for number, (mask, total, count) in enumerate(zip(masks, totals, kept, strict=True)):
         if total < count:  # the threshold is NaN, and comparisons with it are false
-            raise ScoreError("scores contain NaN; lower the learning rate of the prune phase", number)
+            raise ScoreError(NAN, number)
         if total > count:
             ties = (scores[number].detach().abs() == thresholds[number]).nonzero()
             mask[tuple(ties[count - total :].T)] = False
@@ -76,6 +78,22 @@ class ScoreError(ValueError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
+
+
+def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """The `n` entries of largest |score| of every `m` consecutive ones along dimension 1, as a bool mask.
+
+    Ties go to the lower index. `m` divides the dimension. Errors: ValueError for NaN.
+    """
+    along = score.detach().abs().movedim(1, -1)
+    groups = along.reshape(-1, m).T.contiguous()  # a group per column: comparisons of rows are vectorised
+    if bool(groups.isnan().any()):
+        raise ValueError(NAN)
+    rank = torch.zeros_like(groups, dtype=torch.uint8)
+    for place in range(m):  # how many of its group each entry is behind
+        rank[:place] += groups[place] > groups[:place]
+        rank[place + 1 :] += groups[place] >= groups[place + 1 :]
+    return (rank < n).T.reshape(along.shape).movedim(-1, 1)
 
 
 def masks_sha256(masks: dict[str, Tensor]) -> str:

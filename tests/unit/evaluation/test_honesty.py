@@ -232,6 +232,16 @@ def test_one_connection_too_many_is_caught(tmp_path: Path) -> None:
     assert mask_check(export(tmp_path / "b.safetensors", trained, {"fc2.weight": weight})).status == "pass"
 
 
+def test_a_file_of_blocks_may_keep_the_blocks_that_its_budget_is_rounded_to(tmp_path: Path) -> None:
+    """1 % of the blocks of 256 of a small layer is one block, more than 1 % of its connections."""
+    network = build_network(TINY, seed=0, image_size=14)
+    Scores.attach(network, Decimal("0.01"), structure="16x16")
+    metadata = {"keep_fraction": "0.01", "image_size": 14}
+    for facts, status in ((metadata, "warn"), (metadata | {"structure": "16x16"}, "pass")):
+        write_model(tmp_path / "m.safetensors", effective_state(network), TINY, facts)
+        assert mask_check(tmp_path / "m.safetensors").status == status
+
+
 def test_a_dense_file_keeps_all(tmp_path: Path) -> None:
     network = build_network(TINY, seed=0, image_size=14)
     write_model(tmp_path / "m.safetensors", effective_state(network), TINY, {"keep_fraction": None, "image_size": 14})

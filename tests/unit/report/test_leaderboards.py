@@ -220,6 +220,11 @@ def test_imagenet_requires_the_list_and_torchvisions_preprocessing(
         ),
         ({"model": {"arch": "wrn_28_4"}}, {"images": 100}, "resnet18_cifar or .*; this run is cifar10 with wrn_28_4"),
         ({"threat_model": {"norm": "l2", "eps": "1/2"}}, {"images": 100}, "at linf eps 8/255, and .* is l2 eps 1/2"),
+        (
+            {"sparsity": {"structure": "1x4"}},
+            {"images": 100},
+            "is of unstructured pruning, and sparsity.structure is 1x4",
+        ),
     ],
 )
 def test_networks_outside_a_leaderboards_rules_are_refused(

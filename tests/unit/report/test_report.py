@@ -48,6 +48,13 @@ OTHERS = {
     "keep-0.01/snip": (0.775, 0.577),
 }
 """Accuracies of two more baselines."""
+STRUCTURED = {
+    "keep-0.5/finetune": (0.865, 0.668),
+    "keep-0.5/hydra-2of4/finetune": (0.861, 0.664),
+    "keep-0.5/magnitude-1x4": (0.855, 0.650),
+    "keep-0.1/magnitude-1x4": (0.845, 0.640),
+}
+"""And with structures."""
 
 
 def evaluation(clean: np.ndarray, robust: np.ndarray, model: str) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def write_run(
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, [f"seed={seed}", *overrides])))
     generator = np.random.default_rng(seed)
     hardness = generator.random(IMAGES)
-    accuracy = ACCURACY | OTHERS
+    accuracy = ACCURACY | OTHERS | STRUCTURED
     for stage in ACCURACY if stages is None else stages:
         path = folder / stage
         (path / "evaluate").mkdir(parents=True)
@@ -288,6 +295,24 @@ def test_a_run_that_has_just_started(tmp_path: Path) -> None:
     assert png_size(run / "report" / "robust_accuracy.png")[0] >= 1200
     assert png_size(run / "report" / "kept_fraction.png")[0] >= 1200
     assert (run / "report" / "kept_fraction.csv").read_text().count("\n") == 1
+
+
+def test_structures_are_reported_where_they_have_a_network(tmp_path: Path) -> None:
+    """2:4 has none at a keep_fraction of 0.1, which is no gap."""
+    baselines = 'sparsity.baselines=[{name: hydra, structure: "2:4"}, {name: magnitude, structure: 1x4}]'
+    overrides = ("sparsity.keep_fractions=[0.5, 0.1]", baselines)
+    stages = ["pretrain", "keep-0.1/finetune", *STRUCTURED]
+    run = write_run(tmp_path / "structures", stages=stages, overrides=overrides)
+    table = build_report([run])
+    rows = [(row["network"], row["keep_fraction"]) for row in read_csv(run / "report" / "robust_accuracy.csv")]
+    half = ["HYDRA", "HYDRA (2:4)", "magnitude (1x4)"]
+    assert rows == [("dense", "1"), *((name, "0.5") for name in half), *((name, "0.1") for name in half[::2])]
+    assert "missing" not in table
+    lead = verdicts(run, "keep-0.5/finetune").mean() - verdicts(run, "keep-0.5/hydra-2of4/finetune").mean()
+    assert f"{100 * lead:+.2f}" in row_of(table, re.escape("HYDRA (2:4)"), "50 %")
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert "HYDRA (2:4)" in page
+    assert "mark hydra-2-4" in page
 
 
 @pytest.mark.usefixtures("no_pictures")
