@@ -163,13 +163,16 @@ def _hashes(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, str]:
 
 
 def network_size(recipe: Recipe) -> int:
-    """Number of weights. Errors: ValueError if the network does not take the images, or model.weights do not fit it."""
+    """Number of weights. Errors: ValueError if the network does not take the images or has no layer of a structure, or
+    model.weights do not fit it."""
     from pipeline.models import build_network, check_micro_batch  # imports torch, which takes seconds
     from pipeline.models.import_weights import load_foreign
+    from pipeline.models.pruning.scores import check_structures
 
     size = recipe.data.image_size
     network = build_network(recipe.model, recipe.seed, size)
     check_micro_batch(recipe.model, size, size, recipe.batch.micro_batch)
+    check_structures(network, recipe.sparsity.structures)
     if recipe.model.weights is not None:
         load_foreign(network, Path(recipe.model.weights), recipe.model)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -148,8 +148,14 @@ class _Representer(SafeRepresenter):
             node.value = node.value.replace("e", ".0e")
         return node
 
+    def represent_str(self, data: str) -> Any:
+        """2:4 in quotes: in YAML 1.1 it is the number 124, in base 60."""
+        style = "'" if data.replace(":", "").isdecimal() and ":" in data else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
 
 _Representer.add_representer(float, _Representer.represent_float)
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def parse_yaml(text: str, origin: str) -> Any:

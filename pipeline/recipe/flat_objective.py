@@ -37,8 +37,10 @@ ADDED: dict[str, Any] = {"label_smoothing": 0.0}
 """Keys that techniques got later -> default, at which the hash leaves them out, so that older hashes stay valid."""
 ADDED_TO_PHASES: dict[str, Any] = {"ema_epochs": None}
 """The same of phases."""
-ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None}}
+ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None, "structure": "unstructured"}}
 """The same of sections of the recipe."""
+ADDED_TO_METHODS: dict[str, Any] = {"structure": None}
+"""The same of `sparsity.baselines`."""
 SIGNATURE = ("steps", "step_size", "beta", "noise_magnitude", "sigma", "noise_samples")
 """Keys that every flat objective has and no single technique has together: they identify the form."""
 
@@ -56,6 +58,10 @@ def to_flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """A valid recipe's plain values, with every objective in the flat form, and without later keys at their default."""
     recipe = _with_objectives(recipe, lambda objective: DEFAULTS | _without(ADDED, objective))
     sections = {name: _without(added, recipe[name]) for name, added in ADDED_TO_SECTIONS.items() if name in recipe}
+    sparsity = sections.get("sparsity")
+    if isinstance(sparsity, dict) and isinstance(baselines := sparsity.get("baselines"), list):
+        methods = [_without(ADDED_TO_METHODS, method) for method in baselines]
+        sections["sparsity"] = sparsity | {"baselines": methods}
     phases = recipe.get("phases")
     if isinstance(phases, dict):
         sections["phases"] = {name: _without(ADDED_TO_PHASES, phase) for name, phase in phases.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
@@ -11,6 +12,8 @@ from pipeline.recipe.fields import Section, name_if_default, section_of_name
 Allocation = Literal["uniform", "erk", "global", "learned", "harp"]
 LEARNED: tuple[Allocation, ...] = ("learned", "harp")
 """Allocations that the prune phase learns: for methods that have one."""
+Structure = Literal["unstructured", "2:4", "1:4", "4:8", "1x4", "4x1", "16x16"]
+"""What of a layer is kept or pruned together: nothing; N of every M inputs; or blocks of outputs x inputs."""
 MaskSource = Allocation | Literal["binary"]
 """How masks follow from scores: by rank within an allocation; or scores are 1 where a connection is kept, and else 0,
 for methods that choose connections otherwise."""
@@ -40,25 +43,41 @@ ALLOCATION_TITLES: dict[Allocation, str] = {
 }
 
 
+def n_of_m(structure: Structure) -> tuple[int, int] | None:
+    """(2, 4) for 2:4; None for a structure of another kind."""
+    kept, separator, size = structure.partition(":")
+    return (int(kept), int(size)) if separator else None
+
+
+def density_of(structure: Structure) -> Fraction | None:
+    """The keep_fraction that a structure determines: 1/2 for 2:4; None if it may be any."""
+    pattern = n_of_m(structure)
+    return None if pattern is None else Fraction(*pattern)
+
+
 class Method(Section):
     """How a sparse network is made. `magnitude` alone is {name: magnitude}."""
 
     name: MethodName
     allocation: Allocation | None = None
     """How the budget of connections is allocated to layers; null: as sparsity.allocation says."""
+    structure: Structure | None = None
+    """What is kept or pruned together; null: as sparsity.structure says."""
 
     @property
     def label(self) -> str:
-        """Unique within a recipe: magnitude, hydra-erk. Its stages' folder is named by it."""
-        return self.name if self.allocation is None else f"{self.name}-{self.allocation}"
+        """Unique within a recipe: magnitude, hydra-erk, hydra-2of4. Its stages' folder is named by it."""
+        own = (self.allocation, self.structure and self.structure.replace(":", "of"))  # a colon is special in paths
+        return "-".join([self.name, *filter(None, own)])
 
     @property
     def title(self) -> str:
-        """For tables and charts: magnitude, HYDRA (ERK). HYDRA with the allocation of HARP is HARP."""
-        title = TITLES[self.name]
+        """For tables and charts: magnitude, HYDRA (ERK, 1x4). HYDRA with the allocation of HARP is HARP."""
+        title, allocation = TITLES[self.name], self.allocation and ALLOCATION_TITLES[self.allocation]
         if (self.name, self.allocation) == ("hydra", "harp"):
-            return "HARP"
-        return title if self.allocation is None else f"{title} ({ALLOCATION_TITLES[self.allocation]})"
+            title, allocation = "HARP", None
+        own = ", ".join(filter(None, (allocation, self.structure)))
+        return f"{title} ({own})" if own else title
 
 
 Baseline = Annotated[Method, BeforeValidator(section_of_name), PlainSerializer(name_if_default)]

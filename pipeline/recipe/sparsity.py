@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.recipe.fields import KeepFraction, Real, Section, canonical_decimal
-from pipeline.recipe.methods import HYDRA, LEARNED, PRUNING, Allocation, Baseline, Method
+from pipeline.recipe.methods import (
+    FROM_SCRATCH,
+    HYDRA,
+    LEARNED,
+    PRUNING,
+    Allocation,
+    Baseline,
+    Method,
+    Structure,
+    density_of,
+)
 
 BatchNormMode = Literal["trained", "frozen"]
 ScoreInit = Literal["scaled", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
@@ -55,6 +66,11 @@ class Sparsity(Section):
     phase learns the allocation too. learned: global, with one learned factor per layer that multiplies its scores
     (after Zhao and Wressnegger 2023). harp: one learned share per layer, with a penalty for the budget (HARP, as its
     authors have it); the finished network has the exact budget."""
+    structure: Structure = "unstructured"
+    """What of a layer is kept or pruned together. 2:4, 1:4, 4:8: N of every M consecutive input channels stay, those of
+    largest importance, so that keep_fractions is N/M, of every layer. 1x4, 4x1, 16x16: blocks of so many outputs times
+    inputs, whose importance is the sum over their connections. A layer that the structure does not divide is
+    unstructured, and keeps the same fraction."""
     score_init: ScoreInit = "scaled"
     """Initial scores of the prune phase: scaled weights (the paper), or random."""
     score_weight_decay: Real | None = Field(default=None, ge=0)
@@ -63,12 +79,22 @@ class Sparsity(Section):
     """BatchNorm in the prune phase: trained, with running statistics updated, or frozen as in the dense network."""
     baselines: tuple[Baseline, ...] = (Method(name="magnitude"),)
     """What HYDRA is compared with: the dense network finetuned under a mask that is not learned or becomes sparser, a
-    network that is sparse from the start, HYDRA with another allocation, or with sharpness-aware scores:
-    [magnitude, {name: hydra, allocation: harp}, s2ap]."""
+    network that is sparse from the start, HYDRA with another allocation or structure, or with sharpness-aware scores:
+    [magnitude, {name: hydra, allocation: harp}, {name: hydra, structure: "2:4"}, s2ap]."""
     baseline_epochs: Literal["same_total_epochs", "finetune_epochs"] = "same_total_epochs"
     """Epochs of a baseline: as many as HYDRA's prune and finetune (equal budget), or finetune only (the paper)."""
     tune: Tune | None = None
     """Learning rates that every method chooses from, on the held-out images; null: those of the phases."""
+
+    @property
+    def structures(self) -> list[Structure]:
+        """Of all methods, each once."""
+        return list(dict.fromkeys(method.structure or self.structure for method in (HYDRA, *self.baselines)))
+
+    def methods_at(self, keep_fraction: Decimal) -> list[Method]:
+        """HYDRA and the baselines that have a network of this keep_fraction: N:M structures have one alone."""
+        methods = (HYDRA, *self.baselines)
+        return [method for method in methods if density_of(method.structure or self.structure) in (None, keep_fraction)]
 
     @model_validator(mode="after")
     def _distinct(self) -> Sparsity:
@@ -85,15 +111,41 @@ class Sparsity(Section):
     @model_validator(mode="after")
     def _baselines_differ_from_hydra(self) -> Sparsity:
         for method in self.baselines:
-            if method.name == HYDRA.name and method.allocation in (None, self.allocation):
+            own = method.allocation in (None, self.allocation) and method.structure in (None, self.structure)
+            if method.name == HYDRA.name and own:
                 raise ValueError(
                     f"baselines: {method.label} is the recipe's own method, which is always trained; give it another "
-                    "allocation than sparsity.allocation, or remove it"
+                    "allocation than sparsity.allocation or another structure than sparsity.structure, or remove it"
                 )
             if method.allocation in LEARNED and method.name not in PRUNING:
                 raise ValueError(
                     f"baselines: {method.name} has no prune phase that could learn allocation {method.allocation}; "
                     "use uniform, erk or global"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _n_of_m_determines_the_budget(self) -> Sparsity:
+        for method in (HYDRA, *self.baselines):
+            structure, allocation = method.structure or self.structure, method.allocation or self.allocation
+            if (density := density_of(structure)) is None:
+                continue
+            share, start = float(density), "" if method == HYDRA else f"baselines: {method.label} has "
+            start += f"structure {structure}, which keeps {share} of every layer"
+            fractions = [canonical_decimal(keep) for keep in self.keep_fractions]
+            if method == HYDRA and any(keep != density for keep in self.keep_fractions):
+                raise ValueError(
+                    f"{start}, and keep_fractions {fractions} ask for others; set keep_fractions to [{share}], or give "
+                    f"it to a baseline, {{name: hydra, structure: {structure}}}, which has a network at {share} alone"
+                )
+            if density not in self.keep_fractions:
+                raise ValueError(f"{start}, and keep_fractions {fractions} lack that; add {share}, or remove it")
+            if allocation != "uniform":
+                raise ValueError(f"{start}, and allocation {allocation} does not; use allocation uniform")
+            if method.name in FROM_SCRATCH:
+                raise ValueError(
+                    f"{start}: {method.name} exchanges connections of a whole layer, which would not stay "
+                    f"{structure}; give it a structure of blocks, or unstructured"
                 )
         return self
 

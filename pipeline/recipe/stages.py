@@ -20,6 +20,7 @@ from pipeline.recipe.methods import (
     MaskSource,
     Method,
     MethodName,
+    Structure,
 )
 from pipeline.recipe.objective import Objective
 from pipeline.recipe.phase import Phase
@@ -76,6 +77,7 @@ class Stage:
     trains: Literal["weights", "scores"] = "weights"
     keep_fraction: Decimal | None = None
     allocation: Allocation = "uniform"
+    structure: Structure = "unstructured"
     starts_from: str | None = None
     """Stage whose selected checkpoint this one starts from."""
     scores_from: ScoresFrom = "none"
@@ -171,8 +173,9 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     Without a finetune phase the pruned network itself is evaluated.
     """
     dense = _stage(recipe, "pretrain", "pretrain", recipe.phases.pretrain, None, 0, measure=recipe.objective.measure)
-    networks = itertools.product(recipe.sparsity.keep_fractions, (HYDRA, *recipe.sparsity.baselines))
-    methods = (_with_trials(_sparse(recipe, keep, method), recipe.sparsity.tune) for keep, method in networks)
+    sparsity = recipe.sparsity
+    networks = ((keep, method) for keep in sparsity.keep_fractions for method in sparsity.methods_at(keep))
+    methods = (_with_trials(_sparse(recipe, keep, method), sparsity.tune) for keep, method in networks)
     return [dense, *itertools.chain.from_iterable(methods)]
 
 
@@ -198,6 +201,7 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     dense, pruned = phases.pretrain.epochs, phases.pretrain.epochs + phases.prune.epochs
     folder = f"keep-{canonical_decimal(keep)}"
     common: dict[str, Any] = {"keep_fraction": keep, "allocation": method.allocation or sparsity.allocation}
+    common["structure"] = method.structure or sparsity.structure
     if method.name in DYNAMIC and common["allocation"] in LEARNED:
         common["allocation"] = "uniform"  # from which learned shares start
     if method.name in PRUNING:

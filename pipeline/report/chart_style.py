@@ -6,7 +6,6 @@ Both are drawn by matplotlib without pyplot, independent of the user's matplotli
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,51 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from pipeline.recipe.methods import TITLES, Allocation, Method
 from pipeline.report.inline_svg import inline_svg, tag
+from pipeline.report.method_style import METHODS, OWN, css_name
 from pipeline.run.files import replacing
 
-
-class MethodStyle(NamedTuple):
-    colour: str
-    """In PNG files, and on the page in light mode and print."""
-    dark: str
-    mark: str
-    mark_size: float
-    """Points."""
-    dashes: str | tuple[float, tuple[float, ...]]
-
-
-_OWN = {
-    "dense": MethodStyle("#4a4f57", "#d5dae0", "", 0.0, (0, (5, 2))),
-    "HYDRA": MethodStyle("#0072b2", "#4da3ff", "o", 8.0, "-"),
-    "magnitude": MethodStyle("#b94e00", "#ff9248", "s", 7.2, (0, (2.8, 1.7))),
-    "random": MethodStyle("#00734f", "#3ddc97", "^", 9.0, (0, (1, 1.6))),
-    "SNIP": MethodStyle("#a8478a", "#f59ad5", "D", 7.0, (0, (4.5, 1.7, 1, 1.7))),
-    "S2AP": MethodStyle("#0d0d12", "#8dff8f", "p", 9.0, (0, (7, 1.7, 1, 1.7, 1, 1.7))),
-    "gradual": MethodStyle("#9500f5", "#778bb9", "*", 11.0, (0, (7, 1.5))),
-    "Flying Bird": MethodStyle("#800f03", "#f74e14", "H", 9.0, (0, (4, 1, 1, 1, 1, 1))),
-    "Flying Bird+": MethodStyle("#771091", "#ab8273", "h", 9.0, (0, (2, 3))),
-}
-"""Title of a method -> its style. The first five have hues of Okabe and Ito's colour-blind-safe palette, darkened to a
-text contrast of 4.5; the others are as far from these as that contrast allows, for any colour vision. Markers and
-dashes remain distinct in greyscale."""
-_MARKS: dict[Allocation, str] = {"uniform": "<", "erk": "P", "global": "X", "learned": "v", "harp": ">"}
-METHODS = _OWN | {
-    Method(name=name, allocation=allocation).title: _OWN[title]._replace(mark=mark)
-    for name, title in TITLES.items()
-    for allocation, mark in _MARKS.items()
-}
-"""And of a method with an allocation of its own: the method's colour and dashes, the allocation's marker."""
 TEXT, SOFT, GRID, CARD = "#1b2129", "#5a6572", "#dfe3e8", "#ffffff"
 
 
-def css_name(name: str) -> str:
-    """Title of a method -> name of its CSS classes and variable."""
-    return re.sub("[^a-z0-9]+", "-", name.lower().replace("+", " plus")).strip("-")
-
-
-VARIABLES = {method.colour: f"var(--{css_name(name)})" for name, method in _OWN.items()}
+VARIABLES = {method.colour: f"var(--{css_name(name)})" for name, method in OWN.items()}
 VARIABLES |= {SOFT: "var(--soft)", GRID: "var(--line)", CARD: "var(--card)"}
 """Colour in a drawing -> CSS variable of the page."""
 
@@ -190,8 +152,8 @@ def legend_key(name: str, place: str, *, held_out: bool = False) -> str:
 
 def method_colours() -> str:
     """CSS with the methods' colours as variables, for light mode, dark mode and print."""
-    light = " ".join(f"--{css_name(name)}: {method.colour};" for name, method in _OWN.items())
-    dark = " ".join(f"--{css_name(name)}: {method.dark};" for name, method in _OWN.items())
+    light = " ".join(f"--{css_name(name)}: {method.colour};" for name, method in OWN.items())
+    dark = " ".join(f"--{css_name(name)}: {method.dark};" for name, method in OWN.items())
     return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 

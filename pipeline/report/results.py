@@ -119,12 +119,13 @@ Comparisons = dict[tuple[int, str, Decimal], McNemar | None]
 
 
 def compare_all(runs: list[RunResult]) -> Comparisons:
-    """Compare HYDRA with every baseline of every run at every sparsity. Errors: those of `compare`."""
+    """Compare HYDRA with every baseline of every run at every sparsity that it has. Errors: those of `compare`."""
     return {
         (i, name, keep): compare(run, keep, name)
         for i, run in enumerate(runs)
         for name in run.baselines
         for keep in run.recipe.sparsity.keep_fractions
+        if run.find(name, keep) is not None
     }
 
 

@@ -15,7 +15,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pipeline.models.pruning.allocation import mask_rule
 from pipeline.models.pruning.drop_and_grow import drop_and_grow, exchange_counts
 from pipeline.models.pruning.score_init import uniform_draws
 from pipeline.models.pruning.scores import Scores
@@ -104,7 +103,7 @@ class GradualPruning(DynamicMasks):
             return None
         weights, masks = self._scores.weights(), self._scores.masks()
         keep = kept_fraction_at(self._keep_fraction, Fraction(step, self.settled_step))
-        rule = mask_rule({name: weight.shape for name, weight in weights.items()}, keep, self._allocation)
+        rule = self._scores.structure.mask_rule(keep, self._allocation)
         tiny = {name: torch.finfo(weight.dtype).tiny for name, weight in weights.items()}
         # A kept weight that is zero ranks before the pruned ones.
         return rule({n: weight.abs().clamp_min(tiny[n]) * masks[n] for n, weight in weights.items()}, {})
@@ -113,7 +112,8 @@ class GradualPruning(DynamicMasks):
 class FlyingBird(DynamicMasks):
     """Every layer exchanges its smallest weights for random connections, fewer from update to update.
 
-    Which are grown is a function of the seed, stage, layer and step.
+    Which are grown is a function of the seed, stage, layer and step. Under a structure of blocks, units are exchanged:
+    the weight of one, and its draw, is the sum over its connections.
     """
 
     settled_step = 0
@@ -125,23 +125,29 @@ class FlyingBird(DynamicMasks):
     def _masks_after(self, step: int) -> Mapping[str, Tensor] | None:
         if step % self._interval(step) or step == self._total:
             return None
-        fraction, masks = drop_fraction_at(step / self._total), self._scores.masks()
-        result = {}
-        for name, weight in self._scores.weights().items():
+        fraction, key, structure = drop_fraction_at(step / self._total), self._stage.random_key, self._scores.structure
+        weights = self._scores.weights()
+        draws = {name: uniform_draws(w, self._seed, "grow", key, name, step) for name, w in weights.items()}
+        draws, masks, result = structure.units(draws), self._unit_masks(), {}
+        for name, weight in structure.units(weights).items():
             mask = masks[name]
             kept = int(mask.count_nonzero())
             fewer, more = self._change(step, name, kept, mask.numel(), fraction)
             drop, grow = exchange_counts(kept, mask.numel(), fraction, fewer, more)
-            draws = uniform_draws(weight, self._seed, "grow", self._stage.random_key, name, step)
-            result[name] = drop_and_grow(weight, mask, drop, grow, draws)
-        return result
+            result[name] = drop_and_grow(weight, mask, drop, grow, draws[name])
+        return structure.connections(result)
+
+    def _unit_masks(self) -> dict[str, Tensor]:
+        """Plain weight name -> bool per unit."""
+        scores = {name: score.detach() for name, score in self._scores.parameters().items()}
+        return {name: unit != 0 for name, unit in self._scores.structure.units(scores).items()}
 
     def _interval(self, step: int) -> int:
         share = EARLY_INTERVAL if 2 * step <= self._total else LATE_INTERVAL
         return max(round(share * self._total), 1)
 
     def _change(self, step: int, name: str, kept: int, size: int, fraction: float) -> tuple[int, int]:
-        """How many connections of a layer are dropped, and how many grown, beyond the exchange."""
+        """How many units of a layer are dropped, and how many grown, beyond the exchange."""
         return 0, 0
 
 
@@ -154,7 +160,7 @@ class FlyingBirdPlus(FlyingBird):
 
     def __init__(self, stage: Stage, seed: int, scores: Scores, engine: Engine, progress: Progress) -> None:
         super().__init__(stage, seed, scores, engine, progress)
-        self._budget = {name: int(mask.count_nonzero()) for name, mask in scores.masks().items()}
+        self._budget = {name: int(mask.count_nonzero()) for name, mask in self._unit_masks().items()}
         self._epoch = [0, 0]
         self._history: list[tuple[float, float]] = []
         adapts = range(int(ADAPTS_FROM * self._total) + 1, int(ADAPTS_UNTIL * self._total) + 1)

@@ -15,7 +15,7 @@ from pipeline.models import build_network, check_micro_batch, check_size
 from pipeline.models.ema import Ema, overlaid
 from pipeline.models.pruning.mask_drift import MaskDrift
 from pipeline.models.pruning.score_init import first_scores, zero
-from pipeline.models.pruning.scores import Scores
+from pipeline.models.pruning.scores import Scores, check_structures
 from pipeline.models.state import load_state, train_only
 from pipeline.recipe.stages import Stage
 from pipeline.robustness.objectives import build_objective
@@ -144,10 +144,11 @@ class StageTrainer:
         for key, growth in recipe.growing.items():
             check_size(recipe.model, size, growth.smallest, f"{key}.smallest")
             check_micro_batch(recipe.model, size, growth.smallest, images)
+        check_structures(network, recipe.sparsity.structures)
         if step := group.broadcast(own.progress.step if own else 0):
             own = own or checkpoint.read_checkpoint(checkpoint.folder_of(self._folder, step))
             keep, source = stage.keep_fraction, stage.mask_source
-            scores = None if keep is None else Scores.attach(network, keep, source, zero)
+            scores = None if keep is None else Scores.attach(network, keep, source, zero, stage.structure)
         else:
             scores = load_start(context, stage, network)
         network_state, drift, penalty = restored(NetworkState(network, scores), own), None, None

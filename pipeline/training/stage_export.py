@@ -49,6 +49,8 @@ def write_result(
         "image_size": recipe.data.image_size,
         **usage_metadata(context),
     }
+    if stage.structure != "unstructured":
+        facts["structure"] = stage.structure
     write_model(files.network, effective_state(network), recipe.model, facts)
     check_token(folder, context.token)
     result = {

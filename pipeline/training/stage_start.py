@@ -40,19 +40,19 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
         return None
     if stage.starts_from is None:
         init = score_init(context, stage, network)
-        return Scores.attach(network, stage.keep_fraction, stage.mask_source, init)
+        return Scores.attach(network, stage.keep_fraction, stage.mask_source, init, stage.structure)
     source = context.run_folder / stage.starts_from
     snapshot = checkpoint.read_checkpoint(
         checkpoint.folder_of(source, StageResult.read(StageFolder(source).result).selected_step or 0)
     )
     tensors = overlaid(snapshot.model, snapshot.train_state)
     if stage.scores_from == "source":
-        scores = Scores.attach(network, stage.keep_fraction, stage.mask_source, zero)
+        scores = Scores.attach(network, stage.keep_fraction, stage.mask_source, zero, stage.structure)
         load_state(network, tensors, scores)
         return scores
     load_state(network, tensors)
     init = score_init(context, stage, network)
-    return Scores.attach(network, stage.keep_fraction, stage.mask_source, init)
+    return Scores.attach(network, stage.keep_fraction, stage.mask_source, init, stage.structure)
 
 
 def score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:
@@ -60,7 +60,8 @@ def score_init(context: RunContext, stage: Stage, network: Network) -> FirstScor
     recipe, group = context.recipe, context.group
     if stage.scores_from == "random" and stage.is_dynamic:
         assert stage.keep_fraction is not None
-        return first_masks(network, stage.keep_fraction, stage.allocation, first_scores("random", recipe.seed))
+        init = first_scores("random", recipe.seed)
+        return first_masks(network, stage.keep_fraction, stage.allocation, init, stage.structure)
     if stage.scores_from != "snip":
         return first_scores(stage.scores_from, recipe.seed)
     loader = context.loader(recipe.data.train_file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import Normalize
@@ -13,7 +14,7 @@ from pipeline.evaluation.honesty.checks import build_check
 from pipeline.evaluation.result import Check
 from pipeline.models.export import load_model, read_metadata
 from pipeline.models.pruning.scores import maskable
-from pipeline.models.pruning.topk import kept_count
+from pipeline.models.pruning.structure import build_structure
 
 
 def plain_network(path: Path) -> nn.Module:
@@ -28,15 +29,19 @@ def plain_network(path: Path) -> nn.Module:
 def mask_check(path: Path) -> Check:
     """Check that a file has at most as many nonzero weights as the keep_fraction k in its metadata allows.
 
-    The limit is the sum of n - floor((1 - k) n) over layers of n weights: what `uniform` keeps, at most one per layer
-    more than any other allocation. Kept weights may be zero. Errors: those of `load_model`.
+    The limit is the sum of n - floor((1 - k) n) over layers of n weights, or of n units of the structure: what
+    `uniform` keeps, at most one per layer more than any other allocation. Kept weights may be zero. Errors: those of
+    `load_model`.
     """
-    keep = Decimal(read_metadata(path)["keep_fraction"] or 1)
+    metadata = read_metadata(path)
+    keep, structure = Decimal(metadata["keep_fraction"] or 1), metadata.get("structure", "unstructured")
     tensors = load_file(path)
-    weights = [tensors[name] for name in maskable(load_model(path))]
-    total = sum(weight.numel() for weight in weights)
-    limit = sum(kept_count(weight.numel(), keep) for weight in weights)
-    present = sum(int(weight.count_nonzero()) for weight in weights)
+    weights = {name: tensors[name] for name in maskable(load_model(path))}
+    total = sum(weight.numel() for weight in weights.values())
+    rule = build_structure(structure, {n: w.shape for n, w in weights.items()}).mask_rule(keep, "uniform")
+    fullest = rule({name: torch.zeros_like(weight) for name, weight in weights.items()}, {})
+    limit = sum(int(mask.sum()) for mask in fullest.values())
+    present = sum(int(weight.count_nonzero()) for weight in weights.values())
     return build_check(
         "mask",
         present > limit,

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.models.pruning.harp import floor_of, shares
 from pipeline.models.pruning.topk import kept_count, kth_largest, topk_mask
-from pipeline.recipe.methods import MaskSource
+from pipeline.recipe.methods import Allocation
 
 MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 """Scores per layer, and rates if the allocation is learned -> bool masks of the scores' shapes.
@@ -28,18 +29,26 @@ LARGEST_RATE = 30.0
 """Bound on |rate - mean rate|, so that exp does not overflow; such a layer already takes the budget first."""
 
 
-def mask_rule(shapes: Mapping[str, torch.Size], keep_fraction: Decimal | Fraction, source: MaskSource) -> MaskRule:
-    """The mask rule of a network whose weights have `shapes`; picklable. Its masks keep the budget exactly, unless
-    scores are binary: then they are what is not 0."""
-    if source == "binary":
-        return partial(_by_scores, binary_masks)
-    counts = (erdos_renyi_kernel if source == "erk" else uniform)(shapes, keep_fraction)
-    budget = total_kept(shapes, keep_fraction)
-    if source == "harp":
-        return partial(harp_masks, floor=floor_of(keep_fraction), budget=budget)
-    if source == "learned":
+def mask_rule(
+    shapes: Mapping[str, torch.Size],
+    keep_fraction: Decimal | Fraction,
+    allocation: Allocation,
+    units: Mapping[str, torch.Size] | None = None,
+    exact: bool = True,
+) -> MaskRule:
+    """The mask rule of layers whose weights have `shapes`; picklable.
+
+    Its scores and masks have the shapes of `units`, by default those of the weights: what is said below of connections
+    holds for units. Its masks keep the budget exactly, unless `exact` is false: then HARP's layers have their shares.
+    """
+    units = units or shapes
+    counts = erdos_renyi_kernel(shapes, keep_fraction, units) if allocation == "erk" else uniform(units, keep_fraction)
+    budget = total_kept(units, keep_fraction)
+    if allocation == "harp":
+        return partial(harp_masks, floor=floor_of(keep_fraction), budget=budget if exact else None)
+    if allocation == "learned":
         return partial(learned_masks, counts=counts, budget=budget)
-    if source == "global":
+    if allocation == "global":
         return partial(_by_scores, partial(global_masks, budget=budget))
     return partial(_by_scores, partial(layer_masks, counts=counts))
 
@@ -51,7 +60,8 @@ def _by_scores(
     return make(scores)
 
 
-def binary_masks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def binary_masks(scores: Mapping[str, Tensor], rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of scores that are the masks: what is not 0 stays."""
     return {name: score != 0 for name, score in scores.items()}
 
 
@@ -65,13 +75,18 @@ def total_kept(shapes: Mapping[str, torch.Size], keep_fraction: Decimal | Fracti
     return max(kept_count(sum(shape.numel() for shape in shapes.values()), keep_fraction), len(shapes))
 
 
-def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], keep_fraction: Decimal | Fraction) -> dict[str, int]:
+def erdos_renyi_kernel(
+    shapes: Mapping[str, torch.Size],
+    keep_fraction: Decimal | Fraction,
+    units: Mapping[str, torch.Size] | None = None,
+) -> dict[str, int]:
     """ERK (Evci et al., ICML 2020, section 3): the density of a layer is proportional to the sum of its dimensions
-    over their product, at most 1; small layers stay denser.
+    over their product, at most 1; small layers stay denser. Counts are of `units`, as in `mask_rule`.
     """
-    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    units = units or shapes
+    sizes = {name: shape.numel() for name, shape in units.items()}
     densities = {name: Fraction(sum(shape), shape.numel()) for name, shape in shapes.items()}
-    return _proportional(densities, sizes, total_kept(shapes, keep_fraction))
+    return _proportional(densities, sizes, total_kept(units, keep_fraction))
 
 
 def _proportional(raw: Mapping[str, Fraction], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
@@ -113,7 +128,7 @@ def global_masks(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]
     Every layer keeps its strongest connection. Ties go to earlier layers and lower row-major indices.
     Errors: ValueError for NaN, naming the layer, or a budget larger than the layers.
     """
-    strongest = {name: _mask(name, score, 1) for name, score in scores.items()}
+    strongest = {name: named(name, topk_mask, score, 1) for name, score in scores.items()}
     magnitudes = [
         score.detach().abs().masked_fill(strongest[name], math.inf).reshape(-1) for name, score in scores.items()
     ]
@@ -165,11 +180,12 @@ def harp_masks(
 
 def layer_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """The `counts` largest |score| of each layer separately. Errors: ValueError for NaN, naming the layer."""
-    return {name: _mask(name, score, counts[name]) for name, score in scores.items()}
+    return {name: named(name, topk_mask, score, counts[name]) for name, score in scores.items()}
 
 
-def _mask(name: str, score: Tensor, kept: int) -> Tensor:
+def named(name: str, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """The mask that `make` returns. Errors: those of `make`, naming the layer."""
     try:
-        return topk_mask(score, kept)
+        return make(*arguments)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

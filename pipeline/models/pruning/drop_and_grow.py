@@ -1,5 +1,5 @@
 """Flying Bird's exchange of connections: drop the smallest weights of a layer, grow others at random (Chen et al., ICLR
-2022, "Sparsity Winning Twice")."""
+2022, "Sparsity Winning Twice"). Under a structure, units are exchanged."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from decimal import Decimal
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.pruning.allocation import mask_rule
 from pipeline.models.pruning.score_init import FirstScore
 from pipeline.models.pruning.scores import maskable
+from pipeline.models.pruning.structure import build_structure
 from pipeline.models.pruning.topk import topk_mask
 from pipeline.recipe.methods import Allocation
+from pipeline.recipe.methods import Structure as StructureName
 
 
-def first_masks(network: nn.Module, keep_fraction: Decimal, allocation: Allocation, init: FirstScore) -> FirstScore:
+def first_masks(
+    network: nn.Module,
+    keep_fraction: Decimal,
+    allocation: Allocation,
+    init: FirstScore,
+    structure: StructureName = "unstructured",
+) -> FirstScore:
     """Binary scores: 1 where the scores of `init` rank within the budget of `allocation`. The network has none yet."""
     scores = {name: init(name, layer.get_parameter("weight")) for name, layer in maskable(network).items()}
-    masks = mask_rule({name: score.shape for name, score in scores.items()}, keep_fraction, allocation)(scores, {})
+    shapes = {name: score.shape for name, score in scores.items()}
+    masks = build_structure(structure, shapes).mask_rule(keep_fraction, allocation)(scores, {})
     return lambda name, weight: masks[name].to(weight)
 
 

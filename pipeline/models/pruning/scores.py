@@ -1,28 +1,29 @@
 """Importance scores of a network and the masks computed from them (HYDRA: Sehwag et al., NeurIPS 2020).
 
 Every Conv2d and Linear gets one score per weight. The effective weight is weight * mask, the mask is the top-k of
-|score| per layer or across all layers, and the gradient is straight-through. Masks change only in `Scores.refresh`,
-once per optimizer step, however many forwards an attack takes.
+|score| per layer or across all layers, of connections or of a structure's units, and the gradient is straight-through.
+Masks change only in `Scores.refresh`, once per optimizer step, however many forwards an attack takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.models.network import Network
-from pipeline.models.pruning.allocation import MaskRule, harp_masks, mask_rule, total_kept
+from pipeline.models.pruning.allocation import MaskRule, binary_masks, total_kept
 from pipeline.models.pruning.harp import BudgetPenalty, first_k, floor_of
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
+from pipeline.models.pruning.structure import build_structure
 from pipeline.models.pruning.topk import masks_sha256
 from pipeline.recipe.methods import LEARNED, MaskSource
+from pipeline.recipe.methods import Structure as StructureName
 
 MASKABLE = (nn.Conv2d, nn.Linear)
 
@@ -50,6 +51,17 @@ def maskable(network: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def check_structures(network: nn.Module, structures: Iterable[StructureName]) -> None:
+    """Errors: ValueError naming a structure that no layer of the network has."""
+    shapes = {name: _original(layer).shape for name, layer in maskable(network).items()}
+    for structure in structures:
+        if not build_structure(structure, shapes).shapes:
+            raise ValueError(
+                f"sparsity: structure {structure} divides no Conv2d and no Linear of the network; use a smaller one or "
+                "unstructured"
+            )
+
+
 def _original(layer: nn.Module) -> Tensor:
     """The weight before its mask."""
     if parametrization_of(layer) is None:
@@ -75,13 +87,15 @@ class Scores:
         masked: Mapping[str, Masked],
         keep_fraction: Decimal,
         source: MaskSource,
+        structure: StructureName,
     ) -> None:
         self._layers = layers
         self._masked = masked
         self._keep_fraction = keep_fraction
         self.source: MaskSource = source
         self._shapes = {name: entry.score.shape for name, entry in masked.items()}
-        self._exact: MaskRule = mask_rule(self._shapes, keep_fraction, source)
+        self.structure = build_structure(structure, self._shapes)
+        self._exact: MaskRule = binary_masks if source == "binary" else self.structure.mask_rule(keep_fraction, source)
         self._rule = self._exact
 
     @classmethod
@@ -91,12 +105,14 @@ class Scores:
         keep_fraction: Decimal,
         source: MaskSource = "uniform",
         init: FirstScore = scaled,
+        structure: StructureName = "unstructured",
     ) -> Scores:
         """Add scores, initialised by `init`, and their mask to every maskable weight.
 
         `source` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
         scores, global ranking with one learned rate per layer, or HARP's learned shares. Or scores are binary, and are
-        the masks. Use `score_init.zero` if scores are loaded next.
+        the masks. `structure` says which connections are kept or pruned together. Use `score_init.zero` if scores are
+        loaded next.
         Errors: ValueError if there is nothing to mask or scores are already attached, and those of `init`.
         """
         layers = maskable(network)
@@ -111,7 +127,7 @@ class Scores:
             masked[name] = Masked(score, _first_rate(score, keep_fraction, source), floor)
             masked[name].train(layer.training)
             parametrize.register_parametrization(layer, "weight", masked[name])
-        scores = cls(layers, masked, keep_fraction, source)
+        scores = cls(layers, masked, keep_fraction, source, structure)
         scores.refresh()
         return scores
 
@@ -138,7 +154,7 @@ class Scores:
         if self.source != "harp":
             return None
         floor, budget = floor_of(self._keep_fraction), total_kept(self._shapes, self._keep_fraction)
-        self._rule = partial(harp_masks, floor=floor, budget=None)
+        self._rule = self.structure.mask_rule(self._keep_fraction, self.source, exact=False)
         return BudgetPenalty(self._rates(), {name: s.numel() for name, s in self._shapes.items()}, budget, floor)
 
     def keep_budget(self) -> None:

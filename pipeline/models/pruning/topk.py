@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NAN = "scores contain NaN; lower the learning rate of the prune phase"
+
 
 def kept_count(n: int, keep_fraction: Decimal | Fraction) -> int:
     """Number of connections kept of `n`: n - floor((1 - keep_fraction) n), at least 1, in exact arithmetic.
@@ -52,11 +54,27 @@ def topk_mask(score: Tensor, kept: int) -> Tensor:
     mask = magnitude >= threshold
     surplus = int(mask.count_nonzero()) - kept
     if surplus < 0:  # the threshold is NaN, and comparisons with it are false
-        raise ValueError("scores contain NaN; lower the learning rate of the prune phase")
+        raise ValueError(NAN)
     if surplus:
         ties = (magnitude == threshold).nonzero()
         mask[tuple(ties[-surplus:].T)] = False
     return mask
+
+
+def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """The `n` entries of largest |score| of every `m` consecutive ones along dimension 1, as a bool mask.
+
+    Ties go to the lower index. `m` divides the dimension. Errors: ValueError for NaN.
+    """
+    along = score.detach().abs().movedim(1, -1)
+    groups = along.reshape(-1, m).T.contiguous()  # a group per column: comparisons of rows are vectorised
+    if bool(groups.isnan().any()):
+        raise ValueError(NAN)
+    rank = torch.zeros_like(groups, dtype=torch.uint8)
+    for place in range(m):  # how many of its group each entry is behind
+        rank[:place] += groups[place] > groups[:place]
+        rank[place + 1 :] += groups[place] >= groups[place + 1 :]
+    return (rank < n).T.reshape(along.shape).movedim(-1, 1)
 
 
 def masks_sha256(masks: dict[str, Tensor]) -> str:

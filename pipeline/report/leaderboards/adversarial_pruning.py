@@ -71,6 +71,10 @@ def pruning_entry(run: RunResult, paper: Paper) -> dict[str, Any]:
         raise NotAccepted(f"it evaluates at linf eps {EPS}, and the recipe's threat model is {norm} eps {eps}")
     if not uses_original_images(recipe, SIZE):
         raise NotAccepted("the images were resized or cropped, and it uses the originals")
+    if recipe.sparsity.structure != "unstructured":
+        raise NotAccepted(
+            f"the entry is of unstructured pruning, and sparsity.structure is {recipe.sparsity.structure}"
+        )
     networks = {pruned: network for keep, pruned in PRUNED.items() if (network := run.find("HYDRA", keep))}
     if missing := [f"{pruned} %" for pruned in PRUNED.values() if pruned not in networks]:
         raise NotAccepted(f"it requires 90, 95 and 99 % pruned, and the recipe lacks {' and '.join(missing)}")

@@ -183,6 +183,39 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
         ),
         (["sparsity.baselines=[{name: magnitude, allocation: harp}]"], "magnitude has no prune phase that could learn"),
         (["phases.finetune=null", "sparsity.baselines=[s2ap]"], "set sparsity.baselines=[]"),
+        (
+            ["sparsity.structure=3:4"],
+            "sparsity.structure = '3:4': Input should be 'unstructured', '2:4', '1:4', '4:8',",
+        ),
+        (
+            ["sparsity.structure=2:4", "sparsity.keep_fractions=[0.5, 0.1]"],
+            "sparsity: structure 2:4, which keeps 0.5 of every layer, and keep_fractions ['0.5', '0.1'] ask for others"
+            "; set keep_fractions to [0.5], or give it to a baseline, {name: hydra, structure: 2:4}, which has",
+        ),
+        (
+            ["sparsity.baselines=[{name: hydra, structure: 1:4}]"],
+            "baselines: hydra-1of4 has structure 1:4, which keeps 0.25 of every layer, and keep_fractions ['0.1', "
+            "'0.01'] lack that; add 0.25, or remove it",
+        ),
+        (
+            [
+                "sparsity.keep_fractions=[0.5]",
+                "sparsity.allocation=erk",
+                "sparsity.baselines=[{name: s2ap, structure: 4:8}]",
+            ],
+            "s2ap-4of8 has structure 4:8, which keeps 0.5 of every layer, and allocation erk does not; use allocation "
+            "uniform",
+        ),
+        (
+            ["sparsity.keep_fractions=[0.5]", "sparsity.structure=2:4", "sparsity.baselines=[flying_bird_plus]"],
+            "flying_bird_plus has structure 2:4, which keeps 0.5 of every layer: flying_bird_plus exchanges "
+            "connections of a whole layer, which would not stay 2:4; give it a structure of blocks, or unstructured",
+        ),
+        (
+            ["sparsity.structure=1x4", "sparsity.baselines=[{name: hydra, structure: 1x4}]"],
+            "hydra-1x4 is the recipe's own method, which is always trained; give it another allocation than "
+            "sparsity.allocation or another structure than sparsity.structure, or remove it",
+        ),
         (["threat_model.eps=4"], "eps 4 lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"),
         (["threat_model.eps=0"], "eps 0 must be positive; use objective={name: clean}"),
         (["threat_model.eps=1/0"], "threat_model.eps = '1/0': expected a number or a fraction such as 4/255"),

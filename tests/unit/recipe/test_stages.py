@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from pipeline.recipe.file import load_recipe
+from pipeline.recipe.file import deciding_values, dump_recipe, load_recipe, recipe_hash
+from pipeline.recipe.flat_objective import to_flat
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.stages import Stage, Trial, stages_of
 from pipeline.run.layout import StageFolder, is_done, unevaluated
@@ -182,8 +184,64 @@ def test_s2ap_repeats_the_passes_of_an_update_while_scores_train(objective: str,
 def test_methods_without_a_further_key_are_written_as_their_name() -> None:
     """As in recipes from before there were others, so that their hashes stay valid."""
     written = [{"name": "magnitude"}, "snip", {"name": "hydra", "allocation": "erk"}]
-    values = recipe_with(f"sparsity.baselines={written}").model_dump(mode="json")
+    values = to_flat(recipe_with(f"sparsity.baselines={written}").model_dump(mode="json"))
     assert values["sparsity"]["baselines"] == ["magnitude", "snip", {"name": "hydra", "allocation": "erk"}]
+
+
+def test_a_structure_changes_the_hash_and_its_default_does_not() -> None:
+    """Recipes from before there were structures keep their hashes."""
+    other = "{name: hydra, allocation: erk}", "{name: hydra, allocation: erk, structure: 1x4}"
+    plain = recipe_with(f"sparsity.baselines=[{other[0]}, magnitude]")
+    assert "structure" not in str(to_flat(deciding_values(plain)))
+    hashes = {
+        recipe_hash(recipe_with(f"sparsity.baselines=[{baseline}, magnitude]", f"sparsity.structure={structure}"))
+        for baseline in other
+        for structure in ("unstructured", "4x1")
+    }
+    assert len(hashes) == 4
+    assert recipe_hash(plain) in hashes
+
+
+def test_a_structure_is_written_so_that_every_reader_of_yaml_takes_it_as_text() -> None:
+    """2:4 is 124 in YAML 1.1, in which numbers may be in base 60."""
+    recipe = recipe_with("sparsity.structure=2:4", "sparsity.keep_fractions=[0.5]")
+    assert yaml.safe_load(dump_recipe(recipe))["sparsity"]["structure"] == "2:4"
+
+
+def test_structures_have_stages_of_their_own_where_they_have_the_sparsity() -> None:
+    methods = [
+        "{name: hydra, structure: 2:4}",
+        "{name: hydra, structure: 1x4, allocation: erk}",
+        "{name: snip, structure: 1:4}",
+    ]
+    fractions = "sparsity.keep_fractions=[0.5, 0.25]"
+    stages = by_name(recipe_with(f"sparsity.baselines=[{', '.join(methods)}]", fractions))
+    half = [
+        "prune",
+        "finetune",
+        "hydra-2of4/prune",
+        "hydra-2of4/finetune",
+        "hydra-erk-1x4/prune",
+        "hydra-erk-1x4/finetune",
+    ]
+    quarter = [*half[:2], *half[4:], "snip-1of4"]
+    assert list(stages) == ["pretrain", *(f"keep-0.5/{n}" for n in half), *(f"keep-0.25/{n}" for n in quarter)]
+    own, other = stages["keep-0.5/finetune"], stages["keep-0.5/hydra-2of4/finetune"]
+    assert (own.structure, other.structure, other.title) == ("unstructured", "2:4", "HYDRA (2:4)")
+    changed = {"name": own.name, "method": own.method, "structure": own.structure, "starts_from": own.starts_from}
+    assert replace(other, **changed) == own
+    assert stages["keep-0.25/hydra-erk-1x4/prune"].title == "HYDRA (ERK, 1x4)"
+    assert (stages["keep-0.25/snip-1of4"].structure, stages["keep-0.25/snip-1of4"].title) == ("1:4", "SNIP (1:4)")
+
+
+def test_baselines_have_the_recipes_structure_or_their_own() -> None:
+    baselines = (
+        "sparsity.baselines=[magnitude, {name: gradual, structure: unstructured}, {name: hydra, allocation: harp}]"
+    )
+    stages = by_name(recipe_with("sparsity.structure=16x16", baselines))
+    structures = {stage.label: stage.structure for stage in stages.values() if stage.keep_fraction}
+    expected = {"hydra": "16x16", "magnitude": "16x16", "gradual-unstructured": "unstructured", "hydra-harp": "16x16"}
+    assert structures == expected
 
 
 def test_score_init_applies_to_the_prune_phase_alone() -> None:

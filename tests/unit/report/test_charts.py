@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 
-from pipeline.recipe.methods import TITLES, Allocation, Method
-from pipeline.report.chart_style import METHODS, Chart, css_name, drawing, legend_key, method_colours, plot_line
+from pipeline.recipe.methods import TITLES, Allocation, Method, Structure
+from pipeline.report.chart_style import Chart, drawing, legend_key, method_colours, plot_line
 from pipeline.report.charts import (
     accuracy_chart,
     accuracy_figure,
@@ -31,6 +32,7 @@ from pipeline.report.charts import (
 )
 from pipeline.report.comparison import differences
 from pipeline.report.history import read_history
+from pipeline.report.method_style import METHODS, css_name
 from pipeline.report.results import RunResult, certified_curves, compare_all, read_runs
 from pipeline.report.run_charts import draw_layers, layer_chart, training_charts
 from pipeline.run.records import KeptCount
@@ -73,12 +75,15 @@ def test_every_method_has_a_distinct_colour_marker_and_line() -> None:
             assert len(set(values)) == len(styles), "methods differ in colour, and in marker and line without colour"
 
 
-def test_an_allocation_has_the_colour_and_line_of_its_method_and_a_marker_of_its_own() -> None:
-    for name, allocation in itertools.product(TITLES, get_args(Allocation)):
-        own, style = METHODS[TITLES[name]], METHODS[Method(name=name, allocation=allocation).title]
+def test_allocations_and_structures_have_the_colour_and_line_of_their_method_and_a_marker_of_their_own() -> None:
+    choices = itertools.product(TITLES, (None, *get_args(Allocation)), (None, *get_args(Structure)))
+    for name, allocation, structure in choices:
+        own, style = METHODS[TITLES[name]], METHODS[Method(name=name, allocation=allocation, structure=structure).title]
         assert (style.colour, style.dark, style.dashes) == (own.colour, own.dark, own.dashes)
+        if style.mark:
+            MarkerStyle(style.mark)  # it is one
     assert len({(style.mark, style.dashes) for style in METHODS.values()}) == len(METHODS), "distinct in greyscale"
-    assert len({css_name(name) for name in METHODS}) == len(METHODS)
+    assert len({css_name(name) for name in METHODS}) == len(METHODS) == 1 + 8 * 6 * 8
 
 
 def test_png_and_page_share_colours_markers_and_lines(run: RunResult) -> None:
