@@ -12,12 +12,15 @@ from pipeline.deployment.calibration import calibration_batches
 from pipeline.deployment.formats import FILES, Format
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.onnx_file import write_onnx
+from pipeline.deployment.smaller_network import has_pruned_channels, write_smaller
 from pipeline.deployment.torch_program import write_program
 from pipeline.evaluation.load import LoadedNetwork
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import make_folder, replacing
 
 COMPRESSION = 9
+SMALLER = "model.safetensors"
+"""The network without its pruned channels, which `pipeline.load` reads."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ def export_network(
 ) -> list[ExportedFile]:
     """Write the network to `folder` in each of `formats`; files that are there are replaced.
 
+    If its channels were pruned, all files are of the network without them, and it is written as model.safetensors, too.
+
     `recipe` is that of its run, whose held-out images calibrate int8. Errors: CannotExport; ValueError for int8
     without a recipe; DataError.
     """
@@ -46,7 +51,10 @@ def export_network(
     if size is None:
         raise ValueError(f"{network.file} does not say the size of its images; export the run that it is from")
     make_folder(folder)
-    written = []
+    written: list[ExportedFile] = []
+    if has_pruned_channels(network):
+        network = write_smaller(network, size, folder / SMALLER)
+        written.append(_with_copy(network.file))
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
         # int8 is made from the float file, which is kept only if it is asked for.
         float_file = (folder if "onnx" in formats else Path(temporary)) / FILES["onnx"]
@@ -59,8 +67,12 @@ def export_network(
                 write_int8(float_file, calibration_batches(network, recipe), path)
             elif name == "torch":
                 write_program(network, size, path)
-            written.append(ExportedFile(path, path.stat().st_size, _compress(path)))
+            written.append(_with_copy(path))
     return written
+
+
+def _with_copy(path: Path) -> ExportedFile:
+    return ExportedFile(path, path.stat().st_size, _compress(path))
 
 
 def _compress(path: Path) -> int:

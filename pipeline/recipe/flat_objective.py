@@ -37,7 +37,7 @@ ADDED: dict[str, Any] = {"label_smoothing": 0.0}
 """Keys that techniques got later -> default, at which the hash leaves them out, so that older hashes stay valid."""
 ADDED_TO_PHASES: dict[str, Any] = {"ema_epochs": None}
 """The same of phases."""
-ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None, "structure": "unstructured"}}
+ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {"sparsity": {"tune": None, "structure": "unstructured", "round_to": 1}}
 """The same of sections of the recipe."""
 ADDED_TO_METHODS: dict[str, Any] = {"structure": None}
 """The same of `sparsity.baselines`."""

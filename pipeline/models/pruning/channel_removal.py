@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.models.network import Network
 from pipeline.models.pruning.channel_trace import FIXED, LayerChannels
 from pipeline.models.pruning.channels import Channels
-from pipeline.models.pruning.scores import backbone_of
+from pipeline.models.pruning.maskable import backbone_of
 
 Kept = NDArray[np.bool_]
 """[count + 1]: coupled channel -> whether it is kept; FIXED always is."""
@@ -32,9 +32,23 @@ def channel_masks(channels: Channels, kept: Kept) -> dict[str, Tensor]:
     return {name: torch.from_numpy(_mask(layer, kept)) for name, layer in channels.layers.items()}
 
 
+def reading_masks(channels: Channels, kept: Kept) -> dict[str, Tensor]:
+    """As `channel_masks`, for a network whose scores learn: the same logits, but removed channels are still computed.
+
+    Only weights by which other channels read a removed one are masked. Were the weights that write it masked too, it
+    would be zero, nothing would reach its scores, and it could never return.
+    """
+    return {name: torch.from_numpy(_read(layer, kept) | layer.inside) for name, layer in channels.layers.items()}
+
+
 def _mask(layer: LayerChannels, kept: Kept) -> Kept:
+    return kept[layer.outputs][:, None] & _read(layer, kept)
+
+
+def _read(layer: LayerChannels, kept: Kept) -> Kept:
+    """[outputs, inputs of a group]: whether the input's channel is kept."""
     inputs = kept[layer.inputs].reshape(layer.conv_groups, -1)
-    return kept[layer.outputs][:, None] & inputs.repeat(len(layer.outputs) // layer.conv_groups, axis=0)
+    return inputs.repeat(len(layer.outputs) // layer.conv_groups, axis=0)
 
 
 @torch.no_grad()

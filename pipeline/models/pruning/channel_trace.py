@@ -43,11 +43,10 @@ class LayerChannels:
     """Dot products per image and output: the output's height times width; 0 for a layer that is never used."""
 
     @cached_property
-    def written_and_read(self) -> Tensor | None:
-        """bool [outputs, inputs of a group]: where one channel is at both ends of a weight; None if nowhere."""
+    def inside(self) -> NDArray[np.bool_]:
+        """[outputs, inputs of a group]: where one channel is at both ends of a weight."""
         inputs = self.inputs.reshape(self.conv_groups, -1).repeat(len(self.outputs) // self.conv_groups, axis=0)
-        same = (self.outputs[:, None] == inputs) & (inputs != FIXED)
-        return torch.from_numpy(same) if same.any() else None
+        return (self.outputs[:, None] == inputs) & (inputs != FIXED)
 
 
 class Union:

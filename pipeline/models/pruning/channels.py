@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.models.pruning.channel_trace import FIXED, Ids, LayerChannels, Trace, Union
-from pipeline.models.pruning.scores import backbone_of, maskable
+from pipeline.models.pruning.maskable import backbone_of, maskable
 
 
 @dataclass(frozen=True)
