@@ -1,8 +1,8 @@
 """Channels as the structure that is kept or pruned, under a budget of multiply-accumulates.
 
 The importance of a coupled channel is the sum of |score| over all weights that go with it. A ranking of all channels is
-kept up to the largest number with which the network costs at most keep_fraction of its multiply-accumulates: the total
-is exact to one channel (with `round_to`, to one step of a group), and never above the budget.
+kept up to the largest number with which the network costs at most keep_fraction of its multiply-accumulates, and then
+those that still fit: the total is exact to one channel of any group (with `round_to`, to one step), and never above.
 """
 
 from __future__ import annotations
@@ -99,15 +99,19 @@ class CoupledChannels(Structure):
         value[FIXED] = np.nan  # not ranked
         rank = np.argsort(np.argsort(-value, kind="stable"))
 
-        def with_first(count: int) -> Kept:
-            """Of the ranking's first `count`; each group has as many as it would have, rounded down to its step."""
-            sizes = np.bincount(groups[(rank < count) & (groups > 0)], minlength=len(self.channels.group_names))
-            kept = place < self._rounded(sizes)[groups]
+        def kept_of(sizes: NDArray[np.int64]) -> Kept:
+            kept = place < sizes[groups]
             kept[FIXED] = True
             return kept
 
+        def sizes_of_first(count: int) -> NDArray[np.int64]:
+            """Of the ranking's first `count`; each group's is rounded down to its step."""
+            return self._rounded(
+                np.bincount(groups[(rank < count) & (groups > 0)], minlength=len(self.channels.group_names))
+            )
+
         low, high = len(self.channels.group_names) - 1, self.channels.count
-        if (smallest := self.costs.total(with_first(low))) > budget:
+        if (smallest := self.costs.total(kept_of(sizes_of_first(low)))) > budget:
             share, least = smallest / self.costs.total(everything), self._round_to
             raise ValueError(
                 f"sparsity.keep_fractions {keep_fraction} with structure channel: the smallest network, with {least} "
@@ -116,15 +120,25 @@ class CoupledChannels(Structure):
             )
         while low < high:
             middle = (low + high + 1) // 2
-            if self.costs.total(with_first(middle)) <= budget:
+            if self.costs.total(kept_of(sizes_of_first(middle))) <= budget:
                 low = middle
             else:
                 high = middle - 1
-        return with_first(low)
+        sizes = sizes_of_first(low)
+        # What the next of the ranking does not fit into, steps of other groups may.
+        following = np.flatnonzero((place == sizes[groups]) & (groups > 0))
+        for group in groups[following[np.argsort(rank[following])]]:
+            while sizes[group] < self._size_of_each[group]:
+                larger = sizes.copy()
+                larger[group] = min(sizes[group] + self._step_of_each[group], self._size_of_each[group])
+                if self.costs.total(kept_of(larger)) > budget:
+                    break
+                sizes = larger
+        return kept_of(sizes)
 
     def _rounded(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Channels per group, such that its layers have a multiple of `round_to`, or all that they had."""
-        step = self._round_to // np.gcd(self._round_to, self._width_of_each)
+        step = self._step_of_each
         down = np.maximum(sizes // step * step, step)
         return np.where(sizes >= self._size_of_each, sizes, np.minimum(down, self._size_of_each))
 
@@ -132,6 +146,10 @@ class CoupledChannels(Structure):
     def _size_of_each(self) -> NDArray[np.int64]:
         """Group -> its coupled channels."""
         return np.bincount(self.channels.groups[1:], minlength=len(self.channels.group_names))
+
+    @cached_property
+    def _step_of_each(self) -> NDArray[np.int64]:
+        return self._round_to // np.gcd(self._round_to, self._width_of_each)
 
     @cached_property
     def _width_of_each(self) -> NDArray[np.int64]:

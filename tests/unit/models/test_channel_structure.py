@@ -146,8 +146,11 @@ def test_the_budget_is_never_exceeded_and_every_group_keeps_a_channel(
         inside, outside = importance[members[kept[members]]], importance[members[~kept[members]]]
         assert not len(outside) or inside.min() >= outside.max(), "the most important ones of a group stay"
     if round_to == 1 and not kept.all():
-        dearest = int(costs.of_channels(channels).max())
-        assert budget - costs.total(kept) <= dearest, "exact to one channel"
+        for group in {int(g) for g in channels.groups[~kept]}:
+            members = np.flatnonzero((channels.groups == group) & ~kept)
+            larger = kept.copy()
+            larger[members[importance[members].argmax()]] = True
+            assert costs.total(larger) > budget, "exact to one channel of any group"
 
 
 def test_global_ranks_by_importance_per_cost() -> None:
@@ -157,8 +160,13 @@ def test_global_ranks_by_importance_per_cost() -> None:
     importance, groups = importance_of(structure.channels, scores), structure.channels.groups
     at_least = (importance[None] >= importance[:, None]) & (groups[None] == groups[:, None])
     value = importance / (at_least * importance).sum(1) / structure.costs.of_channels(structure.channels).clip(1)
-    several = np.isin(groups, np.flatnonzero(np.bincount(groups[kept]) > 1)) & (groups > 0)  # others keep one anyway
-    assert value[kept & several].min() >= value[~kept].max()
+    first = np.array([importance[c] == importance[groups == groups[c]].max() for c in range(len(groups))])
+    value[0] = np.inf
+    best = int(np.where(kept, -1.0, value).argmax())
+    ranked = kept & ((value >= value[best]) | first)
+    ranked[best] = True
+    budget = 0.5 * structure.costs.total(np.ones_like(kept))
+    assert structure.costs.total(ranked) > budget, "the best of those that go does not fit"
 
 
 def test_uniform_keeps_the_same_fraction_of_every_group() -> None:
@@ -167,7 +175,7 @@ def test_uniform_keeps_the_same_fraction_of_every_group() -> None:
     kept = kept_by(structure, Decimal("0.5"), "uniform", random_scores(network, 3))
     groups = structure.channels.groups
     fractions = [kept[groups == g].mean() for g in range(1, len(structure.channels.group_names))]
-    assert max(fractions) - min(fractions) <= 1 / 12  # one channel of the smallest group
+    assert max(fractions) - min(fractions) <= 2 / 12  # channels of the smallest group
 
 
 def test_removed_channels_learn_and_can_return() -> None:
