@@ -23,7 +23,7 @@ from pipeline.models.pruning.channel_removal import Kept, channel_masks, reading
 from pipeline.models.pruning.channel_trace import FIXED, Ids
 from pipeline.models.pruning.channels import Channels
 from pipeline.models.pruning.multiply_accumulates import MultiplyAccumulates
-from pipeline.models.pruning.structure import Shapes, Structure, fold
+from pipeline.models.pruning.structure import Shapes, Structure
 from pipeline.recipe.methods import Allocation
 
 Importance = NDArray[np.float64]
@@ -184,14 +184,23 @@ def importance_of(channels: Channels, scores: Mapping[str, Tensor]) -> Importanc
     sums = []
     for name, layer in channels.layers.items():
         score = scores[name].abs().double()
-        magnitude = fold(score.flatten(2)) if score.dim() > 2 else score
-        sums.append(fold(magnitude))
+        magnitude = _fold(score.flatten(2)) if score.dim() > 2 else score
+        sums.append(_fold(magnitude))
         if layer.inside.any():  # counted once
             magnitude = magnitude.masked_fill(torch.from_numpy(layer.inside).to(magnitude.device), 0.0)
-        sums.append(fold(magnitude.view(layer.conv_groups, -1, magnitude.shape[1]).transpose(1, 2)).reshape(-1))
+        sums.append(_fold(magnitude.view(layer.conv_groups, -1, magnitude.shape[1]).transpose(1, 2)).reshape(-1))
     ids = np.concatenate([part for layer in channels.layers.values() for part in (layer.outputs, layer.inputs)])
     values = torch.cat(sums).cpu().numpy()
     if np.isnan(values).any():
         name = next(name for name, score in scores.items() if score.isnan().any())
         raise ValueError(f"{name}: scores contain NaN; lower the learning rate of the prune phase")
     return np.bincount(ids, values, minlength=channels.count + 1).astype(np.float64)
+
+
+def _fold(values: Tensor) -> Tensor:
+    """Sums over the last dimension, by halves: in one order, whatever the device and the number of threads."""
+    while (size := values.shape[-1]) > 1:
+        half = size // 2
+        folded = values[..., :half] + values[..., half : 2 * half]
+        values = torch.cat([folded, values[..., 2 * half :]], -1) if size % 2 else folded
+    return values.squeeze(-1)

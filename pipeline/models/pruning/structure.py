@@ -91,7 +91,7 @@ class Blocks(Structure):
     def _sums(self, tensor: Tensor) -> Tensor:
         (outputs, inputs), rows, columns = self._unit_shape(tensor.shape), self._rows, self._columns
         blocks = tensor.reshape(outputs, rows, inputs, columns).transpose(1, 2)
-        return fold(blocks.reshape(outputs, inputs, rows * columns))
+        return _fold(blocks.reshape(outputs, inputs, rows * columns))
 
     def connections(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -147,7 +147,7 @@ def _n_of_m_masks(n: int, m: int, scores: Mapping[str, Tensor], rates: Mapping[s
     return {name: named(name, n_of_m_mask, score, n, m) for name, score in scores.items()}
 
 
-def fold(values: Tensor) -> Tensor:
+def _fold(values: Tensor) -> Tensor:
     """Sums over the last dimension, by halves: in one order, whatever the device and the number of threads."""
     while (size := values.shape[-1]) > 1:
         half = size // 2
