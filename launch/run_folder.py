@@ -172,7 +172,8 @@ def network_size(recipe: Recipe) -> int:
     size = recipe.data.image_size
     network = build_network(recipe.model, recipe.seed, size)
     check_micro_batch(recipe.model, size, size, recipe.batch.micro_batch)
-    check_structures(network, recipe.sparsity.structures)
+    sparsity = recipe.sparsity
+    check_structures(network, sparsity.structures, sparsity.keep_fractions, sparsity.round_to)
     if recipe.model.weights is not None:
         load_foreign(network, Path(recipe.model.weights), recipe.model, recipe.data.image_size)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -18,6 +18,7 @@ from pipeline.deployment.formats import CARD, CHECK_IMAGES, COMPRESSION, FILES, 
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.model_card import model_card
 from pipeline.deployment.onnx_file import write_onnx
+from pipeline.deployment.smaller_network import has_pruned_channels, write_smaller
 from pipeline.deployment.torch_program import write_program
 from pipeline.deployment.verification import nonzero_weights
 from pipeline.evaluation.chunks import write_verdicts
@@ -27,10 +28,14 @@ from pipeline.evaluation.measures.base import Verdicts
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import atomic_write_text, make_folder, replacing, sha256_of
 
+SMALLER = "model.safetensors"
+"""The network without its pruned channels, which `pipeline.load` reads."""
+
 
 def export_network(network: LoadedNetwork, recipe: Recipe | None, formats: tuple[Format, ...], folder: Path) -> Card:
     """Write the network to `folder` in each of `formats`, and its card; files that are there are replaced.
 
+    If its channels were pruned, all files are of the network without them, and it is written as model.safetensors, too.
     `recipe` is that of its run, whose held-out images calibrate int8. The result of an attack on the same file, from
     an earlier export, is kept. Errors: CannotExport; ValueError for int8 without a recipe, or a mask that was not
     applied; DataError.
@@ -46,23 +51,27 @@ def export_network(network: LoadedNetwork, recipe: Recipe | None, formats: tuple
     if network.metadata.get("keep_fraction") and (check := mask_check(network.file)).status != "pass":
         raise ValueError(f"{network.file} is not exported: {check.figure}. {check.meaning}")
     make_folder(folder)
-    written = []
+    written: list[ExportedFile] = []
+    exported, others = network, [CHECK_IMAGES]
+    if has_pruned_channels(network):
+        exported, others = write_smaller(network, size, folder / SMALLER), [CHECK_IMAGES, SMALLER]
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
         # int8 is made from the float file, which is kept only if it is asked for.
         float_file = (folder if "onnx" in formats else Path(temporary)) / FILES["onnx"]
         if {"onnx", "onnx-int8"} & set(formats):
-            write_onnx(network, size, float_file, network.metadata)
+            write_onnx(exported, size, float_file, exported.metadata)
         for name in formats:
             path = folder / FILES[name]
             if name == "onnx-int8":
                 assert recipe is not None
-                write_int8(float_file, calibration_batches(network, recipe), path)
+                write_int8(float_file, calibration_batches(exported, recipe), path)
             elif name == "torch":
-                write_program(network, size, path)
+                write_program(exported, size, path)
             written.append(_described(name, path))
     answers = {file.name: folder / file.name for file in written if file.format != "torch"}
-    write_check_images(folder / CHECK_IMAGES, network, size, answers)
-    card = describe(network, recipe, size, written, {CHECK_IMAGES: sha256_of(folder / CHECK_IMAGES)})
+    write_check_images(folder / CHECK_IMAGES, exported, size, answers)
+    hashes = {name: sha256_of(folder / name) for name in others}
+    card = describe(network, recipe, size, written, hashes).model_copy(update={"network": exported.metadata})
     attack = _earlier_attack(folder, card)
     return _write(folder, card if attack is None else _with_attack(folder, card, attack))
 

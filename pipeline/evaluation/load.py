@@ -42,7 +42,7 @@ class LoadedNetwork(Network):
 
     def __init__(self, file: Path) -> None:
         network = load_model(file)
-        super().__init__(network.backbone, (0.0,), (1.0,))
+        super().__init__(network.backbone, (0.0,), (1.0,), network.image_size)
         self.mean, self.std = network.mean, network.std
         self.file = file
         self.metadata: dict[str, Any] = read_metadata(file)

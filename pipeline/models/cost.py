@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.pruning.scores import backbone_of, maskable
+from pipeline.models.pruning.maskable import backbone_of, maskable
 
 
 @dataclass(frozen=True)

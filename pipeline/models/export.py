@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.models import Network, build_network
+from pipeline.models.pruning.channel_removal import set_widths
 from pipeline.recipe.sections import Model
 from pipeline.run.files import parse_json, replacing, settle_file
 
@@ -30,7 +31,8 @@ ORIGIN = {"weights", "weights_keep_fraction", "weights_head"}
 def write_model(path: Path, tensors: dict[str, torch.Tensor], model: Model, extra_metadata: dict[str, Any]) -> None:
     """Write the network atomically; `extra_metadata` (JSON values) joins architecture, mean and std in the metadata.
 
-    `load_model` builds the network for `extra_metadata["image_size"]`; architectures of a fixed size need it.
+    `load_model` builds the network for `extra_metadata["image_size"]`; architectures of a fixed size need it. Without
+    some of its channels, its sizes are `extra_metadata["widths"]` (see `channel_removal`).
     """
     model_metadata = model.model_dump(mode="json", exclude=ORIGIN)
     # A single entry: safetensors writes several in random order, and equal networks must give equal files.
@@ -57,8 +59,9 @@ def load_model(path: Path) -> Network:
         metadata = read_metadata(path)
         model = Model.model_validate({key: metadata[key] for key in Model.model_fields if key not in ORIGIN})
         network = build_network(model, seed=0, image_size=metadata.get("image_size"))
+        set_widths(network.backbone, metadata.get("widths", {}))
         network.backbone.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is damaged or was not written by this project: {reason}") from None
     return network

@@ -48,8 +48,12 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], image_size: int | None = None
+    ) -> None:
         super().__init__()
+        self.image_size = image_size
+        """Height and width of its images, in pixels; None if it is not known."""
         self.backbone = backbone
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -73,7 +77,7 @@ def build_network(model: Model, seed: int, image_size: int | None = None) -> Net
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _build_backbone(model.arch, model.num_classes, image_size)
-    return Network(backbone, model.mean, model.std)
+    return Network(backbone, model.mean, model.std, image_size)
 
 
 def _build_backbone(arch: str, num_classes: int, image_size: int | None) -> nn.Module:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.models.pruning.scores import Scores, backbone_of, maskable
+from pipeline.models.pruning.maskable import backbone_of, maskable
+from pipeline.models.pruning.scores import Scores
 from pipeline.recipe.sparsity import BatchNormMode
 
 NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)

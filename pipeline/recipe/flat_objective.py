@@ -38,7 +38,7 @@ ADDED: dict[str, Any] = {"label_smoothing": 0.0}
 ADDED_TO_PHASES: dict[str, Any] = {"ema_epochs": None}
 """The same of phases."""
 ADDED_TO_SECTIONS: dict[str, dict[str, Any]] = {
-    "sparsity": {"tune": None, "structure": "unstructured"},
+    "sparsity": {"tune": None, "structure": "unstructured", "round_to": 1},
     "model": {"weights_head": "file"},
 }
 """The same of sections of the recipe."""

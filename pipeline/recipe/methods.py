@@ -12,8 +12,11 @@ from pipeline.recipe.fields import Section, name_if_default, section_of_name
 Allocation = Literal["uniform", "erk", "global", "learned", "harp"]
 LEARNED: tuple[Allocation, ...] = ("learned", "harp")
 """Allocations that the prune phase learns: for methods that have one."""
-Structure = Literal["unstructured", "2:4", "1:4", "4:8", "1x4", "4x1", "16x16"]
-"""What of a layer is kept or pruned together: nothing; N of every M inputs; or blocks of outputs x inputs."""
+Structure = Literal["unstructured", "2:4", "1:4", "4:8", "1x4", "4x1", "16x16", "channel"]
+"""What is kept or pruned together: nothing; N of every M inputs; blocks of outputs x inputs; or channels, in all layers
+that share them."""
+OF_CHANNELS: tuple[Allocation, ...] = ("global", "uniform")
+"""Allocations of a budget of multiply-accumulates to groups of channels."""
 MaskSource = Allocation | Literal["binary"]
 """How masks follow from scores: by rank within an allocation; or scores are 1 where a connection is kept, and else 0,
 for methods that choose connections otherwise."""

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.recipe.fields import KeepFraction, Real, Section, canonical_decimal
+from pipeline.recipe.fields import Count, KeepFraction, Real, Section, canonical_decimal
 from pipeline.recipe.methods import (
     FROM_SCRATCH,
     HYDRA,
     LEARNED,
+    OF_CHANNELS,
     PRUNING,
     Allocation,
     Baseline,
@@ -70,7 +71,11 @@ class Sparsity(Section):
     """What of a layer is kept or pruned together. 2:4, 1:4, 4:8: N of every M consecutive input channels stay, those of
     largest importance, so that keep_fractions is N/M, of every layer. 1x4, 4x1, 16x16: blocks of so many outputs times
     inputs, whose importance is the sum over their connections. A layer that the structure does not divide is
-    unstructured, and keeps the same fraction."""
+    unstructured, and keeps the same fraction. channel: channels, each with all that writes or reads it, so that
+    `launch export` removes them; keep_fractions are of the multiply-accumulates, allocated by importance per cost
+    (allocation: global) or as the same fraction of channels everywhere (uniform, which destroys networks)."""
+    round_to: Count = Field(default=1, ge=1)
+    """With structure channel, layers keep a multiple of so many channels, or all; 8 suits most processors."""
     score_init: ScoreInit = "scaled"
     """Initial scores of the prune phase: scaled weights (the paper), or random."""
     score_weight_decay: Real | None = Field(default=None, ge=0)
@@ -146,6 +151,27 @@ class Sparsity(Section):
                 raise ValueError(
                     f"{start}: {method.name} exchanges connections of a whole layer, which would not stay "
                     f"{structure}; give it a structure of blocks, or unstructured"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _channels_have_a_budget_of_their_own(self) -> Sparsity:
+        if self.round_to > 1 and "channel" not in self.structures:
+            raise ValueError(f"round_to {self.round_to} is of structure channel alone, which no method has; remove it")
+        for method in (HYDRA, *self.baselines):
+            if (method.structure or self.structure) != "channel":
+                continue
+            allocation, start = method.allocation or self.allocation, "" if method == HYDRA else "baselines: "
+            start += f"{method.label} has structure channel"
+            if allocation not in OF_CHANNELS:
+                raise ValueError(
+                    f"{start}, whose budget is of multiply-accumulates, and allocation {allocation} shares connections "
+                    "among layers; use allocation global, or uniform"
+                )
+            if method.name in FROM_SCRATCH:
+                raise ValueError(
+                    f"{start}: {method.name} exchanges connections within a layer, and a channel is of several layers; "
+                    "give it a structure of blocks, or unstructured"
                 )
         return self
 

@@ -79,6 +79,8 @@ class Stage:
     keep_fraction: Decimal | None = None
     allocation: Allocation = "uniform"
     structure: Structure = "unstructured"
+    round_to: int = 1
+    """Of structure channel; see `sparsity.round_to`."""
     starts_from: str | None = None
     """Stage whose selected checkpoint this one starts from."""
     scores_from: ScoresFrom = "none"
@@ -210,7 +212,7 @@ def _sparse(recipe: Recipe, keep: Decimal, method: Method) -> list[Stage]:
     pruned = dense + phases.prune.epochs
     folder = f"keep-{canonical_decimal(keep)}"
     common: dict[str, Any] = {"keep_fraction": keep, "allocation": method.allocation or sparsity.allocation}
-    common["structure"] = method.structure or sparsity.structure
+    common |= {"structure": method.structure or sparsity.structure, "round_to": sparsity.round_to}
     if method.name in DYNAMIC and common["allocation"] in LEARNED:
         common["allocation"] = "uniform"  # from which learned shares start
     if method.name in PRUNING:

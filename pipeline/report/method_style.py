@@ -55,6 +55,7 @@ _CORNERS: dict[Structure, list[complex]] = {
     "1x4": _box(1.0, 0.35),
     "4x1": _box(0.35, 1.0),
     "16x16": _star(4, 1.0),
+    "channel": _star(5, 0.45),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.data.loading.loader import Batch
 from pipeline.distributed import Group
-from pipeline.models.pruning.scores import maskable
+from pipeline.models.pruning.maskable import maskable
 from pipeline.robustness.noise import device_keys
 from pipeline.robustness.objectives import Autocast, Objective, ObjectiveInput
 from pipeline.robustness.objectives.base import craft_forward

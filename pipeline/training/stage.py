@@ -145,11 +145,13 @@ class StageTrainer:
         for key, growth in recipe.growing.items():
             check_size(recipe.model, size, growth.smallest, f"{key}.smallest")
             check_micro_batch(recipe.model, size, growth.smallest, images)
-        check_structures(network, recipe.sparsity.structures)
+        sparsity = recipe.sparsity
+        check_structures(network, sparsity.structures, sparsity.keep_fractions, sparsity.round_to)
         if step := group.broadcast(own.progress.step if own else 0):
             own = own or checkpoint.read_checkpoint(checkpoint.folder_of(self._folder, step))
             keep, source = stage.keep_fraction, stage.mask_source
-            scores = None if keep is None else Scores.attach(network, keep, source, zero, stage.structure)
+            structure = stage.structure, stage.round_to
+            scores = None if keep is None else Scores.attach(network, keep, source, zero, *structure)
         else:
             scores = load_start(context, stage, network)
         network_state, drift, penalty = restored(NetworkState(network, scores), own), None, None

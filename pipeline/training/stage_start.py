@@ -40,19 +40,19 @@ def load_start(context: RunContext, stage: Stage, network: Network) -> Scores | 
         return None
     if stage.starts_from is None:
         init = score_init(context, stage, network)
-        return Scores.attach(network, stage.keep_fraction, stage.mask_source, init, stage.structure)
+        return Scores.attach(network, stage.keep_fraction, stage.mask_source, init, stage.structure, stage.round_to)
     source = context.run_folder / stage.starts_from
     snapshot = checkpoint.read_checkpoint(
         checkpoint.folder_of(source, StageResult.read(StageFolder(source).result).selected_step or 0)
     )
     tensors = overlaid(snapshot.model, snapshot.train_state)
     if stage.scores_from == "source":
-        scores = Scores.attach(network, stage.keep_fraction, stage.mask_source, zero, stage.structure)
+        scores = Scores.attach(network, stage.keep_fraction, stage.mask_source, zero, stage.structure, stage.round_to)
         load_state(network, tensors, scores)
         return scores
     load_state(network, tensors)
     init = score_init(context, stage, network)
-    return Scores.attach(network, stage.keep_fraction, stage.mask_source, init, stage.structure)
+    return Scores.attach(network, stage.keep_fraction, stage.mask_source, init, stage.structure, stage.round_to)
 
 
 def score_init(context: RunContext, stage: Stage, network: Network) -> FirstScore:

@@ -75,7 +75,8 @@ def trained_network(recipe: Recipe, folder: Path, stage: Stage) -> Network | Non
         return None
     network = build_network(recipe.model, recipe.seed, recipe.data.image_size)
     keep = stage.keep_fraction
-    scores = None if keep is None else Scores.attach(network, keep, stage.mask_source, zero, stage.structure)
+    structure = stage.structure, stage.round_to
+    scores = None if keep is None else Scores.attach(network, keep, stage.mask_source, zero, *structure)
     load_state(network, overlaid(snapshot.model, snapshot.train_state), scores)
     return network
 

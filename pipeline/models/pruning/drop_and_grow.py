@@ -9,8 +9,8 @@ from decimal import Decimal
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.pruning.maskable import maskable
 from pipeline.models.pruning.score_init import FirstScore
-from pipeline.models.pruning.scores import maskable
 from pipeline.models.pruning.structure import build_structure
 from pipeline.models.pruning.topk import topk_mask
 from pipeline.recipe.methods import Allocation

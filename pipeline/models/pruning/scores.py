@@ -17,7 +17,10 @@ from torch.nn.utils import parametrize
 
 from pipeline.models.network import Network
 from pipeline.models.pruning.allocation import MaskRule, binary_masks, total_kept
+from pipeline.models.pruning.channel_structure import CoupledChannels
+from pipeline.models.pruning.channels import find_channels
 from pipeline.models.pruning.harp import BudgetPenalty, first_k, floor_of
+from pipeline.models.pruning.maskable import maskable, original_weight
 from pipeline.models.pruning.masked_weight import Masked, parametrization_of
 from pipeline.models.pruning.score_init import FirstScore, scaled
 from pipeline.models.pruning.structure import Structure, build_structure
@@ -25,48 +28,31 @@ from pipeline.models.pruning.topk import masks_sha256
 from pipeline.recipe.methods import LEARNED, MaskSource
 from pipeline.recipe.methods import Structure as StructureName
 
-MASKABLE = (nn.Conv2d, nn.Linear)
+
+def structure_of(network: nn.Module, name: StructureName, round_to: int = 1) -> Structure:
+    """The structure `name` on the layers of a network, which has no scores yet and, for channels, an image_size."""
+    shapes = {weight: original_weight(layer).shape for weight, layer in maskable(network).items()}
+    if name != "channel":
+        return build_structure(name, shapes)
+    size = network.image_size if isinstance(network, Network) else None
+    assert size is not None, "build_network with image_size"
+    return CoupledChannels(shapes, find_channels(network, size), round_to)
 
 
-def backbone_of(network: nn.Module) -> nn.Module:
-    """The module whose parameter names are the plain names."""
-    return network.backbone if isinstance(network, Network) else network
-
-
-def maskable(network: nn.Module) -> dict[str, nn.Module]:
-    """Plain weight name -> layer, for every Conv2d and Linear; a layer registered under two names appears once.
-
-    Errors: ValueError if two layers share one weight tensor, which can have only one mask.
-    """
-    layers: dict[str, nn.Module] = {}
-    owner: dict[int, str] = {}
-    for prefix, module in backbone_of(network).named_modules():
-        if isinstance(module, MASKABLE):
-            name = f"{prefix}.weight" if prefix else "weight"
-            tensor = _original(module)
-            if id(tensor) in owner:
-                raise ValueError(f"{owner[id(tensor)]} and {name} share one tensor; untie them before pruning")
-            owner[id(tensor)] = name
-            layers[name] = module
-    return layers
-
-
-def check_structures(network: nn.Module, structures: Iterable[StructureName]) -> None:
-    """Errors: ValueError naming a structure that no layer of the network has."""
-    shapes = {name: _original(layer).shape for name, layer in maskable(network).items()}
-    for structure in structures:
-        if not build_structure(structure, shapes).shapes:
+def check_structures(
+    network: nn.Module, structures: Iterable[StructureName], keep_fractions: Iterable[Decimal] = (), round_to: int = 1
+) -> None:
+    """Errors: ValueError naming a structure that no layer of the network has, or a keep_fraction below the smallest
+    network that it leaves."""
+    for name in structures:
+        structure = structure_of(network, name, round_to)
+        if not structure.shapes:
             raise ValueError(
-                f"sparsity: structure {structure} divides no Conv2d and no Linear of the network; use a smaller one or "
+                f"sparsity: structure {name} divides no Conv2d and no Linear of the network; use a smaller one or "
                 "unstructured"
             )
-
-
-def _original(layer: nn.Module) -> Tensor:
-    """The weight before its mask."""
-    if parametrization_of(layer) is None:
-        return layer.weight  # pyright: ignore[reportReturnType]
-    return layer.parametrizations["weight"].original  # pyright: ignore
+        for keep in keep_fractions:
+            structure.check_budget(keep)
 
 
 def _first_rates(
@@ -109,13 +95,14 @@ class Scores:
         source: MaskSource = "uniform",
         init: FirstScore = scaled,
         structure: StructureName = "unstructured",
+        round_to: int = 1,
     ) -> Scores:
         """Add scores, initialised by `init`, and their mask to every maskable weight.
 
         `source` divides the budget among layers: the same fraction of each (the paper), ERK, global ranking of all
         scores, global ranking with one learned rate per layer, or HARP's learned shares. Or scores are binary, and are
-        the masks. `structure` says which connections are kept or pruned together. Use `score_init.zero` if scores are
-        loaded next.
+        the masks. `structure` says which connections are kept or pruned together; `round_to` is of channels. Use
+        `score_init.zero` if scores are loaded next.
         Errors: ValueError if there is nothing to mask or scores are already attached, and those of `init`.
         """
         layers = maskable(network)
@@ -123,16 +110,16 @@ class Scores:
             raise ValueError("the network has no Conv2d and no Linear, so there is nothing to prune")
         if any(parametrization_of(layer) for layer in layers.values()):
             raise ValueError("the network already has scores; attach them once")
+        own_structure = structure_of(network, structure, round_to)
         masked: dict[str, Masked] = {}
         floor = floor_of(keep_fraction) if source == "harp" else None
-        built = build_structure(structure, {name: _original(layer).shape for name, layer in layers.items()})
         for name, layer in layers.items():
-            score = init(name, _original(layer))
-            rates = _first_rates({name: score}, keep_fraction, source, built)
+            score = init(name, original_weight(layer))
+            rates = _first_rates({name: score}, keep_fraction, source, own_structure)
             masked[name] = Masked(score, rates.get(name), floor)
             masked[name].train(layer.training)
             parametrize.register_parametrization(layer, "weight", masked[name])
-        scores = cls(layers, masked, keep_fraction, source, built)
+        scores = cls(layers, masked, keep_fraction, source, own_structure)
         scores.refresh()
         return scores
 
@@ -154,8 +141,11 @@ class Scores:
         return {name: entry.rate for name, entry in self._masked.items() if entry.rate is not None}
 
     def follow_shares(self) -> BudgetPenalty | None:
-        """For a phase that trains scores: from the next refresh on, HARP's masks have the layers' shares, whatever
-        their total; the penalty draws it to the budget. None with other allocations, whose total is always exact."""
+        """For a phase that trains scores: from the next refresh on, removed channels are not read, but computed, and
+        HARP's masks have the layers' shares, whatever their total; the penalty draws it to the budget. None with other
+        allocations, whose total is always exact."""
+        if self.source != "binary" and isinstance(self.structure, CoupledChannels):
+            self._rule = self.structure.mask_rule(self._keep_fraction, self.source, exact=False)
         if self.source != "harp":
             return None
         units = self.structure.unit_shapes
@@ -215,7 +205,7 @@ class Scores:
 
     def weights(self) -> dict[str, Tensor]:
         """Plain weight name -> the live weight before its mask."""
-        return {name: _original(layer).detach() for name, layer in self._layers.items()}
+        return {name: original_weight(layer).detach() for name, layer in self._layers.items()}
 
     def masks(self) -> dict[str, Tensor]:
         """Plain weight name -> its live bool mask."""
@@ -227,7 +217,7 @@ class Scores:
 
         Errors: those of `init`.
         """
-        scores = {name: init(name, _original(layer)) for name, layer in self._layers.items()}
+        scores = {name: init(name, original_weight(layer)) for name, layer in self._layers.items()}
         return self._rule(scores, _first_rates(scores, self._keep_fraction, self.source, self.structure))
 
     def mask_sha256(self) -> str:

@@ -47,6 +47,9 @@ class Structure:
             parts[tuple(self.others)] = mask_rule(self.others, keep_fraction, "uniform")
         return next(iter(parts.values())) if len(parts) == 1 else partial(_join, parts)
 
+    def check_budget(self, keep_fraction: Decimal | Fraction) -> None:
+        """Errors: ValueError if no network of the structure is as small as that."""
+
     def _own_rule(self, keep_fraction: Decimal | Fraction, allocation: Allocation, exact: bool) -> MaskRule:
         """The rule of the layers that have the structure."""
         return mask_rule(self.shapes, keep_fraction, allocation, exact=exact)

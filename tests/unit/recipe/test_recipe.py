@@ -216,6 +216,17 @@ def test_a_keep_fraction_has_one_spelling(spelling: str) -> None:
             "hydra-1x4 is the recipe's own method, which is always trained; give it another allocation than "
             "sparsity.allocation or another structure than sparsity.structure, or remove it",
         ),
+        (
+            ["sparsity.structure=channel", "sparsity.allocation=harp"],
+            "hydra has structure channel, whose budget is of multiply-accumulates, and allocation harp shares "
+            "connections among layers; use allocation global, or uniform",
+        ),
+        (
+            ["sparsity.structure=channel", "sparsity.baselines=[flying_bird]"],
+            "baselines: flying_bird has structure channel: flying_bird exchanges connections within a layer, and a "
+            "channel is of several layers; give it a structure of blocks, or unstructured",
+        ),
+        (["sparsity.round_to=8"], "round_to 8 is of structure channel alone, which no method has; remove it"),
         (["threat_model.eps=4"], "eps 4 lets every pixel take any value; pixels are in [0, 1]: write 4/255, not 4"),
         (["threat_model.eps=0"], "eps 0 must be positive; use objective={name: clean}"),
         (["threat_model.eps=1/0"], "threat_model.eps = '1/0': expected a number or a fraction such as 4/255"),

@@ -83,7 +83,9 @@ def test_allocations_and_structures_have_the_colour_and_line_of_their_method_and
         if style.mark:
             MarkerStyle(style.mark)  # it is one
     assert len({(style.mark, style.dashes) for style in METHODS.values()}) == len(METHODS), "distinct in greyscale"
-    assert len({css_name(name) for name in METHODS}) == len(METHODS) == 1 + 8 * 6 * 8
+    assert len({css_name(name) for name in METHODS}) == len(METHODS) == 2 + 8 * 6 * 9, (
+        "dense, and files of an unknown method"
+    )
 
 
 def test_png_and_page_share_colours_markers_and_lines(run: RunResult) -> None:
