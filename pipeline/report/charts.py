@@ -36,6 +36,7 @@ from pipeline.report.results import (
     RunResult,
     accuracies,
     attack_text,
+    budget_unit,
     claim,
     pruned_text,
 )
@@ -109,7 +110,7 @@ def accuracy_chart(
     def paint(axes: Axes) -> None:
         axes.set_xlim(position[keeps[0]] - 0.2 * span, position[keeps[-1]] + 0.2 * span)
         axes.set_xticks([position[keep] for keep in keeps], [pruned_text(keep) for keep in keeps])
-        axes.set_xlabel("connections pruned (log scale in the kept fraction)")
+        axes.set_xlabel(f"{budget_unit(runs)} pruned (log scale in the kept fraction)")
         for name in names:
             plot_line(axes, name, [m.x for m in means[name].values()], [m.y for m in means[name].values()])
             plot_marks(axes, name, marks[name], faint=len(runs) > 1)
@@ -152,7 +153,7 @@ def difference_chart(differences: Sequence[Difference], runs: list[RunResult]) -
     def paint(axes: Axes) -> None:
         axes.set_xlim(-0.6, len(words) - 0.4)
         axes.set_xticks([fmean(places) for places in groups.values()], [pruned_text(keep) for keep in groups])
-        axes.set_xlabel("connections pruned")
+        axes.set_xlabel(f"{budget_unit(runs)} pruned")
         axes.axhline(0, color=SOFT, linewidth=1)
         for places in groups.values():
             if places[0] > 0:

@@ -7,7 +7,7 @@ from decimal import Decimal
 from statistics import fmean
 
 from pipeline.evaluation.statistics import McNemar, paired_interval
-from pipeline.report.results import Comparisons, RunResult, accuracies, claim, p_text, pruned_text
+from pipeline.report.results import Comparisons, RunResult, accuracies, budget_unit, claim, p_text, pruned_text
 
 SIGNIFICANT = 0.05
 """A difference is significant if McNemar's p is below this level, and within noise otherwise."""
@@ -67,7 +67,7 @@ def headline(runs: list[RunResult], rows: list[Difference]) -> str:
         return "No pruned network is evaluated yet."
     keep = min(keeps)
     values = [100 * accuracy["value"] for accuracy in accuracies(runs, "HYDRA", keep, "robust")]
-    start = f"With {pruned_text(keep)} of its connections pruned, HYDRA has {fmean(values):.1f} % "
+    start = f"With {pruned_text(keep)} of its {budget_unit(runs)} pruned, HYDRA has {fmean(values):.1f} % "
     start += f"{claim(runs)} accuracy"
     if len(values) == 1:
         (accuracy,) = accuracies(runs, "HYDRA", keep, "robust")

@@ -172,6 +172,11 @@ def claim(runs: list[RunResult]) -> str:
     return next(iter(attacks & {"certified", "verified"}), "robust")
 
 
+def budget_unit(runs: list[RunResult]) -> str:
+    """What keep fractions are fractions of: connections, or multiply-accumulates where channels are pruned."""
+    return "multiply-accumulates" if runs[0].recipe.sparsity.structure == "channel" else "connections"
+
+
 def honesty_checks(network: NetworkResult) -> list[dict[str, str]]:
     """name, verdict (pass or warn), figure and meaning of each check; empty if the checks are of another model.
 

@@ -22,7 +22,7 @@ from pipeline.report.comparison import within_noise
 from pipeline.report.examples import RunExamples, examples_of
 from pipeline.report.extra_evaluations import extra_rows
 from pipeline.report.pictures import amplified, captions, pixels_of
-from pipeline.report.results import NetworkResult, RunResult, compare_all, honesty_checks, read_runs
+from pipeline.report.results import NetworkResult, RunResult, budget_unit, compare_all, honesty_checks, read_runs
 from pipeline.report.size_and_speed import size_and_speed_rows
 from pipeline.report.tuning import count_passes, tuning_columns
 from pipeline.run.files import atomic_write_text, make_folder, read_whole
@@ -136,7 +136,7 @@ def _log_tables(wandb_run: wandb.Run, run: RunResult, tables: Mapping[str, Rows]
                 lines.setdefault(f"{network.name}, {kind}", []).append(point)
     xs, ys = ([[point[axis] for point in sorted(points)] for points in lines.values()] for axis in (0, 1))
     title = "Clean and robust accuracy, %, per sparsity"
-    chart = wandb.plot.line_series(xs, ys, list(lines), title, "connections pruned, %")
+    chart = wandb.plot.line_series(xs, ys, list(lines), title, f"{budget_unit([run])} pruned, %")
     wandb_tables = {
         name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         for name, rows in tables.items()

@@ -738,3 +738,6 @@ def test_large_images_are_compressed() -> None:
 def test_headline_is_about_the_sparsest_evaluated_network(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "half", stages=["pretrain", "keep-0.1/finetune"])])
     assert headline(runs, []).startswith("With 90 % of its connections pruned")
+    sparsity = runs[0].recipe.sparsity.model_copy(update={"structure": "channel"})
+    of_channels = replace(runs[0], recipe=runs[0].recipe.model_copy(update={"sparsity": sparsity}))
+    assert headline([of_channels], []).startswith("With 90 % of its multiply-accumulates pruned")
