@@ -167,6 +167,8 @@ def shipped(data: Path, path: Path) -> Recipe:
         if getattr(recipe.phases, phase) is not None:
             # Their learning rates are for large batches: four images at 0.4 make a network's gradients overflow.
             chosen += [f"phases.{phase}.{key}" for key in ("epochs=1", "warmup_epochs=0", "lr=0.01", "resolution=null")]
+    if recipe.phases.pretrain is None:  # tests/distributed/test_imported_run.py has a dense network from a file
+        chosen += ["model.weights=null", "phases.pretrain={epochs: 1, lr: 0.01}"]
     if isinstance(recipe.objective, MultiStep) and recipe.objective.steps > 2:
         chosen.append("objective.steps=2")
     return load_recipe(path, chosen)
