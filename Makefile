@@ -6,7 +6,7 @@ PY := .venv/bin/python
 help:
 	@echo 'Small neural networks that are robust to adversarial examples.'
 	@echo
-	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections, and the chart'
+	@echo '  make demo    a robust network on real images, pruned to 10 % and 1 % of its connections; the chart; small files'
 	@echo '  make check   after every change: lint, and types and quick unit tests of what changed'
 	@echo '  make test    every test'
 	@echo '  make lint    ruff (lint and format), import contracts, spelling, white space; basedpyright (types)'
@@ -27,11 +27,14 @@ help:
 setup:
 	@.ci/setup.sh
 
-# A second call has the data and the finished run, and only draws the report again; an interrupted run resumes.
+# A second call has the data, the finished run and its measurements, and draws the report again; an interrupted run resumes.
 demo: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
 	$(PY) -m launch run recipes/fashion_mnist.yaml --name demo
+	@test -f runs/demo/benchmark.json || $(PY) -m launch benchmark demo --keep 0.01
 	$(PY) -m launch report runs/demo
+	@echo 'The network with 1 % of its connections as files for other programs, before and after, and the int8 file under attack:'
+	$(PY) -m launch export demo --keep 0.01 --attack reduced --images 200
 	@echo 'The charts, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
 
 check: setup

@@ -12,6 +12,7 @@ from launch.exit_codes import print_error
 from pipeline.data.loading.prefetch import LoaderError
 from pipeline.deployment.formats import FORMATS, STRENGTHS, Format
 from pipeline.report.text_table import text_table
+from pipeline.run.layout import StageFolder
 from pipeline.run.printable import printable_line
 from pipeline.run.provenance import load_run_recipe
 
@@ -77,7 +78,7 @@ def _write_files(arguments: argparse.Namespace) -> None:
     path = Path(arguments.target)
     target = path if path.suffix == ".safetensors" else run_folder.find_run(arguments.target)
     network = load_network(target, arguments.keep, method=arguments.method)
-    folder = arguments.out or network.file.parent / "export"
+    folder = arguments.out or StageFolder(network.file.parent).export
     formats: tuple[Format, ...] = tuple(name for name in FORMATS if name in arguments.format)
     recipe = load_run_recipe(network.run) if network.run else None
     if arguments.attack:

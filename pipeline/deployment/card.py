@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from pydantic import computed_field
 
 from pipeline.deployment.attack_result import FileAttackResult
-from pipeline.deployment.formats import CARD, FILES, Format
+from pipeline.deployment.formats import FILES, Format
 from pipeline.evaluation.result import Accuracy, HonestySummary
 from pipeline.run.files import atomic_write_json
+from pipeline.run.layout import CARD
 from pipeline.run.records import Count, Record
 
 

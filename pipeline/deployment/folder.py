@@ -14,7 +14,7 @@ from pipeline.deployment.calibration import calibration_batches
 from pipeline.deployment.card import Card, ExportedFile, write_card
 from pipeline.deployment.check_images import write_check_images
 from pipeline.deployment.description import describe
-from pipeline.deployment.formats import CARD, CHECK_IMAGES, COMPRESSION, FILES, MODEL_CARD, VERDICTS, Format
+from pipeline.deployment.formats import CHECK_IMAGES, COMPRESSION, FILES, VERDICTS, Format
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.model_card import model_card
 from pipeline.deployment.onnx_file import write_onnx
@@ -27,6 +27,7 @@ from pipeline.evaluation.load import LoadedNetwork
 from pipeline.evaluation.measures.base import Verdicts
 from pipeline.recipe.schema import Recipe
 from pipeline.run.files import atomic_write_text, make_folder, replacing, sha256_of
+from pipeline.run.layout import CARD, MODEL_CARD
 
 SMALLER = "model.safetensors"
 """The network without its pruned channels, which `pipeline.load` reads."""

@@ -10,7 +10,6 @@ FILES: dict[Format, str] = {"onnx": "model.onnx", "onnx-int8": "model-int8.onnx"
 """Format -> name of its file."""
 COMPRESSION = 9
 """Level of gzip."""
-CARD, MODEL_CARD = "card.json", "README.md"
 CHECK_IMAGES = "check.npz"
 """Images, and the logits of the network and of every file for them."""
 VERDICTS = "verdicts.parquet"

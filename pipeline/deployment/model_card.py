@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 from pipeline.deployment.card import Card
-from pipeline.deployment.formats import CARD, CHECK_IMAGES, FILES, VERDICTS, Format
+from pipeline.deployment.formats import CHECK_IMAGES, FILES, VERDICTS, Format
 from pipeline.evaluation.result import Accuracy
+from pipeline.run.layout import CARD
 from pipeline.run.printable import printable_line
 
 TITLES: dict[Format, str] = {"onnx": "ONNX, float32", "onnx-int8": "ONNX, int8", "torch": "torch.export program"}

@@ -19,11 +19,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from pipeline.deployment.attack_result import COLUMNS, SAME_LOGITS, attack_result
 from pipeline.deployment.card import Card, ExportedFile
 from pipeline.deployment.check_images import NETWORK, as_input, read_check_images
-from pipeline.deployment.formats import CARD, CHECK_IMAGES, VERDICTS
+from pipeline.deployment.formats import CHECK_IMAGES, VERDICTS
 from pipeline.deployment.onnx_file import logits_of
 from pipeline.evaluation.chunks import read_verdicts
 from pipeline.models.export import METADATA_KEY
 from pipeline.run.files import sha256_of
+from pipeline.run.layout import CARD
 
 FLOAT_TOLERANCE = 1e-4
 """Largest difference of a float32 file's logits from the network's, as a share of the image's largest |logit|."""

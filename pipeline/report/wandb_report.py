@@ -25,10 +25,10 @@ from pipeline.report.pictures import amplified, captions, pixels_of
 from pipeline.report.results import NetworkResult, RunResult, budget_unit, compare_all, honesty_checks, read_runs
 from pipeline.report.size_and_speed import size_and_speed_rows
 from pipeline.report.tuning import count_passes, tuning_columns
-from pipeline.run.files import atomic_write_text, make_folder, read_whole
-from pipeline.run.layout import RunFolder
+from pipeline.run.files import atomic_write_text, make_folder, read_whole, sha256_of
+from pipeline.run.layout import CARD, MODEL_CARD, RunFolder, StageFolder
 from pipeline.run.provenance import config_of
-from pipeline.run.tracking.wandb_ids import forget_run
+from pipeline.run.tracking.wandb_ids import artifact_of, forget_run
 from pipeline.run.tracking.wandb_mirror import Label, Mirror, choose_mode
 from pipeline.run.tracking.wandb_mode import asked_mode
 
@@ -55,7 +55,8 @@ def log_report(run_folder: Path, alone: bool) -> None:
     folder, name = RunFolder(run_folder).report, run_folder.name
     make_folder(folder)
     rows, tables, digest_file, page = accuracy_rows(run), report_tables(run), folder / "wandb" / "said", folder / PAGE
-    numbers = _digest(json.dumps([rows, tables]))
+    exports = _exports(run)
+    numbers = _digest(json.dumps([rows, tables, *(sha256_of(folder / CARD) for folder in exports.values())]))
     page_digest = _digest(page.read_text(encoding="utf-8")) if alone else ""
     last_digests = read_whole(digest_file).decode(errors="replace").splitlines() if digest_file.exists() else []
     if last_digests[:1] == [numbers] and page_digest in ("", *last_digests[1:]):
@@ -73,10 +74,22 @@ def log_report(run_folder: Path, alone: bool) -> None:
     if alone:
         mirror.do("the page", lambda wandb_run: _log_page(wandb_run, page))
         mirror.produces(f"{name}-report", "report", sorted(path for path in folder.iterdir() if path.is_file()), {})
+    for stage, exported in exports.items():
+        files = sorted(path for path in exported.iterdir() if path.is_file() and not path.is_symlink())
+        text = read_whole(exported / MODEL_CARD).decode(errors="replace")
+        mirror.produces(f"{artifact_of(run_folder, stage)}-export", "model", files, {}, text)
     if mirror.finish():
         atomic_write_text(digest_file, f"{numbers}\n{page_digest}\n")
         for path in old_folders:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _exports(run: RunResult) -> dict[str, Path]:
+    """Stage -> folder of its network's exported files, where `launch export` has written them with their cards."""
+    folders = {network.stage: StageFolder(network.folder).export for network in run.networks}
+    return {
+        stage: folder for stage, folder in folders.items() if all((folder / n).is_file() for n in (CARD, MODEL_CARD))
+    }
 
 
 def accuracy_rows(run: RunResult) -> Rows:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pipeline.recipe.stages import Stage
 
+CARD, MODEL_CARD = "card.json", "README.md"
+"""In an exported folder: what it holds, as data and as a model card."""
 HONESTY = "honesty checks"
 """The name of the honesty checks in `evaluation_progress`."""
 
@@ -63,6 +65,11 @@ class StageFolder:
     def network(self) -> Path:
         """The exported network."""
         return self.path / "model.safetensors"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the network's files for other programs, with their card."""
+        return self.path / "export"
 
     @property
     def result(self) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.result import KINDS, EvaluationResult
@@ -14,6 +13,7 @@ from pipeline.run.provenance import config_of
 from pipeline.run.records import StageResult
 from pipeline.run.stop import StopRequested
 from pipeline.run.tracking.metrics import Tracker
+from pipeline.run.tracking.wandb_ids import artifact_of
 from pipeline.training.context import RunContext
 from pipeline.training.hardware import hardware_of
 from pipeline.training.non_finite import NonFinite
@@ -104,8 +104,3 @@ def summary_of(stage: Stage, label: str, evaluation: EvaluationResult) -> dict[s
         interval = {"low": accuracy.low, "high": accuracy.high}
         headline |= {f"{kind}_accuracy": accuracy.value, f"{kind}_interval": interval}
     return {"test": evaluation.to_json()} | headline
-
-
-def artifact_of(run: Path, stage: str) -> str:
-    """Name of the wandb artifact of a stage's network."""
-    return f"{run.name}-{stage.replace('/', '-')}"

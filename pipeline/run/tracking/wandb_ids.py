@@ -18,6 +18,11 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """An id; anything else in its file is damage, and a new one is made."""
 
 
+def artifact_of(run: Path, stage: str) -> str:
+    """Name of the wandb artifact of a stage's network."""
+    return f"{run.name}-{stage.replace('/', '-')}"
+
+
 def forget_run(folder: Path, rows: str | None = None) -> None:
     """Make the next start in `folder` a new wandb run, unless the last one was started with these `rows`.
 

@@ -106,8 +106,11 @@ class Mirror:
 
         self.do(f"the lineage from {artifact}", use)
 
-    def produces(self, artifact: str, kind: str, files: list[Path], metadata: Mapping[str, Any]) -> None:
-        """Log immutable files as an artifact. Online only: offline they are in the run directory anyway."""
+    def produces(
+        self, artifact: str, kind: str, files: list[Path], metadata: Mapping[str, Any], description: str | None = None
+    ) -> None:
+        """Log immutable files as an artifact, described in Markdown. Online only: offline they are in the run directory
+        anyway."""
         copy = dict(metadata)
 
         def log(run: wandb.Run) -> None:
@@ -115,7 +118,7 @@ class Mirror:
                 return
             import wandb
 
-            logged = wandb.Artifact(artifact, kind, metadata=copy)
+            logged = wandb.Artifact(artifact, kind, description, copy)
             for path in files:
                 logged.add_file(str(path), policy="immutable")
             run.log_artifact(logged)

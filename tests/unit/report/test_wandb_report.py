@@ -154,6 +154,33 @@ def test_examples_are_pictures_with_captions(finished: Path) -> None:
         assert np.array_equal(np.sign(np.where(perturbation == 128, 0, perturbation - 127.5)), sign)
 
 
+def test_exported_files_are_an_artifact_that_their_card_describes(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those without a card are not finished; a new card is a new run. Links are not followed."""
+    made: list[tuple[str, list[str], str | None]] = []
+
+    def produces(
+        _: object, artifact: str, kind: str, files: list[Path], metadata: object, description: str | None = None
+    ) -> None:
+        if kind == "model":
+            made.append((artifact, [path.name for path in files], description))
+
+    monkeypatch.setattr(wandb_report.Mirror, "produces", produces)
+    export = finished / "keep-0.1" / "finetune" / "export"
+    export.mkdir()
+    (export / "model.onnx").write_bytes(b"")
+    (export / "README.md").write_text("# A card")
+    (export / "secret").symlink_to(finished / "recipe.yaml")
+    log_report(finished, alone=False)
+    assert made == []
+    for card in ("{}", "{ }", "{ }"):
+        (export / "card.json").write_text(card)
+        log_report(finished, alone=False)
+    files = ["README.md", "card.json", "model.onnx"]
+    assert made == 2 * [("demo-keep-0.1-finetune-export", files, "# A card")]
+
+
 def test_a_changed_report_is_a_new_run(finished: Path) -> None:
     log_report(finished, alone=True)
     first = logged(finished)

@@ -87,11 +87,12 @@ def test_online_a_network_is_an_artifact_with_its_lineage(
     mirrored = start(tmp_path)
     mirrored.uses("demo-pretrain")
     mirrored.uses("demo-not-uploaded-yet")
-    mirrored.produces("demo-keep-0.1-prune", "model", [network], {"sparsity": 0.9})
+    mirrored.produces("demo-keep-0.1-prune", "model", [network], {"sparsity": 0.9}, "# A card")
     assert mirrored.finish()
     assert run.used == ["demo-pretrain:latest"]
     (artifact,) = run.logged
     assert (artifact.name, artifact.type, artifact.metadata) == ("demo-keep-0.1-prune", "model", {"sparsity": 0.9})
+    assert artifact.description == "# A card"
     (entry,) = artifact.manifest.entries.values()
     assert (entry.path, entry.size, entry.local_path) == ("model.safetensors", 7, str(network))
     (message,) = warnings_in(caplog)
