@@ -27,13 +27,12 @@ help:
 setup:
 	@.ci/setup.sh
 
-# A second call has the data, the finished run and its measurements, and draws the report again; an interrupted run resumes.
+# A second call has the data and the finished run, draws the report and exports again; an interrupted run resumes.
 demo: setup
 	$(PY) -m launch data write fashion_mnist --out data/fashion_mnist
 	$(PY) -m launch run recipes/fashion_mnist.yaml --name demo
-	@test -f runs/demo/benchmark.json || $(PY) -m launch benchmark demo --keep 0.01
 	$(PY) -m launch report runs/demo
-	@echo 'The network with 1 % of its connections as files for other programs, before and after, and the int8 file under attack:'
+	@echo 'The network with 1 % of its connections as files for other programs, and its int8 file under attack:'
 	$(PY) -m launch export demo --keep 0.01 --attack reduced --images 200
 	@echo 'The charts, and the page:' && ls runs/demo/report/*.png runs/demo/report/*.html
 

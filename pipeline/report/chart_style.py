@@ -30,6 +30,8 @@ VARIABLES = {method.colour: f"var(--{css_name(name)})" for name, method in OWN.i
 VARIABLES |= {SOFT: "var(--soft)", GRID: "var(--line)", CARD: "var(--card)"}
 """Colour in a drawing -> CSS variable of the page."""
 
+LEGEND_ENTRY, LEGEND_ROW = 1.9, 0.25
+"""Width of a method and height of a row of methods, in inches."""
 HELD_OUT_SCALE = 0.8
 DOT = {"marker": "o", "markersize": 4.0}
 """Marker of the dense network on held-out images; elsewhere it has none."""
@@ -120,7 +122,10 @@ def figure_of(
 ) -> Figure:
     """Lay out charts side by side for a PNG of `height` inches, with a legend of `names`. `shared`: one y axis."""
     with drawing():
-        figure = Figure(figsize=(max(5.0 * len(charts), 8.0), height), layout="constrained")
+        width = max(5.0 * len(charts), 8.0)
+        per_row = int(width / LEGEND_ENTRY)
+        rows = math.ceil(len(names) / per_row)
+        figure = Figure(figsize=(width, height + LEGEND_ROW * max(rows - 1, 0)), layout="constrained")
         panels = figure.subplots(1, len(charts), squeeze=False)[0] if charts else []
         for chart, axes in zip(charts, panels, strict=True):
             chart.draw(axes)
@@ -132,7 +137,7 @@ def figure_of(
         figure.suptitle(heading, fontsize=10)
         if charts:
             keys = [Line2D([], [], **_mark(name) | _line(name)) for name in names]
-            figure.legend(keys, list(names), loc="outside lower center", ncols=len(names))
+            figure.legend(keys, list(names), loc="outside lower center", ncols=min(len(names), per_row))
         return figure
 
 

@@ -42,6 +42,8 @@ from pipeline.report.results import (
 )
 
 NEAR = f", {NOISE} of HYDRA"
+MOST_NUMBERS = 6
+"""Methods whose means are written into the chart; the numbers of more would not stay beside their markers."""
 
 
 def draw_accuracy(
@@ -123,7 +125,7 @@ def accuracy_chart(
         axes.margins(y=0.16)
         axes.autoscale_view(scalex=False)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], 0.0))
-        for keep in keeps:
+        for keep in keeps if len(names) <= MOST_NUMBERS else ():
             _write_means(axes, {name: means[name][keep] for name in names if keep in means[name]})
 
     if majority is not None:

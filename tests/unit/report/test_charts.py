@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from matplotlib.markers import MarkerStyle
 from pipeline.recipe.methods import TITLES, Allocation, Method, Structure
 from pipeline.report.chart_style import Chart, drawing, legend_key, method_colours, plot_line
 from pipeline.report.charts import (
+    MOST_NUMBERS,
     accuracy_chart,
     accuracy_figure,
     certified_charts,
@@ -219,6 +221,26 @@ def test_charts_grow_with_the_number_of_layers(run: RunResult) -> None:
     numbers = [int(t.text or "") for t in root.iter("text") if "text-anchor:end" in t.attrib["style"]]
     assert numbers == list(range(1, 55, 6))
     assert chart.words == "HYDRA keeps 1 % to 54 % of a layer."
+
+
+@pytest.mark.parametrize("count", [3, 16])
+def test_the_legend_of_any_number_of_methods_is_inside_the_picture(run: RunResult, count: int) -> None:
+    """And of more than fit beside their markers, no means are written into the chart."""
+    methods = [Method(name=name, allocation=allocation) for name in TITLES for allocation in (None, "erk")]
+    chosen = [method for method in methods if method.title != "HYDRA"][: count - 2]
+    sparsity = run.recipe.sparsity.model_copy(update={"baselines": tuple(chosen)})
+    networks = [network for network in run.networks if network.name in ("dense", "HYDRA")]
+    networks += [replace(networks[-1], name=method.title) for method in chosen]
+    many = replace(run, recipe=run.recipe.model_copy(update={"sparsity": sparsity}), networks=networks)
+    figure = accuracy_figure([many], {})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == count
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert 0 <= box.y0 < box.y1 <= figure.axes[0].get_window_extent().y0
+    numbers = [text for text in figure.axes[0].texts if text.get_text()]
+    assert (len(numbers) > 1) == (count <= MOST_NUMBERS), "more than the dense network's"
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
