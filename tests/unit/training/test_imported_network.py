@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +26,7 @@ from pipeline.run.records import StageResult
 from pipeline.training.context import RunContext
 from pipeline.training.imported_network import import_network
 from pipeline.training.stage_start import load_start
+from tests.support.killed_writes import kill_at_every_file
 from tests.support.small_recipe import small_recipe
 
 ARCH = "vgg2_bn_cifar"
@@ -135,40 +132,15 @@ def test_what_it_leaves_is_the_file_and_is_read_as_a_trained_stage(imported: Imp
     assert_equal(own, imported.weights)
 
 
-class Killed(BaseException):
-    """The process ends at once."""
-
-
 def test_killed_at_any_file_and_started_again_it_leaves_the_same_files(imported: Imported) -> None:
     imported.make()
-    expected, replace, kills = imported.contents(), os.replace, 0
+    expected, kills = imported.contents(), 0
     assert "result.json" in expected
-    for before in (True, False):  # the file is renamed, or is not
-        for count in range(100):
-            for path in imported.files.path.iterdir():
-                if "lease" not in path.name:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            calls = iter(range(100))
-
-            def killing(
-                source: Any, target: Any, calls: Iterator[int] = calls, count: int = count, before: bool = before
-            ) -> None:
-                dies = next(calls) == count
-                if not (dies and before):
-                    replace(source, target)
-                if dies:
-                    raise Killed
-
-            try:
-                with mock.patch("os.replace", killing):
-                    imported.make()
-            except Killed:
-                kills += 1
-            else:
-                break
-            assert before is False or not imported.files.result.exists(), "the last file"
-            imported.make()
-            assert imported.contents() == expected
+    for before in kill_at_every_file(imported.files.path, imported.make):
+        kills += 1
+        assert before is False or not imported.files.result.exists(), "the last file"
+        imported.make()
+        assert imported.contents() == expected
     assert kills == 2 * 5, "plan, manifest, LATEST, network, result"
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +26,7 @@ from pipeline.run.progress import Progress
 from pipeline.run.records import StageResult
 from pipeline.training.context import RunContext
 from pipeline.training.trials import choose_trial, held_out_robust_accuracy
+from tests.support.killed_writes import kill_at_every_file
 from tests.support.small_recipe import small_recipe
 
 STEP = 40
@@ -144,43 +142,18 @@ def test_nothing_of_the_test_set_decides(tuned: Tuned) -> None:
     assert not (tuned.folder / "evaluate").exists()
 
 
-class Killed(BaseException):
-    """The process ends at once."""
-
-
 @pytest.mark.parametrize("tuned", ["magnitude"], indirect=True)
 def test_killed_at_any_file_and_resumed_it_leaves_the_same_files(tuned: Tuned) -> None:
     tuned.set_accuracies(0.2, 0.5, 0.4)
     tuned.choose()
     expected = tuned.files()
     assert "result.json" in expected
-    replace, kills = os.replace, 0
-    for before in (True, False):  # the file is renamed, or is not
-        for count in range(100):
-            for path in tuned.folder.iterdir():
-                if "lease" not in path.name:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            calls = iter(range(100))
-
-            def killing(
-                source: Any, target: Any, calls: Iterator[int] = calls, count: int = count, before: bool = before
-            ) -> None:
-                dies = next(calls) == count
-                if not (dies and before):
-                    replace(source, target)
-                if dies:
-                    raise Killed
-
-            try:
-                with mock.patch("os.replace", killing):
-                    tuned.choose()
-            except Killed:
-                kills += 1
-            else:
-                break
-            assert before is False or not (tuned.folder / "result.json").exists(), "the last file"
-            tuned.choose()
-            assert tuned.files() == expected
+    kills = 0
+    for before in kill_at_every_file(tuned.folder, tuned.choose):
+        kills += 1
+        assert before is False or not (tuned.folder / "result.json").exists(), "the last file"
+        tuned.choose()
+        assert tuned.files() == expected
     assert kills == 2 * 6, "manifest, LATEST, network, rows, plan, result"
 
 
