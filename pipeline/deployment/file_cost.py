@@ -26,16 +26,8 @@ def onnx_cost(model: onnx.ModelProto, path: Path) -> Cost:
 def _onnx_layers(model: onnx.ModelProto, path: Path) -> Iterator[tuple[int, int, int]]:
     graph = onnx.shape_inference.infer_shapes(model).graph
     shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.output)}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    made_by = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
-            continue
-        source = made_by.get(node.input[1])
-        name = source.input[0] if source is not None and source.op_type in QUANTISED else node.input[1]
-        if name not in constants:
-            continue  # a product of two activations
-        weight = onnx.numpy_helper.to_array(constants[name])
+    for node, tensor in onnx_weights(model):
+        weight = onnx.numpy_helper.to_array(tensor)
         dims = list(shapes.get(node.output[0], ()))
         places = dims[2:] if node.op_type == "Conv" else dims[1:-1]
         if not dims or not all(dim.dim_value for dim in places):
@@ -44,6 +36,22 @@ def _onnx_layers(model: onnx.ModelProto, path: Path) -> Iterator[tuple[int, int,
                 "multiply-accumulates are unknown; give a file for images of one size"
             )
         yield weight.size, int(np.count_nonzero(weight)), math.prod(dim.dim_value for dim in places)
+
+
+def onnx_weights(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, onnx.TensorProto]]:
+    """Convolutions and linear layers with their weights, in float32 or, before their scale, int8.
+
+    A weight that two layers share comes twice; products of two activations have none.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        source = made_by.get(node.input[1])
+        name = source.input[0] if source is not None and source.op_type in QUANTISED else node.input[1]
+        if name in constants:
+            yield node, constants[name]
 
 
 def program_cost(program: torch.export.ExportedProgram) -> Cost:

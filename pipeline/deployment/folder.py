@@ -15,6 +15,7 @@ from pipeline.deployment.card import Card, ExportedFile, write_card
 from pipeline.deployment.check_images import write_check_images
 from pipeline.deployment.description import describe
 from pipeline.deployment.formats import CHECK_IMAGES, COMPRESSION, FILES, VERDICTS, Format
+from pipeline.deployment.image_size import image_size_of
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.model_card import model_card
 from pipeline.deployment.onnx_file import write_onnx
@@ -46,9 +47,7 @@ def export_network(network: LoadedNetwork, recipe: Recipe | None, formats: tuple
             f"{network.file} is not inside a run, whose held-out images would choose the ranges of int8; export the "
             "run, or use --format onnx torch"
         )
-    size = network.metadata.get("image_size") or (recipe and recipe.data.image_size)
-    if size is None:
-        raise ValueError(f"{network.file} does not say the size of its images; export the run that it is from")
+    size = image_size_of(network)
     if network.metadata.get("keep_fraction") and (check := mask_check(network.file)).status != "pass":
         raise ValueError(f"{network.file} is not exported: {check.figure}. {check.meaning}")
     make_folder(folder)

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.deployment.file_cost import QUANTISED, onnx_cost, program_cost
 from pipeline.deployment.formats import COMPRESSION, FILES
+from pipeline.deployment.image_size import image_size_of
 from pipeline.deployment.int8_file import write_int8
 from pipeline.deployment.onnx_file import random_images, write_onnx
 from pipeline.deployment.runtimes import (
@@ -33,7 +34,6 @@ from pipeline.models.export import METADATA_KEY, ORIGIN, write_model
 from pipeline.recipe.sections import Model
 from pipeline.run.benchmark import Runtime
 from pipeline.run.files import parse_json, sha256_of
-from pipeline.run.provenance import load_run_recipe
 
 MODEL_KEYS = Model.model_fields.keys() - ORIGIN
 CALIBRATION_IMAGES = 8
@@ -109,14 +109,6 @@ def torch_subject(network: LoadedNetwork, origin: Origin) -> Subject:
     size = image_size_of(network)
     cost, sizes = network_cost(network, size), Sizes.of(network.file)
     return Subject(origin, "torch", "float32", sizes, cost, size, torch_opener(network), _model_of(network.metadata))
-
-
-def image_size_of(network: LoadedNetwork) -> int:
-    """Errors: ValueError if neither its file nor its run says."""
-    size = network.metadata.get("image_size") or (network.run and load_run_recipe(network.run).data.image_size)
-    if not size:
-        raise ValueError(f"{network.file} does not say the size of its images; give the run that it is from")
-    return size
 
 
 def onnx_subjects(path: Path, origin: Origin) -> list[Subject]:

@@ -19,6 +19,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from pipeline.deployment.attack_result import COLUMNS, SAME_LOGITS, attack_result
 from pipeline.deployment.card import Card, ExportedFile
 from pipeline.deployment.check_images import NETWORK, as_input, read_check_images
+from pipeline.deployment.file_cost import onnx_weights
 from pipeline.deployment.formats import CHECK_IMAGES, VERDICTS
 from pipeline.deployment.onnx_file import logits_of
 from pipeline.evaluation.chunks import read_verdicts
@@ -135,9 +136,5 @@ def _answer_fault(path: Path, checks: dict[str, NDArray[Any]], key: str, toleran
 
 def nonzero_weights(model: onnx.ModelProto) -> int:
     """Weights of convolutions and linear layers that are not zero; int8 ones, before their scale."""
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    quantised = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    names = [node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    weights = {quantised.get(name, name) for name in names} & constants.keys()
-    return sum(int(np.count_nonzero(onnx.numpy_helper.to_array(constants[name]))) for name in weights)
+    weights = {tensor.name: tensor for _, tensor in onnx_weights(model)}
+    return sum(int(np.count_nonzero(onnx.numpy_helper.to_array(tensor))) for tensor in weights.values())
