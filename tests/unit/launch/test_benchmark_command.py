@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from pipeline.models import build_network
-from pipeline.models.export import write_model
-from pipeline.models.state import effective_state
-from pipeline.recipe.file import dump_recipe
-from pipeline.recipe.stages import stages_of
 from pipeline.run.benchmark import Benchmark
-from pipeline.run.files import atomic_write_json, sha256_of
+from pipeline.run.files import sha256_of
+from tests.support.finished_run import write_finished_run
 from tests.support.small_recipe import small_recipe
 
 
@@ -25,15 +21,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(f"pipeline.deployment.alternation.{name}", value)
     monkeypatch.setattr("pipeline.deployment.subjects.load_openvino", lambda: None)
     recipe = small_recipe(tmp_path, sparsity={"keep_fractions": ["0.5", "0.1"], "baselines": ["magnitude"]})
-    folder = tmp_path / "runs" / "demo"
-    for seed, stage in enumerate(stages_of(recipe)):
-        (folder / stage.name).mkdir(parents=True)
-        file = folder / stage.name / "model.safetensors"
-        state = effective_state(build_network(recipe.model, seed, recipe.data.image_size))
-        write_model(file, state, recipe.model, {"image_size": 28})
-        atomic_write_json(file.with_name("result.json"), {"model_sha256": sha256_of(file)})
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    return folder
+    return write_finished_run(tmp_path / "runs" / "demo", recipe)
 
 
 @pytest.mark.slow

@@ -19,13 +19,11 @@ from pipeline.deployment.card import Card
 from pipeline.deployment.onnx_file import logits_of
 from pipeline.evaluation.chunks import read_verdicts
 from pipeline.evaluation.load import load_network
-from pipeline.models import build_network
-from pipeline.models.export import METADATA_KEY, write_model
-from pipeline.models.state import effective_state
-from pipeline.recipe.file import dump_recipe, load_recipe
-from pipeline.recipe.stages import stages_of
+from pipeline.models.export import METADATA_KEY
+from pipeline.recipe.file import load_recipe
 from pipeline.run.benchmark import Benchmark, BenchmarkEntry, Speed, Spread
 from pipeline.run.files import atomic_write_json, sha256_of
+from tests.support.finished_run import write_finished_run
 from tests.support.small_recipe import small_recipe
 
 
@@ -34,14 +32,7 @@ def run(fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A finished run on real data."""
     monkeypatch.chdir(tmp_path)
     recipe = small_recipe(fashion_data, sparsity={"keep_fractions": ["0.1"], "baselines": ["magnitude"]})
-    folder = tmp_path / "runs" / "demo"
-    for seed, stage in enumerate(stages_of(recipe)):
-        (folder / stage.name).mkdir(parents=True)
-        file = folder / stage.name / "model.safetensors"
-        state = effective_state(build_network(recipe.model, seed, recipe.data.image_size))
-        write_model(file, state, recipe.model, {"image_size": 28, "class_names": ["shirt"]})
-        atomic_write_json(file.with_name("result.json"), {"model_sha256": sha256_of(file)})
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    folder = write_finished_run(tmp_path / "runs" / "demo", recipe, class_names=["shirt"])
     atomic_write_json(folder / "provenance.json", {"data_sha256": check_data(recipe)})
     return folder
 

@@ -17,12 +17,9 @@ from launch.__main__ import main
 from pipeline.data.loading.loader import Loader
 from pipeline.evaluation.images import EvaluationImages
 from pipeline.evaluation.load import load_network
-from pipeline.models import build_network
-from pipeline.models.export import write_model
-from pipeline.models.state import effective_state
-from pipeline.recipe.file import dump_recipe
 from pipeline.recipe.stages import stages_of
 from pipeline.run.files import atomic_write_json, sha256_of
+from tests.support.finished_run import write_finished_run
 from tests.support.small_recipe import small_recipe
 from tests.unit.report.test_report import evaluation
 
@@ -32,14 +29,7 @@ def run(fashion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A finished run on real data, whose sparsest HYDRA network is evaluated."""
     monkeypatch.chdir(tmp_path)
     recipe = small_recipe(fashion_data, sparsity={"keep_fractions": ["0.1", "0.05"], "baselines": ["magnitude"]})
-    folder = tmp_path / "runs" / "demo"
-    for seed, stage in enumerate(stages_of(recipe)):
-        (folder / stage.name).mkdir(parents=True)
-        file = folder / stage.name / "model.safetensors"
-        state = effective_state(build_network(recipe.model, seed, recipe.data.image_size))
-        write_model(file, state, recipe.model, {"image_size": 28})
-        atomic_write_json(file.with_name("result.json"), {"model_sha256": sha256_of(file)})
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    folder = write_finished_run(tmp_path / "runs" / "demo", recipe)
     file = folder / "keep-0.05" / "finetune" / "model.safetensors"
     file.with_name("evaluate").mkdir()
     right = np.arange(400) < 300
